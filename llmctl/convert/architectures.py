@@ -74,7 +74,7 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
 
 
 def check(model: ModelConfig) -> tuple[Bridge, Head]:
-    """Check that a class of the Hugging Face format can express a model, and return the model's Bridge and Head.
+    """Check that a class of transformers can represent a model, and return the model's Bridge and Head.
 
     Raises:
         RequestError: If there is no such class, or if it lacks one of the model's settings.
@@ -90,7 +90,10 @@ def check(model: ModelConfig) -> tuple[Bridge, Head]:
 
 
 def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
-    """Return a warning if a model cannot be exported; an empty string if it can, or if `before` could not either.
+    """Return a warning if a model cannot be exported; an empty string if it can.
+
+    If `before` is given, it is the model from which a stage starts, and `model` is the stage's result. The string is
+    then also empty if `before` cannot be exported either.
 
     Stages print the warning before they start, because export would refuse the model only after hours of work.
 

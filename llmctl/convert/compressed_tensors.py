@@ -40,7 +40,7 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
         The tensors to write, and the `quantization_config` that describes them.
 
     Raises:
-        RequestError: If nothing is quantized, if layers differ in bits or groups, or if the family has no linear
+        RequestError: If nothing is quantized, if layers differ in bits or in group size, or if the family has no linear
             layers.
     """
     bridge, head = bridge_names.of(cfg)
@@ -168,7 +168,8 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         tensors: The stored tensors.
 
     Raises:
-        RequestError: If the quantization method is another one, or if a scheme is not symmetric integers with scales.
+        RequestError: If the quantization method is not compressed-tensors, or if a layer is not stored as symmetric
+            integers with scales.
     """
     schemes: list[Any] = []
     method, kind = (settings.get(k, "") if isinstance(settings, dict) else "" for k in ("quant_method", "format"))

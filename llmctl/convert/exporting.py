@@ -1,4 +1,7 @@
-"""Write an artifact in another format, then read it back and compare its outputs with those of the artifact."""
+"""Write an artifact (a model folder of llmctl) in another format, and compare the outputs of the two models.
+
+The written files are read back for the comparison.
+"""
 
 from __future__ import annotations
 
@@ -194,9 +197,9 @@ def _prove(
 def _rows(
     found: artifact.Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
 ) -> tuple[text_proof.Rows, int, str]:
-    """Return (token ids of the test texts, their maximum length T, a part of a message).
+    """Return (token ids of the test texts, their maximum length T, text for the report).
 
-    The part is "from text, " if a tokenizer was written, otherwise "".
+    The text is "from text, " if a tokenizer was written, otherwise "". The report of the comparison contains it.
 
     Args:
         found: The artifact.
@@ -257,8 +260,8 @@ function differently. The comparison of outputs verifies them."""
 def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
     """Return the weights in the dtype in which they are written. Rounding then does not count as a difference.
 
-    If `packed` is true, quantized matrices stay quantized, but their products do not quantize activations. The program
-    that runs the exported weights does that.
+    If `packed` is true, the format is compressed-tensors, and quantized matrices stay quantized. Activations are not
+    quantized, because only the program that runs the exported weights quantizes them.
     """
 
     def cast(path: str, w: Any) -> Any:
@@ -272,10 +275,13 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
 def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
     """Write an adapter, and compare the outputs of base and adapter, loaded by PEFT, with those of the artifact.
 
-    The base must have a Hugging Face counterpart, also if PEFT is not installed.
+    If PEFT is not installed, llmctl loads the adapter.
 
     Returns:
         The same as `_prove`.
+
+    Raises:
+        RequestError: If the base cannot be written in the Hugging Face format.
     """
     cfg, task, labels = found.model, registry.of(found.manifest), found.manifest.labels
     folders.config_of(cfg, task, labels, {}, "float32")

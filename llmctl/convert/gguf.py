@@ -112,7 +112,7 @@ def _biases(back: dict[str, Tensor]) -> dict[str, bool]:
 
     llama.cpp uses any biases that are in the file. transformers has biases either on all of queries, keys, values and
     output, or on none of them. The same holds for the feed-forward layer. If a file has only some of them, the others
-    are added to `back` as zeros.
+    are added as zeros to `back`, the tensors by their transformers names.
     """
     ends = {
         "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -38,7 +38,7 @@ def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
     Args:
         name: Name of the tensor in transformers.
         shape: Shape of the tensor.
-        kind: Type of the file, a name in `KINDS`.
+        kind: Type of the file: f32, f16, q8_0, q4_0 or q4_1.
     """
     if len(shape) < 2 or kind == "f32":
         return "f32"

@@ -25,7 +25,7 @@ REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"llama-bpe": CONTRACTIONS + r"\p{N}{1,3}" + REST, "qwen2": CONTRACTIONS + r"\p{N}" + REST}
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 WHOLE = ("gpt-2", "default")
-"""Names in llama.cpp of pre-tokenizers that split texts only by GPT-2's pattern. `SPLITS` and `DIGITS` list others."""
+"""Names in llama.cpp of pre-tokenizers that split texts by GPT-2's pattern and nothing else."""
 
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Metadata keys of the tokens that end an answer: end of text, end of turn, end of a message to a tool."""

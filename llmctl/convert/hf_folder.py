@@ -41,7 +41,7 @@ class Found:
     task: str
     """Name of the task that the model was trained for, according to config.json."""
     fitted: Fields
-    """Values that the task fitted, such as thresholds, as stored in config.json."""
+    """Values that were fitted on a validation split after training, such as the decision threshold of each class."""
     config: Fields
     """Content of the folder's config.json."""
 
@@ -148,7 +148,7 @@ def understand(
 
 
 def _current_name(bridge: Bridge, name: str) -> str:
-    """Return the current name of a tensor. If `name` is outdated, `Bridge.renamed` determines its new ending."""
+    """Return the current name of a tensor; older files use other endings, such as LayerNorm.gamma."""
     return next((name.removesuffix(old) + new for old, new in bridge.renamed.items() if name.endswith(old)), name)
 
 
@@ -213,8 +213,8 @@ def _pooling(folder: Path) -> str:
 def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, config: Fields) -> ModelConfig:
     """Return the config with the fields that only the stored tensors determine.
 
-    `tied` is true only if the output table is missing or equals the embedding table. `pooler` of an embedding model is
-    true only if the pooler is stored.
+    `tied` is true only if the output projection is not stored, or equals the embedding table. `pooler`
+    of an embedding model is true only if the pooler is stored.
     """
     update: Fields = {}
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]
@@ -234,7 +234,8 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
     """Return the tensors that must equal another stored tensor: {name: name of the other tensor}.
 
-    The tensors are the copies that the family declares (`Bridge.copies`), and a tied output table.
+    These are an output projection that is tied to the embedding table, and any other copies that the model family
+    stores (`Bridge.copies`).
     """
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}
     if model.tied and model.head_kind.vocabulary and table.get("lm_head/kernel") in tensors:
@@ -260,7 +261,7 @@ def load(
         found: Result of `inspect`.
         place: Function that reads a parameter and places it on devices.
         dtype: Dtype of the parameters; None keeps the stored dtype.
-        wrote: Function that is called with the size in bytes of each part that was read.
+        wrote: Function that is called with the size in bytes of each slice of a tensor that was read.
 
     Returns:
         The parameter tree of the arrays that `place` returned.

@@ -244,7 +244,7 @@ def adapter(
 
 
 def placer(cfg: ModelConfig, mesh: MeshConfig | None = None) -> name_map.Place:
-    """Return a function that reads a parameter and places it on the devices of a mesh, sharded by the sharding rules.
+    """Return a function that reads a parameter, and places it sharded on the devices of a mesh.
 
     The shard of each device is read separately. If `mesh` is None, the default mesh is used.
     """
@@ -272,9 +272,9 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _key(source: Path, dtype: str, without: tuple[str, ...] = ()) -> str:
-    """Return the content key of an import: a hash of the dtype, and of the names and contents of the files.
+    """Return a hash of an import: of the dtype, and of the names and contents of the files.
 
-    Later stages include it in their own keys.
+    Stages that start from the imported model compare this hash to find out whether the model has changed.
 
     Args:
         source: The imported file, or the folder of the imported files.

@@ -80,7 +80,7 @@ def dtype(name: str) -> np.dtype:
     """Return the floating-point dtype called `name`.
 
     Raises:
-        RequestError: If the name is not in `DTYPES`.
+        RequestError: If llmctl does not support this dtype.
     """
     if name not in DTYPES:
         raise RequestError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")

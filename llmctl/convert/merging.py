@@ -1,4 +1,4 @@
-"""Merge the adapters of an artifact into their base, or write an adapter with its base as one artifact."""
+"""Merge the adapters of a model into their base, or write an adapter with its base as one artifact (a model folder)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmctl.convert import parity
 from llmctl.model import weights
 
 STAGE = "export"
-"""Kind of stage in the manifest of an artifact that `write` wrote."""
+"""Name of the stage that `write` records in the manifest, the metadata file of an artifact."""
 
 
 def merged(found: artifact.Artifact) -> dict[str, Any]:

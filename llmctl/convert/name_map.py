@@ -47,7 +47,10 @@ Place = Callable[[str, Pending], Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """Describe which part of a tensor in the Hugging Face format is one layer of a parameter of llmctl."""
+    """Describe where a tensor of the Hugging Face format is stored in llmctl: in one layer of a stacked parameter.
+
+    A fused tensor, such as one with queries, keys and values, has one Slot for each of its parameters.
+    """
 
     path: str
     """Path of the parameter in llmctl."""
@@ -62,7 +65,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Describe one tensor of the Hugging Face format: slots concatenated along the last axis of llmctl's layout."""
+    """List the Slots of one tensor of the Hugging Face format: several for a fused tensor, otherwise one.
+
+    In llmctl's layout [in, out], a fused tensor is the concatenation of its parameters along the last axis.
+    """
 
     slots: tuple[Slot, ...]
 
@@ -81,7 +87,7 @@ def tensor_layouts(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = Fa
         cfg: Config of the model.
         bridge: Bridge of the model's family.
         head: Head of the bridge.
-        bare: Whether to omit the prefix of the network's names, as base models do.
+        bare: Whether to omit the prefix of the names, such as "bert.", as transformers does for models without a head.
 
     Raises:
         RequestError: If the name map lacks a parameter of the config.
@@ -147,7 +153,7 @@ def read(
 
 
 def _pieces(wanted: Mapping[str, TensorLayout]) -> dict[str, list[tuple[Slot, str]]]:
-    """Return the slots of every parameter with the names of their tensors: {parameter path: [(slot, tensor name)]}."""
+    """Return the Slots of every parameter with the names of their tensors: {parameter path: [(Slot, tensor name)]}."""
     found: dict[str, list[tuple[Slot, str]]] = {}
     for name, joint in wanted.items():
         for slot in joint.slots:

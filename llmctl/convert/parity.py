@@ -36,7 +36,10 @@ def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
 
 
 def prompted(cfg: ModelConfig, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the batch with a model's trained prompt before each row that its embeddings read first."""
+    """Return the batch with the ids of a model's trained prompt at the start of each row.
+
+    In an encoder-decoder, the prompt is added to the encoder's rows.
+    """
     side, P = "encoder_" if cfg.encoder_layers else "", cfg.prompt_tokens
     rows = len(batch[f"{side}tokens"])
     before = {

@@ -45,9 +45,9 @@ def _joints(cfg: ModelConfig) -> dict[str, name_map.TensorLayout]:
 
 
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
-    """Return the linear layers of the Hugging Face format: {module name: slots of its matrix}.
+    """Return the linear layers of the Hugging Face format: {module name: Slots of its matrix}.
 
-    A fused layer has several slots.
+    Each Slot is a matrix of llmctl. A fused layer, such as one for queries, keys and values, has several.
     """
     return {
         n.removesuffix(".weight"): j.slots
@@ -57,14 +57,15 @@ def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
 
 
 def _modules(cfg: ModelConfig) -> dict[str, name_map.Slot]:
-    """Return the linear layers of the Hugging Face format that are not fused: {module name: slot}."""
+    """Return the linear layers of the Hugging Face format that are not fused: {module name: Slot of its matrix}."""
     return {module: slots[0] for module, slots in _layers(cfg).items() if len(slots) == 1}
 
 
 def load(base: Artifact, folder: Path) -> dict[str, Any]:
     """Load an adapter onto a base.
 
-    Matrices of the base are wrapped in low-rank pairs or factors. Modules that were trained in full are replaced.
+    Each adapted matrix gets its low-rank matrices (LoRA) or its factors ((IA)^3). Modules that were trained in full
+    replace those of the base.
 
     Returns:
         The parameters of the base with the adapter.
@@ -120,7 +121,13 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
 
 
 def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, Any], left: set[str]) -> set[str]:
-    """Copy the modules that were trained in full into `flat`, and return the names of their tensors.
+    """Copy the modules that were trained in full into the parameters, and return the names of their tensors.
+
+    Args:
+        cfg: Config of the base.
+        stored: Tensors of the adapter's files, by name.
+        flat: Parameters of the base by path. The copied ones are replaced.
+        left: Names of tensors that are not read yet, without PEFT's prefix.
 
     Raises:
         RequestError: If a tensor does not fit the base.
@@ -150,7 +157,8 @@ def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, An
 def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> set[str]:
     """Return the names of tensors that are copies of the base's weights.
 
-    PEFT saves such copies together with the adapter of a token table.
+    PEFT saves such copies together with the adapter of a token table. Only the tensors named in `left`, which were not
+    read yet, are searched.
 
     Raises:
         RequestError: If a copy differs from the base's weight.
@@ -219,10 +227,10 @@ def export(found: Artifact, folder: Path) -> float:
 
 
 def _format_of(path: Path, kinds: set[str]) -> ModuleType:
-    """Return the module of `FORMATS` that stores weight nodes of the given kinds.
+    """Return the module of `FORMATS` that writes adapters of the given kinds, such as LoRA and DoRA.
 
     Raises:
-        RequestError: If no format stores them.
+        RequestError: If PEFT's format has no such adapters, or if no module writes all the kinds.
     """
     for form in FORMATS.values():
         if len(kinds) == 1 and kinds <= {*form.KINDS}:

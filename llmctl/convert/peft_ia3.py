@@ -18,7 +18,7 @@ from llmctl.model import weights
 NEUTRAL: dict[str, tuple[Any, ...]] = {"init_ia3_weights": (True, False)}
 """Config keys that may change the outputs, with the only supported value of each: the one that changes nothing."""
 KINDS = ("scaled",)
-"""Kinds of weight nodes that this format stores."""
+"""Kinds of llmctl's adapters (names of weight classes) that this module writes."""
 
 
 class Factors(NamedTuple):
@@ -36,7 +36,9 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Factors]:
-    """Return the factors of each slot of a module. Slots of a fused matrix share the factors of inputs.
+    """Return the factors of each of llmctl's matrices in a module; a fused module has several (`slots`).
+
+    The matrices of a fused module share the factors of inputs.
 
     Raises:
         RequestError: If the factors do not fit the base's matrix.

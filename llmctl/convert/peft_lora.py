@@ -38,7 +38,7 @@ selection. fan_in_fan_out is not checked either. It describes the layout of the 
 pair does not depend on it.
 """
 KINDS = ("low_rank", "dora")
-"""Kinds of weight nodes that this format stores."""
+"""Kinds of llmctl's adapters (names of weight classes) that this module writes."""
 MAGNITUDE = "lora_magnitude_vector"
 SLOW = re.compile(r"\)[*+{]|(?:[*+}?].*){5}", re.DOTALL)
 """Regular expressions whose matching may take very long: a repeated group, or more than four repetitions."""
@@ -63,7 +63,9 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Pair]:
-    """Return the low-rank matrices of each slot of a module. Slots of a fused matrix share the first matrix [I, R].
+    """Return the low-rank matrices of each of llmctl's matrices in a module; a fused module has several (`slots`).
+
+    The matrices of a fused module share the first low-rank matrix [I, R].
 
     Raises:
         RequestError: If the tensors do not fit the base's matrix.
@@ -128,8 +130,8 @@ def _number(config: Mapping[str, Any], key: str, least: float = -FLOAT32_MAX) ->
 def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
     """Return the weight `w` wrapped in an adapter with the low-rank matrices of its layers.
 
-    Layer -1 means a weight without layers. Layers without an adapter get zeros. If scales differ, they are multiplied
-    into b, so that the product stays the same.
+    `layers` has the adapters by layer index. The index is -1 if the weight is not stacked over layers. Layers without
+    an adapter get zeros. If scales differ between layers, each is multiplied into the layer's second matrix.
     """
     scales = {p.scale for p in layers.values()}
     scale, rank = (scales.pop() if len(scales) == 1 else 1.0), max(1, *(p.a_IR.shape[1] for p in layers.values()))

@@ -1,7 +1,8 @@
 """Read and write trained prompts in PEFT's format (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
 The vectors are one tensor [P, D] in the order of the text. PEFT puts them before the token embeddings of a text, its
-special tokens included. llmctl has them as rows of a table, and the tokenizer begins every text with their ids.
+special tokens included. llmctl stores them as additional rows of the token embeddings, and begins every text with the
+ids of these rows.
 
 Shapes: P prompt vectors, D model width.
 """
@@ -26,9 +27,9 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 TYPE = "PROMPT_TUNING"
-"""Value of `peft_type`."""
+"""Value of `peft_type` in the adapter_config.json of a trained prompt."""
 PREFIX = "base_model."
-"""Begin of the names of other tensors than the prompt. Adapters of modules have a longer one."""
+"""Prefix of the names of a task head's tensors in the files of a trained prompt."""
 VECTORS = "prompt_embeddings"
 TABLE = "embed/prompt"
 

@@ -1,7 +1,7 @@
 """Read and write low-rank adapters of the token table in PEFT's format.
 
 Their tensors have other names than those of linear layers. If the table is tied to the output projection, PEFT's format
-has a second adapter for the output projection, with equal elements. The reason is that PEFT adapts modules, and llmctl
+has a second adapter for the output projection, with the same values. The reason is that PEFT adapts modules, and llmctl
 adapts weights.
 
 Shapes: V vocabulary, D model width, R rank.
@@ -80,9 +80,9 @@ def read(
 
 
 def nodes(table: Table, w: Any) -> dict[str, Any]:
-    """Return the adapters of the token table by module of the Hugging Face format, in the form of linear layers.
+    """Return the adapters of the token table: {module name in the Hugging Face format: weight with adapter}.
 
-    The output projection, if it is tied, gets the transposed pair.
+    If the output projection is tied to the token table, its adapter has the same two matrices, transposed.
     """
     found = {table.module: w}
     if table.output:

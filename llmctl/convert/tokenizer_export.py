@@ -34,7 +34,7 @@ class Written:
     ids: dict[str, Any]
     """Ids of special tokens, by the keys of config.json."""
     rows: int
-    """Number of rows that the embedding table needs for added tokens; 0 if no row has to be added."""
+    """Total number of rows that the embedding table needs to include added tokens; 0 if no row has to be added."""
     differences: tuple[str, ...] = ()
     """Differences between the tokenization in llmctl and in other programs, one line each."""
 

@@ -98,7 +98,10 @@ class Setup:
 
     @property
     def last_tokens(self) -> float:
-        """Return the number of tokens per device and microbatch in the last stack (the decoder, if there is one)."""
+        """Return the number of tokens per device and microbatch in the layers before the output.
+
+        In an encoder-decoder, these are the decoder's.
+        """
         return self.own_rows * (self.written or self.seq_len) / self.size("context")
 
     @property
@@ -124,7 +127,7 @@ def of_training(model: ModelConfig, train: TrainConfig, optim: OptimConfig, mesh
 
 
 def has_kernel(model: ModelConfig, attention: str, mesh: Mapping[str, int]) -> bool:
-    """Return whether the platform's attention kernel supports this model, setting and mesh."""
+    """Return whether the platform's attention kernel supports this model, mesh and value of the setting `attention`."""
     return attention == "auto" and model.positions != "relative" and mesh.get("context", 1) == 1
 
 

@@ -74,7 +74,7 @@ def _splits(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def microbatch_counts(setup: Setup) -> Iterable[int]:
-    """Yield the possible numbers of microbatches: the powers of two that divide the rows of each mesh shard."""
+    """Yield the possible numbers of microbatches: the powers of two that divide the number of sequences per device."""
     rows = setup.rows // setup.size("data", "fsdp")
     return (n for n in range(1, rows + 1) if rows % n == 0 and n & (n - 1) == 0)
 

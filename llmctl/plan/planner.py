@@ -1,4 +1,4 @@
-"""Plan the stages of a recipe in order. Each stage starts from the artifact that its parent stage would write."""
+"""Plan the stages of a recipe in order. Each stage starts from the model that its parent stage would write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plans(
 ) -> list[Found]:
     """Plan the programs of the chosen stages, and return one dictionary per program, in the order of the stages.
 
-    A dictionary has the size, memory, work and time of its program, as `one` returns them.
+    A dictionary has the size, memory, operations and time of its program, as `one` returns them.
 
     Args:
       recipe: the stages. Only its settings, and the manifests of artifacts outside it, are read.
@@ -73,7 +73,8 @@ def programs_of(
 ) -> list[tuple[str, Program]]:
     """Return the programs of the chosen stages, each with its stage's name. Nothing is compiled.
 
-    For other stages, only the artifact that they would write is built, so their meshes may have another size.
+    Stages that are not chosen only supply the shapes of the model that they would write. Their meshes may need another
+    number of devices.
 
     Args:
       recipe, chosen, generate, say: see `plans`.
@@ -147,7 +148,7 @@ def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
 def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
     """Return a stage's programs and the artifact that it would write.
 
-    If a stage exports no programs, it is assumed to compile nothing and to write arrays with its parent's shapes.
+    If a stage declares no programs, it is assumed to compile nothing and to write arrays with its parent's shapes.
     """
 
     def there(named: str | Path) -> Artifact:
@@ -166,7 +167,7 @@ def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
 
 
 def one(program: Program, topology: Topology, tokens: int) -> Found:
-    """Return the size, memory, work and time of one program as a dictionary, for `--json`."""
+    """Return the size, memory, operations and time of one program as a dictionary, for `--json`."""
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     found: Found = {
         "program": program.title,

@@ -1,4 +1,4 @@
-"""Estimate programs that are smaller than a pass through a model, such as one layer of the calibration walk.
+"""Estimate programs that are smaller than a pass through a model, such as the calibration of one layer.
 
 The estimates are for chips whose compiler is not available. `tests/plan/test_small_programs.py` compares each of them
 with the program that XLA compiled.
@@ -24,14 +24,14 @@ and collectives."""
 
 
 def described(cost: Cost) -> Estimate:
-    """Convert the `Cost` that a stage declares for its program to an estimate."""
+    """Convert the operations, bytes and collectives that a stage declares for its program (`Cost`) to an estimate."""
     gathers = [Collective("all-gather", g.sent, g.axes, 1, 0, g.payload) for g in cost.gathers]
     types = dict(cost.flops_by_type)
     return cost.temporaries, Counts(sum(types.values()), cost.moved, gathers, types)
 
 
 def least(program: Program) -> Estimate:
-    """Return a lower bound of a program's memory and work.
+    """Return a lower bound of a program's memory and traffic, with the FLOPs that the program declares.
 
     The memory is the size of the results. The traffic is one read of the arguments and one write of the results.
     """
@@ -44,8 +44,8 @@ def least(program: Program) -> Estimate:
 def layers(program: Program, work: Pass) -> Estimate:
     """Return the estimate of a program that runs one batch through a few layers, with plain attention.
 
-    The layers belong to the last stack. The inputs of all matrices with a statistic stay in memory until they are added
-    to the statistic.
+    Calibration, for example, runs one layer and adds the inputs of its matrices to statistics, such as Gram matrices.
+    These inputs stay in memory until they are added. In an encoder-decoder, the layers are the decoder's.
     """
     model, dtype, statistics = program.model, program.dtype, work.statistics
     crossed = 2 if model.encoder_layers else 1  # cross-attention is as wide as self-attention
@@ -64,7 +64,10 @@ def layers(program: Program, work: Pass) -> Estimate:
 
 
 def _products(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
-    """Return the elements of each Gram matrix that one device computes, by (block, inner) (see `_kept`)."""
+    """Return the number of elements of each Gram matrix that one device computes.
+
+    The keys are those of `_kept`.
+    """
     found = {}
     for path, statistic in dict(statistics).items():
         block, name = path.split("/")
@@ -75,10 +78,11 @@ def _products(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
 
 
 def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
-    """Return the elements per token on one device of each matrix input that has a statistic, by (block, inner).
+    """Return the number of elements per token, on one device, of each matrix input that has a statistic.
 
-    An input is inner if the block computes it: the inputs of `o` and `down`. Matrices that read the same input are
-    counted once.
+    Matrices that read the same input are counted once. A key is (block, inner), and a block is attention or
+    feed-forward. `inner` is false for the input of the block, which q, k and v or gate and up read. It is true for the
+    input of the block's last matrix, `o` or `down`.
     """
     found = {}
     for path, statistic in dict(statistics).items():

@@ -37,14 +37,14 @@ class Collective:
     "data,fsdp" names two axes, "?" means no axis of the mesh, and "slices" means between TPU slices.
     """
     count: float
-    """Number of times that the collectives run per step."""
+    """Number of these collectives per step; one in a loop counts once per iteration."""
     overlapped: float
-    """Number of these runs that overlap with computation: they start and end in separate instructions with matrix
-    products between them."""
+    """Number of these collectives that overlap with computation: matrix products run between the instruction that
+    starts the collective and the one that waits for its end."""
     payload: float = 0.0
     """Bytes of the full arrays: the larger of all inputs together and all outputs together."""
     hidden: float = 0.0
-    """Part of `bytes` that belongs to overlapped runs."""
+    """Part of `bytes` that overlapped collectives send."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Counts:
     flops_by_type: dict[str, float] = field(default_factory=dict)
     """`flops` by operand dtype: bfloat16, int8, …"""
     kernels: dict[str, float] = field(default_factory=dict)
-    """Number of runs of each custom kernel (splash attention), by name."""
+    """Number of executions of each custom kernel (splash attention), by name."""
     kernel_flops: float = 0.0
     """FLOPs of the attention kernels, computed from their shapes because the compiler does not report them."""
     unknown_loops: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclass
 class _Tally:
-    """Accumulate the counts of one run of a computation, per device."""
+    """Accumulate the counts of one execution of an HLO computation, per device."""
 
     flops: dict[str, float] = field(default_factory=dict)
     bytes: float = 0.0
@@ -121,7 +121,7 @@ class _Tally:
             sums |= {"overlapped": sums["count"], "hidden": sums["bytes"]}
 
     def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
-        """Add the counts of `times` runs of `other`.
+        """Add the counts of `times` executions of `other`.
 
         If `bytes_too` is false, the HBM bytes of `other` are omitted, because the caller counts them once for the
         complete fusion.
@@ -139,7 +139,7 @@ class _Tally:
 
 
 class _Counter:
-    """Count the work of computations.
+    """Count the operations, HBM bytes and collectives of each HLO computation of a program.
 
     Each result is cached, because several instructions may call the same computation.
     """
@@ -149,7 +149,7 @@ class _Counter:
         self.done: dict[str, _Tally] = {}
 
     def of(self, computation: Computation) -> _Tally:
-        """Return the counts of one run of a computation."""
+        """Return the counts of one execution of a computation."""
         if computation.name not in self.done:
             tally, tallies = _Tally(), [self.instruction(computation, i) for i in computation.instructions]
             for n, i in enumerate(computation.instructions):
@@ -166,7 +166,10 @@ class _Counter:
         return self.done[computation.name]
 
     def instruction(self, computation: Computation, i: Instruction) -> _Tally:
-        """Return the counts of one run of `i`. Collectives are omitted, because `collective` counts them."""
+        """Return the counts of one execution of the instruction `i`.
+
+        Collectives are omitted, because `collective` counts them.
+        """
         tally = _Tally(bytes=hbm_traffic.of(self.module, computation, i))
         flops, dtype = operations.matrix(computation, i)
         if flops:
@@ -190,7 +193,7 @@ class _Counter:
         return tally
 
     def collective(self, computation: Computation, i: Instruction, kind: str, hidden: bool) -> _Tally:
-        """Return the counts of one run of the collective `i`, of kind `kind`.
+        """Return the counts of one execution of the collective `i`, of kind `kind`.
 
         `hidden` tells whether the collective overlaps with computation.
         """
@@ -203,7 +206,7 @@ class _Counter:
 
 
 def _summed(kind: str, axis: str, n: int, input_bytes: float, hidden: bool) -> _Tally:
-    """Return the counts of one run of a collective.
+    """Return the counts of one execution of a collective.
 
     Args:
       kind: kind of the collective (see `Collective`).

@@ -18,7 +18,7 @@ _SAME = {"bitcast", "reshape", "get-tuple-element", "copy", "convert"}
 
 
 def of(module: Module, computation: Computation, i: Instruction) -> float:
-    """Return the bytes that one run of `i` reads and writes in HBM."""
+    """Return the bytes that one execution of the instruction `i` reads and writes in HBM."""
     if i.opcode in FREE or i.opcode.endswith("-done") or i.target in FREE_CALLS:
         return 0.0
     if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.endswith("-start"):

@@ -1,7 +1,7 @@
 """Find the trip counts of while loops in compiled HLO.
 
-XLA's CPU compiler records trip counts as known_trip_count (all 5 loops of two Llama steps). The TPU compiler records
-none (in 3 loops, libtpu 0.0.42). For other loops, this module derives the count from the counter's start, its increment
+In Llama training steps, XLA's CPU compiler records trip counts as known_trip_count (all 5 loops). The TPU compiler
+records none (3 loops, libtpu 0.0.42). For other loops, this module derives the count from the counter's start, its increment
 per iteration, and the loop condition.
 """
 
@@ -71,7 +71,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine,
 def _affine(module: Module, computation: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
     """Return the value of `i` as an affine function of the loop's state, or None if it is not affine.
 
-    `given` has the values of the parameters of `computation`, if the loop's body or condition calls it. Otherwise
+    If `computation` is a fusion, `given` has the values of its parameters. If it is the loop's body or condition,
     `given` is empty.
     """
     if i.opcode == "constant":
