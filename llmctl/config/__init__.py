@@ -1,1 +1,2 @@
-"""Define immutable settings classes with strict validation, settings that several stages share, and errors."""
+"""Define settings classes that are immutable and strictly validated, shared settings such as the mesh and the
+optimizer, and errors."""

@@ -1,7 +1,8 @@
 """Define `Config`, the base class of all settings, and read and validate settings from TOML.
 
-A setting's name, type, default and help text are defined once, in its class. An error message is one line. It contains
-the file, the dotted path of the setting, and the problem. For an unknown setting, it suggests one with a similar name.
+A setting is a field of a settings class. Its name, type, default and help text are defined only there. An error message
+is one line. It contains the file, the dotted path of the setting, and the problem. For an unknown setting, the message
+suggests one with a similar name.
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ class Config(BaseModel):
     )
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
-    """Names of fields that cannot change a stage's result, such as the mesh. They are not part of the stage's key,
-    which is a hash of all settings that can change the result."""
+    """Names of fields that cannot change a stage's result, such as the mesh. A stage is a step of a recipe, such as
+    pretrain or prune. Its key, a hash of its settings, does not include these fields."""
     added: ClassVar[frozenset[str]] = frozenset()
-    """Names of fields that were added after a release. A stage's key does not include them while they have their
-    default, so that existing keys stay valid."""
+    """Names of fields that a later release added. While such a field has its default, it is not part of a stage's key
+    (a hash of the stage's settings), so that existing keys stay valid."""
     deciding: ClassVar[tuple[str, ...]] = ()
-    """Names of fields that determine the defaults of the other fields, such as a preset. If one of them is set, the
-    enclosing class's default for this section is ignored."""
+    """Names of fields, such as a preset, that determine the defaults of the other fields of this class. If the user
+    sets one of them, all defaults come from it, and those of an enclosing settings class are ignored."""
     exclusive: ClassVar[dict[str, str]] = {}
-    """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe sets one and the command
-    line sets the other, the value from the command line is used."""
+    """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe file sets one and the
+    command line sets the other, the value from the command line is used."""
     heading: ClassVar[str] = ""
-    """Heading above the fields in a command's help. If empty, the fields are listed under the heading of the enclosing
-    section."""
+    """Heading above these fields in a command's help. If empty, the fields are listed under the heading of the settings
+    class that contains this one."""
     common: ClassVar[tuple[str, ...] | None] = None
-    """Keys of the fields that a command's `--help` lists; None lists all. `--help-all` always lists all."""
+    """Names of the fields that a command's `--help` lists; None lists all. `--help-all` always lists all."""
 
     @field_validator("*")
     @classmethod
@@ -104,8 +105,9 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
     Args:
         cls: Settings class.
         values: Nested dicts and lists, as read from TOML.
-        place: Function from a dotted path inside `values` (empty for all of it) to the beginning of an error message,
-            such as `demo.toml: stage.2.train.steps (prune)` or `--train.steps`.
+        place: Function that returns the beginning of an error message, such as `demo.toml: stage.2.train.steps (prune)`
+            or `--train.steps`. Its argument is the dotted path of the invalid value inside `values`, such as
+            `train.steps`; the path is empty if the error concerns all values.
 
     Raises:
         RequestError: If a value is invalid or a key is unknown. The message is one line.
@@ -159,9 +161,9 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
     """Return the settings `below`, overridden by the settings `above`.
 
-    If a field of `cls` is a section and both arguments have a table for it, the tables are merged key by key. Any other
-    value in `above` replaces the value in `below`. If two fields may not be set together (`Config.exclusive`), a field
-    in `above` also removes the other field from `below`.
+    If both arguments have a table for the same field of `cls`, and the field's type is a settings class, the two tables
+    are merged key by key. Any other value in `above` replaces the value in `below`. If two fields may not be set
+    together (`Config.exclusive`), setting one in `above` removes the other from `below`.
     """
     void = excluded(above, cls)
     out = copy.deepcopy({key: value for key, value in below.items() if key not in void})
@@ -185,15 +187,17 @@ def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
 
 
 def field_names(cls: type[Config]) -> list[str]:
-    """Return the names of the fields of `cls` in TOML. For example, the attribute `parent` is called `from` there."""
+    """Return the names of the fields of `cls` in TOML.
+
+    A name in TOML may differ from that of the attribute: the attribute `parent` is called `from`.
+    """
     return [f.alias or name for name, f in cls.model_fields.items()]
 
 
 def section(cls: type[Config], key: str) -> type[Config] | None:
-    """Return the settings class that is the type of the field `key` of `cls`.
+    """Return the type of the field `key` of `cls` if that type is a settings class, else None.
 
-    Return None if there is no such field, or if its type is not a settings class. A type `Section | None` counts as
-    `Section`.
+    For a type such as `MeshConfig | None`, the settings class in it is returned.
     """
     for name, field in cls.model_fields.items():
         if key in (name, field.alias):
@@ -218,13 +222,13 @@ def with_article(noun: str) -> str:
 
 
 def keyed(value: Any) -> Any:
-    """Convert settings to the JSON data from which a stage's key (a hash) is computed.
+    """Convert a stage's settings to the JSON data from which its key (a hash) is computed.
 
     Fields in `Config.unkeyed` are omitted. A field in `Config.added` is omitted while it has its default, so that a new
     setting does not change existing keys.
 
     Args:
-        value: A Config, or a value inside one.
+        value: Settings, or a value inside settings.
     """
     if isinstance(value, Config):
         fields = type(value).model_fields
@@ -240,11 +244,12 @@ def keyed(value: Any) -> Any:
 
 
 def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """Complete sections of `values` that are only partly set, with the default that `cls` declares for the section.
+    """Complete nested settings that are only partly set, with the defaults that `cls` declares for them.
 
-    If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and only `train.batch_size` is set, the number of
-    steps is 300. If the section's class has `deciding` fields and none of them is set, only these fields are completed.
-    If one of them is set, nothing is completed, because it determines the defaults of the other fields.
+    If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
+    number of steps is 300. If the class of the nested settings has `deciding` fields, such as a preset, and the user
+    sets none of them, only these fields are completed. If the user sets one of them, nothing is completed, because the
+    preset determines the defaults of the other fields.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():
@@ -269,11 +274,12 @@ def _config_in(annotation: Any) -> type[Config] | None:
 
 
 def _class_at(cls: type[Config], path: tuple[Any, ...]) -> type[Config] | None:
-    """Return the settings class of the value at `path` inside `cls`, or None if the value is not a section.
+    """Return the settings class of the value at `path` inside `cls`, or None if the value has another type.
 
     Args:
         cls: Class of the outermost settings.
-        path: Location as in errors of pydantic: keys, list indices and names of union members. Only keys are used.
+        path: Location of the value as pydantic reports it: keys, list indices and names of union members. Only the keys
+            are used.
     """
     at: type[Config] | None = cls
     for part in path:

@@ -42,7 +42,7 @@ def of_folder(folder: Any) -> dict[str, str]:
 def differing(folder: Any, expected: Mapping[str, str]) -> dict[str, str]:
     """Compare the files below a folder with their expected checksums.
 
-    Files whose names begin with a dot are ignored if they are not expected.
+    Files whose names begin with a dot are ignored, unless `expected` lists them.
 
     Returns:
         {relative path: message} for the files that differ. A message is the path and "does not match what was saved",

@@ -65,7 +65,7 @@ def check(folder: Any) -> None:
 
 
 def copy(folder: Path, target: Path) -> None:
-    """Copy a folder to `target`. Links are replaced by copies of the files that they point to.
+    """Copy a folder to `target`. For a link, the file that the link points to is copied.
 
     Raises:
         RequestError: If `check` rejects the folder.
@@ -93,10 +93,11 @@ def regular(path: P) -> P:
 
 
 def own(path: P) -> P:
-    """Check that `path`, where llmctl is about to write a temporary file or a lock, is not a link; return `path`.
+    """Check that the path of a temporary file or a lock file is not a link, before llmctl writes the file; return
+    `path`.
 
     Raises:
-        RequestError: If it is a link, because the file would be written elsewhere.
+        RequestError: If it is a link, because the file would then be written elsewhere.
     """
     if _is_local(path) and Path(path).is_symlink():
         raise RequestError(f"{path}: is a link to {_target(path)}, and llmctl writes its own files there; remove it")

@@ -8,7 +8,7 @@ class LlmctlError(Exception):
 
 
 class RequestError(LlmctlError):
-    """Report an invalid request (flag, recipe, path, data, artifact). No output was written."""
+    """Report an invalid request (a flag, recipe, path, data set or artifact). The command has written no output."""
 
     exit_code = 2
 

@@ -18,10 +18,11 @@ LINE = 256 << 20
 """Maximum length of a line of a text file in bytes. A line is a document or a table row; the longest books have a
 few million bytes."""
 RATIO = 1000
-"""Maximum number of decompressed bytes per compressed byte. Text has about 3 to 10. A file of equal bytes has up to
-1032 with gzip, and more with zstd."""
+"""Maximum number of decompressed bytes per compressed byte. Text has about 3 to 10. If all bytes of a file are equal,
+the ratio is up to 1032 with gzip, and larger with zstd."""
 UNCHECKED = 64 << 20
-"""Number of decompressed bytes up to which `RATIO` is not enforced, because small files of equal lines are harmless."""
+"""Number of decompressed bytes up to which a file may have any compression ratio, because small files of equal lines
+are harmless."""
 
 LAYERS = 100_000
 """Maximum number of layers of a model, because some lists have one entry per layer. Published models have up to a few
@@ -37,8 +38,9 @@ conversations exceed the context of every model."""
 TEMPLATE_STEPS = 10_000_000
 """Maximum number of steps to render a chat template.
 
-A step is a visited node of the template, or 64 characters that are read or created. A conversation of 1,000 messages of
-1,000 characters takes about 170,000 steps and 40 ms. An infinite loop reaches the limit after about 8 seconds.
+A step is the evaluation of a node of the template's syntax tree, or 64 characters that are read or created. A
+conversation of 1,000 messages of 1,000 characters takes about 170,000 steps and 40 ms. An infinite loop reaches the
+limit after about 8 seconds.
 """
 TEMPLATE_BITS = 4000
 """Maximum size of an integer in a chat template, in bits. Python prints at most 4300 digits, and large products are

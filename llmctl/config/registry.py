@@ -5,7 +5,8 @@ Another package adds an object by an entry point of the group `llmctl`, whose na
     [project.entry-points."llmctl"]
     "source.arrow" = "my_package.arrow:read"
 
-llmctl's own objects are listed in the table of each registry in the same form, `module:attribute`.
+llmctl's own objects are listed in the source code, where each `Registry` is created, in the same form
+`module:attribute`.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
 class Choices:
     """Compute the allowed values of a setting, for help and shell completion.
 
-    This class is for settings whose values are names from several registries, or from elsewhere. If they are the names
-    of one `Registry`, use that registry instead.
+    Use this class if the values are names from several registries, or do not come from a registry. For the names of one
+    `Registry`, use that registry itself.
     """
 
     names: Callable[[], list[str]]
@@ -45,7 +46,7 @@ class Choices:
 
 
 class Registry(Generic[T]):
-    """Map names to objects of one kind. The objects of llmctl come first and cannot be replaced by other packages.
+    """Map names to objects of one kind. Other packages can add objects, but cannot replace those of llmctl.
 
     Args:
         kind: Kind of the objects, such as `source`; the first part of an entry point's name.

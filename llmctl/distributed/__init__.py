@@ -1,1 +1,2 @@
-"""Manage devices and processes: device meshes, sharding rules, runs with several processes, and hardware data."""
+"""Manage devices and processes: device meshes, sharding rules, commands that run in several processes, and hardware
+data."""

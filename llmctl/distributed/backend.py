@@ -19,14 +19,14 @@ BACKENDS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 TPU_FILES = ("accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*")
 """Glob patterns of TPU device files below /dev. Files below vfio may belong to other devices."""
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-"""Environment variables to set on a machine without a TPU. If they are missing there, libtpu queries a cloud metadata
-server for the type of its TPU, and logs errors."""
+"""Environment variables to set on a machine without a TPU. If they are not set, libtpu queries a cloud metadata server
+for the type of its TPU, and logs errors."""
 
 
 def silence_libtpu(dev: Path = Path("/dev")) -> None:
     """Prevent error logs of libtpu on a machine without a TPU. Call this before JAX loads libtpu.
 
-    libtpu still searches for TPUs itself, and finds one that this function did not see.
+    libtpu still searches for TPUs itself. It therefore also finds a TPU that this function overlooks.
 
     Args:
         dev: Folder of the device files.
@@ -40,7 +40,7 @@ def choose(platforms: Iterable[str]) -> str:
     """Set JAX_PLATFORMS to the requested platform, if JAX is not imported yet.
 
     Args:
-        platforms: Platforms that the stages of a run request; an empty string requests none.
+        platforms: Requested platforms (cpu, gpu, tpu); an empty string requests none.
 
     Returns:
         The requested platform, or an empty string.
@@ -61,7 +61,7 @@ def initialize(platforms: Iterable[str], warn: Callable[[str], None] = lambda te
     """Initialize the requested JAX backend, and check that its devices exist.
 
     Args:
-        platforms: Platforms that the stages of a run request (cpu, gpu, tpu); an empty string requests none.
+        platforms: Requested platforms (cpu, gpu, tpu); an empty string requests none.
         warn: Function that is called with one line if the machine has an accelerator that JAX does not use.
 
     Returns:

@@ -20,10 +20,10 @@ from llmctl.config.errors import RequestError
 SEQUENCE_ARRAYS = frozenset(
     {"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"}
 )
-"""Names of batch arrays [B, T] whose second axis is the sequence, without prefixes.
+"""Names of batch arrays [B, T] whose second axis is the sequence (B rows of T tokens).
 
-The prefix `encoder_` marks inputs of the encoder in an encoder-decoder model. The prefix `pair_` marks the second text
-of a pair.
+A batch may contain these names with a prefix. The prefix `encoder_` marks inputs of the encoder in an encoder-decoder
+model. The prefix `pair_` marks the second text of a pair.
 """
 _PREFIX = re.compile(r"^(pair_|choice\d+_)?(encoder_)?")
 POSITION_ARRAYS = ("places", "start", "end")
@@ -49,9 +49,9 @@ def order(length: int, devices: int) -> np.ndarray:
 def to_zigzag(batch: Mapping[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
     """Return a batch whose sequences are permuted to zig-zag order.
 
-    The permutation is added as the arrays `order` and, for an encoder, `encoder_order`, int32 [B, T]. Sequences are
-    first padded to a multiple of 2 * devices. The first token stays first. With one device, the batch is returned
-    unchanged.
+    The batch gets an additional array `order`, int32 [B, T], which contains the permutation. For an encoder's
+    sequences, this array is called `encoder_order`. Sequences are first padded to a multiple of 2 * devices. The first
+    token stays first. With one device, the batch is returned unchanged.
 
     Args:
         batch: Arrays of the batch by name, in text order.
@@ -93,8 +93,8 @@ def check(length: int, devices: int) -> None:
 def pairs(causal: bool, step: Any, device: Any, where: Any = np.where) -> list[tuple[Any, Any]]:
     """Return the pairs (query chunk, key chunk) that one device multiplies at one step of ring attention.
 
-    Each device has two chunks, 0 (early) and 1 (late). At step s, device i has the keys of device i - s. With a causal
-    mask, fully masked pairs are omitted:
+    In zig-zag order, each device has two chunks of the sequence: chunk 0 (early) and chunk 1 (late). At step s, device
+    i has the keys of device i - s. With a causal mask, fully masked pairs are omitted:
     - At step 0, a device has its own keys and computes three products.
     - If the keys come from a device with a smaller index, both query chunks attend to key chunk 0 only.
     - If the keys come from a device with a larger index, only query chunk 1 attends, to both key chunks.

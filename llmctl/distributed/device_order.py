@@ -41,7 +41,7 @@ def arrange(devices: Sequence[Any], axes: Sequence[str], sizes: Sequence[int], s
 
 
 def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
-    """Arrange the devices of one slice into an array of shape `sizes`.
+    """Arrange the devices of one slice (chips joined by a fast network) into an array of shape `sizes`.
 
     On TPUs, the mesh axes follow the links of the torus if possible.
     """
@@ -53,7 +53,9 @@ def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 
 def _groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """Return the devices of each slice. If devices do not report slices, consecutive processes form a slice.
+    """Return the devices of each slice (chips joined by a fast network).
+
+    If devices do not report slices, consecutive processes form a slice.
 
     Raises:
         RequestError: If the devices report a number of slices other than `slices`, or cannot be divided by `slices`.

@@ -32,8 +32,9 @@ def read(a: jax.Array) -> np.ndarray:
 def pieces(a: jax.Array) -> Iterator[np.ndarray]:
     """Yield the full array in every process, as successive host arrays along its first axis.
 
-    All processes must call this function. If this process can address the full array, it is yielded at once. An array
-    that is sharded over processes is gathered in parts of about `PIECE` bytes, to limit memory.
+    All processes must call this function. If all shards of the array are on devices of this process, the array is
+    yielded as one piece. An array that is sharded over processes is gathered in parts of about `PIECE` bytes, to limit
+    memory.
     """
     if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
         yield np.asarray(a)
@@ -49,5 +50,8 @@ def pieces(a: jax.Array) -> Iterator[np.ndarray]:
 
 @cache
 def _gather(length: int, whole: NamedSharding) -> Any:
-    """Return a jitted function (array, i) -> rows i to i + `length` - 1 of the array, with the sharding `whole`."""
+    """Return a jitted function from an array and a row index i to the rows i to i + `length` - 1 of the array.
+
+    The result has the sharding `whole`.
+    """
     return jax.jit(partial(jax.lax.dynamic_slice_in_dim, slice_size=length), out_shardings=whole)

@@ -1,4 +1,4 @@
-"""End all processes of a run together, report failures, and detect dead processes.
+"""End all processes of a command together, report failures, and detect dead processes.
 
 Every process keeps a TCP connection to process 0, which forwards messages to the others. If a process dies, the kernel
 closes its connection. If a host becomes unreachable, TCP keep-alive closes the connection. The processes themselves
@@ -29,14 +29,14 @@ RESUME = "the same command finishes the work"
 
 
 class _Run:
-    """Store the liveness state of this process: its connections, and whether it is ending."""
+    """Store the connections of this process to the other processes of the command, and its state: running or ending."""
 
     def __init__(self, index: int, count: int) -> None:
         self.index, self.count = index, count
         self.connections: dict[int, socket.socket] = {}
         self.ended: set[int] = set()
-        """Indices of processes that sent their final message. If one of them closes its connection, it is not reported
-        as dead."""
+        """Indices of processes that sent the message with their exit code. When their connections close, they are not
+        reported as dead."""
         self.failed = False
         self.ending = threading.Lock()
         self.all_succeeded = threading.Event()
@@ -52,10 +52,10 @@ class _Run:
                 link.sendall(text)
 
     def receive(self, sender: int, message: dict[str, Any]) -> None:
-        """Handle the final message of process `sender`. The message contains the exit code of the process.
+        """Handle the last message of process `sender`, which contains the exit code of that process.
 
-        If the code is an error, schedule the end of this process. If it is 0, process 0 counts the success. The other
-        processes receive code 0 only from process 0, which means that all processes have succeeded.
+        If the code is an error, schedule the end of this process. If the code is 0, process 0 counts the success. The
+        other processes receive code 0 only from process 0, which means that all processes have succeeded.
         """
         self.contacted.set()
         self.ended.add(sender)
@@ -74,7 +74,7 @@ class _Run:
             self.all_succeeded.set()
 
     def handle_disconnect(self, sender: int) -> None:
-        """Report process `sender` as dead if its connection closed before it sent its final message."""
+        """Report process `sender` as dead if its connection closed before it sent the message with its exit code."""
         if not (self.all_succeeded.is_set() or sender in self.ended):
             self.schedule_exit(
                 {"from": sender, "code": 1, "line": f"died or cannot be reached; {RESUME}", "dead": True}
@@ -87,7 +87,7 @@ class _Run:
         this process ends at once.
 
         Args:
-            message: Final message of the other process: its index, exit code and error line, and "dead" if it died.
+            message: Last message of the other process: its index, exit code and error line, and "dead" if it died.
         """
         if self.index == 0:
             self.send(message)
@@ -218,8 +218,8 @@ def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
 def _sender_of(line: bytes, secret: str) -> int | None:
     """Return the index of the process that opened a connection, or None if its first message is invalid.
 
-    A valid message contains the secret of the run. Other programs, such as network scanners, also connect to the port,
-    and are ignored.
+    A valid message contains a secret that all processes of the command share. Other programs, such as network scanners,
+    also connect to the port, and are ignored.
     """
     with contextlib.suppress(ValueError, TypeError, KeyError):
         message = json.loads(line)

@@ -22,7 +22,8 @@ LONGEST = 200
 longer names."""
 
 ATTEMPTS = 100
-"""Maximum number of attempts to create a lock file. An attempt fails if another process has just removed its folder."""
+"""Maximum number of attempts to create a lock file. An attempt fails if another process has just removed the folder of
+the lock file."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Error numbers that report a problem of the machine, such as a full disk, and not an invalid request."""
 
@@ -34,7 +35,7 @@ def scratch(out: Path, what: str) -> Path:
 
     Args:
         out: Path of the output.
-        what: End of the name: the path for `out` and "draft" is `.out.llmctl-draft`.
+        what: Last word of the name. For the output `out` and the word "draft", the path is `.out.llmctl-draft`.
 
     Raises:
         RequestError: If the path is a link.
@@ -100,10 +101,11 @@ def claim(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = False) -> Iterator[None]:
-    """Lock the file `path` while the context lasts. Only process 0 of a run takes the lock.
+    """Lock the file `path` while the context lasts. If a command runs in several processes, only process 0 takes the
+    lock.
 
-    The kernel releases the lock if the process dies. The last process that releases the lock removes the file. It also
-    removes the file's folder if it created the folder and the folder is empty.
+    The kernel releases the lock if the process dies. The last process that releases the lock removes the file. This
+    process also removes the file's folder if it created that folder and the folder is empty.
 
     Args:
         path: Path of the lock file.

@@ -56,7 +56,7 @@ _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
 def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
-    """Build a device mesh with the axes `AXES`. All axes have JAX's axis type Auto.
+    """Build a device mesh with the axes pipeline, data, fsdp, context and tensor. All axes have JAX's axis type Auto.
 
     On the CPU platform with default settings, the mesh has one device, because fake CPU devices only split the same
     cores. On CPUs, the process also keeps freed memory (`host_memory.keep`).
@@ -66,7 +66,7 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
         devices: Devices to use; all of them by default.
 
     Raises:
-        RequestError: If the product of the axes is not the number of devices.
+        RequestError: If the product of the axis sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -103,7 +103,7 @@ def use(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def current() -> Mesh | None:
-    """Return the current mesh, or None outside `use`."""
+    """Return the current mesh, or None if no mesh is set (see `use`)."""
     return _current.get()
 
 
@@ -134,7 +134,8 @@ def splits_sequences() -> bool:
 def spec(names: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> PartitionSpec:
     """Convert logical axis names to a PartitionSpec by the sharding rules.
 
-    A mesh axis shards at most one dimension. Mesh axes of size 1, and manual axes (inside `per_device`), are omitted.
+    A mesh axis shards at most one dimension. Mesh axes of size 1 are omitted, and so are manual axes inside
+    `shard_map`.
 
     Args:
         names: One logical axis name per dimension; None for a replicated dimension.
@@ -163,7 +164,7 @@ def sharding(names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain the sharding of an activation to that of the logical axes `names`, and return the activation.
+    """Constrain the sharding of an activation by the rules for its logical axes `names`, and return the activation.
 
     Without a current mesh, or on one device, return the activation unchanged.
     """
@@ -178,16 +179,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def per_device(
     fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, automatic: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """Return a function that runs `fn` with `shard_map`: on every device, with the shards of that device.
+    """Return a function that runs `fn` with `shard_map`: each device calls `fn` with its own shards of the arguments.
 
     Calls may be nested.
 
     Args:
-        fn: Function of local shards.
+        fn: Function of the shards of one device.
         mesh: The device mesh.
         in_specs: PartitionSpecs of the arguments.
         out_specs: PartitionSpecs of the results.
-        automatic: Mesh axes that XLA continues to partition; all others become manual.
+        automatic: Mesh axes over which XLA still partitions arrays automatically. All other axes are manual.
     """
     inside = jax.sharding.get_abstract_mesh()
     axes = set(AXES) - set(inside.manual_axes) - set(automatic)

@@ -1,6 +1,6 @@
-"""Coordinate the processes of a run: connect them, broadcast values of process 0, gather values, and synchronize.
+"""Coordinate the processes of a command: connect them, broadcast values of process 0, gather values, and synchronize.
 
-In a run with one process, this module does not import JAX, and all functions return at once.
+If the command runs in only one process, this module does not import JAX, and all functions return at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 HEARTBEAT = "LLMCTL_HEARTBEAT"
 """Environment variable for the number of seconds without a reply after which a host is considered dead."""
 SECONDS = 60
-"""Default of the environment variable `HEARTBEAT`."""
+"""Default number of seconds without a reply after which a host is considered dead."""
 FOREVER = 7 * 24 * 3600 * 1000
 """Timeout for waits on other processes in milliseconds: one week. `llmctl.distributed.liveness` detects dead processes
 earlier."""
@@ -58,7 +58,7 @@ def first() -> bool:
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Connect to the other processes of this run. Call this before any JAX backend starts.
+    """Connect to the other processes of this command. Call this before any JAX backend starts.
 
     Without arguments, the processes are detected if Slurm started them, or if they run on a TPU pod. If there is only
     one process, this function does nothing.
@@ -241,7 +241,9 @@ def check_same(value: Any, what: str) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Check that all processes see the same `folder`: process 0 writes a file there, and the others read it.
+    """Check that all processes see the same `folder`, as on a shared file system.
+
+    Process 0 writes a file into the folder, and the other processes read the file.
 
     Raises:
         RequestError: If the file is missing or differs.
@@ -274,7 +276,8 @@ def _client() -> Any:
 def exit_together(code: int, line: str) -> int:
     """End a command in every process, and return its exit code.
 
-    If all processes succeed, they end together. If one fails, it ends the others, and this function does not return.
+    If all processes succeed, they end together. If one process fails, the others are ended, and this function does not
+    return.
 
     Args:
         code: Exit code.

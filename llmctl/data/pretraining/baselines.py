@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 CHUNK = 256
-"""Number of rows that are built at a time."""
+"""Number of rows to build at a time."""
 
 
 def constant_scores(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, float]:
-    """Return the scores of the best constant predictions on the first `limit` rows, fitted on these rows.
+    """Return the scores of the best constant predictions on the first `limit` rows, which are computed from these same
+    rows.
 
     Args:
         rows: Training rows, as `llmctl.data.device_batches.Rows`.
         limit: Maximum number of rows to read.
-        sentinels: Sentinel ids of span corruption; empty for other objectives. The order of sentinels in the targets is
-            fixed. All sentinels therefore count as one token, and the predictions may depend on the type of the
-            previous target (none, a sentinel or a word).
+        sentinels: Sentinel ids of span corruption; empty for other objectives. Sentinels always have the same order in
+            the targets, so they are trivial to predict. All sentinels therefore count as one token, and a prediction
+            may depend on the type of the previous target (none, a sentinel or an ordinary token).
 
     Returns:
         baseline_accuracy: Accuracy if the most frequent target is always predicted.

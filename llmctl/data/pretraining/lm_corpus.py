@@ -65,7 +65,7 @@ class Text:
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     def describe(self) -> list[str]:
-        """Return [log line with the numbers of rows per split] for raw text, and [] for prepared text."""
+        """Return a list with one log line, the numbers of rows per split. For prepared text, the list is empty."""
         return [] if self._prepared else [self.splits.describe()]
 
     @property
@@ -75,7 +75,7 @@ class Text:
 
     @property
     def epochs(self) -> float:
-        """Return the maximum number of epochs: the smallest limit of all sources, or 0 if no source has a limit."""
+        """Return the maximum number of epochs: the smallest maximum of all sources, or 0 if no source has one."""
         return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
 
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:
@@ -97,7 +97,8 @@ class Text:
         return own
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return (weight, maximum epochs, tokenized documents) of every source that has text in the split.
+        """Return (weight in the mixture, maximum epochs, tokenized documents) of each source that has text in the
+        split.
 
         Args:
             split: train, validation or test.
@@ -152,8 +153,8 @@ class Text:
             packing: Method of packing documents into rows.
             shuffle: If true, rows are shuffled and mixed by the weights of the sources. If false, every document is
                 read once, in order.
-            needed: Number of rows that training will read. If the epochs of the sources are limited, they must have at
-            least this number of rows.
+            needed: Number of rows that training will read. If the sources have a maximum number of epochs, these epochs
+                must have at least this number of rows.
             objective: Training objective; causal language modeling by default.
 
         Raises:
@@ -195,7 +196,7 @@ def check_epochs(needed: int, total: int) -> None:
 
 
 class Joined:
-    """Concatenate the documents of several sources (see `corpus.Documents`)."""
+    """Concatenate the documents of several sources. The interface is that of `corpus.Documents`."""
 
     def __init__(self, parts: list[Documents]):
         self._parts = parts
@@ -204,7 +205,7 @@ class Joined:
 
     @property
     def tokens(self) -> Joined:
-        """Return this object, which is indexed by token position."""
+        """Return this object, because indexing it with token positions gives token ids."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:

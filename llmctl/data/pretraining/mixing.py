@@ -1,5 +1,8 @@
 """Mix rows of several sources in proportion to their weights.
 
+The mixture is divided into blocks of `BLOCK` rows. As long as no source is exhausted, all blocks have the same number
+of rows from each source.
+
 Shapes: S sources, B rows.
 """
 
@@ -16,35 +19,37 @@ from llmctl.data.pretraining.packing import Batch, PackedRows
 from llmctl.data.shuffle import permutation
 
 BLOCK = 1024
-"""Number of rows per block. In each block, the proportions are exact up to rounding, and every source has at least
-one row."""
+"""Number of rows per block of a mixture. In each block, the number of rows of a source is proportional to its weight,
+up to rounding and at least one."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Describe a phase of a mixture: consecutive blocks with the same number of rows from each source.
+    """Describe a phase of a mixture, in which no source is exhausted before the end.
 
-    A new phase begins when a source is exhausted.
+    A mixture is divided into blocks of `BLOCK` rows. All blocks of a phase have the same number of rows from each
+    source. When a source is exhausted, the next phase begins, without that source.
     """
 
     start: int
-    """Index of the first row."""
+    """Number of the phase's first row in the mixture."""
     blocks: float
     """Number of blocks in this phase; infinite if no source is exhausted at its end."""
     counts: np.ndarray
     """Number of rows of each source per block, int64 [S]."""
     done: np.ndarray
-    """Number of rows of each source in all phases before this one, int64 [S]."""
+    """Number of rows of each source in all earlier phases, int64 [S]."""
 
 
 class MixedRows:
     """Mix rows of S sources in proportion to their weights.
 
-    Rows are shuffled within blocks. Row i depends only on the sources, the weights, the epochs, the seed and i.
+    The mixture consists of blocks of `BLOCK` rows. Each block contains rows of every source, in random order. Row i
+    depends only on the sources, the weights, the epochs, the seed and i.
 
-    A source is exhausted after its epochs. The other sources then provide its share of the rows. `total` is the number
-    of rows until all sources are exhausted; later rows raise RequestError. If the epochs of a source are unlimited,
-    `total` is None.
+    A source is exhausted after its maximum number of epochs. Rows of the other sources then take its place. `total` is
+    the number of rows until all sources are exhausted; later rows raise RequestError. If the epochs of a source are
+    unlimited, `total` is None.
 
     Args:
         sources: Rows of each source.
@@ -120,7 +125,7 @@ class MixedRows:
 
 
 def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
-    """Compute the phases of a mixture.
+    """Divide a mixture into phases: a new phase begins whenever a source is exhausted.
 
     Args:
         weights: Relative weight of each source, float [S].
@@ -144,7 +149,7 @@ def phases(weights: np.ndarray, limits: np.ndarray) -> list[Phase]:
 
 
 def shares(weights: np.ndarray) -> np.ndarray:
-    """Return the number of rows of each source in a block, int64 [S], by the largest-remainder method.
+    """Return the number of rows of each source in a block of `BLOCK` rows, int64 [S], by the largest-remainder method.
 
     Every source with a positive weight has at least one row.
     """

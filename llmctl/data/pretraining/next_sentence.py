@@ -2,7 +2,7 @@
 
 The objective is BERT's (Devlin et al., 2018, arXiv:1810.04805).
 
-Shapes: B rows, T tokens per row, D documents, N passages, W tokens of a window.
+Shapes: B rows, T tokens per row, D documents, N passages.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from llmctl.data.shuffle import Epochs
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 GROUP = 8
-"""Number of passages per group. A group fills 2 * GROUP rows, and false pairs combine passages of the same group."""
+"""Number of passages per group. Passages are only combined with passages of the same group. Each passage has two rows,
+so a group has 2 * GROUP rows."""
 MIN_LABELED = 0.05
-"""Minimum fraction of rows with a next-sentence label. With fewer, the next-sentence head would hardly learn."""
+"""Minimum fraction of rows with a next-sentence label. With a smaller fraction, the next-sentence head would hardly
+learn."""
 MIN_TOKENS = 3
 """Minimum number of document tokens before and after a sentence boundary, because a few tokens are no sentence."""
 IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
@@ -37,15 +39,15 @@ class PairRows:
 
     Four rows combine two passages of different documents: each A with its own B, then each A with the other B. The
     masks of A, and those of B, are the same in both rows. Every passage therefore has both labels equally often within
-    four rows. Features of A alone or B alone thus cancel in the gradient of a step. Otherwise, a small network fits
-    such random correlations for thousands of steps before it compares the passages.
+    four rows. A or B alone therefore does not predict the label. Otherwise, a small network fits random correlations
+    between one of them and the label for thousands of steps, before it compares A with B.
 
-    Passages are processed in groups of `GROUP`, and passages of a group are paired with each other. Exactly half of the
-    labeled rows of each group (2 * GROUP rows) have next_label 0. If a passage has no partner, it has two rows `bos A
-    eos B eos` with next_label -1 (no label). If it has no sentence boundary, these rows are `bos A eos`.
+    Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. Exactly half of
+    the labeled rows of each group (2 * GROUP rows) have next_label 0. If a passage has no partner, it has two rows `bos
+    A eos B eos` with next_label -1 (no label). If it has no sentence boundary, these rows are `bos A eos`.
 
-    A document of n tokens has about n / T passages per epoch. Each passage has two rows. The exact position of a
-    passage is sampled again in every epoch. Rows are endless, and `len(rows)` is the number of rows per epoch.
+    A document of n tokens has about n / T passages per epoch. Each passage has two rows. The offset of a passage in its
+    document is sampled again in every epoch. Rows are endless, and `len(rows)` is the number of rows per epoch.
     """
 
     def __init__(
@@ -187,9 +189,8 @@ class PairRows:
     def _passages(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Compute the positions of the passages with the numbers `place_N`.
 
-        If a passage has no sentence boundary, B is empty. If `shuffle` is false, every epoch has the same order as the
-        first one, which is shuffled. In the order of the documents, consecutive passages would come from one document,
-        and could not be paired.
+        If a passage has no sentence boundary, B is empty. The order of the passages is always shuffled, because
+        consecutive passages of one document cannot be combined. If `shuffle` is false, every epoch has the same order.
 
         Returns:
             Document of each passage [N], and in tokens the offsets of A and B in the document [N, 2] and their lengths
@@ -248,7 +249,9 @@ def check(labelled: float) -> None:
 
 
 def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
-    """Pair the passages of each group. Partners come from different documents, and both have a nonempty B.
+    """Find a partner for each passage in its group, to combine A of one passage with B of the other.
+
+    Partners come from different documents. The second part B is not empty in either passage.
 
     Args:
         doc_N: Document of each passage; N is a multiple of GROUP.

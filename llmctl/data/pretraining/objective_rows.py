@@ -23,8 +23,8 @@ OBJECTIVES: dict[str, tuple[ObjectiveName, ...]] = {
     "encoder": ("masked", "next_sentence"),
     "encoder_decoder": ("spans", "prefix", "completions"),
 }
-"""Objectives of each architecture. The first one is the default. Encoders with a next-sentence head are an exception:
-their default is next_sentence. `llmctl.evaluate.tasks.completions` builds the rows for "completions"."""
+"""Objectives of each architecture. The first one is the default, except for encoders with a next-sentence head, whose
+default is next_sentence. The objective "completions" trains on pairs of a prompt and a completion."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Objective:
     rate: float = 0.15
     """Fraction of tokens to predict, for the objectives masked, next_sentence and spans."""
     span: float = 3.0
-    """Mean span length in tokens, for the objective spans."""
+    """Mean number of consecutive tokens that one sentinel replaces, for the objective spans."""
     whole_words: bool = False
     """Whether to mask all tokens of a word or none, for the objectives masked and next_sentence."""
 
@@ -58,17 +58,17 @@ class Objective:
     ) -> PackedRows | PairRows:
         """Build endless rows of `seq_len` tokens from documents.
 
-                Args:
-                    documents: Tokenized documents.
-                    tokenizer: Tokenizer of the model.
-                    seq_len: Number of tokens per row; for an encoder-decoder, the number of encoder tokens.
-                    seed: Seed of the shuffle and of the objective's random choices.
-                    packing: Method of packing documents into rows.
-                    shuffle: Whether to shuffle in every epoch.
+        Args:
+            documents: Tokenized documents.
+            tokenizer: Tokenizer of the model.
+            seq_len: Number of tokens per row; for an encoder-decoder, the number of encoder tokens.
+            seed: Seed of the shuffle and of the objective's random choices.
+            packing: Method of packing documents into rows.
+            shuffle: Whether to shuffle in every epoch.
 
-                Raises:
-        RequestError: If the tokenizer lacks special tokens, if it adds a trained prompt (prompt tuning) to texts, or
-                        if there are too few documents.
+        Raises:
+            RequestError: If the tokenizer lacks special tokens or adds a trained prompt (prompt tuning) to texts, or if
+                there are too few documents.
         """
         if tokenizer.prefix:
             raise RequestError(

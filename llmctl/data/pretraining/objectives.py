@@ -15,13 +15,18 @@ from llmctl.data.shuffle import hashed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 _STREAM = 2**32
-"""Number that is added to `stream`, so that random numbers of objectives are independent of those of the shuffle."""
+"""Number that is added to the argument `stream` of `random_bits`, so that random numbers of objectives are independent
+of those of the shuffle."""
 
 
 def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """Return random 64-bit integers, uint64 [B, width]. Each depends only on its row number, column, seed and stream.
+    """Return random 64-bit integers, uint64 [B, width], which are the same for the same arguments.
 
-    Different numbers `stream` give independent results.
+    Args:
+        rows_B: Row numbers. Each row of the result depends only on its row number, not on the other rows.
+        width: Number of integers per row.
+        seed: Seed of the random choices.
+        stream: Number that tells several uses for the same row apart. Different numbers give independent results.
     """
     numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
     return hashed(numbers_BT.ravel(), seed, _STREAM + stream).reshape(numbers_BT.shape)
@@ -47,8 +52,8 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
         packed: Packed rows; special tokens are never chosen.
         words: Vocabulary of the tokenizer, with a mask token.
         rate: Fraction of the row's ordinary tokens to choose; at least one token is chosen.
-        whole_words: Whether to choose all tokens of a word or none. `rate` is then an upper bound, which is nearly
-            reached.
+        whole_words: Whether to choose all tokens of a word or none. The fraction of chosen tokens is then slightly
+            below `rate`.
         seed: Seed of the random choices.
 
     Returns:
@@ -93,7 +98,7 @@ def positions_of(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
 def _whole_words(
     packed: Packed, words: Vocabulary, ordinary_BT: np.ndarray, wanted_B: np.ndarray, chance_BT: np.ndarray
 ) -> np.ndarray:
-    """Choose whole words in random order, as long as a row has at most `wanted_B` chosen tokens.
+    """Choose whole words in random order, up to a number of tokens per row.
 
     A word that would exceed this number is skipped.
 
@@ -101,7 +106,7 @@ def _whole_words(
         packed: Packed rows.
         words: Vocabulary of the tokenizer.
         ordinary_BT: Whether each token may be chosen.
-        wanted_B: Number of tokens to choose in each row.
+        wanted_B: Maximum number of tokens to choose in each row.
         chance_BT: Random numbers that define the order.
 
     Returns:

@@ -1,9 +1,12 @@
 """Pack documents of any length into rows of T tokens, without attention or loss across documents.
 
-All pieces (documents or parts of documents) of an epoch are concatenated to one sequence of tokens. The offset of each
-piece in it is known. Row r is the range [r * T, (r + 1) * T) of the line. To build a row, the pieces are found by a
-binary search, so the time hardly depends on the size of the corpus. A row depends only on the corpus, the settings and
-the row number. It is therefore the same after a resume and for any number of hosts.
+For each epoch, documents are divided into pieces (whole documents or parts of documents). The pieces are placed one
+after the other into one long sequence of tokens, the epoch's token sequence. Row r consists of T tokens of this
+sequence, from token r * T on. The sequence is never stored. Only the offset of each piece in the sequence is known, and
+a binary search finds the pieces of a row. The time per row therefore hardly depends on the size of the corpus.
+
+A row depends only on the corpus, the settings and the row number. It is therefore the same after a resume and for any
+number of hosts.
 
 Shapes: P pieces, B rows, T tokens per row, D documents.
 """
@@ -30,15 +33,16 @@ class Packed:
     """Store rows [B, T] of packed documents, before an objective builds inputs and targets."""
 
     rows: np.ndarray
-    """Row numbers, int64 [B]. Random choices of an objective depend only on these and the seed."""
+    """Row numbers, int64 [B]. Random choices of an objective depend only on the row numbers and the seed."""
     tokens: np.ndarray
-    """Token ids, int32 [B, T]; `pad_id` at padding."""
+    """Token ids, int32 [B, T]; the id of the padding token at padding."""
     next: np.ndarray
-    """Next token of the same document, int32 [B, T], even if it is in the next row; `pad_id` if there is none."""
+    """Next token of the same document, int32 [B, T], even if it is in the next row; the id of the padding token if
+    there is none."""
     follows: np.ndarray
     """Whether the document has a next token, bool [B, T]."""
     segments: np.ndarray
-    """Segment ids, int32 [B, T]: 0 for padding, 1 and up for documents."""
+    """Segment ids, int32 [B, T]: 0 for padding, and 1, 2, … for the documents of a row."""
     positions: np.ndarray
     """Index of each token in its segment, int32 [B, T]."""
 
@@ -59,13 +63,17 @@ def causal(packed: Packed) -> Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Describe the line of an epoch: P pieces of documents. Offsets outside all pieces are padding. Arrays are [P]."""
+    """Store where each piece of a document is in the token sequence of one epoch.
+
+    A piece is a document or a part of one. The epoch's token sequence is divided into rows of T tokens. Tokens of the
+    sequence that belong to no piece are padding. Each array has one entry per piece, int64 [P].
+    """
 
     start: np.ndarray
-    """Offset of each piece in the line in tokens, ascending."""
+    """Index of the piece's first token in the epoch's token sequence; ascending."""
     doc: np.ndarray
     first: np.ndarray
-    """Offset of each piece in its document in tokens."""
+    """Index of the piece's first token in its document."""
     length: np.ndarray
 
 
@@ -76,11 +84,13 @@ class PackedRows:
     order, and the last row is padded, not dropped. Validation then reads every token exactly once.
 
     Packing methods:
-    - segments: an epoch's shuffled documents form one stream, which is split every T tokens. If the end of a row splits
-      a document, the next row continues it as a new segment. The last, incomplete row is dropped.
-    - concat: the same stream, but each row is one segment, so attention and loss extend across documents.
-    - fit: documents are split into pieces of at most T tokens. Each piece is placed into the row that it fits best
-      (best fit, longest first). Rows are padded, and shuffled in each epoch.
+    - segments: the shuffled documents of an epoch are concatenated, and the result is split every T tokens. Each
+      document in a row has its own segment id, and attention stays within it. If the end of a row splits a document,
+      the next row continues it as a new segment. The last, incomplete row is dropped.
+    - concat: rows are split as for `segments`, but a whole row has one segment id. Attention and loss therefore extend
+      across documents.
+    - fit: documents are split into pieces of at most T tokens. From the longest to the shortest, each piece is placed
+      into the fullest row that has enough space (best fit). Rows are padded, and shuffled in each epoch.
 
     Args:
         corpus: Tokenized documents.
@@ -190,11 +200,11 @@ class PackedRows:
         )
 
     def _tokens(self, doc: np.ndarray, offset: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """Return token ids by document and offset, with the shape of the arguments.
+        """Return the token ids at given positions of documents, with the shape of the arguments.
 
         Args:
             doc: Index of the document.
-            offset: Offset in the document, including `bos` and `eos`.
+            offset: Index of the token in the document, whose first token is `bos` (if added) and whose last is `eos`.
             where: Whether there is a token; otherwise the result is the padding token.
         """
         bos = self._tokenizer.add_bos
@@ -208,7 +218,10 @@ class PackedRows:
         return out
 
     def _epoch(self, epoch: int) -> tuple[Layout, np.ndarray | None]:
-        """Return the layout of an epoch, and the permutation of its rows; None if documents are shuffled instead."""
+        """Return the positions of all pieces in an epoch, and the permutation of its rows.
+
+        If the documents are shuffled instead of the rows, the permutation is None.
+        """
         key = epoch if self.shuffle else 0
         with self._lock:  # several threads read rows; one of them computes the layout
             if key not in self._epochs:
@@ -236,7 +249,7 @@ def best_fit(length_D: np.ndarray, seq_len: int) -> tuple[Layout, int]:
         seq_len: Number of tokens per row.
 
     Returns:
-        The layout, in which row r is the range [r * seq_len, (r + 1) * seq_len), and the number of rows.
+        The positions of the pieces in the concatenation of all rows, and the number of rows.
     """
     count_D = -(-length_D // seq_len)
     doc_P = np.repeat(np.arange(len(length_D)), count_D)

@@ -1,8 +1,8 @@
-"""Tokenize a corpus once, in parallel processes, and save it as shards that training can read.
+"""Tokenize a corpus once, in parallel processes, and save it as shards (files of documents) that training can read.
 
-The documents of each split and source are divided into shards by their index only, and one process writes each shard.
-The result is therefore the same for any number of processes. If a preparation is interrupted, the next one writes only
-the missing shards.
+The index of a document in its source determines its shard, and each shard is written by one process. The result is
+therefore the same for any number of processes. If a preparation is interrupted, the next one writes only the missing
+shards.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MOST_SHARDS, LEAST_DOCUMENTS = 1024, 1024
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """Describe a shard before it is written: its name and its documents."""
+    """Describe a shard (a file of documents) before it is written: its name and its documents."""
 
     name: str
     """File name of the shard without suffix."""
@@ -66,11 +66,14 @@ class PlannedShard:
 
 
 class ShardRecord(BaseModel):
-    """Describe a shard that was written. Its file tells a later preparation not to write the shard again."""
+    """Describe a shard (a file of documents) that was written.
+
+    The record is saved next to the shard, so that a later preparation does not write the shard again.
+    """
 
     shard: Shard
     lengths: str
-    """Checksum of the file with the documents' lengths."""
+    """Checksum of the file with the number of tokens of each document."""
 
 
 def prepare(
@@ -167,10 +170,12 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 
 
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
-    """Create the work folder and a tokenizer in it, if no earlier call with the same settings has done so.
+    """Create the temporary folder of a preparation, and a tokenizer in it.
+
+    If an earlier call with the same settings has done so, its tokenizer is loaded.
 
     Args:
-        work: Work folder.
+        work: Temporary folder.
         key: Hash of everything that determines the result.
         cfg: Settings of the tokenizer.
         text: Splits of the raw text, from which a tokenizer may be trained.
@@ -230,7 +235,8 @@ def _write(work: Path, planned_shards: list[PlannedShard], pool: Pool, progress:
 
 
 def _is_written(work: Path, planned: PlannedShard) -> bool:
-    """Return True if an earlier call wrote a shard and its document lengths, and both match their checksums."""
+    """Return True if an earlier call wrote a shard and the lengths of its documents, and if both files match their
+    checksums."""
     try:
         note = ShardRecord.model_validate_json(_note(work, planned).read_text())
         sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, planned))
@@ -317,7 +323,10 @@ def _dtype(tokenizer: Tokenizer) -> Dtype:
 
 @contextlib.contextmanager
 def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
-    """Yield a `Pool` of `workers` processes. The processes end with the context. One worker uses this process."""
+    """Yield a function that applies another function in `workers` parallel processes (see `Pool`).
+
+    The processes end with the context. With one worker, this process does the work.
+    """
     if workers == 1:
         worker = Worker(data, work)
         yield lambda function, tasks: (function(worker, task) for task in tasks)
@@ -335,7 +344,7 @@ def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
 
 
 _worker: Any = None
-"""`Worker` of this process; None in the main process."""
+"""Sources and tokenizer that this worker process has opened; None in the main process."""
 
 
 def _start(data: DataConfig, work: Path) -> None:

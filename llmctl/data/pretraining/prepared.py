@@ -48,7 +48,8 @@ class Shard(BaseModel):
 
 
 class Part(BaseModel):
-    """Describe the documents of one source in one split: their shards, in order, and their lengths."""
+    """Describe the documents of one source in one split: the names of their files (shards), in order, and the file with
+    their lengths."""
 
     title: str
     weight: float = Field(gt=0, allow_inf_nan=False)
@@ -74,7 +75,7 @@ class Prepared(BaseModel):
     """Data config with which the data was prepared, as JSON data."""
     splits: dict[str, list[Part]]
     words: dict[str, str] | None = None
-    """Checksums of the tokenizer's files; None if an earlier version of llmctl prepared the data."""
+    """Checksums of the tokenizer's files by path; None if an earlier version of llmctl prepared the data."""
     digest: str = ""
     """SHA-256 of all fields above; empty if an earlier version of llmctl prepared the data."""
 
@@ -118,7 +119,7 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
 
 
 class Shards:
-    """Give random access to documents in ArrayRecord shards (see `corpus.Documents`)."""
+    """Give random access to documents in ArrayRecord files (shards). The interface is that of `corpus.Documents`."""
 
     def __init__(self, where: epath.Path, part: Part, dtype: str):
         """Check the shards and read the document lengths.
@@ -153,7 +154,7 @@ class Shards:
 
     @property
     def tokens(self) -> Shards:
-        """Return this object, which is indexed by token position."""
+        """Return this object, because indexing it with token positions gives token ids."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:
@@ -232,7 +233,9 @@ def _wrong_lengths(where: epath.Path, part: Part) -> str:
 
 
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
-    """Check the settings that only `llmctl prepare` applies: they must be the same as in the preparation.
+    """Check that filters, replacements, deduplication and split fractions are those with which the data was prepared.
+
+    Only `llmctl prepare` applies these settings. Training on prepared data cannot change them.
 
     Args:
         found: Description of the prepared data.
@@ -241,7 +244,7 @@ def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: s
         path: Folder of the prepared data, for the error message.
 
     Raises:
-        RequestError: If a setting differs, because it would have no effect.
+        RequestError: If one of these settings differs.
     """
     was = dict(found.data)
     asked = {name: getattr(part, name) for name in ("filter", "replace")}

@@ -23,13 +23,13 @@ from llmctl.data.tokenizers.vocabulary import Vocabulary
 def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
     """Compute row sizes for span corruption, so that the encoder reads about `encoder` tokens per row.
 
-    Of n tokens, k = rate * n are dropped in s = k / span spans, and each span is replaced by a sentinel. The encoder
-    therefore reads n - k + s tokens.
+    Of n tokens, k = rate * n are dropped. They form s = k / span spans of consecutive tokens, and each span is replaced
+    by one sentinel token. The encoder therefore reads n - k + s tokens.
 
     Args:
         encoder: Encoder length in tokens.
         rate: Fraction of tokens to drop.
-        span: Mean span length in tokens.
+        span: Mean number of tokens per span.
 
     Returns:
         Number of tokens per row before corruption, number of decoder tokens, and number of sentinels.
@@ -46,7 +46,7 @@ def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
 
 
 def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int]:
-    """Return (number of tokens to drop from n tokens, number of spans), both rounded as floor(x + `up`)."""
+    """Return (number of tokens to drop from n tokens, number of spans), each rounded as floor(x + `up`)."""
     k = min(int(rate * n + up), n - 1)
     return (0, 0) if k < 1 else (k, min(max(1, round(k / span)), n - k + 1))
 
@@ -54,7 +54,7 @@ def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int
 def choose_spans(
     n: int, rate: float, span: float, up: float, gaps: np.ndarray, cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample the spans to drop from n tokens.
+    """Sample the spans (runs of consecutive tokens) to drop from n tokens.
 
     Spans are separated by kept tokens. All placements of the spans are equally likely, and so are all divisions of the
     dropped tokens into spans.
@@ -63,7 +63,8 @@ def choose_spans(
         n: Number of tokens.
         rate: Fraction of tokens to drop.
         span: Mean span length in tokens.
-        up: Rounding offset in [0, 1); unbiased if sampled uniformly.
+        up: Offset in [0, 1) with which the number of tokens and spans is rounded, as floor(x + `up`). The rounding is
+            unbiased if the offset is sampled uniformly.
         gaps: Random numbers [n], from which the positions of the spans are chosen.
         cuts: Random numbers [n], from which the lengths of the spans are chosen.
 
@@ -93,7 +94,8 @@ def corrupted(
     span: float = 3.0,
     seed: int = 0,
 ) -> Batch:
-    """Apply span corruption (Raffel et al., 2019, arXiv:1910.10683).
+    """Apply span corruption (Raffel et al., 2019, arXiv:1910.10683): drop spans of consecutive tokens, and predict
+    them.
 
     The encoder reads a sentinel in place of each span. The decoder predicts each sentinel and its span, and then the
     end-of-sequence token. Tokens beyond `encoder` or `decoder` are truncated, and a span whose sentinel was truncated
@@ -156,8 +158,8 @@ def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
     The encoder reads the beginning of each document, and the decoder predicts the rest. The position at which a
     document is divided is sampled uniformly. Encoder and decoder rows have as many tokens as the packed rows.
 
-        Returns:
-            The arrays of `corrupted`, with S = T.
+    Returns:
+        Arrays with the same names as those of `corrupted`, int32 or float32 [B, T].
     """
     width = packed.tokens.shape[1]
     where_BT = uniform(packed.rows, width, seed, 6)
@@ -197,7 +199,7 @@ class _Rows:
         self._read, self._written = np.zeros(B, int), np.zeros(B, int)
 
     def read(self, b: int, segment: int, tokens: np.ndarray) -> int:
-        """Append tokens of a document to encoder row b, and return how many of them fit."""
+        """Append tokens of a document to encoder row b, and return the number of tokens that fit."""
         at = self._read[b]
         n = min(len(tokens), self.batch["encoder_tokens"].shape[1] - at)
         here = (b, slice(at, at + n))
