@@ -1,8 +1,8 @@
-"""Define weights, the leaves of the parameter tree, and all products of weights with activations.
+"""Define the weights in a parameter tree, and all products of weights with activations.
 
-A weight is a plain array or a node (`llmctl.model.weights.base.Node`). Examples of nodes are integers with scales, and
-a low-rank update of another weight. Other packages can define nodes. The functions of this package accept both arrays
-and nodes:
+A weight is a plain array or a weight node: an object that stores one weight as several arrays
+(`llmctl.model.weights.base.Node`). Examples of nodes are a quantized matrix (integers and scales) and a matrix with a
+LoRA adapter. Other packages can define nodes. The functions of this package accept both arrays and nodes:
 
     >>> import jax.numpy as jnp
     >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))

@@ -18,16 +18,17 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updat
 
 @dataclass(frozen=True)
 class Adapter(Node):
-    """Define the base class of adapters: weight nodes that wrap another weight, the base.
+    """Base class of adapters, which store a frozen weight (the base) together with small trained arrays.
 
-    A subclass adds array fields, lists the trained ones in `adapter_parts`, and defines `dense`.
+    A subclass adds the small arrays as fields, lists the trained ones in `adapter_parts`, and defines `dense`, the
+    weight with the adapter applied.
     """
 
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that are trained; all others are frozen."""
 
     base: Any
-    """Wrapped weight, a plain array or a node."""
+    """Frozen weight to which the adapter is applied: a plain array, or a weight node such as a quantized weight."""
 
     shape = property(lambda self: self.base.shape)
     dtype = property(lambda self: self.base.dtype)
@@ -36,12 +37,18 @@ class Adapter(Node):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of the part that `Node.values_part` of the base names, or None if there is none."""
+        """Return the name of the base's array that shows which elements of the base are zero, or None.
+
+        For a quantized base, it is the name of the integers. `Node.values_part` defines when it is None.
+        """
         part = as_node(self.base).values_part
         return None if part is None else _base_part(part)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the merged weight as a plain array. If decoding keeps the base as integers, return this node."""
+        """Return the weight with its adapter merged, as a plain array.
+
+        If decoding uses the integers of a quantized base directly, return this object unchanged.
+        """
         base = as_node(self.base)
         return self if base.is_integer and base.for_decoding(on_cpu) is base else self.dense()
 
@@ -59,7 +66,7 @@ class Adapter(Node):
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
-        """Return the node that has the given settings and parts; the inverse of `settings` and `parts`."""
+        """Build an adapter from the results of `settings` and `parts`."""
         inner = {base_part(k): a for k, a in parts.items() if _is_base(k)}
         own = {k: a for k, a in parts.items() if not _is_base(k)}
         return super().restore(settings, {"base": assemble(settings["base"], inner), **own})
@@ -73,7 +80,7 @@ class Adapter(Node):
         return self.base
 
     def with_base(self, base: Any) -> Self:
-        """Return the same adapter over another weight of the same shape."""
+        """Return the same adapter applied to another weight of the same shape, `base`."""
         return replace(self, base=base)
 
     def merged(self) -> jax.Array:
@@ -84,11 +91,11 @@ class Adapter(Node):
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return this node with a base that does not quantize activations."""
+        """Return this adapter with a base whose products do not quantize activations."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
-        """Raise an error, because elements that are pruned in the base would not be zero in the weight.
+        """Raise an error: if elements of the base were set to zero, the adapter would make them nonzero again.
 
         Raises:
             RequestError: If this function is called, because adapters must be merged before pruning.
@@ -96,7 +103,7 @@ class Adapter(Node):
         raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """Raise an error, because channels of an adapter cannot be selected.
+        """Raise an error, because inputs and outputs of a weight with an adapter cannot be removed.
 
         Raises:
             RequestError: If this function is called, because adapters must be merged before pruning.
@@ -109,7 +116,9 @@ def _base_part(part: str) -> str:
 
 
 def base_part(part: str) -> str:
-    """Return the name that a part of an adapter's base has without the adapter.
+    """Return the name that an array of the base has in the base itself: remove the prefix "base.".
+
+    Arrays of the adapter, such as "a", keep their names.
 
     >>> base_part("base"), base_part("base.scale"), base_part("a")
     ('', 'scale', 'a')
@@ -122,7 +131,7 @@ def _is_base(part: str) -> bool:
 
 
 def adapted(params: Params) -> dict[str, Any]:
-    """Return {path: weight} for all weights that have an adapter."""
+    """Return {path: weight} for all weights in the tree that have an adapter."""
     return {path: w for path, w in flatten(params).items() if as_node(w).has_adapter}
 
 

@@ -1,6 +1,9 @@
-"""Define weight nodes: leaves of the parameter tree that store one weight as several arrays.
+"""Define weight nodes: objects in the parameter tree that store one weight as several arrays.
 
-A node is a frozen dataclass that derives from `Node`. Its array fields are its parts, its other fields its settings:
+Examples are a quantized matrix, which consists of integers and scales, and a matrix with a LoRA adapter.
+
+A node is a frozen dataclass that derives from `Node`. The arrays of a node are called its parts, and its other fields
+are called its settings:
 
     >>> @node_type
     ... class Ternary(Node):
@@ -17,12 +20,13 @@ A node is a frozen dataclass that derives from `Node`. Its array fields are its 
     ([0.0, 0.5], 4, ['values_IO', 'scale'])
 
 With the entry point `"weight.ternary" = "my_package:Ternary"`, llmctl can run, save, load, shard, merge and export this
-node. By default, all methods use `dense`. A subclass overrides methods for which that is slow or impossible. A node
-around another weight derives from `llmctl.model.weights.adapter.Adapter`.
+node. By default, all methods use `dense`, which returns the weight as a plain array. A subclass overrides methods for
+which that is slow or impossible. A node that adds an adapter to another weight derives from
+`llmctl.model.weights.adapter.Adapter`.
 
-Limits: every part must have as many axes as the weight, and must begin with its leading axes (layers). Scans over
-layers and sharding rules need these axes. If a part is shorter than the weight along a dimension, it is replicated
-along this dimension.
+Limits: every array of a node must have as many axes as the weight. If the weight has a leading axis of layers, every
+array must have this axis too, because `lax.scan` over layers slices it. An array may be shorter than the weight along
+another axis, as scales are; it is then replicated along this axis.
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -46,7 +50,7 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Product:
-    """Store options that the caller of a matrix product chooses. A node may ignore them."""
+    """Store options for a product of activations x and a weight. A weight node may ignore them."""
 
     fold: bool = True
     """Whether to merge the leading axes of x into one before the product, which is much faster on XLA's CPU backend
@@ -55,37 +59,42 @@ class Product:
     """8-bit type of the product in training, a name in `quantized_matmul.TYPES`; empty means none. Only plain arrays
     use it."""
     axes: tuple[str, str] | None = None
-    """Logical axes of the matrix. If it is a plain array that FSDP shards, they determine how it is gathered."""
+    """Logical axes of the matrix. They determine how a plain array is gathered, if FSDP shards it."""
 
 
 def setting(*, default: Any = MISSING) -> Any:
-    """Declare a dataclass field of a node that is not an array. Its value is stored in the manifest."""
+    """Declare a dataclass field of a weight node that is not an array, such as a group size.
+
+    The value of the field is stored in the manifest, the JSON file that describes a saved model.
+    """
     return field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, setting))
 def node_type(cls: C) -> C:
-    """Register a class as a weight node: a frozen dataclass, and a pytree whose leaves are its parts."""
+    """Make a class a weight node: a frozen dataclass that JAX treats as a pytree of its array fields."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
 class Node(abc.ABC):
-    """Represent one weight of the parameter tree, independent of its storage format.
+    """Base class for weights that are stored as several arrays, such as integers and scales.
+
+    All weights have the same methods, whatever the storage format.
 
     The module docstring has an example.
     """
 
     kind: ClassVar[str]
-    """Name of the class in manifests and in the registry `weight`."""
+    """Name of the class in manifests (the JSON files of saved models) and in entry points, as in "weight.NAME"."""
     adapter_parts: ClassVar[tuple[str, ...]] = ()
-    """Names of the parts that are trained in an adapter method; the other parts are frozen."""
+    """Names of the arrays that adapter training changes; the other arrays of the node are frozen."""
     keeps_zeros: ClassVar[bool] = False
-    """Whether the merged weight of an adapter is zero wherever the base is zero."""
+    """Whether the weight with its adapter merged is zero wherever the frozen base weight is zero."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Return the logical shape, as the model config defines it. Leading axes are layers."""
+        """Return the logical shape: that of the weight as a plain array, such as [layers, inputs, outputs]."""
 
     @property
     @abc.abstractmethod
@@ -128,7 +137,7 @@ class Node(abc.ABC):
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
         """Return the rows of this table [V, D] at ids [...] in `dtype`, an array [..., D].
 
-        `axes` are the table's logical axes.
+        `axes` are the names of the table's axes in the sharding rules.
         """
         return jnp.take(self.dense(dtype), ids, axis=0)
 
@@ -137,9 +146,9 @@ class Node(abc.ABC):
         return self
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
-        """Return the bias of the layer that this matrix belongs to, in `dtype`.
+        """Return the bias of the dense layer that has this matrix, in `dtype`.
 
-        It is the stored bias `b`, if no adapter scales it.
+        An adapter may scale the stored bias `b`. Otherwise, `b` itself is returned.
         """
         return b.astype(dtype)
 
@@ -158,29 +167,28 @@ class Node(abc.ABC):
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
-        """Return the node that has the given settings and parts; the inverse of `settings` and `parts`.
-
-        Parts may be abstract.
-        """
+        """Build a node from the results of `settings` and `parts`. The arrays may be abstract."""
         return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
 
     def count(self) -> int:
-        """Return the number of parameters: elements of the logical shape and, for an adapter, those that it adds."""
+        """Return the number of parameters: the elements of the dense weight and, if any, those of its adapter."""
         return math.prod(self.shape)
 
     # --- what training and compression ask ---------------------------------------------------------------------------
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of the array of this node that shows which elements of the weight are zero.
+        """Return the name of a stored array that is zero exactly where the dense weight is zero.
 
-        That array has the shape of the dense weight, for example the integers of a quantized weight. Return None if
-        the node has no such array.
+        For a quantized weight, it is the array of integers. Return None if the node has no such array.
         """
         return None
 
     def values(self) -> Any:
-        """Return an array of the logical shape that is zero exactly where the stored weight is zero."""
+        """Return an array of the logical shape that is zero exactly where the weight is zero.
+
+        For a quantized weight, these are its integers.
+        """
         return self.dense() if self.values_part is None else self.parts()[self.values_part]
 
     @property
@@ -203,7 +211,7 @@ class Node(abc.ABC):
         return self
 
     def with_base(self, base: Any) -> Any:
-        """Return the adapter of this weight over another weight of the same shape.
+        """Return another weight of the same shape, `base`, with the adapter of this weight.
 
         Raises:
             TypeError: If this weight has no adapter.
@@ -211,9 +219,9 @@ class Node(abc.ABC):
         raise TypeError(f"{type(self).__name__} has no adapter")
 
     def merged(self) -> Any:
-        """Return the weight with its adapter merged, in the dtype of its base.
+        """Return the weight with its adapter merged, in the dtype of the frozen base weight.
 
-        Without an adapter, return the weight itself.
+        If there is no adapter, return the weight unchanged.
         """
         return self
 
@@ -242,32 +250,32 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot be pruned; prune before it is made")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """Return a stacked weight with only the selected channels of each layer.
+        """Return a weight [layers, inputs, outputs] with only the selected inputs or outputs of each layer.
 
         Args:
-            index_LN: Indices of the selected channels, per layer.
-            axis: Axis of the channels: -1 for outputs, -2 for inputs.
+            index_LN: Indices of the N selected inputs or outputs in each of L layers.
+            axis: -1 to select outputs, -2 to select inputs.
 
         Raises:
-            RequestError: If an element of a part belongs to several channels, such as the scale of a group. The caller
-                adds the path of the weight to the message.
+            RequestError: If the weight is quantized with one scale per group along this axis, because the selection
+                would break up groups. The caller adds the name of the weight to the message.
         """
         return jax.tree.map(lambda a: take_along(a, index_LN, axis, self.shape[axis]), self)
 
 
 def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.Array:
-    """Return one part of a weight with only the selected channels along `axis`.
+    """Return one array of a weight, such as its scales, with only the selected indices along `axis`.
 
-    A part of length 1 along this axis belongs to all channels and is returned unchanged.
+    An array of length 1 along this axis is returned unchanged, because it applies to all indices.
 
     Args:
-        a: The part.
-        index_LN: Indices of the selected channels, per layer.
-        axis: Axis of the channels.
-        full: Number of channels of the weight.
+        a: The array, with a leading axis of layers.
+        index_LN: The N selected indices in each of L layers.
+        axis: Axis along which to select.
+        full: Length of the dense weight along this axis.
 
     Raises:
-        RequestError: If an element of the part belongs to several channels.
+        RequestError: If the array is shorter than the weight along this axis, such as one scale per group of inputs.
     """
     if a.shape[axis] == 1 and full > 1:
         return a
@@ -282,5 +290,5 @@ def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.
 
 
 def _names(cls: Any, static: bool) -> list[str]:
-    """Return the names of a node's settings (if `static`), or of its array fields."""
+    """Return the names of a weight node's array fields or, if `static`, of its other fields."""
     return [f.name for f in fields(cls) if bool(f.metadata.get("static")) is static]

@@ -1,4 +1,6 @@
-"""Define LoRA: a weight with a low-rank update (arXiv:2106.09685). The base may be quantized (QLoRA, arXiv:2305.14314).
+"""Define LoRA: a frozen weight, the base, with a trained low-rank update (arXiv:2106.09685).
+
+The base may be quantized (QLoRA, arXiv:2305.14314).
 
 Shapes: I inputs, O outputs, R rank.
 """

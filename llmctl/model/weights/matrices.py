@@ -26,7 +26,7 @@ class Matrix:
     """Path of the weight, such as `decoder/blocks/attn/q/kernel`. For the matrices that `layer_matrices` yields, the
     path is relative to the layer."""
     weight: Any
-    """The weight, a plain array or a node, of shape [..., I, O]; a token table has the shape [V, D]."""
+    """The weight [..., I, O], or the token embedding table [V, D]; a plain array, or a weight node (`weights.base`)."""
     place: Place
     """Location: `block`, `head` or `embedding`. A tied table counts as an embedding."""
     stack: str
@@ -37,7 +37,7 @@ class Matrix:
 
     @property
     def node(self) -> Node:
-        """Return the weight as a node. A plain array is wrapped in `Plain`."""
+        """Return the weight as an object with the methods of `Node`. A plain array is wrapped in `Plain`."""
         return as_node(self.weight)
 
     @property
@@ -90,10 +90,10 @@ def layer_of(tree: Any, index: int) -> Any:
 
 
 def zero_names(params: Params) -> frozenset[str]:
-    """Return the names of the arrays whose zeros are the pruning mask, if the model was pruned.
+    """Return the names of the arrays in which pruning sets elements to zero.
 
     These are the floating-point arrays of the matrices in layers. Adapter arrays are excluded, because their zeros come
-    from initialization.
+    from initialization and not from pruning.
     """
     found = ((m.path, m.node, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, node, part in found if part is not None and not node.is_integer)

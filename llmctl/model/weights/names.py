@@ -1,8 +1,8 @@
-"""Parse parameter names, to detect matrices, parameters of layers, and parts of weight nodes.
+"""Parse the names of parameters, to find out which are matrices, which belong to layers, and so on.
 
-A path consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`. The name of a
-plain array is its path. The name of an array of a weight node is the node's path and the name in the node, such as
-`decoder/blocks/attn/q/kernel:a`.
+The path of a weight consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`.
+If the weight is one plain array, the name of the array is the path. If the weight is stored as several arrays (a weight
+node), the name of each adds its name in the node, such as `decoder/blocks/attn/q/kernel:scale`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Place = Literal["block", "head", "embedding"]
 BLOCKS, KERNEL, BIAS, EMBED, HEAD = "blocks", "kernel", "bias", "embed", "head"
 RELATIVE = "relative_bias"
 VECTORS = ("factor", "magnitude", "e")
-"""Names of those arrays of adapters that are one vector per matrix."""
+"""Names of adapter arrays that are one vector per matrix, such as the magnitudes of DoRA."""
 
 
 class Name(NamedTuple):
@@ -31,7 +31,7 @@ class Name(NamedTuple):
     leaf: str
     """Last key of the path: `kernel`, `bias`, `scale`, …"""
     part: str
-    """Name of the array within a weight node; empty for a plain array."""
+    """Name of the array within its weight, such as `scale` of a quantized weight; empty for a plain array."""
 
     @property
     def stacked(self) -> bool:
@@ -79,7 +79,10 @@ class Name(NamedTuple):
 
     @property
     def below(self) -> bool:
-        """Return True for parameters that all layers depend on: embeddings, and the relative position bias."""
+        """Return True for parameters that are used below the first layer, or by all layers.
+
+        These are the embeddings and the relative position bias.
+        """
         return self.embeds or RELATIVE in self.path.split("/")
 
     @property
@@ -116,12 +119,17 @@ def parse(name: str) -> Name:
 
 
 def join(path: str, part: str) -> str:
-    """Return the name of one array: the weight's path and, for a node, its part."""
+    """Return the name of one array of a weight: "path:part", or the path if `part` is empty.
+
+    Args:
+        path: Path of the weight.
+        part: Name of the array within the weight; empty if the weight is a plain array.
+    """
     return f"{path}:{part}" if part else path
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return True if a glob pattern (`*`, `?`, `[…]`) matches some part of the name.
+    """Return True if a glob pattern (`*`, `?`, `[…]`) matches a substring of the name.
 
     >>> matches("decoder/blocks/attn_norm/scale", "norm"), matches("decoder/blocks/mlp/up/kernel", "attn/*/kernel")
     (True, False)

@@ -28,7 +28,7 @@ LEVELS = np.array(
 )
 """Values of the 16 codes, in ascending order (appendix E of the paper)."""
 BOUNDS = (LEVELS[1:] + LEVELS[:-1]) / 2
-"""Values between which each code is the nearest, float32 [15]. A value on a bound has the lower code."""
+"""Midpoints between neighboring levels, float32 [15]. A value equal to a midpoint gets the lower code."""
 OFFSET = 8
 """Difference between a code (0 to 15) and the int4 that stores it (-8 to 7)."""
 ZERO = 7 - OFFSET
@@ -86,7 +86,8 @@ class NormalFloat(Node):
 def _values(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     """Return the values of codes whose scales each belong to a block along one axis.
 
-    The table is read by four selections, one per bit, because XLA vectorizes them and not a lookup.
+    Each value is selected from LEVELS by the four bits of its code, one after the other. XLA vectorizes such
+    selections, but not a lookup by index.
     """
     bits = codes.astype(jnp.int32) + OFFSET
     level: list[Any] = [jnp.float32(value) for value in LEVELS]

@@ -64,8 +64,8 @@ class Quantized(Node):
     def for_decoding(self, on_cpu: bool) -> Any:
         """Return a plain array on CPUs, because a CPU would convert the integers again for every token.
 
-        On other platforms, return the node. Also return the node if it quantizes activations, because a plain array
-        would compute another function.
+        On other platforms, return the quantized weight unchanged. Also return it unchanged if its products quantize
+        activations, because the products of a plain array would have other results.
         """
         return self.dense() if on_cpu and not self.activations else self
 
@@ -75,12 +75,12 @@ class Quantized(Node):
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
-        """Return the node that has the given settings and parts."""
+        """Build a quantized weight from its settings and its stored arrays."""
         array = qwix.QArray(parts["qvalue"], parts["scale"], qtype=parts["qvalue"].dtype)
         return cls(array, settings["activations"])
 
     def integers(self) -> Quantized:
-        """Return this node. Export formats store it as integers."""
+        """Return this weight unchanged. Export formats store its integers and scales."""
         return self
 
     def with_activations(self, kind: str) -> Quantized:

@@ -1,7 +1,9 @@
 """Convert the type of a weight to a JSON record for the manifest, and rebuild a weight from its record and arrays.
 
-The record of a plain array is {"parts": {name: [dtype, shape]}}. For a weight node, it also contains "node", the name
-of its class in the registry, and the settings of the node.
+The manifest is the JSON file that describes a saved model. A weight is a plain array or a weight node, an object that
+stores one weight as several arrays (`llmctl.model.weights.base`). The record of both contains "parts", which is {name:
+[dtype, shape]} of the stored arrays. The record of a weight node also contains "node", the name of its class, and the
+fields of the node that are not arrays (its settings).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ KINDS: Registry[type[Node]] = Registry(
 
 
 def parts(w: Any) -> dict[str, Any]:
-    """Return the stored arrays of a weight by name. A plain array has one part with an empty name."""
+    """Return the stored arrays of a weight by name. The name of a plain array is the empty string."""
     return as_node(w).parts()
 
 
@@ -37,14 +39,17 @@ def describe(w: Any) -> dict[str, Any]:
 
 
 def typed(w: Any) -> dict[str, Any]:
-    """Return the record of a weight without "parts": the name and settings of its node, or {} for a plain array."""
+    """Return the record of a weight without "parts", its dtypes and shapes.
+
+    The result is {} for a plain array. For a weight node, it has the name of the class and the settings.
+    """
     return {} if is_plain(w) else {"node": w.kind, **w.settings()}
 
 
 def assemble(record: dict[str, Any], arrays: dict[str, Any]) -> Any:
-    """Return the weight that a record of `describe` and the arrays of `parts` define.
+    """Rebuild a weight from its record (see `describe`) and its stored arrays (see `parts`).
 
-    Arrays may be abstract.
+    The arrays may be abstract.
 
     Raises:
         RequestError: If no installed package provides the recorded class.
@@ -54,7 +59,7 @@ def assemble(record: dict[str, Any], arrays: dict[str, Any]) -> Any:
 
 
 def _current(record: dict[str, Any]) -> dict[str, Any]:
-    """Convert a record of an older artifact, in which nodes had no names, to the current format."""
+    """Convert the record of a weight to the current format. Records of older artifacts lack the key "node"."""
     if "node" in record:
         return record
     base = {"node": "quantized", "activations": record["activations"]} if record.get("quantized") else {}

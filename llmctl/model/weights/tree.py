@@ -1,7 +1,8 @@
 """Multiply weights, and process parameter trees, which are nested dictionaries of weights.
 
-All functions accept plain arrays and weight nodes. The model uses the nested tree. Optimizers, checkpoints and
-artifacts use flat dictionaries of arrays by name (`llmctl.model.weights.names`).
+A weight is a plain array, or a weight node that stores one weight as several arrays (`llmctl.model.weights.base`). All
+functions accept both. The model uses the nested tree. Optimizers, checkpoints and artifacts use flat dictionaries of
+arrays by name (`llmctl.model.weights.names`).
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -28,7 +29,7 @@ N = TypeVar("N", bound=Node)
 
 @dataclass(frozen=True)
 class Plain(Node):
-    """Wrap a plain or abstract array, to give it the methods of nodes. Parameter trees contain the array itself."""
+    """Wrap a plain or abstract array, to give it the methods of `Node`. Parameter trees contain the array itself."""
 
     kind: ClassVar[str] = ""
 
@@ -65,7 +66,7 @@ class Plain(Node):
         return jnp.take(self.array, ids, axis=0).astype(dtype)
 
     def parts(self) -> dict[str, Any]:
-        """Return the array as the only part, with an empty name."""
+        """Return {"": array}: a plain array has no further name within its weight."""
         return {"": self.array}
 
     def masked(self, mask: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ class Plain(Node):
         return jnp.where(mask, self.array, jnp.zeros((), self.array.dtype))
 
     def select(self, index_LN: np.ndarray, axis: int) -> jax.Array:
-        """Return selected channels of a stacked array, per layer."""
+        """Return an array [layers, inputs, outputs] with only the selected inputs or outputs of each layer."""
         return take_along(self.array, index_LN, axis, self.shape[axis])
 
     def bare(self) -> Any:
@@ -94,7 +95,10 @@ class Plain(Node):
 
 
 def as_node(w: Any) -> Node:
-    """Return a node unchanged, and a plain array as a `Plain`, which has the same methods."""
+    """Return a weight as an object with the methods of `Node`.
+
+    A weight node is returned unchanged. A plain array is wrapped in `Plain`.
+    """
     return w if isinstance(w, Node) else Plain(w)
 
 
@@ -124,7 +128,10 @@ def matmul(
 
 
 def bias(w: Weight, b: jax.Array, dtype: Any) -> jax.Array:
-    """Return the bias of the layer of matrix `w` in `dtype`, from the stored bias `b`."""
+    """Return the bias of the dense layer with the matrix `w`, in `dtype`.
+
+    It is the stored bias `b`, multiplied by a factor if an adapter of `w` scales the bias.
+    """
     return as_node(w).bias(b, dtype)
 
 
@@ -136,7 +143,7 @@ def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:
 def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
     """Return the rows of table [V, D] at ids [...] in `dtype`, an array [..., D].
 
-    `axes` are the table's logical axes.
+    `axes` are the names of the table's axes in the sharding rules.
     """
     return as_node(table).take(ids, dtype, axes)
 
@@ -145,7 +152,11 @@ def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str]
 
 
 def is_weight(x: Any) -> bool:
-    """Return True for a leaf of a tree of weights: a node or an array. Use this function as `is_leaf` of `jax.tree`."""
+    """Return True if `x` is a weight, and False if it is a dictionary of weights.
+
+    With `jax.tree.map(f, params, is_leaf=is_weight)`, the function f gets complete weights. Without it, f would get
+    each array of a quantized weight separately.
+    """
     return not isinstance(x, dict)
 
 
@@ -199,10 +210,10 @@ def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
 
 
 def count(params: Params) -> int:
-    """Return the number of parameters: elements of the weights by their logical shapes, plus parameters of adapters."""
+    """Return the number of parameters: the elements of all weights as plain arrays, and those of adapters."""
     return sum(as_node(w).count() for w in flatten(params).values())
 
 
 def of_type(params: Params, kind: type[N]) -> dict[str, N]:
-    """Return {path: node} for all weight nodes of the class `kind`."""
+    """Return {path: weight} for all weights that are objects of the class `kind`, such as `Quantized`."""
     return {path: w for path, w in flatten(params).items() if isinstance(w, kind)}
