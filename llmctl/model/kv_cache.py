@@ -1,5 +1,7 @@
 """Read and write the key-value cache of a layer, and define its layout.
 
+A slot is one position along the sequence axis of the cache. It holds the key and the value of one token.
+
 Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
 """
 
@@ -23,13 +25,13 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
 
 
 def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> jax.Array:
-    """Write new keys or values [B, T, G, K] into the cache of a module, from slot `slot` on.
+    """Write the keys or values [B, T, G, K] of T new tokens into the cache of a module, from position `slot` on.
 
     Args:
         module: Attention module, whose collection "cache" is written.
         name: "k" or "v".
         new_BTGK: New keys or values.
-        slot: Index of the first slot to write.
+        slot: Cache position at which the first token is written.
         dtype: Dtype of a new cache.
 
     Returns:

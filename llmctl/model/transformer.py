@@ -139,7 +139,7 @@ class Stack(nn.Module):
         slot: jax.Array | int | None = None,
         order_BT: jax.Array | None = None,
     ) -> Shared:
-        """Return the inputs that all layers of this stack share. `attention.share` describes the arguments."""
+        """Return the masks and rotary tables that all layers of this stack use, as `attention.share` describes."""
         cfg = self.config
         shared = share(
             cfg, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot, order_BT=order_BT
@@ -174,7 +174,7 @@ class Stack(nn.Module):
         return local_layers(self.config, self.layers), keys_L
 
     def _as_function(self) -> Callable[..., jax.Array]:
-        """Return `_layer` as a function that applies the rematerialization policy of the stack."""
+        """Return the function `_layer`, wrapped in `jax.checkpoint` if the stack has a rematerialization policy."""
         if self.remat == "none":
             return self._layer
         return jax.checkpoint(self._layer, policy=REMAT[self.remat], prevent_cse=False)
@@ -211,25 +211,26 @@ class Transformer(nn.Module):
             self.decoder = Stack(cfg, cfg.layers, causal=True, cross=cfg.encoder_layers > 0, **common)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Return the final hidden states [B, T, D] of the last stack."""
+        """Return the final hidden states [B, T, D] of the decoder or, if there is none, of the encoder."""
         memory = self.encode(batch) if self.config.encoder_layers else None
         x_BTD = self._last()(*self.start(batch, memory))
         return x_BTD if meshes.axis_size("pipeline") == 1 else pipeline_parallel.spread(x_BTD)
 
     def states(self, batch: Batch, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Return the final hidden states, and the outputs [n, B, T, D] of selected layers of the last stack."""
+        """Return the result of `__call__`, and the outputs [n, B, T, D] of selected layers of the same stack."""
         memory = self.encode(batch) if self.config.encoder_layers else None
         return self._last().states(*self.start(batch, memory), layers)
 
     def _last(self) -> Stack:
-        """Return the stack that reads `tokens`."""
+        """Return the stack that runs last: the decoder or, if there is none, the encoder."""
         return self.encoder if self.config.architecture == "encoder" else self.decoder
 
     def start(self, batch: Batch, memory_BSD: jax.Array | None = None) -> tuple[jax.Array, Shared]:
-        """Return the embeddings of `batch["tokens"]`, and the inputs that all layers of the last stack share.
+        """Return the embeddings of `batch["tokens"]`, and the attention inputs that all layers share, such as masks.
 
-        If there is a key-value cache, `batch` contains `cached_segments` [B, S] and the slot of the first token,
-        `slot`.
+        The layers are those of the decoder or, if there is none, of the encoder. With a key-value cache of S positions,
+        the batch also contains `slot`, the cache position of the first token, and `cached_segments` [B, S], the segment
+        of the token at each cache position.
         """
         stack = self._last()
         offset_BTD, prefix = batch.get("embedding_offset"), self.config.prefix_tokens
@@ -246,7 +247,7 @@ class Transformer(nn.Module):
         return x, shared._replace(memory_mask_BTS=visible(batch["segments"], batch["encoder_segments"]))
 
     def start_encoder(self, batch: Batch) -> tuple[jax.Array, Shared]:
-        """Return the embeddings of `batch["encoder_tokens"]`, and the inputs that all layers of the encoder share."""
+        """Return the embeddings of `batch["encoder_tokens"]`, and the attention inputs that encoder layers share."""
         offset_BSD = batch.get("encoder_embedding_offset")
         x = self.embed(batch["encoder_tokens"], batch["encoder_positions"], None, offset_BSD, self.train)
         order_BS = batch.get("encoder_order")
@@ -270,14 +271,14 @@ def apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> A
 
 
 def body_params(params: Params) -> Params:
-    """Return the parameters of `Transformer`, without those of the heads."""
+    """Return the parameters of `Transformer`: all parameters except those of the output heads."""
     return {name: params[name] for name in ("embed", "encoder", "decoder") if name in params}
 
 
 def product_rules(train: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context. If `train` is false, 8-bit products are disabled in it.
+    """Return a context manager that disables matrix products in 8 bits, unless `train` is true.
 
-    Validation and teachers therefore compute without 8-bit products, even if training uses them.
+    Validation and teacher models therefore compute without them, even if training uses them.
     """
     off = not train and bool(quantized_matmul.rules_in_use.get())
     return quantized_matmul.use({}) if off else contextlib.nullcontext()
@@ -298,7 +299,8 @@ def hidden(
     Args:
         cfg: Config of the model.
         params: Parameters of the model.
-        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder. An optional
+        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder. Each of the texts
+            that are packed into one sequence is a segment, numbered from 1; 0 is padding. An optional
             `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning), and
             `encoder_embedding_offset` to those of the encoder.
         train: Whether dropout is applied.
@@ -307,7 +309,7 @@ def hidden(
         remat: Rematerialization policy, a name in `transformer.REMAT`.
 
     Returns:
-        Hidden states [B, T, D] of the last stack.
+        Hidden states [B, T, D] of the decoder or, if there is none, of the encoder.
     """
     body, rngs = body_params(params), {} if rng is None else {"dropout": rng}
     with product_rules(train):

@@ -1,10 +1,10 @@
 """Search for the most probable answers by beam search, in one compiled program.
 
 Each prompt has W live beams, which can be continued, and up to W finished answers. A step ranks the continuations of
-all live beams together. A continuation with an end token replaces the worst finished answer if its score is better. The
-score is the sum of log probabilities divided by length ** penalty (Wu et al., 2016, arXiv:1609.08144, section 7). The
-best of the other continuations become the new live beams, and the key-value cache is reordered accordingly. The part of
-the cache that belongs to the prompt is equal for all beams, and is not reordered.
+all live beams together. A continuation with an end token replaces the worst finished answer if the continuation has a
+better score. The score is the sum of log probabilities divided by length ** penalty (Wu et al., 2016, arXiv:1609.08144,
+section 7). The best of the other continuations become the new live beams, and the key-value cache is reordered
+accordingly. The keys and values of the prompt are equal for all beams, and are not reordered.
 
 Shapes: B prompts, W beams, C candidates per prompt, N maximum new tokens, D model width, V vocabulary, E end tokens.
 """
@@ -30,7 +30,7 @@ MAX_LENGTH_PENALTY = 6
 """Maximum absolute value of the length penalty, so that length ** penalty is finite in float32 up to a million
 tokens."""
 NO_SCORE = -jnp.inf
-"""Score of a slot for a finished answer that is still empty."""
+"""Score that stands for a missing answer, as long as a prompt has fewer than W finished answers."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,16 @@ class Beams:
 
 
 class Search(NamedTuple):
-    """Store the state of a beam search after `made` generated tokens."""
+    """Store the state of a beam search between two tokens."""
 
     made: jax.Array
+    """Number of generated tokens per beam."""
     live_BW: jax.Array
     """Sums of log probabilities of the live beams, best first."""
     live_BWN: jax.Array
     """Tokens of the live beams; NOTHING at positions that are not generated yet."""
     done_BW: jax.Array
-    """Scores of the finished answers, best first; NO_SCORE in slots without an answer."""
+    """Scores of the finished answers, best first, padded with NO_SCORE to W scores."""
     done_BWN: jax.Array
     open_B: jax.Array
     """Whether a better answer to the prompt is still possible."""
@@ -163,7 +164,7 @@ class BeamSearch:
         """Extend every live beam by one token, and return the new state of the search.
 
         Args:
-            served: Parameters in the form of `Decoder.weights`.
+            served: Parameters, converted for decoding (`served.served`).
             x_BD: Hidden states [B * W, D] of the last token of each live beam.
             search: State of the search.
             ends_E: End tokens.
@@ -219,7 +220,8 @@ def _repeated(state: State, B: int, W: int) -> State:
 def _follow(cache: list[Any], parent_BW: jax.Array, prompt: int) -> list[Any]:
     """Reorder the cache: each live beam gets the keys and values of the beam that it continues.
 
-    Only slots from `prompt` on are reordered.
+    The first `prompt` positions of the cache are not reordered. They belong to the prompt, so they are equal for all
+    beams.
     """
     B, W = parent_BW.shape
     rows = (parent_BW + jnp.arange(B)[:, None] * W).reshape(-1)

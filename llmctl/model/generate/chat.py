@@ -53,7 +53,10 @@ def read_conversation(file: Path) -> tuple[list[Message], list[Any] | None]:
 
 
 class Conversation:
-    """Store a conversation with a model: the messages so far, the chat template and the generation session."""
+    """Store a conversation with a model: the messages so far, the chat template and a `chat_cache.Session`.
+
+    The session generates the answers, and caches the keys and values of the conversation.
+    """
 
     def __init__(self, template: Template, decoder: Decoder, end_ids: Sequence[int]) -> None:
         self.template, self.session, self.end_ids = template, Session(decoder), end_ids

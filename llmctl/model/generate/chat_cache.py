@@ -1,7 +1,8 @@
 """Cache the keys and values of one conversation, so that only new tokens of a longer prompt are computed.
 
-Tokens fill the cache from slot 0 without gaps. A new prompt is compared with the cached tokens. All tokens from the
-first difference on are computed again, so the answer is the same as without a cache.
+A slot is one position along the sequence axis of the cache. Tokens fill the slots from 0 on, without gaps. A new prompt
+is compared with the cached tokens. All tokens from the first difference on are computed again, so the answer is the
+same as without a cache.
 
 Shapes: T new tokens with padding, S cache slots, V vocabulary, E end tokens. The batch size is 1.
 """
@@ -118,7 +119,7 @@ class Session:
         """Run the model on the new tokens of the prompt, select the next token, and return the decoding state.
 
         Args:
-            served: Parameters in the form of `Decoder.weights`.
+            served: Parameters, converted for decoding (`served.served`).
             cache: Key-value cache, of which the first `kept` slots are valid.
             tokens_1T: New tokens, padded on the right.
             kept: Number of cached tokens.

@@ -4,8 +4,9 @@ A template is a program that comes with a model. It runs in a sandbox without si
 (`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, even if it spells one.
 
 Training needs to know which tokens are the assistant's. A template may mark them with `{% generation %}`. Otherwise,
-the conversation is rendered twice for each answer: up to the beginning of the answer, as for generation, and up to its
-end. If the complete conversation begins with both texts, their difference is the answer with its end token.
+the conversation is rendered twice for each answer. One text ends where the answer begins, as for generation. The other
+text ends where the answer ends. If the complete conversation begins with both texts, their difference is the answer
+with its end token.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Marked(NamedTuple):
 class Template:
     """Render and encode conversations with a chat template. The template is compiled once.
 
-    The output depends only on the messages, if the template does not ask for the date.
+    The same messages always give the same text, unless the template asks for the current date.
 
     Example:
         >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -160,10 +161,10 @@ class Template:
     def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
         """Return the token ids of a complete conversation, and which of them the assistant writes.
 
-        The assistant writes all tokens that contain a character of an answer, and the token that ends the answer. It
-        does not write the header before the answer, or white space after the end token. Answers with "weight" 0 are
-        excluded. If the template marks answers without their end tokens, the special token right after an answer counts
-        as its end token. The template gets the date `DAY`.
+        The assistant writes all tokens that contain a character of an answer, and the token that ends the answer. The
+        header before the answer and white space after the end token are not included. Messages with the entry
+        "weight": 0 are not included either. If the template marks answers without their end tokens, the special token
+        right after an answer counts as its end token. The template gets the date `DAY`.
 
         Raises:
             RequestError: If the template fails or rejects the messages, if the answers cannot be found in the text, or
@@ -235,10 +236,11 @@ class Template:
         return text, learned, sum(counts) - len(learned)
 
     def _with_ends(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Correct ranges that the template marks, so that each ends with the end token of the answer.
+        """Change the ranges of characters that a template marks as answers, so that they end with an end token.
 
-        White space after an end token is removed from the range. If the last range has no end token, the special token
-        right after it is the end token. It is added to every range that it follows.
+        White space after an end token is removed. Some templates mark only the text of an answer, without the end
+        token. Then the special token right after the last answer is taken as the end token, and each answer that the
+        same token follows is extended by this token.
         """
         spans = [(first, first + self._answer_length(text[first:last])) for first, last in spans]
         if not spans or self._ends_with_special(text[slice(*spans[-1])]):
@@ -267,9 +269,10 @@ class Template:
             raise RequestError(f"the chat template fails on these messages ({type(e).__name__}: {e})") from None
 
     def _escaped(self, value: Any) -> Any:
-        """Return a copy of JSON data in which no text contains a special token or a mark of `generation_block`.
+        """Return a copy of the messages or tools in which no text spells a special token.
 
-        `ESCAPE` is inserted into texts of special tokens, and marks are replaced by U+FFFD.
+        The character `ESCAPE` is inserted into such spellings. The two characters that mark `{% generation %}` blocks
+        in rendered text are replaced by U+FFFD.
         """
         own = self.tokenizer.special_ids
         firsts = {spelling[:1] for spelling in own}

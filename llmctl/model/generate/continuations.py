@@ -41,10 +41,13 @@ class Continuation:
     score: float | None = None
     """Score of the answer, if it comes from a beam search."""
     ended: str = ""
-    """Reason for the end: "end" (an end token), "stop" (a stop string) or "length"; empty while the row is active."""
+    """Reason for the end: "end" (an end token), "stop" (a stop string) or "length"; empty before the end."""
 
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
-        """Append new tokens, except NOTHING, and return the text that this adds to `self.text`."""
+        """Append new tokens, and return the text that they add to `self.text`.
+
+        NOTHING, which generation returns after the end of a row, is not appended.
+        """
         if self.ended:
             return ""
         self.ids += [i for i in ids if i != NOTHING]
@@ -101,7 +104,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
 
 @dataclass
 class Speed:
-    """Count new tokens and their wall time in seconds. The chunk that includes compilation is not timed."""
+    """Count new tokens and their wall time in seconds. Chunks during which programs are compiled are not timed."""
 
     tokens: int = 0
     timed_tokens: int = 0
@@ -233,10 +236,10 @@ def _prompts(rows: Sequence[Continuation]) -> list[list[int]]:
 def _max_new(decoder: Decoder | Session, rows: Sequence[Continuation]) -> int:
     """Return the number of new tokens that fit into the model's maximum sequence length after the longest prompt.
 
-    In an encoder-decoder, the decoder does not read the prompt, but only a start token.
+    In an encoder-decoder, only a start token comes before the new tokens, because the encoder reads the prompt.
 
     Raises:
-        RequestError: If none fits.
+        RequestError: If not even one token fits.
     """
     longest, most = max(map(len, _prompts(rows))), decoder.model.max_seq_len
     reads = decoder.model.encoder_layers > 0

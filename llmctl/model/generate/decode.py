@@ -6,8 +6,11 @@ Prompts of unequal length are padded on the left. All rows then write to the sam
 step. Padding is masked, and positions count from the first token of each prompt. The result of a row therefore does not
 depend on the other rows.
 
-Layers are unrolled, and their parameters are split once. A scan would copy the weights of every layer from the stacked
-parameters at each step. Such copies are expensive, because the time of a step is mostly that of reading the weights.
+The program has one copy of the code per layer, and the parameters are split into layers once. A `lax.scan` over layers
+would copy the weights of every layer from the stacked parameters at each step. Such copies are expensive, because the
+time of a step is mostly that of reading the weights.
+
+A slot is one position along the sequence axis of the cache. It holds the keys and values of one token, or of padding.
 
 Shapes: B rows, T prompt slots, S cache slots, G key/value heads, K head width, V vocabulary, E end tokens.
 """
@@ -66,7 +69,7 @@ class Decoder:
 
         Args:
             model: Config of the model.
-            params: Parameters of the model. If empty, call `hold` before decoding.
+            params: Parameters of the model. If empty, call `set_params` before decoding.
             dtype: Dtype of the computation and of the cache.
             start: First input token of the decoder in an encoder-decoder.
             platform: Platform that will run the programs. If empty, it is that of the current mesh or of the default
@@ -91,7 +94,8 @@ class Decoder:
 
         Args:
             params: Parameters of the model.
-            shared: Converted arrays of other models (see `llmctl.model.generate.served.served`).
+            shared: Cache of arrays that were converted for other models, which may have arrays in common with this one
+                (see `llmctl.model.generate.served`).
         """
         self.model, self.weights = served(self._given, params, self._platform, shared)
 
@@ -150,10 +154,10 @@ class Decoder:
         chunk: int,
         stopped_B: np.ndarray | None = None,
     ) -> Iterator[tuple[State, np.ndarray]]:
-        """Continue the decoding from a state, and yield (state, new tokens [B, n]) after every chunk.
+        """Continue decoding from a state (key-value cache and last tokens), and yield (state, new tokens [B, n]).
 
-        A state is valid only until the next one is requested, because it is then donated. The last chunk has full
-        length, even if it exceeds `max_new`. The first token is that of the given state.
+        A yielded state is valid only until the next one is requested, because its arrays are then donated. The last
+        chunk has full length, even if it exceeds `max_new`. The first yielded token is the one in the given state.
 
         Args:
             state: Result of `first`.
@@ -203,8 +207,9 @@ class Decoder:
         """Run the decoder layers on a batch of tokens, with a key-value cache.
 
         Args:
-            served: Parameters in the form of `Decoder.weights`.
-            batch: Arrays of the batch, with `slot` and `cached_segments` for the cache.
+            served: Parameters, converted for decoding (`served.served`).
+            batch: Arrays of the batch. They include `slot`, the first cache slot to write, and `cached_segments`
+                [B, S], which is 0 for cache slots of padding.
             cache: Key-value cache of each layer.
             last: Index of the token whose hidden state is returned.
 
@@ -225,7 +230,7 @@ class Decoder:
     ) -> State:
         """Select the next token of each row from its hidden state `x_BD`, and return the new state.
 
-        Rows that have ended get NOTHING.
+        Rows that have ended get the token id NOTHING.
         """
         logits_BV = functional.lm_logits(self.model, served[0], x_BD, self.dtype)
         chosen_B = choose(logits_BV, state.get("seen"), keys_B, state["step"], rules)

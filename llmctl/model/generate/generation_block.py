@@ -26,7 +26,7 @@ class GenerationBlock(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the parsed nodes inside the block, between two marks."""
+        """Return Jinja's syntax tree of the block's content, with a mark before and after it."""
         next(parser.stream)
         inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))

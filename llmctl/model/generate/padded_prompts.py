@@ -5,6 +5,8 @@ Example:
     >>> tokens_BT.tolist(), segments_BT.tolist()
     ([[0, 5, 6, 7], [0, 0, 0, 8]], [[0, 1, 1, 1], [0, 0, 0, 1]])
 
+A slot is one position along the sequence axis of an array or of the key-value cache.
+
 Shapes: B rows, T prompt slots, S encoder tokens, E end tokens.
 """
 

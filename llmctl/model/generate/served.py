@@ -15,11 +15,11 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 Served = tuple[functional.Params, list[functional.Params]]
-"""Parameters in the form of a decoding step: all except the decoder's blocks, and one tree per decoder layer."""
+"""Parameters that are converted for decoding: (all parameters except the decoder's layers, one tree per layer)."""
 
 
 class Shared:
-    """Store converted arrays by the arrays that they were computed from, so that each is computed and stored once.
+    """Cache converted arrays, so that an array that several models use is converted and stored only once.
 
     Example:
         >>> import jax.numpy as jnp
@@ -32,7 +32,10 @@ class Shared:
         self._made: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
 
     def get(self, purpose: str, arrays: Iterable[Any], make: Callable[[], Any]) -> Any:
-        """Return the stored result for these arrays, or call `make` and store its result."""
+        """Return the result that is stored for this purpose and these arrays, or call `make` and store its result.
+
+        Arrays are compared by identity.
+        """
         kept = [*arrays]  # stored with the result, because an id is unique only while its array exists
         key = (purpose, *map(id, kept))
         if key not in self._made:
@@ -46,9 +49,9 @@ def served(
     """Convert a model to the form that decoding steps read fastest.
 
     Low-rank updates are merged. On a CPU, weight-only quantized matrices become dense, because the CPU would convert
-    their integers again for every token. Matrices with quantized activations stay, because dense ones would compute
-    another function. On a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU backend reads it up to
-    twice as fast as the transpose of [V, D]. Stacked layers [L, ...] are split.
+    their integers again for every token. If products also quantize activations, the matrix stays quantized, because a
+    dense matrix would give other results. On a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU
+    backend reads it up to twice as fast as the transpose of [V, D]. Stacked layers [L, ...] are split.
 
     Args:
         model: Config of the model.

@@ -40,10 +40,11 @@ class Svd(Adapter):
         return self.as_low_rank().matmul(x, dtype, options)
 
     def truncated(self) -> Any:
-        """Return an equal weight as a `LowRank` node that has only the ranks with nonzero singular values.
+        """Return an equal weight as a `LowRank` update that keeps only the nonzero singular values.
 
-        If all singular values are zero, return the base. If layers of a stack have different numbers of nonzero
-        singular values, the others are padded with zeros to the largest number. The numbers are computed on the host.
+        If all singular values are zero, return the frozen base weight. All layers get the same rank, the largest number
+        of nonzero singular values in any layer. Layers with fewer are padded with zeros. The rank is computed on the
+        host.
         """
         import numpy as np
 
