@@ -3,6 +3,9 @@
 The softmax is in `attention_xla`. Other modules contain features that only some runs need: `attention_kernels`,
 `ring_attention`, `relative_bias`, `kv_cache` and `prefix`.
 
+A sequence may consist of several packed texts. Each text is a segment, numbered from 1, and attention does not cross
+segments. Segment 0 is padding. A slot is one position along the sequence axis of the key-value cache.
+
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width, D model width.
 """
 
@@ -29,18 +32,22 @@ PROJECTED = "projected"
 """Checkpoint name of projected queries, keys and values, for rematerialization policies."""
 
 Choose = Callable[..., jax.Array]
-"""Function (q, k, v, mask, shared, local, config, cross) -> outputs of attention [B, T, H, K], which selects and runs
-an attention kernel."""
+"""Function that selects and runs an attention kernel.
+
+Its type is (q, k, v, mask, shared, local, config, cross) -> outputs [B, T, H, K]. An example is
+`attention_kernels.attend`.
+"""
 
 
 class Shared(NamedTuple):
-    """Store the inputs of attention that all layers of a stack share, such as masks and rotary tables.
+    """Store the inputs of attention that all encoder layers, or all decoder layers, share: masks, rotary tables etc.
 
-    The `local_*` fields are for layers with a sliding window. Fields that are not used are None.
+    The fields `local_mask_BTS` and `local_rotary` are for layers with a sliding window. `memory_BSD` is the encoder's
+    output. Fields that are not used are None.
     """
 
     mask_BTS: jax.Array | None
-    """Whether a query may attend to a key; None for ring attention, which computes masks from the segments."""
+    """Whether a query may attend to a key; None for ring attention, which computes masks from segment numbers."""
     local_mask_BTS: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
@@ -53,17 +60,20 @@ class Shared(NamedTuple):
     bias_table_UH: jax.Array | None = None
     """Table of the relative position bias [U, H]; only for ring attention, which computes the bias block by block."""
     slot: jax.Array | int | None = None
-    """Index of the key-value cache slot of the first token; None without a cache."""
+    """Position in the key-value cache at which the first token is written; None without a cache."""
     causal_BT: jax.Array | None = None
-    """Segment of each token, if attention is causal and there is no cache."""
+    """Segment number of each token, which fused kernels need; None if attention is not causal, or with a cache."""
     mutual_BT: jax.Array | None = None
-    """Segment of each token, if attention is bidirectional and there is no cache."""
+    """Segment number of each token, which fused kernels need; None if attention is causal, or with a cache."""
     rows_B: jax.Array | None = None
-    """Index of each row in the full batch, if these rows are a part of it. Dropout masks depend on this index."""
+    """Index of each sequence in the full batch, if this is a microbatch. Dropout masks depend on this index."""
 
 
 def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """Return the mask [B, T, S]. It is true if query and key are in the same segment and the key is no padding."""
+    """Return the attention mask [B, T, S], given the segment of each query and of each key.
+
+    An element is true if query and key are in the same segment and the key is not padding.
+    """
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
 
 
@@ -73,7 +83,8 @@ def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.A
     Args:
         mask_BTS: Attention mask, of which only the shape is used.
         slot: Cache slot of the first query; None without a cache.
-        order_BT: Text position of each token, if tokens are permuted; None if they are in text order.
+        order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens, otherwise
+            None.
     """
     T, S = mask_BTS.shape[1:]
     if order_BT is not None:  # all rows have the same order
@@ -91,7 +102,9 @@ def share(
     slot: jax.Array | int | None = None,
     order_BT: jax.Array | None = None,
 ) -> Shared:
-    """Build the inputs that all layers of a self-attention stack share: masks and rotary tables.
+    """Build the inputs of self-attention that all layers of the encoder, or of the decoder, share.
+
+    These are masks and rotary tables.
 
     Args:
         cfg: Config of the model.
@@ -100,7 +113,7 @@ def share(
         causal: Whether tokens attend to earlier tokens only.
         cached_BS: Segment of each cache slot; None without a cache.
         slot: Cache slot of the first token; the T tokens use T successive slots. None without a cache.
-        order_BT: Text position of each token, if tokens are permuted for context parallelism.
+        order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
     """
     mask = local = None
     if order_BT is None or not meshes.splits_sequences():
@@ -124,12 +137,12 @@ def share(
 
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
-    """Return whether each layer has local attention, bool [L]."""
+    """Return whether each layer has local attention (a sliding window), bool [L]."""
     return jnp.asarray(hf_config.local_layers(cfg, layers) if cfg.window else [False] * layers)
 
 
 class Attention(nn.Module):
-    """Compute self-attention, or cross-attention to `shared.memory_BSD` if `cross` is set."""
+    """Compute self-attention or, if `cross` is set, cross-attention to the encoder's output `shared.memory_BSD`."""
 
     config: ModelConfig
     dtype: Any
@@ -173,7 +186,10 @@ class Attention(nn.Module):
         return out(y)
 
     def _with_prefix(self, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, shared: Shared) -> jax.Array:
-        """Compute attention to the trained prefix and to the text. All tokens attend to the complete prefix."""
+        """Compute attention to the trained keys of prefix tuning and to the text.
+
+        All tokens attend to all trained keys.
+        """
         cfg = self.config
         own_k, own_v = Prefix(cfg, self.dtype, name="prefix")(len(q))
         before_BTP = jnp.ones((*mask_BTS.shape[:2], cfg.prefix_tokens), bool)

@@ -5,8 +5,9 @@
 If no kernel supports the computation, `llmctl.model.attention_xla` computes it in plain XLA. The kernel is selected at
 tracing time, from the platform of the mesh and the shapes. `describe` returns the name of the kernel and the reason.
 
-In these kernels, padding (segment 0) attends to padding; in plain XLA it attends to nothing. The outputs of padding are
-never used.
+Several texts may be packed into one sequence. Each text is a segment, numbered from 1, and attention does not cross
+segments. Segment 0 is padding. In these kernels, padding attends to padding; in plain XLA it attends to nothing. The
+outputs of padding are never used.
 
 Shapes: B batch, T sequence, H query heads, G key/value heads, K head width.
 """
@@ -31,7 +32,7 @@ LANES = 128
 """Block size of splash attention in tokens. Sequence lengths must be a multiple of it."""
 
 setting: ContextVar[str] = ContextVar("attention", default="auto")
-"""Kernel setting of the current context, which `use` sets."""
+"""Name of the kernel that `use` sets for the current context."""
 
 
 class Choice(NamedTuple):

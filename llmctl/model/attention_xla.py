@@ -24,7 +24,7 @@ KEPT = "attention"
 """Checkpoint name of the arrays that the softmax needs for its backward pass. If a rematerialization policy saves them,
 the backward pass does not repeat the forward pass of the softmax."""
 MASKED = -1e30
-"""Score of a masked pair. It is finite, so that the output of a query without any visible key (padding) is finite."""
+"""Attention score of a masked query and key. It is finite, so that a query without visible keys has finite outputs."""
 
 
 def attend(
@@ -196,7 +196,8 @@ def block_gradients(
 def output_gradient_dot(d_y: jax.Array, y: jax.Array) -> jax.Array:
     """Return the dot product of each output y [..., N, K] with its gradient d_y, float32 [..., N].
 
-    The gradient of the softmax subtracts this number from the gradients of all scores of the query.
+    The backward pass of the softmax needs this number: it is subtracted from the gradients of the query's
+    probabilities, before they are multiplied by the probabilities.
     """
     return jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 

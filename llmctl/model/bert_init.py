@@ -4,10 +4,11 @@ To predict whether one passage follows another, a network must find words that b
 keys, attention is at first a uniform mean over all tokens. The smallest BERTs do not learn to find equal tokens within
 millions of training tokens.
 
-Here the keys of the first layer are initialized with its queries. Both are scaled up and do not depend on the segment
-type. Token embeddings are larger than position embeddings. From the first step, a token therefore attends to equal
-tokens in both passages, and the output contains their segment types. Initialization with the structure of trained
-networks is called mimetic (Trockman and Kolter, 2023, arXiv:2305.09828).
+Here the key projection of the first layer is initialized as a copy of the query projection. Both are scaled up, and
+their outputs do not depend on the segment type (first or second passage). Token embeddings are larger than position
+embeddings. From the first step, a token therefore attends to equal tokens in both passages, and the attention output
+shows in which passages they are. Initialization with the structure of trained networks is called mimetic (Trockman and
+Kolter, 2023, arXiv:2305.09828).
 
 Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width, U segment types minus one.
 """
@@ -22,10 +23,11 @@ import jax.numpy as jnp
 from llmctl.model.config import ModelConfig
 
 SHARES = {"tokens": 5.0, "positions": 0.25, "types": 3.5}
-"""Factors on the initial standard deviation (0.02) of the embeddings. A norm follows their sum, so only the ratios of
-these factors matter."""
+"""Factors on the initial standard deviation (0.02) of token, position and segment-type embeddings. The sum of the
+embeddings is normalized, so only the ratios of these factors matter."""
 SHARPNESS = 2.5
-"""Factor on the first layer's queries and keys. It gives equal tokens the largest scores among hundreds of others."""
+"""Factor on the query and key projections of the first layer. With it, attention to equal tokens is larger than to
+hundreds of other tokens."""
 
 
 def applies_to(cfg: ModelConfig) -> bool:
@@ -60,7 +62,8 @@ def initialize(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 def _without_type_response(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
     """Change a kernel [D, I] so that its products with the outputs of a LayerNorm do not depend on the segment type.
 
-    The columns of the kernel are made orthogonal to the differences between the centered type embeddings.
+    The columns of the kernel are made orthogonal to the differences between type embeddings. The mean of each
+    difference is subtracted first, as a LayerNorm does.
     """
     if types_UD is None or len(types_UD) < 2:
         return kernel_DI

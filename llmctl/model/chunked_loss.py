@@ -3,8 +3,8 @@
 `chunked` sums a loss over chunks of the sequence. If a gradient is needed, it is computed in the same pass over the
 chunks. The output projection then takes three matrix products, instead of four with rematerialization.
 
-On a mesh, every device processes its own rows and tokens. Sums are reduced once, after the last chunk. The vocabulary
-stays sharded over the `tensor` axis: devices exchange a few numbers per token, never logits.
+On a mesh, every device processes its own rows and tokens. The sums are added over devices once, after the last chunk.
+The vocabulary stays sharded over the `tensor` axis: devices exchange a few numbers per token, never logits.
 
 Shapes: B batch, T sequence, c tokens per chunk, D model width, V vocabulary; b and t are the parts of B and T on one
 device.
@@ -29,10 +29,14 @@ caches."""
 
 Tree = Any
 ChunkLoss = Callable[[Tree, Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
-"""Function (head params, constants, x [B, c, D], aligned [B, c, ...]) -> (sum of losses, tree of sums)."""
+"""Function that computes the loss of one chunk of c tokens per row.
+
+Its type is (head parameters, constants, hidden states [B, c, D], per-token arrays [B, c, ...]) -> (sum of losses, tree
+of sums for metrics).
+"""
 
 Project = Callable[[Tree, jax.Array], jax.Array]
-"""Function (head params, x [..., D]) -> logits [..., V]."""
+"""Output projection, a function (head parameters, hidden states [..., D]) -> logits [..., V]."""
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
@@ -72,8 +76,8 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, x_BTD: jax.Array, rest: Tree) -> Tree:
     """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device with its own rows and tokens.
 
-    XLA shards only the vocabulary. Matrices of the head, and their gradients, are sent between devices in the dtype of
-    `x_BTD`.
+    Within `fn`, arrays are those of one device. Only the vocabulary is sharded automatically by XLA. Matrices of the
+    output head, and their gradients, are sent between devices in the dtype of `x_BTD`.
 
     Returns:
         The first result of `fn`, summed over the devices, and its second result as global arrays [B, T, ...].
@@ -119,7 +123,8 @@ def chunked(
         aligned: Tree of arrays [B, T, ...] with one value per token, such as targets and weights.
 
     Returns:
-        (sum of losses, tree of sums). Only the sum of losses is differentiable, with respect to `head` and `x_BTD`.
+        (sum of losses, tree of sums for metrics). Only the sum of losses is differentiable, with respect to `head` and
+        `x_BTD`.
     """
 
     def sums(head: Tree, constants: Tree, x: jax.Array, aligned: Tree) -> tuple[Tree, None]:

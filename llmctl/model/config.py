@@ -190,11 +190,15 @@ class ModelConfig(Config):
 
     @property
     def head_kind(self) -> HeadKind:
-        """Return the output structure of the head, such as whether it has one output per token."""
+        """Return the properties of the model's output head, such as whether it has one output per token."""
         return HEAD_KINDS[self.head]
 
     def of_stack(self, stack: str) -> ModelConfig:
-        """Return the config for the layers of a stack: in an encoder-decoder, the encoder has no trained prefix."""
+        """Return the config for the layers of one stack, "encoder" or "decoder".
+
+        It differs from this config only for the encoder of an encoder-decoder with prefix tuning, because only the
+        decoder has the trained prefix.
+        """
         bare = self.prefix_tokens and self.encoder_layers and stack == "encoder"
         return self.model_copy(update={"prefix_tokens": 0}) if bare else self
 

@@ -34,11 +34,11 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
 
 
 def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = None) -> float:
-    """Return the FLOPs of a forward pass over one row; a backward pass takes twice as many.
+    """Return the FLOPs of a forward pass over one sequence; a backward pass takes twice as many.
 
     Args:
         cfg: Config of the model.
-        length: Number of tokens in the row; for an encoder-decoder, number of decoder tokens.
+        length: Number of tokens in the sequence; for an encoder-decoder, number of decoder tokens.
         source: Number of encoder tokens of an encoder-decoder.
         predicted: Number of tokens to which a language model applies its output projection; None means all.
     """
@@ -75,13 +75,13 @@ def flops(cfg: ModelConfig, length: int) -> float:
 
 
 def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
-    """Return the FLOPs per token of a forward pass over rows whose arrays have the given shapes.
+    """Return the FLOPs per token of a forward pass over sequences whose arrays have the given shapes.
 
-    In an encoder-decoder, encoder tokens and decoder tokens are counted as tokens.
+    In an encoder-decoder, the FLOPs are divided by the number of encoder tokens and decoder tokens together.
 
     Args:
         cfg: Config of the model.
-        shapes: Shape of each array of a row, by name.
+        shapes: Shape of each array of one sequence, without a batch axis, such as {"tokens": (512,)}.
     """
     length = shapes["tokens"][-1]
     source = shapes.get("encoder_tokens", (0,))[-1]

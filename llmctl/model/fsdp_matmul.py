@@ -1,7 +1,8 @@
-"""Multiply activations by a weight that is sharded by FSDP. The weight is gathered once per pass.
+"""Multiply activations by a weight that is sharded by FSDP.
 
-Its gradient is computed by a reduce-scatter. Without this module, XLA would gather the weight again for recomputation
-and for the product in the backward pass.
+The weight is gathered once in the forward pass and once in the backward pass. The gradient of the weight is computed by
+a reduce-scatter. Without this module, XLA would gather the weight twice in the backward pass: for the recomputation of
+the forward pass and for the product.
 
 Shapes: I inputs, O outputs.
 """

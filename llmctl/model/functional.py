@@ -4,6 +4,8 @@ The parameter tree is a nested dict. Its keys are `embed`, `encoder` and/or `dec
 `lm_head` (if the output projection is untied or transformed) and `head` (for task heads). The functions of the training
 step, `hidden` and `head_logits`, are defined in `llmctl.model.transformer`.
 
+A stack is the encoder or the decoder. The last stack is the decoder or, if there is none, the encoder.
+
 Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of a matrix.
 """
 
@@ -69,7 +71,7 @@ __all__ = [
 
 
 class Carry(NamedTuple):
-    """Store the inputs of a layer: the residual stream, and the inputs that all layers share."""
+    """Store the inputs of a layer: the residual stream, and the inputs that all layers share, such as masks."""
 
     x_BTD: jax.Array
     shared: Shared
@@ -238,7 +240,7 @@ def depth(cfg: ModelConfig, stack: str) -> int:
 def embed(
     cfg: ModelConfig, params: Params, batch: Batch, memory_BSD: jax.Array | None = None, dtype: Any = jnp.float32
 ) -> Carry:
-    """Return the inputs of the first layer of the last stack.
+    """Return the inputs of the first decoder layer or, if there is no decoder, of the first encoder layer.
 
     Args:
         cfg: Config of the model.
@@ -312,8 +314,8 @@ def cached_block(
         cfg: Config of the model.
         stack: Name of the stack, "encoder" or "decoder".
         layer: Parameters of the layer.
-        carry: Inputs of the layer. For the first layer, they come from `embed` and a batch with `slot` and
-            `cached_segments`.
+        carry: Inputs of the layer. For the first layer, they are the result of `embed`. Its batch contains `slot`, the
+            cache position of the first token, and `cached_segments`, the segment of the token at each cache position.
         index: Index of the layer in the stack.
         cache: Cache of this layer, {"attn": {"past_k", "past_v"}}.
         dtype: Dtype of the computation.
@@ -339,9 +341,10 @@ def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: An
 def head_taps(
     cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
-    """Return {path: input [N, I]} of each matrix of the output head, with the paths that `wiring.matrices` returns.
+    """Return the captured input [N, I] of each matrix of the output head, by the path of the matrix.
 
-    N is the number of tokens; for a matrix after the pooling, N is the number of sequences.
+    N is the number of tokens; for a matrix after the pooling, N is the number of sequences. `wiring.matrices` returns
+    the paths.
     """
     found: dict[str, jax.Array] = {}
     if cfg.head_kind.vocabulary:

@@ -91,7 +91,7 @@ def body(norms: dict[str, str]) -> dict[str, str]:
 
 
 def heads(name: str, model: str = "", qa_prefix: str = "") -> dict[str, Head]:
-    """Return the task heads of Llama, or of a family derived from it, by the name of the head.
+    """Return the checkpoint classes and tensor names of the task heads of Llama, or of a family derived from it.
 
     Args:
         name: Prefix of the class names in `transformers`, such as "Llama".
