@@ -1,9 +1,9 @@
-"""Distribute the zeros of an unstructured pattern over layers, by outliers (OWL) or by a scan of sensitivity.
+"""Choose how sparse each layer becomes in unstructured pruning: by outliers (OWL), or by measured sensitivity.
 
-Score, pattern and allocation are independent. An allocation gives each layer a sparsity; all matrices of a layer have
-the same one. The numbers of zeros add up to exactly the sparsity of the complete model.
+This module does not choose which weights of a matrix become zero; a pruning score does. All matrices of a layer get
+the same sparsity. The numbers of zeros add up to exactly the sparsity of the complete model.
 
-Shapes: I inputs and O outputs of a matrix.
+Shapes: B batch, T sequence, D model width.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 LayerAt = tuple[str, int]
-"""Stack and index of a layer."""
+"""(stack, index) of a layer: the stack is the encoder or the decoder, as in ("decoder", 3)."""
 Counts = dict[LayerAt, dict[str, int]]
 """Number of zeros of each matrix, by layer and by the matrix's path within the layer ("attn/q")."""
 
 
 def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
-    """Return the sparsity of each layer: the more outliers, the fewer zeros (Yin et al., 2023, arXiv:2310.05175).
+    """Return the sparsity of each layer. The more outliers a layer has, the fewer of its weights become zero.
 
-    The share of kept weights is linear in the outlier ratio. The highest and the lowest differ by 2 * `spread`.
+    (OWL; Yin et al., 2023, arXiv:2310.05175.) The fraction of kept weights grows linearly with the fraction of
+    outliers. The highest and the lowest sparsity differ by 2 * `spread`.
 
     >>> owl(np.array([0.0, 1.0, 3.0]), np.ones(3), 0.5, 0.15).round(3).tolist()
     [0.633, 0.533, 0.333]
 
     Args:
-      outliers: outlier ratio of each layer (`outlier_ratios`).
+      outliers: fraction of each layer's weights that are outliers.
       sizes: number of weights of each layer.
       sparsity: sparsity of all layers together.
       spread: half the difference between the highest and the lowest sparsity.
@@ -53,14 +54,17 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
 def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
     """Return the sparsity of each layer that minimizes the sum of the layers' errors.
 
-    Errors are interpolated linearly between three sparsities. If the first half of the range costs more than the second
-    one, both have the mean cost. The halves are then filled with zeros in the order of their cost per zero.
+    The error of a layer is measured at three sparsities, and interpolated linearly between them. The range of
+    sparsities therefore has two halves. If a layer's first half adds more error than its second half, both get the mean
+    of the two. Each layer starts at the lowest sparsity. Zeros are added in the halves with the least error per zero
+    first.
 
     >>> by_sensitivity(np.array([[0.0, 1.0, 3.0], [0.0, 0.1, 0.3]]), np.ones(2), 0.5, 0.1).round(3).tolist()
     [0.4, 0.6]
 
     Args:
-      errors: error [layers, 3] if only this layer is pruned, to sparsity - spread, sparsity, and sparsity + spread.
+      errors: errors [layers, 3] of the model if only this layer is pruned: to the sparsities sparsity - spread,
+        sparsity, and sparsity + spread.
       sizes, sparsity, spread: see `owl`.
     """
     costs = np.diff(errors, axis=1)
@@ -100,9 +104,9 @@ def sizes_of(params: dict[str, Any], layers: Sequence[LayerAt]) -> np.ndarray:
 
 
 def counts(params: dict[str, Any], layers: Sequence[LayerAt], sparsities: np.ndarray, sparsity: float) -> Counts:
-    """Return the number of zeros of every matrix. They add up to round(sparsity * number of weights).
+    """Return the number of zeros of every matrix. The numbers add up to round(sparsity * number of weights).
 
-    Zeros that are there stay, so a matrix gets at least as many.
+    Weights that are already zero stay zero and are counted, so no matrix gets fewer zeros than it has.
 
     Args:
       params: parameters of the model.
@@ -131,12 +135,14 @@ def counts(params: dict[str, Any], layers: Sequence[LayerAt], sparsities: np.nda
 def outlier_ratios(
     params: dict[str, Any], layers: Sequence[LayerAt], stats: Mapping[LayerAt, Mapping[str, Any]], threshold: float
 ) -> np.ndarray:
-    """Return the fraction of outliers of each layer: weights whose Wanda score exceeds `threshold` times the mean.
+    """Return the fraction of outliers in each layer.
+
+    A weight is an outlier if its Wanda score exceeds `threshold` times the mean score of the layer.
 
     Args:
       params: parameters of the model.
       layers: the layers.
-      stats: moments of the inputs of each matrix, by layer and path of the matrix.
+      stats: sums of squares of each matrix's inputs (`Moments`), by layer and path of the matrix.
       threshold: the factor M of OWL.
     """
     ratios = []
@@ -166,17 +172,18 @@ def scan(
     sparsities: Sequence[float],
     dtype: Any = jnp.float32,
 ) -> np.ndarray:
-    """Return the errors [layers, sparsities] of the final hidden states if only one layer is pruned.
+    """Prune one layer at a time, and return the errors [layers, sparsities] of the model's final hidden states.
 
-    An error is the squared norm of the change relative to that of the states, over the tokens without padding.
+    An error is the squared norm of the change, divided by the squared norm of the hidden states without pruning.
+    Padding is not counted.
 
     Args:
       cfg: config of the model.
       params: parameters of the model. They do not change.
       batch: calibration batch.
-      layers: the layers.
-      prune_one: function that returns a layer pruned to a sparsity.
-      sparsities: the sparsities.
+      layers: the layers to prune, each alone.
+      prune_one: function (layer, sparsity) -> the parameters of this layer, pruned to this sparsity.
+      sparsities: the sparsities to which each layer is pruned.
       dtype: dtype of the computation.
     """
     states_of, error_of = scan_programs(cfg, dtype)
@@ -190,7 +197,10 @@ def scan(
 
 
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the compiled functions of `scan`: final hidden states, and the error by the changed layer's stack."""
+    """Return the compiled functions of `scan`: one for the final hidden states, and a dictionary for the errors.
+
+    The dictionary has one function for a changed layer of the encoder, and one for a changed layer of the decoder.
+    """
 
     def error(
         params: dict[str, Any], layer: dict[str, Any], index: jax.Array, batch: dict[str, Any], states_BTD: jax.Array,
@@ -219,19 +229,20 @@ def allocate(
     progress: Callable[[LayerReport], None] | None = None,
     dtype: Any = jnp.float32,
 ) -> Counts:
-    """Return the number of zeros of every matrix, by the allocation of `method`. The parameters do not change.
+    """Return the number of zeros of every matrix, if the layers of a model get different sparsities.
 
-    A calibration walk measures the inputs of all matrices in the unpruned model. The scan prunes by the score alone,
-    without repair, and by Wanda's score instead of SparseGPT. It reads the first batch.
+    First the calibration batches pass through the unpruned model, to measure the inputs of every matrix. If
+    `method.allocation` is by sensitivity, each layer is then pruned alone on the first batch (`scan`). This uses the
+    method's score without repair, or Wanda's score for SparseGPT. The parameters do not change.
 
     Args:
       cfg: config of the model.
       params: parameters of the model.
       batches: calibration batches.
-      method: the method, whose allocation is not uniform.
+      method: the pruning method. Its allocation must not be uniform.
       gradients: sums of the loss's gradients, if the score needs them.
       seed: seed of the random keys (see `prune_layer`).
-      progress: function that is called with each report of the walk.
+      progress: function that is called with the report of each layer whose inputs were measured.
       dtype: dtype of the computation.
     """
     chosen, sparsity = method.allocation, method.pattern.sparsity

@@ -1,13 +1,19 @@
 """Run calibration data through a model, layer by layer, to measure and change each layer (calibration walk).
 
-The walk first computes the embeddings of all batches. For each layer in turn, it adds the inputs of every matrix to the
-statistics of that matrix. Then a method may change the layer, and the batches pass through the changed layer. The
-inputs of later layers therefore include the errors of earlier changes. In addition to the parameters, one layer's
-statistics and the residual stream of every batch are in memory. All layers of a stack run one compiled block.
+The walk first computes the embeddings of all batches. It then visits the layers in order, in three steps per layer:
 
-A method is a function that takes a `Visit` and returns the layer's parameters. A weight that keeps its type overwrites
-the unchanged one in place. Weights that change their type (dense to quantized) are stacked layer by layer in new
-memory. The unchanged weights are freed when all layers of the stack are finished.
+1. The batches pass through the unchanged layer. Statistics of the inputs of every matrix are collected.
+2. The compression method, if there is one, changes the layer.
+3. The batches pass through the changed layer. The outputs are the inputs of the next layer.
+
+The inputs of later layers therefore include the errors of earlier changes. Memory holds the parameters, one layer's
+statistics, and the residual stream of every batch. All layers of a stack (the encoder or the decoder) run the same
+compiled functions.
+
+A method is a function that takes a `Visit` (one layer with its statistics) and returns the layer's parameters. A
+changed weight overwrites the unchanged one in place if both have the same type. If the type changes, such as from dense
+to quantized, the changed weights of all layers are stacked in new memory. In that case the unchanged weights are freed
+when all layers of the stack are finished.
 
 Example:
     def change(visit: Visit) -> Layer:
@@ -41,42 +47,43 @@ from llmctl.model.config import ModelConfig
 Batch = dict[str, Any]
 Layer = dict[str, Any]
 HEAD = "head"
-"""Name of the output head in visits and reports. Layers have the name of their stack instead."""
+"""Value of the field `stack` for the output head, which belongs neither to the encoder nor to the decoder."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """Describe the layer that the walk visits: its parameters, statistics and gradients.
+    """Describe one layer during a calibration walk: its parameters, statistics and gradients.
 
-    The method that changes layers gets a Visit as its argument.
+    The compression method gets a Visit as its argument.
     """
 
     stack: str
-    """Stack of the layer, "encoder" or "decoder"; `HEAD` for the output head."""
+    """Stack that contains the layer, "encoder" or "decoder"; `HEAD` for the output head."""
     index: int
     """Index of the layer in its stack, from 0."""
     layer: Layer
     """Parameters of the layer. For the output head these are the subtrees "lm_head" and "head"."""
     stats: Stats
-    """Statistics of the inputs of each matrix of the layer, by the matrix's path. The argument `collect` of `walk`
-    selects them."""
+    """Statistics of the inputs of each matrix, by the path of the matrix in the layer ("attn/q"). The argument
+    `collect` of `walk` selects them.
+    """
     gradients: Gradients = field(default_factory=dict)
     """Gradients of the loss, summed over batches, by the path of the matrix in the layer. Empty for the output head,
     and if `walk` got no gradients.
     """
     notes: dict[str, Any] = field(default_factory=dict)
-    """JSON data that the method records about the layer. The report contains it, also after a resume."""
+    """JSON data that the method may add about the layer. The data is copied to the layer's report and saved with it."""
 
 
 Change = Callable[[Visit], Layer]
-"""The method: a function that takes a Visit and returns the changed parameters of its layer. In all layers of a stack,
-a weight must end with the same node type.
+"""Compression method: a function from a Visit to the changed parameters of its layer. A weight must have the same type
+after the change, such as dense or quantized, in all layers of the encoder or decoder.
 """
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Store the measurements of one layer, as means over tokens without padding."""
+    """Store the measurements of one layer over all tokens that are not padding."""
 
     stack: str
     layer: int
@@ -88,7 +95,9 @@ class LayerReport:
     The error is 1 if the layer is removed. For the output head the denominator is ||unchanged output||.
     """
     stats: Stats
-    """Statistics of the layer. Empty if `walk` was called without `keep`, or if the layer was read from disk."""
+    """Statistics of the inputs of each matrix. Empty if `walk` was called without `keep`, or if the layer was read from
+    disk.
+    """
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method recorded for the layer."""
 
@@ -119,21 +128,22 @@ def walk(
 
     Args:
       cfg: config of the model.
-      params: parameters of the model. With `change` their blocks are donated; without it they are returned unchanged.
-      batches: inputs of the model: tokens, segments, positions [B, T], and encoder_* for an encoder-decoder. Padding
-          (segment 0) is not counted.
-      collect: function that selects the statistics of each matrix.
-      change: the method, a function that returns the changed layer; None only measures.
+      params: parameters of the model. If `change` is given, those of the layers are donated; otherwise the parameters
+          are returned unchanged.
+      batches: inputs of the model: tokens, segments, positions [B, T]. For an encoder-decoder, the same arrays with the
+          prefix `encoder_` too. Padding (segment 0) is not counted.
+      collect: function from the path of a matrix to the statistic of its inputs that is collected (see `Collect`).
+      change: compression method, a function that returns the changed layer; None only measures.
       gradients: gradients of the unchanged model, summed over batches (`gradients.accumulate`).
       head: whether to visit the output head too, after all layers.
       keep: whether to keep each layer's statistics in its report.
       progress: function that is called with each report.
-      saved: folder of finished layers. Layers that are in this folder are read from it instead of visited. The same
-          compiled function passes the batches through the saved layers, so an interrupted walk gives the same bits.
+      saved: folder in which changed layers are saved. A layer that is already saved there is read instead of changed
+          again. The batches pass through it by the same compiled function, so an interrupted walk gives the same bits.
       dtype: dtype of the computation.
 
     Returns:
-      The (changed) parameters and a report per layer.
+      The parameters, changed if `change` is given, and a report per layer.
 
     Raises:
       RequestError: If the batches contain only padding.
@@ -164,7 +174,7 @@ def walk(
 
 @dataclass(frozen=True)
 class _Walk:
-    """Run `walk`, whose arguments are the fields. Each method processes one stack, or the output head."""
+    """Hold the arguments of `walk`, and process one stack (encoder or decoder) or the output head at a time."""
 
     cfg: ModelConfig
     batches: Sequence[Batch]
@@ -179,7 +189,7 @@ class _Walk:
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
-        `carries` are the hidden states of the batches. The method replaces them by the hidden states after the stack.
+        `carries` has the hidden states of each batch before the stack. Afterwards it has those after the stack.
         """
         observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])

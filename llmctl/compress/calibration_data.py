@@ -1,4 +1,4 @@
-"""Load calibration data: examples in the format of training, as batches on the devices."""
+"""Load calibration examples as batches of device arrays, in the same format as training batches."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model.config import ModelConfig
 
 READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_segments", "encoder_positions")
-"""Names of the arrays in a batch that the model reads. Labels and targets are kept only to compute gradients."""
+"""Names of the arrays of a batch that the model reads. Batches for gradients also have labels or targets."""
 
 
 def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False) -> list[dict[str, Any]]:
-    """Return the calibration batches of an artifact as device arrays [B, seq_len], all of one shape.
+    """Return batches of calibration examples for a saved model, as device arrays [B, seq_len] of one shape.
 
     Args:
       config: settings that select the examples and their length.
-      base: the artifact, whose training length and truncation are the defaults.
+      base: artifact of the saved model. Its training length and truncation are the defaults.
       mesh: the devices.
       labels: whether batches contain labels or targets, as in training. Otherwise they contain only the model's inputs.
 
@@ -58,9 +58,9 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
 def abstract(
     config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Return (one calibration batch as abstract arrays, number of batches).
+    """Return (one calibration batch as abstract arrays, number of batches), without reading the data.
 
-    Each example is assumed to give one row. `load` describes the arguments and the errors. The data is not read.
+    Each example is assumed to give one sequence. `load` describes the arguments and the errors.
     """
     task, seq_len = of(base.manifest), sequence_length(config, base)
     batches = DeviceBatches.for_one_pass(mesh, config.batch_size, config.examples)
@@ -87,7 +87,7 @@ def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
 
 
 def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str, Any]:
-    """Return the arrays of a batch that the walk reads. If `labels` is true, also return those that the loss reads."""
+    """Return the arrays of a batch that the model reads. If `labels` is true, also return those that the loss reads."""
     read = dict(batch) if labels else {k: batch[k] for k in READ if k in batch}
     if cfg.encoder_layers and "encoder_tokens" not in read:
         read |= {f"encoder_{k}": v for k, v in read.items() if k in READ}
@@ -95,7 +95,7 @@ def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str,
 
 
 def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer: Tokenizer, labels: bool) -> Any:
-    """Return the rows of the chosen examples.
+    """Return the chosen examples as rows: the sequences of token ids that batches are made of.
 
     The rows have labels or targets, as in training, only if `labels` is true.
     """

@@ -1,9 +1,14 @@
-"""Compute gradients of the task's loss with respect to the matrices, summed over the calibration batches.
+"""Compute gradients of the task's loss with respect to the matrices of the layers, summed over calibration batches.
 
 One backward pass per batch covers the complete model and recomputes activations (`remat = "full"`). In addition to the
-parameters, three kinds of arrays are in memory. These are one gradient per matrix, one float32 array per matrix and
-requested sum, and a float32 copy of every matrix with another dtype. A separate backward pass per layer would store the
-sums of only one layer at a time, but repeat the backward pass for every layer.
+parameters, memory holds:
+
+- one gradient per matrix
+- one float32 array per matrix and requested sum
+- a float32 copy of every matrix with another dtype
+
+A separate backward pass per layer would store the sums of only one layer at a time, but repeat the backward pass for
+every layer.
 """
 
 from __future__ import annotations
@@ -37,10 +42,11 @@ def accumulate(
     sums: Sequence[str],
     dtype: Any = jnp.float32,
 ) -> Gradients:
-    """Sum g, |g| or g^2 over batches; g is the gradient of the loss with respect to a matrix [L, I, O] of a stack.
+    """Sum g, |g| or g^2 over batches, where g is the gradient of the loss with respect to a matrix.
 
-    The loss is summed over tokens (or examples), so the sum of g does not depend on the batch size. For a quantized
-    matrix, g is the gradient with respect to the dequantized values.
+    The matrices of all L layers are stacked: [L, inputs, outputs]. The loss is summed over tokens (or examples), so the
+    sum of g does not depend on the batch size. For a quantized matrix, g is the gradient with respect to the
+    dequantized values.
 
     Args:
       task: the task, whose loss is differentiated.
@@ -66,7 +72,7 @@ def accumulate(
 
 
 def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
-    """Return a compiled function (matrices, parameters, totals, batch) -> (totals, weight of the batch's loss).
+    """Return a compiled function (matrices, parameters, totals, batch) -> (totals, total weight of the loss's tokens).
 
     The function computes the gradients of one batch, applies each function that `sums` names, and adds the results to
     the totals. The totals are donated.

@@ -1,4 +1,4 @@
-"""Save finished layers of a calibration walk to disk, so that an interrupted walk can resume.
+"""Save each compressed layer to disk while a model is compressed layer by layer, so that an interrupted run can resume.
 
 Each layer is one file with the changed layer and its report. The file is written under another name and then renamed.
 The file does not contain the batches' residual streams, because they can be recomputed from the changed layers. A
@@ -22,7 +22,7 @@ from llmctl.model import weights
 Layer = dict[str, Any]
 
 ABOUT = "about"
-"""Name of the entry in a layer's file that holds JSON data: the type of every weight, and the numbers of the report."""
+"""Name of the entry in a layer's file that holds JSON data: the type of every weight, and the layer's report."""
 
 
 class Saved:
@@ -32,7 +32,7 @@ class Saved:
         self.folder = folder
 
     def write(self, stack: str, index: int, layer: Layer, report: dict[str, Any]) -> None:
-        """Save one changed layer and the numbers of its report. The file appears only when it is complete."""
+        """Save one changed layer and its report (JSON data). The file appears only when it is complete."""
         flat = weights.flatten(layer)
         records = {path: weights.describe(w) for path, w in flat.items()}
         arrays = {name: host_arrays.read(a) for name, a in weights.arrays(layer).items()}
@@ -50,7 +50,7 @@ class Saved:
         draft.replace(file)
 
     def read(self, stack: str, index: int, like: Layer) -> tuple[Layer, dict[str, Any]] | None:
-        """Return a finished layer and the numbers of its report; None if the file is missing or damaged.
+        """Return a finished layer and its report; None if the file is missing or damaged.
 
         The arrays are sharded like those of `like`, the unchanged layer.
         """

@@ -1,4 +1,4 @@
-"""Define the functions that the calibration walk compiles.
+"""Define the compiled functions that run a calibration batch through one layer, or through the output head.
 
 The functions also accept abstract arrays, so that `llmctl plan` can compile them.
 """
@@ -77,7 +77,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
 
     @jax.jit
     def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
-        """Return the statistics, to which the final hidden states of one batch were added."""
+        """Add the final hidden states of one batch to the statistics, and return the statistics."""
         taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
 

@@ -1,7 +1,8 @@
-"""Replace the layers of a stack one by one while the other layers are still read.
+"""Replace the parameters of layers one by one while the other layers are still read.
 
-Weights that keep their type are updated in place, so a second set of layers is never in memory. Weights that change
-their type (dense to quantized) are collected in new stacked arrays.
+All layers of an encoder or decoder are stacked: each parameter is one array [L, ...] for L layers. Weights that keep
+their type are updated in place, so a second set of layers is never in memory. Weights that change their type (dense to
+quantized) are collected in new stacked arrays.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Layer = dict[str, Any]
 class LayerStack:
     """Replace stacked parameters [L, ...] layer by layer, in any order.
 
-    `put` replaces one layer, and `finish` returns the new stack. The first `put` donates the arrays of the constructor.
+    `put` replaces one layer, and `finish` returns the new stack. The first `put` donates the arrays that the
+    constructor received.
     """
 
     def __init__(self, blocks: Layer) -> None:
@@ -41,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the layer has other parameters than the stack, or the types of other weights changed than in
-              the first replaced layer.
+          ValueError: If the layer's parameters have other names than the stack's. Also if the weights that change their
+              type are not the same ones as in the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
@@ -63,10 +65,10 @@ class LayerStack:
             self._made = self._puts[1](self._made, {p: new[p] for p in changed}, at)
 
     def finish(self) -> Layer:
-        """Return the stack in which all layers are replaced.
+        """Return the stacked parameters of all layers after the replacements.
 
         Raises:
-          ValueError: If some layers changed the types of weights, but other layers were not replaced.
+          ValueError: If a weight changed its type, but not all layers were replaced.
         """
         if self._made and len(self._done) < self._depth:
             raise ValueError(f"{len(self._done)} of {self._depth} layers changed the type of {sorted(self._made)}")
@@ -74,9 +76,9 @@ class LayerStack:
 
 
 def putter(blocks: Layer) -> Any:
-    """Return a compiled function (blocks [L, ...], layer, index) -> blocks, which replaces the layer at `index`.
+    """Return a compiled function (stacked parameters, layer, index) -> stacked parameters with this layer replaced.
 
-    The blocks are donated.
+    The stacked parameters [L, ...] are donated.
     """
 
     def put(blocks: Layer, layer: Layer, index: jax.Array) -> Layer:
@@ -122,7 +124,7 @@ def _same_type(stacked: Any, layer: Any) -> bool:
 
 
 def _zeros_for(depth: int, layer: Any, old: Any) -> Any:
-    """Return zero arrays for a weight of `depth` layers, stacked on a new first axis."""
+    """Return arrays of zeros like those of one layer's weight, with a new first axis of length `depth`."""
 
     def one(a: jax.Array) -> jax.Array:
         shape = (depth, *a.shape)

@@ -16,12 +16,12 @@ from llmctl.model import weights
 
 
 def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = False) -> dict[str, Any]:
-    """Return the artifact's parameters with every low-rank pair merged into its matrix.
+    """Return a model's parameters with every low-rank adapter (LoRA) merged into its matrix.
 
     Args:
-      base: the artifact.
-      say: function that prints a line if any pair is merged.
-      requantizes: whether the stage quantizes the result. Only then may pairs be merged into quantized matrices.
+      base: artifact of the saved model.
+      say: function that prints a line if any adapter is merged.
+      requantizes: whether the caller quantizes the result. Only then may adapters of quantized matrices be merged.
 
     Raises:
       RequestError: If merging would turn integers into floats, or fill pruned zeros.

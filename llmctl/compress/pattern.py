@@ -13,7 +13,7 @@ from llmctl.config.errors import RequestError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Define a sparsity pattern: prune the fraction `sparsity`, or keep the best `keep` of every `of` inputs (N:M).
+    """Define a sparsity pattern: prune the fraction `sparsity`, or keep the `keep` best of every `of` inputs (N:M).
 
     >>> Pattern.parse("2:4", 0.5)
     Pattern(sparsity=0.5, keep=2, of=4)
@@ -24,7 +24,7 @@ class Pattern:
     of: int = 0
 
     def count(self, inputs: int, outputs: int, per: Literal["matrix", "output"]) -> int:
-        """Return the number of zeros in a matrix [I, O]: the rounded share of the matrix, or of each output's inputs.
+        """Return the number of zeros in a matrix. The fraction `sparsity` is rounded per matrix, or per output.
 
         >>> Pattern(0.3).count(5, 3, "matrix"), Pattern(0.3).count(5, 3, "output")
         (4, 6)

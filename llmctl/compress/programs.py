@@ -1,8 +1,9 @@
-"""Describe the compiled programs of pruning and quantization, so that `llmctl plan` can estimate them.
+"""Describe the compiled functions of pruning and quantization, so that `llmctl plan` can estimate their cost.
 
-The programs are the steps of the calibration walk, and the change of one weight. During the walk, the arguments of the
-program, all parameters and the residual stream of every batch are in memory. Changed layers replace the unchanged ones
-in the parameters.
+A program is a function that JAX compiles, with abstract arguments. Compression runs calibration batches through the
+model layer by layer (calibration walk) and changes one weight at a time; each of these steps is a program. During the
+walk, memory holds the arguments of the program, all parameters and the residual stream of every batch. Changed layers
+replace the unchanged ones in the parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from llmctl.model.program import Cost, Pass, Program, Tree
 
 @dataclass(frozen=True)
 class Walk:
-    """Describe a calibration walk by abstract arrays, and return its programs."""
+    """Describe a calibration walk (`llmctl.compress.calibrate`) by abstract arrays, and return its programs."""
 
     batch: Mapping[str, Any]
     """Batch of abstract arrays [B, T], by name."""
@@ -43,15 +44,17 @@ class Walk:
     """Number of batches."""
     dtype: str
     task: Task
-    """Task of the parent artifact."""
+    """Task that the model was trained for. Its loss defines the gradients."""
     mesh: Mesh
     parent: Tree
-    """Abstract parameters of the parent artifact. They stay in memory even if the walk reads others, such as merged
-    ones.
+    """Abstract parameters of the model before compression. They stay in memory even if the walk reads other parameters,
+    such as those with merged adapters.
     """
 
     def programs(self, model: ModelConfig, params: Tree, collect: Collect, changes: bool) -> list[Program]:
-        """Return the programs that `llmctl.compress.calibrate.walk` runs per layer and batch, for the last stack.
+        """Return the programs that `llmctl.compress.calibrate.walk` runs per layer and batch.
+
+        The layers are those of the decoder, or of the encoder if the model has no decoder.
 
         Args:
           model: config of the model.
@@ -108,7 +111,10 @@ class Walk:
         return found
 
     def sums(self, params: Tree, method: SparseMethod) -> Tree:
-        """Return the abstract arrays of the gradient sums that a score reads, by matrix path and name of the sum."""
+        """Return the gradient sums that the score of a pruning method reads, as abstract arrays.
+
+        They are in a dictionary: path of a matrix -> name of the sum -> array.
+        """
         inner = {m.path: m.weight for m in weights.matrices(params, "block")}
         names = method.gradients
         return {
@@ -139,15 +145,15 @@ class Walk:
 
 
 def sharding_of(w: Tree) -> Any:
-    """Return the sharding of a weight's first array."""
+    """Return the sharding of a weight's first array. A quantized weight has several arrays: integers and scales."""
     return jax.tree.leaves(w)[0].sharding
 
 
 def structured_pruning(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
-    """Return the programs of structured pruning to the config `target`.
+    """Return the programs that remove heads, neurons and layers, so that the model has the config `target`.
 
-    If layers are removed, the programs of the walk that selects layers are included. If heads or neurons are removed,
-    those of the walk that selects heads and neurons are included.
+    If layers are removed, the programs that measure the importance of layers are included. If heads or neurons are
+    removed, those that select heads and neurons layer by layer are included.
     """
     found: list[Program] = []
     if structured.fewer_layers(model, target):
@@ -206,7 +212,7 @@ def quantization(
 
 
 def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return the parameters with low-rank pairs merged, as `llmctl.compress.lowrank.merged` does."""
+    """Return the abstract parameters with low-rank adapters merged, as `llmctl.compress.lowrank.merged` does."""
     if not weights.adapted(params):
         return params
     return functional.laid_out(model, jax.eval_shape(weights.merge_adapters, params), mesh)

@@ -1,8 +1,8 @@
 """Prune matrices in unstructured or N:M patterns: set the weights with the lowest scores to zero, or run SparseGPT.
 
-The zeros themselves are the mask, and nothing else is stored. A stage that trains a sparse artifact keeps `w == 0`.
-Scores are in `llmctl.compress.scores`, patterns in `llmctl.compress.pattern`. A `SparseMethod`
-names what is used.
+The zeros themselves are the mask, and nothing else is stored. If a pruned model is trained further, its zeros stay
+zero. A `SparseMethod` combines a score (`llmctl.compress.scores`) or SparseGPT with a pattern
+(`llmctl.compress.pattern`).
 
 Shapes: I inputs, O outputs of one layer's matrix.
 """
@@ -44,8 +44,8 @@ def mask(
       score_IO: scores; the lowest are pruned.
       pattern: sparsity pattern.
       per: group within which scores compete in an unstructured pattern: the complete matrix, or each output's inputs.
-      count: number of weights to prune in an unstructured pattern; that of the pattern by default. If outputs cannot
-        all prune the same number, the first ones prune one more.
+      count: number of weights to prune in an unstructured pattern; by default the number that the pattern gives. If
+        this number cannot be the same for every output, the first outputs prune one more.
 
     Raises:
       RequestError: If the M of an N:M pattern does not divide the inputs.
@@ -98,10 +98,10 @@ def prune(
 
     Args:
       w: the matrix.
-      statistics: moments of the matrix's inputs, if the score needs them.
+      statistics: sums of squares of the matrix's inputs (`Moments`), if the score needs them.
       gradients: sums of the loss's gradient, if the score needs them.
       key: random key of this matrix; a fixed one by default.
-      count: number of zeros of an unstructured pattern; that of the pattern by default.
+      count: number of zeros of an unstructured pattern; by default the number that the pattern gives.
       method: name of the score in `SCORES`.
       pattern: sparsity pattern.
     """
@@ -126,11 +126,13 @@ def prune_layer(
 
     Args:
       layer: parameters of the layer.
-      statistics: Gram matrix or moments of each matrix's inputs by its path ("attn/q"), if the method needs them.
+      statistics: statistics of each matrix's inputs by its path ("attn/q"), if the method needs them: a Gram matrix, or
+        sums of squares (`Moments`).
       gradients: sums of the loss's gradient by the same paths, if the method needs them.
       method: the method.
       at: (seed, stack, index of the layer), from which the random key of every matrix is derived.
-      counts: number of zeros of each matrix by its path, in an unstructured pattern; those of the pattern by default.
+      counts: number of zeros of each matrix by its path, in an unstructured pattern; by default the numbers that the
+        pattern gives.
 
     Returns:
       The pruned layer, and JSON data about each matrix by its path: `shape`, `zeros` (their number), `error` (the
@@ -161,9 +163,10 @@ def prune_layer(
 def _by_hessian(
     w: jax.Array, statistics: Any, gradients: Sums | None, key: jax.Array, count: int | None, method: SparseMethod
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return a matrix pruned by a method that reads its Gram matrix, and the entries of its record.
+    """Prune one matrix by SparseGPT or with repair, which read the Gram matrix of its inputs.
 
-    Every device of the mesh computes the complete matrix, so the result does not depend on the mesh.
+    Return the pruned matrix, and JSON data about it: its errors, and the fallback if one was used. Every device of the
+    mesh computes the complete matrix, so the result does not depend on the mesh.
     """
     whole, gram_II = (_replicated(a) for a in (w, statistics.products[0]))
     found: dict[str, Any] = {}
@@ -203,9 +206,9 @@ def output_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array) 
 
 
 def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern, seed: int = 0) -> dict[str, Any]:
-    """Return the parameters with every matrix of the blocks [L, I, O] pruned, by a score that reads no data.
+    """Return the parameters with every matrix of the layers pruned, by a score that reads no data.
 
-    Each layer is pruned separately.
+    Each layer of a stacked matrix [layers, I, O] is pruned separately.
     """
     changed = {}
     for m in weights.matrices(params, "block"):
@@ -222,16 +225,16 @@ def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
 
 
 def collector(method: SparseMethod) -> Collect:
-    """Return the function that selects the statistics that the method needs."""
+    """Return the function that selects the statistics of each matrix that the method needs (see `Collect`)."""
     return grams if method.hessian else moments if method.moments else nothing
 
 
 def check(params: dict[str, Any], method: SparseMethod) -> None:
-    """Check that a method fits the matrices of the blocks.
+    """Check that a method fits the matrices of the layers.
 
     Raises:
-      RequestError: If an N:M pattern does not divide the inputs of a matrix, the sparsity would prune no weight at all,
-        or the method gives other values to kept weights and a matrix is quantized.
+      RequestError: If an N:M pattern does not divide the inputs of a matrix, or the sparsity would prune no weight at
+        all. Also if the method changes the values of kept weights, and a matrix is quantized.
     """
     largest, pattern, per = 1, method.pattern, method.per
     for m in weights.matrices(params, "block"):
@@ -251,7 +254,7 @@ def check(params: dict[str, Any], method: SparseMethod) -> None:
 
 
 def sparsity(params: dict[str, Any]) -> float:
-    """Return the fraction of exact zeros among the entries of the blocks' matrices."""
+    """Return the fraction of exact zeros among the entries of the layers' matrices."""
     zeros = entries = 0
     for m in weights.matrices(params, "block"):
         values = m.node.values()

@@ -17,18 +17,18 @@ Record = dict[str, Any]
 
 
 def records(reports: Sequence[LayerReport]) -> list[Record]:
-    """Return one record per pruned layer as JSON data.
+    """Return one dictionary of JSON data per pruned layer.
 
     Returns:
       {"stack", "layer", "sparsity", "error", "matrices"}. `sparsity` is the counted fraction of zeros of the layer's
       matrices. `error` is the relative error of the layer's output, on inputs from the pruned layers before it.
-      `matrices` has the record of each matrix by its path, as `llmctl.compress.prune.prune_layer` returns it.
+      `matrices` has the data of each matrix by its path, as `llmctl.compress.prune.prune_layer` returns it.
     """
     return [_record(r.stack, r.layer, r.notes["matrices"], {"error": round(r.error, 6)}) for r in reports]
 
 
 def counted(params: dict[str, Any]) -> list[Record]:
-    """Return the records of layers that were pruned without data. These records have no errors."""
+    """Return data about layers that were pruned without calibration, as `records` does but without errors."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for m in weights.matrices(params, "block"):
         zeros = np.asarray((m.node.values() == 0).sum(axis=(1, 2)))
@@ -45,7 +45,7 @@ def errors(layers: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def fallbacks(layers: Sequence[Record]) -> list[str]:
-    """Return one line per matrix that was pruned by a fallback: the path of the matrix, and the fallback."""
+    """Return one line per matrix for which SparseGPT failed: the path of the matrix, and what was used instead."""
     return [
         f"{layer['stack']} layer {layer['layer']}, {path}: fell back to {found['fallback']}"
         for layer in layers

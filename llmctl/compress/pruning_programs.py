@@ -1,4 +1,4 @@
-"""Describe the programs that set single weights to zero: those of the method, and those of the allocation."""
+"""Describe the compiled functions that set single weights to zero, so that `llmctl plan` can estimate their cost."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from llmctl.model.program import Cost, Gather, Pass, Program, Tree
 
 
 def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, walk: Walk | None) -> list[Program]:
-    """Return the programs that set single weights to zero.
+    """Return the compiled functions that set single weights to zero, as programs with abstract arguments.
 
-    One program prunes the largest matrix. It represents the programs of all matrices. If the method reads data, the
-    programs of the calibration walk come first.
+    One program prunes the largest matrix, and stands for the pruning of all matrices. If the method reads data, the
+    programs that run the data through the layers come first.
 
     Args:
       model: config of the model.
       params: abstract parameters of the model.
-      method: the method.
+      method: the pruning method.
       mesh: the devices.
       walk: the calibration walk; None for a method that reads no data.
     """
@@ -74,7 +74,11 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
 
 
 def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Walk) -> list[Program]:
-    """Return the programs that measure the unpruned layers, and for a scan the one that runs a pruned layer."""
+    """Return the programs that choose how sparse each layer becomes.
+
+    They measure the inputs of the unpruned layers. If the choice is by sensitivity, one more program runs the model
+    with one pruned layer.
+    """
     found = walk.programs(model, params, moments, changes=False)
     if method.allocation.name != "sensitivity":
         return found
@@ -103,8 +107,9 @@ def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Wa
 def _sparsegpt_cost(w: Tree) -> Cost:
     """Return the cost of SparseGPT for one matrix.
 
-    The counted products spread the errors of each block over all inputs. The triangular solve and the Cholesky
-    decomposition are library calls. Memory holds four arrays of the Hessian's size and six of the matrix's size.
+    Its FLOPs are those of the products that propagate each block's errors to all inputs. Those of the triangular solve
+    and the Cholesky decomposition are not counted. Memory holds four arrays of the Hessian's size and six of the
+    matrix's size.
     """
     inputs, outputs = w.shape
     blocks = -(-inputs // sparsegpt.BLOCK)
@@ -116,7 +121,8 @@ def _sparsegpt_cost(w: Tree) -> Cost:
 def _repair_cost(w: Tree) -> Cost:
     """Return the cost of `repair` for one matrix.
 
-    The Gram matrix is multiplied with a matrix in each step, for the first residual, and for the two errors at the end.
+    Its FLOPs are those of the products of the Gram matrix with another matrix: one per step, one for the first
+    residual, and two for the errors at the end.
     """
     inputs, outputs = w.shape
     entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 3

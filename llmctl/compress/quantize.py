@@ -86,7 +86,7 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
 
 
 def with_activations(node: Node, inputs: int, activations: str) -> Node:
-    """Return a weight node that also quantizes the inputs of its products if `activations` is not empty.
+    """Return the quantized weight `node` with quantization of its input activations, if `activations` is not empty.
 
     An embedding table (`inputs` -1) is returned unchanged: its rows are looked up, and the product with a tied table
     uses unquantized activations.
@@ -96,7 +96,7 @@ def with_activations(node: Node, inputs: int, activations: str) -> Node:
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def measured(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[Node, jax.Array]:
-    """Quantize one weight, and return (weight node, its relative error as a float32 scalar)."""
+    """Quantize one weight, and return (quantized weight, its relative error as a float32 scalar)."""
     node = SCHEMES[scheme](w, inputs, group)
     return node, relative_error(w, node)
 

@@ -1,4 +1,4 @@
-"""Define quantization schemes: functions from a weight to a weight node with few bits.
+"""Define quantization schemes: functions from an array of weights to a quantized weight (a pytree with few bits).
 
 A new scheme is one function here and its name in `SCHEMES`. Another package provides one as the entry point
 `scheme.NAME`. The module imports JAX only inside the functions.
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from llmctl.model.weights import Node, NormalFloat, Quantized
 
 Scheme = Callable[["jax.Array", int, int], "Node"]
-"""Function (weight, axis of its inputs, inputs per scale) -> a weight node, such as integers with scales.
+"""Function (weight, axis of its inputs, inputs per scale) -> quantized weight, such as integers with scales.
 
 A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
 output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales. A function may
-have the attribute `group`: the inputs per scale in place of 0.
+have an attribute `group`: the number of inputs per scale that is used if 0 is requested.
 """
 
 SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in ("int8", "int4", "nf4")})

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 Calculate = Callable[["jax.Array", "Moments | None", Mapping[str, "jax.Array"], "jax.Array"], "jax.Array"]
 """Function (weights [I, O] float32, statistics, gradients, random key) -> scores [I, O]. The lowest scores are pruned.
 
-`statistics` are the moments of the matrix's inputs. `gradients` has the sums of `Score.gradients` by name, each [I, O].
-The key differs for every matrix of every layer. Zero weights always count as the least important.
+`statistics` has the sum of squares of each input over the calibration tokens (`Moments`). `gradients` has the gradient
+sums that `Score.gradients` names, each [I, O]. The key differs for every matrix of every layer. Zero weights always
+count as the least important.
 """
 
 
@@ -43,7 +44,7 @@ class Score:
     """Group of weights within which scores compete in an unstructured pattern: the complete matrix, or each output's
     inputs."""
     statistics: bool = False
-    """Whether the function needs the moments of each matrix's inputs."""
+    """Whether the function needs the sums of squares of each matrix's inputs (`Moments`)."""
     gradients: tuple[Literal["sum", "absolute", "square"], ...] = ()
     """Names of the gradient sums that the function needs. Each is a sum over calibration batches of a function of the
     loss's gradient g: g, |g| or g^2."""

@@ -15,14 +15,14 @@ from llmctl.data.config import DataConfig, Split, Truncate
 
 
 class CalibrationConfig(Config):
-    """Set the calibration data of a stage.
+    """Set the calibration data of a compression command.
 
-    A stage's config inherits these fields, so recipes write them in `[[stage]]`.
+    The config of each compression command inherits these fields. A recipe writes them in the command's `[[stage]]`.
 
     >>> CalibrationConfig(examples=128, seq_len=512).batch_size
     16
 
-    `llmctl.compress.calibration_data.load(config, base, mesh)` builds the batches for an artifact.
+    `llmctl.compress.calibration_data.load(config, base, mesh)` builds the batches for a saved model.
     """
 
     data: DataConfig = DataConfig()

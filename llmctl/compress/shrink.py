@@ -19,7 +19,9 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Weight, as_node, flatten, kernel_of, unflatten
 
 Kept = dict[str, dict[str, list[np.ndarray]]]
-"""Indices to keep: stack -> name of the units ("attn/heads", "mlp/neurons", …) -> ascending indices per layer."""
+"""Heads and neurons to keep: "encoder" or "decoder" -> kind ("attn/heads", "mlp/neurons", …) -> ascending indices per
+layer.
+"""
 
 
 def target(
@@ -31,18 +33,18 @@ def target(
     by: Literal["groups", "queries"] = "groups",
     multiple: int = 1,
 ) -> ModelConfig:
-    """Return the config after pruning.
+    """Return the config of the model after heads, neurons and layers are removed.
 
-    In `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove. A number from 1 is the count to keep. 0
-    keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer, and is at least 1.
+    In `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove. A number from 1 on is the count to keep.
+    0 keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer, and is at least 1.
 
     Args:
       cfg: the config before pruning.
       heads: query heads per layer.
       ffn: neurons per feed-forward layer.
-      layers: layers of every stack.
+      layers: layers of the encoder and of the decoder.
       by: remove "groups" (a key/value head with all its query heads) or "queries" (the same number in each group).
-      multiple: divisor of the number of kept neurons.
+      multiple: the number of kept neurons is a multiple of this number.
 
     Raises:
       RequestError: If a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing
@@ -78,19 +80,25 @@ def target(
     return ModelConfig.model_validate({**cfg.model_dump(), "preset": "", **update})
 
 
-def _keep(field: str, request: float, units: float, unit: int) -> int:
-    """Return how many of `units` units to keep. A unit is `unit` heads, neurons or layers.
+def _keep(field: str, request: float, groups: float, size: int) -> int:
+    """Return how many groups of heads, neurons or layers to keep. Each group is kept or removed as one.
+
+    Args:
+      field: name of the setting, for errors.
+      request: the fraction to remove, or the number of heads, neurons or layers to keep.
+      groups: number of groups before pruning.
+      size: number of heads, neurons or layers in a group.
 
     Raises:
-      RequestError: If the requested count is not a multiple of `unit`, or is too large.
+      RequestError: If the requested number is not a multiple of `size`, or is too large.
     """
     if request < 1:
-        return max(1, round(units * (1 - request)))
-    if request != int(request) or int(request) % unit:
-        raise RequestError(f"{field}: {request:g} to keep is not a multiple of {unit}, which go together")
-    kept = int(request) // unit
-    if kept > units:
-        raise RequestError(f"{field}: {int(request)} to keep, but the artifact has {units * unit:g}")
+        return max(1, round(groups * (1 - request)))
+    if request != int(request) or int(request) % size:
+        raise RequestError(f"{field}: {request:g} to keep is not a multiple of {size}, which go together")
+    kept = int(request) // size
+    if kept > groups:
+        raise RequestError(f"{field}: {int(request)} to keep, but the artifact has {groups * size:g}")
     return kept
 
 
@@ -98,7 +106,7 @@ def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig
     """Check, before any computation, that `cut` can reduce the parameters to `target`.
 
     Raises:
-      RequestError: If `cut` would raise it.
+      RequestError: If a weight is quantized in groups along a reduced axis, or has a low-rank adapter.
     """
     kept: Kept = {}
     for stack in (name for name in ("encoder", "decoder") if name in params):
@@ -113,7 +121,7 @@ def check_cuttable(cfg: ModelConfig, params: dict[str, Any], target: ModelConfig
 def drop_layers(
     cfg: ModelConfig, params: dict[str, Any], kept: dict[str, list[int]]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return the config and parameters with only the layers in `kept` ({stack: ascending indices})."""
+    """Return the config and parameters with only the layers in `kept` ({"encoder" or "decoder": ascending indices})."""
     update: dict[str, Any] = {"preset": ""}
     for stack, layers in kept.items():
         index = jnp.asarray(layers)
@@ -131,7 +139,7 @@ def cut(
     Biases and the relative position bias are reduced too.
 
     Raises:
-      RequestError: If a weight is quantized in groups along a reduced axis, or has a low-rank update.
+      RequestError: If a weight is quantized in groups along a reduced axis, or has a low-rank adapter.
     """
     flat = flatten(params)
     for stack, choices in kept.items():

@@ -1,6 +1,6 @@
-"""Describe how single weights are pruned: by a score or by SparseGPT, in a pattern, with or without repair.
+"""Describe how single weights are pruned: by a score or by SparseGPT, in a sparsity pattern, with or without repair.
 
-The module does not import JAX, so that settings can be checked early.
+Repair recomputes the kept weights after pruning. The module does not import JAX, so that settings can be checked early.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES, Score
 
 SPARSEGPT = "sparsegpt"
-"""Name of the method that solves for zeros and weights together (`llmctl.compress.sparsegpt`)."""
+"""Name of SparseGPT, which chooses the zeros and changes the kept weights together (`llmctl.compress.sparsegpt`)."""
 DAMPING = 0.01
-"""Fraction of the mean diagonal entry that is added to SparseGPT's Hessian. The value is from its paper."""
+"""Fraction of the mean diagonal entry that is added to SparseGPT's Hessian. The value is from the SparseGPT paper."""
 
 
 AllocationName = Literal["uniform", "owl", "sensitivity"]
@@ -54,7 +54,10 @@ class SparseMethod:
     allocation: Allocation = Allocation()
 
     def score_only(self, sparsity: float) -> SparseMethod:
-        """Return the method's score alone, unstructured and without repair; Wanda's score for SparseGPT."""
+        """Return a method with the same score for an unstructured pattern of this sparsity, without repair.
+
+        For SparseGPT, the returned method has Wanda's score.
+        """
         return SparseMethod("wanda" if self.name == SPARSEGPT else self.name, Pattern(sparsity))
 
     @property
@@ -64,7 +67,7 @@ class SparseMethod:
 
     @property
     def per(self) -> Literal["matrix", "output"]:
-        """Return the group of weights whose number of zeros an unstructured pattern fixes."""
+        """Return whether an unstructured pattern fixes the number of zeros per matrix or per output of a matrix."""
         return self.score.per if self.score else "matrix"
 
     @property
@@ -79,7 +82,7 @@ class SparseMethod:
 
     @property
     def moments(self) -> bool:
-        """Return whether the method needs the moments of each matrix's inputs. A Gram matrix contains them."""
+        """Return whether the score needs the sum of squares of each input. A Gram matrix contains these sums."""
         return bool(self.score and self.score.statistics)
 
     @property
@@ -89,5 +92,5 @@ class SparseMethod:
 
     @property
     def title(self) -> str:
-        """Return the name of the setting that changes the values of kept weights, for messages."""
+        """Return the name, for messages, of the setting by which kept weights change: SparseGPT or repair."""
         return f"method {self.name!r}" if self.name == SPARSEGPT else "repair"

@@ -1,4 +1,4 @@
-"""Set single weights of an artifact's model to zero, in a calibration walk if the method reads data."""
+"""Prune single weights of a saved model. If the method reads data, prune layer by layer as the data passes through."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def prune_weights(
     saved: Saved,
     progress: Callable[[LayerReport], None],
 ) -> tuple[Params, list[dict[str, Any]]]:
-    """Return the pruned parameters and the records of all layers (`llmctl.compress.prune_report.records`).
+    """Return the pruned parameters, and data about each layer (`llmctl.compress.prune_report.records`).
 
-    A method that needs calibration data prunes layer by layer and saves finished layers.
+    If the method needs calibration data, it prunes layer by layer. Finished layers are saved, so that an interrupted
+    run can resume.
 
     Args:
       config: calibration settings.
-      base: the artifact.
-      params: parameters of the artifact, with merged adapters. Those of the blocks are donated.
-      method: the method.
+      base: artifact of the saved model.
+      params: parameters of the model, with merged adapters. Those of the layers are donated.
+      method: the pruning method.
       mesh: the devices.
       seed: seed of the random keys.
       saved: folder of finished layers.
-      progress: function that is called with the report of each layer of each walk.
+      progress: function that is called with the report of each layer that was measured or pruned.
 
     Raises:
       RequestError: If the method does not fit the matrices, the model already has this sparsity, or the calibration

@@ -5,8 +5,8 @@ calibration inputs X. Its Hessian is the Gram matrix X^T X. The inputs are proce
 weights with the lowest w^2 / [H^-1]_jj are pruned. Each pruned weight changes the weights of later inputs, so that the
 error of the outputs becomes minimal.
 
-Instead of the inverse and its factor, the code computes a Cholesky factor of the Hessian in reverse order and inverts
-the factor. The Hessian is scaled to a diagonal of ones before. Float32 therefore suffices.
+The paper inverts the Hessian and factors the inverse. This code instead computes a Cholesky factor of the Hessian in
+reverse order, and inverts the factor. The Hessian is first scaled to a diagonal of ones. Float32 therefore suffices.
 
 Shapes: I inputs and O outputs of the matrix, S inputs per block.
 """
@@ -25,11 +25,11 @@ from llmctl.compress.sparse_method import DAMPING
 BLOCK = 128
 """Number of inputs whose weights compete in an unstructured pattern, as in the paper."""
 ATTEMPTS = 4
-"""Number of dampings that are tried; each is ten times the one before."""
+"""Number of damping values that are tried. Each is ten times the one before."""
 
 
 Block = tuple[jax.Array, jax.Array, jax.Array]
-"""The weights of a block, the mask of its pruned weights, and their errors; each [S, O]."""
+"""The weights of a block of inputs, the mask of its pruned weights, and their errors; each [S, O]."""
 
 
 class Factor(NamedTuple):
@@ -38,13 +38,15 @@ class Factor(NamedTuple):
     upper_II: jax.Array
     """Upper triangular matrix R with H^-1 = R^T R."""
     live_I: jax.Array
-    """Whether an input differs from 0 in any token."""
+    """Whether each input differs from 0 for at least one token."""
     attempts: jax.Array
-    """Number of dampings that failed before; ATTEMPTS if all failed. Then R has only the diagonal of Wanda's score."""
+    """Number of damping values that failed; ATTEMPTS if all failed. In that case R is diagonal, and weights are pruned
+    by Wanda's score.
+    """
 
 
 class Solution(NamedTuple):
-    """Store a pruned matrix and the number of dampings that failed (see `Factor`)."""
+    """Store a pruned matrix and the number of damping values that failed (see `Factor`)."""
 
     weights_IO: jax.Array
     attempts: jax.Array
@@ -53,9 +55,10 @@ class Solution(NamedTuple):
 def factor(gram_II: jax.Array, damping: jax.Array | float) -> Factor:
     """Return the factor R of the inverse Hessian, H = gram + damping * mean diagonal * identity = (R^T R)^-1.
 
-    An input that is always 0 (a dead channel) gets the mean diagonal entry of the others, and has no effect on them.
-    If the Hessian is not positive definite in float32, the damping is multiplied by 10 and tried again. If every
-    damping fails, R is diagonal: the weights are then pruned by Wanda's score and do not compensate for one another.
+    An input that is always 0 (a dead channel) gets the mean diagonal entry of the other inputs, and does not influence
+    them. If the Hessian is not positive definite in float32, the damping is multiplied by 10 and tried again. If every
+    damping value fails, R is diagonal: the weights are then pruned by Wanda's score and do not compensate for one
+    another.
 
     Args:
       gram_II: Gram matrix of the inputs, float32.
@@ -172,7 +175,7 @@ def prune(
 
 
 def fallback(attempts: int, damping: float) -> str:
-    """Describe the fallback that is used if `attempts` dampings failed; an empty text if none failed."""
+    """Describe what is used instead if `attempts` damping values failed; return an empty text if none failed."""
     if not attempts:
         return ""
     if attempts < ATTEMPTS:
@@ -195,6 +198,9 @@ def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array
 
 
 def _lowest(score_NO: jax.Array, count: jax.Array | int) -> jax.Array:
-    """Return a mask that is True at the `count` lowest scores of each column; of equal scores, at the first ones."""
+    """Return a mask that is True at the `count` lowest scores of each column.
+
+    If scores are equal, the first count as lower.
+    """
     order = jnp.argsort(score_NO, axis=0, stable=True)
     return jnp.argsort(order, axis=0) < count

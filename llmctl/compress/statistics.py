@@ -1,4 +1,4 @@
-"""Collect statistics of the inputs of a layer's matrices: sums over tokens, used in the calibration walk.
+"""Collect statistics of the inputs of a layer's matrices, as sums over the tokens of calibration data.
 
 Shapes: N tokens of a batch, I inputs of a matrix, H blocks of K inputs.
 """
@@ -87,23 +87,24 @@ matrix."""
 
 
 def moments(path: str, inputs: int) -> Statistic:
-    """Select empty Moments as the statistic of every matrix.
+    """Return empty Moments for every matrix, so that the sums of squares of its inputs are collected.
 
-    This is a `Collect` function.
+    This is a `Collect` function, an argument of `llmctl.compress.calibrate.walk`.
     """
     return Moments.start(inputs)
 
 
 def grams(path: str, inputs: int) -> Statistic:
-    """Select an empty Gram matrix of all inputs as the statistic of every matrix.
+    """Return an empty Gram for every matrix, so that the Gram matrix of all its inputs is collected.
 
-    This is a `Collect` function.
+    This is a `Collect` function, an argument of `llmctl.compress.calibrate.walk`.
     """
     return Gram.start(inputs)
 
 
 def nothing(path: str, inputs: int) -> None:
-    """Select no statistic for any matrix.
+    """Return None for every matrix, so that no statistics are collected.
 
-    This is a `Collect` function; the walk then measures only the block influence.
+    This is a `Collect` function, an argument of `llmctl.compress.calibrate.walk`. The walk then measures only the block
+    influence of the layers.
     """

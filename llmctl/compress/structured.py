@@ -1,9 +1,10 @@
 """Prune attention heads, feed-forward neurons and layers, so that arrays become smaller (structured pruning).
 
-All layers of a stack end with the same widths, because they are scanned. Each layer selects its own heads and neurons.
-The importance of a head or neuron is the norm of its contribution to the residual stream on the calibration data.
-During the walk, removed heads and neurons are disabled by zero rows in the matrix that reads them. Later layers
-therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
+All layers of an encoder or decoder keep the same number of heads and neurons, because they are scanned. Each layer
+selects its own heads and neurons. The importance of a head or neuron is the norm of its contribution to the residual
+stream on the calibration data. The layers are processed in order. A removed head or neuron is first disabled by zero
+rows in the matrix that reads its output. Later layers therefore select by the inputs that they will have after pruning.
+The arrays are reduced at the end.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons, D model width.
 """
@@ -45,8 +46,9 @@ def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the query heads and of the key/value heads to keep, ascending.
 
-    Every kept group has the same number of query heads. The best query heads of each group are selected first. Then the
-    groups are selected, by the norm of the scores of these query heads.
+    A group is a key/value head with its query heads. Every kept group keeps the same number of query heads. The best
+    query heads of each group are selected first. Then the groups are selected, by the norm of the scores of these query
+    heads.
     """
     each = keep_heads // keep_groups
     score_GR = score_H.reshape(groups, -1)
@@ -63,11 +65,11 @@ def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
 
 
 def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[bool]) -> list[int]:
-    """Return the indices of the `keep` layers with the highest total influence, ascending.
+    """Return the indices of the `keep` layers with the highest total block influence, ascending.
 
-    The i-th kept layer must be of kind `kinds_L[i]`. The two kinds are local and global attention. The config fixes the
-    kind at each index, so a layer may only move to an index of its own kind. If all layers have one kind, the best
-    layers are kept. The selection is exact, by dynamic programming.
+    `kinds_L` tells whether each layer has local (true) or global attention. The config fixes the kind at each index, so
+    the i-th kept layer must have the kind `kinds_L[i]`. If all layers have one kind, the layers with the highest
+    influence are kept. The selection is exact, by dynamic programming.
     """
     layers = len(influence_L)
     total = np.full((layers + 1, keep + 1), -np.inf)
@@ -97,10 +99,12 @@ def prune_layers(
     progress: Progress = None,
     dtype: Any = jnp.float32,
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]]]:
-    """Remove the layers with the least block influence (ShortGPT, arXiv:2403.03853), to the depths of `target`.
+    """Remove the layers with the least block influence, until the model has as many layers as `target`.
+
+    (ShortGPT, arXiv:2403.03853)
 
     Returns:
-      The config, the parameters, and the indices of the kept layers of each stack.
+      The config, the parameters, and the indices of the kept layers of the encoder and of the decoder.
     """
     _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
     kept: dict[str, list[int]] = {}
@@ -112,7 +116,7 @@ def prune_layers(
 
 
 def fewer_layers(cfg: ModelConfig, target: ModelConfig) -> bool:
-    """Return whether any stack has fewer layers in `target` than in `cfg`."""
+    """Return whether the encoder or the decoder has fewer layers in `target` than in `cfg`."""
     return (target.layers, target.encoder_layers) != (cfg.layers, cfg.encoder_layers)
 
 
@@ -122,9 +126,9 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
-    """Return the argument `collect` of `walk` for pruning from `cfg` to `target`.
+    """Return the function that selects the statistics for pruning from `cfg` to `target` (see `Collect`).
 
-    The function collects Gram matrices to score heads, and moments to score neurons.
+    The statistics are Gram matrices to score heads, and sums of squares (`Moments`) to score neurons.
     """
     read = _read(cfg, target)
 
@@ -154,11 +158,11 @@ def prune_widths(
     dtype: Any = jnp.float32,
     saved: Saved | None = None,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
-    """Reduce every layer to the heads, key/value heads and neurons of `target`. The blocks are donated.
+    """Reduce every layer to the heads, key/value heads and neurons of `target`. The layers' arrays are donated.
 
-    Each layer selects its own heads and neurons. With relative positions, however, the layers of a stack share one bias
-    per head. All layers then keep the same self-attention heads, selected by scores that are normalized per layer and
-    summed. Finished layers and their selections are written to `saved`.
+    Each layer selects its own heads and neurons. With relative positions, however, the layers of an encoder or decoder
+    share one bias per head. All layers then keep the same self-attention heads, selected by scores that are normalized
+    per layer and summed. Finished layers and their selections are written to `saved`.
 
     Returns:
       The config, the parameters, and a report per layer.
@@ -198,7 +202,7 @@ def prune_widths(
 def _common_heads(
     cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], collect: Collect, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """Return one score per self-attention head [H] for all layers of a stack, by stack.
+    """Return scores [H] of the self-attention heads, common to all layers: {"encoder" or "decoder": scores}.
 
     Scores are normalized to sum 1 in each layer, and then summed over the layers.
     """
