@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadKind:
-    """Describe the output structure of a head.
+    """Describe the shape and the meaning of a head's outputs.
 
     By default, each sequence is pooled to one vector, which is projected to one logit per label.
     """
@@ -42,4 +42,4 @@ HEAD_KINDS = {
     "embed": HeadKind(bare=True),
     "choice": HeadKind(width=1, scalar=True),
 }
-"""Output structures by name of the head. The width of "lm" is that of the next-sentence head."""
+"""Description of each head, by name. The field `width` of "lm" is that of its optional next-sentence head."""

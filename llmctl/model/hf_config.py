@@ -2,8 +2,9 @@
 
 A name map is a table {parameter path: Hugging Face tensor name}. "{}" in a name is replaced by the layer index, because
 llmctl stacks the arrays of all layers on axis 0. Matrices of llmctl are [in, out]. Those of Hugging Face are [out, in],
-if the family does not declare otherwise. "name#i" is part i of a tensor that fuses query, key and value along its
-outputs.
+if the family does not declare otherwise. In some checkpoints, one tensor "name" contains the query, key and value
+matrices, concatenated along the output axis. Then "name#0" is the query matrix, "name#1" the key matrix, and "name#2"
+the value matrix.
 
 Example:
     >>> linear({"attn/q": "q_proj"})
@@ -30,7 +31,7 @@ class Head:
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that models with this class have: they are set on import and required on export."""
+    """Fields of ModelConfig that this class implies, with their values. Import sets them, and export requires them."""
     prefix: str = ""
     """Prefix of the network's tensor names in this class, if it differs from the family's prefix."""
 

@@ -1,7 +1,7 @@
 """Run a stack of layers and return the outputs of selected layers, for losses on hidden states (distillation, probes).
 
-The scan over layers carries a buffer with one slot per selected layer, and one more slot that all other layers
-overwrite. The memory therefore does not grow with the number of layers.
+The `lax.scan` over layers carries a buffer with n + 1 entries: one per selected layer, and one that all other layers
+overwrite. The memory therefore depends on n, and not on the number of layers.
 
 Shapes: B batch, T sequence, D model width, L layers, n selected layers.
 """
@@ -32,7 +32,7 @@ def run(
     Args:
         layer: The layer function.
         params: Layer parameters with a leading axis of layers [L, ...].
-        own: Per-layer inputs with the same leading axis.
+        own: Further inputs that differ per layer, such as dropout keys, with the same leading axis.
         x_BTD: Input of the first layer.
         shared: Inputs that all layers share.
         layers: Indices of the layers whose outputs are kept, each at most once.

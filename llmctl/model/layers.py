@@ -28,10 +28,10 @@ ACTIVATIONS = {
 
 
 def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
-    """Return a weight of a module: a new array during initialization, otherwise the stored array or weight node.
+    """Return a weight of a Flax module: a new array during initialization, otherwise the stored weight.
 
-    Flax's own `param` cannot be used for weight nodes, because it would compare `shape` with the shape of their first
-    array.
+    A stored weight may consist of several arrays, such as integers and scales (`weights.base`). Flax's own `param`
+    would compare `shape` with the shape of the first of these arrays, so it cannot be used.
 
     Raises:
         ScopeParamShapeError: If the weight has another shape than `shape`.
@@ -45,7 +45,10 @@ def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...],
 
 
 def tap(module: nn.Module, x: jax.Array) -> None:
-    """Store the input of a matrix as [N, I] in the collection "taps", if calibration makes this collection mutable."""
+    """Capture the input of a matrix for calibration: store it as [N, I] in the Flax collection "taps".
+
+    Without calibration, this collection is not mutable, and nothing is stored.
+    """
     rows = x.reshape(-1, x.shape[-1])
     module.sow("taps", "x", rows, reduce_fn=lambda _, new: new, init_fn=lambda: cast(Any, None))
 

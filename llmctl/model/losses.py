@@ -18,7 +18,7 @@ Sums = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Sums]]
 """Function (params, batch, key=None) -> (sum of losses, sums by metric name and "weight").
 
-If it gets a dropout key, it computes the training loss; otherwise, the validation loss.
+With a dropout key, it computes the training loss. Without one, it computes the validation loss.
 """
 
 EXCLUDED_LOGIT = -1e30

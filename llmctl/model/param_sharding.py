@@ -1,4 +1,7 @@
-"""Compute the shardings of a parameter tree, in which a weight may consist of several arrays."""
+"""Compute the shardings of a parameter tree.
+
+A weight may consist of several arrays: for example, a quantized weight has integers and scales.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ from llmctl.model import weights
 def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return the sharding of every array in `params`.
 
-    All arrays of a weight node have the logical axes of the weight. If an array is shorter than the weight along a
-    dimension, this dimension is replicated. Examples are a scale with one row, and a low-rank factor.
+    If a weight consists of several arrays, all of them have the logical axes of the weight. If an array is shorter than
+    the weight along a dimension, the array is replicated along this dimension. Examples are scales with a single row,
+    and low-rank factors.
 
     Args:
-        axes: Logical axes of each weight.
+        axes: Logical axes of each weight, such as ("embed", "mlp").
         params: Arrays or abstract arrays.
         mesh: The device mesh.
 

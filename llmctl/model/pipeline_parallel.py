@@ -2,8 +2,8 @@
 
 (GPipe; Huang et al., 2018, arXiv:1811.06965)
 
-The pipeline is one compiled program. Its state has a stage axis, which is sharded over the mesh axis `pipeline`. In
-each iteration, every stage runs its layers on a different microbatch and sends the result to the next stage. M
+The pipeline is one compiled program, in which the stages are distributed over the mesh axis `pipeline`. In each
+iteration, every stage runs its layers on a different microbatch and sends the result to the next stage. M
 microbatches pass through P stages in M + P - 1 iterations, and each stage is idle in P - 1 of them (the bubble).
 Automatic differentiation runs the same schedule backwards. Only the residual stream and, in an encoder-decoder, the
 encoder's output are sent. Microbatch m consists of rows m, m + M, …, so that each device keeps its own rows.
@@ -86,9 +86,9 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
     Args:
         layer: The layer function.
         params: Layer parameters with a leading axis of layers [L, ...].
-        own: Per-layer inputs with the same leading axis.
+        own: Further inputs that differ per layer, such as dropout keys, with the same leading axis.
         x_BTD: Input of the first layer.
-        shared: Inputs that all layers share.
+        shared: Inputs that all layers share, such as masks.
 
     Returns:
         Output of the last layer [B, T, D].
@@ -113,16 +113,19 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
 
 
 def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shared, whole: Tree) -> jax.Array:
-    """Run the layers of one stage on all microbatches of its replica, and return the output of the last stage.
+    """Run the layers of one stage on all microbatches of a data-parallel replica.
 
     Args:
         layer: The layer function.
         P: Number of stages.
         M: Number of microbatches.
         layers: Parameters and per-layer inputs of this stage.
-        moving: Arrays [M, b, ...] that pass through the stages.
-        still: Shared inputs that are the same for all microbatches.
-        whole: Shared inputs [M, b, ...] that every stage has for all microbatches.
+        moving: Arrays [M * b, ...] that each stage sends to the next: hidden states, and the encoder's output.
+        still: Shared inputs with a row per sequence, such as masks. Every stage selects the rows of its microbatch.
+        whole: Shared inputs without rows, which are the same for all microbatches: position biases.
+
+    Returns:
+        The output of the last stage for all microbatches.
     """
     stage = jax.lax.axis_index("pipeline")
     entering = jax.tree.map(partial(_split, M, "seq"), moving)
@@ -161,7 +164,7 @@ def _send_to_next(P: int, a: jax.Array) -> jax.Array:
 
 
 def spread(x_BTD: jax.Array) -> jax.Array:
-    """Shard the rows of the pipeline's output over the stages, so that each computes a part of the output head."""
+    """Shard the rows of the pipeline's output over the stages, so that each stage computes the head for some rows."""
     mesh = meshes.current()
     if stages() == 1 or mesh is None or len(x_BTD) % (mesh.size // mesh.shape["tensor"]):
         return x_BTD

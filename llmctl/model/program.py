@@ -1,7 +1,8 @@
 """Describe the compiled functions of a stage: what they compute, and which arrays are in memory while they run.
 
-A stage creates these descriptions from its config and abstract arrays, with the same code as a run. `llmctl plan` uses
-them to compile the functions for hardware that is not present.
+A stage is one step of a recipe, such as pretrain or quantize. Each stage creates these descriptions from its config and
+abstract arrays, with the same code as a run. `llmctl plan` uses them to compile the functions for hardware that is not
+present.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ class Pass:
     """Describe a training step or a forward pass, for the analytic cost model."""
 
     model: ModelConfig | None = None
-    """Config of the network, if it is not that of the program."""
+    """Config of the network, if it differs from `Program.model`."""
     layers: int = 0
-    """Number of layers to run, in the last stack only and without embeddings and head; 0 means the complete model."""
+    """Number of layers that run; 0 means the complete model.
+
+    Otherwise, embeddings and head do not run. The layers are those of the decoder or, if there is none, of the encoder.
+    """
     optim: OptimConfig | None = None
     """Optimizer of a training step; None means that the pass is a forward pass only."""
     attention: str = "auto"
@@ -34,7 +38,7 @@ class Pass:
     replicated: bool = False
     """Whether every device computes the full program, without sharding."""
     trained: float = 1.0
-    """Fraction of the parameters that is trained."""
+    """Number of trained parameters, as a fraction of all parameters."""
     beside: float = 0.0
     """FLOPs of another model in the same step, such as a teacher, summed over all devices."""
     predicted: float = 1.0
@@ -114,9 +118,9 @@ class Program:
     cache: Tree = ()
     """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Those arrays of the four fields above that are in memory but are not arguments of the program."""
+    """Arrays of `parameters`, `optimizer`, `batch` and `cache` that are not arguments of the program."""
     artifact_bytes: int = 0
     """Size of the arrays of the artifact that the stage writes, in bytes; 0 if it writes none."""
     work: Pass | Cost | None = None
-    """Input of the analytic cost model, which replaces compilation for GPUs. If None, the cost model uses `flops`, and
-    the size of arguments and results as memory traffic."""
+    """Input of the analytic cost model, which is used for GPUs instead of compilation. If None, the cost model uses
+    `flops`, and takes the size of arguments and results as the memory traffic."""

@@ -2,8 +2,8 @@
 
 The library qwix quantizes the operands at every step. Scales are computed from their current values: activations have
 one scale per token, and weights one per output. In the backward pass, the gradient has one scale per row of the result.
-If a scale varies along the contracted axis, it is multiplied into the gradient before rounding, as in qwix's own
-quantized training.
+If the saved operand has a scale that varies along the contracted axis, the gradient is multiplied by this scale before
+it is rounded, as in qwix's own quantized training.
 
 int8 is used in both directions. fp8 is e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022,
 arXiv:2209.05433).

@@ -40,16 +40,16 @@ def add(
 ) -> Shared:
     """Add the relative position bias [H, T, S] to the inputs that all layers of a stack share.
 
-    If the model has a trained prefix of P keys, also add its bias [H, T, P]. These keys have the positions before the
-    text. For ring attention, which computes the bias block by block, add the bias table [U, H] instead.
+    For a model with P trained keys (prefix tuning), also add the bias [H, T, P] of these keys, whose positions are
+    before the text. For ring attention, which computes the bias block by block, add the bias table [U, H] instead.
 
     Args:
         shared: Shared inputs of the layers.
         table_UH: Bias table.
         cfg: Config of the model.
         causal: Whether tokens attend to earlier tokens only.
-        slot: Cache slot of the first token; None without a cache.
-        order_BT: Text position of each token, if tokens are permuted.
+        slot: Position of the first token in the key-value cache; None without a cache.
+        order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
     """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)

@@ -62,7 +62,9 @@ def attend(
     table_UH: jax.Array | None = None,
     bucket: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Compute attention over sharded sequences in zig-zag order. A token attends only to tokens of its segment.
+    """Compute attention over sharded sequences in zig-zag order.
+
+    A token attends only to tokens of its segment, which is one of the texts that are packed into a sequence.
 
     Args:
         q_BTHK: Queries.
@@ -92,7 +94,7 @@ def _attend(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> ja
 
 
 def _specs(plan: Plan) -> Any:
-    """Return the PartitionSpecs of the arguments: (q, k, v, (segments of queries, segments of keys, local), table)."""
+    """Return the PartitionSpecs of q, k, v, the tuple (query segments, key segments, `local`), and the bias table."""
     heads, rows = (meshes.spec(n, plan.mesh) for n in (("batch", "seq", "act_heads", None), ("batch", "seq")))
     return heads, heads, heads, (rows, rows, PartitionSpec()), meshes.spec((None, "act_heads"), plan.mesh)
 

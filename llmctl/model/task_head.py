@@ -22,7 +22,8 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
         x_BTD: Hidden states.
         segments_BT: Segment of each token; 0 is padding.
         pooling: "last" (last real token), "mean" (over real tokens) or "first" (first token).
-        order_BT: Text position of each token, if tokens are permuted. The first token always has index 0.
+        order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens. The first
+            token stays first.
     """
     real_BT = segments_BT > 0
     if pooling == "first":

@@ -31,12 +31,13 @@ class Feed:
     projection is tied."""
     foldable: bool
     """Whether a scale can be moved between the producer and the readers. If true, a channel of the activation can be
-    multiplied by a positive factor, and the readers' rows for this channel divided by it; the outputs do not change.
+    multiplied by a positive factor. If the readers' rows for this channel are divided by the factor, the model's
+    outputs do not change.
     False if another module reads the activation, or if a nonlinearity between producer and readers is not positively
     homogeneous."""
     repeat: int = 1
-    """Number of heads in the readers' input per head of the producer. It is more than 1 for values in grouped-query
-    attention."""
+    """Number of query heads per value head, if the producer is a value projection in grouped-query attention; otherwise
+    1."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,19 @@ class Units:
     """Describe the heads or neurons of one sublayer. Structured pruning removes them with their columns and rows."""
 
     name: str
-    """Kind of the units: "attn/heads" (query heads), "attn/groups" (key and value heads), "cross/heads", "cross/groups"
-    or "mlp/neurons"."""
+    """Kind of the units (heads or neurons): "attn/heads" (query heads), "attn/groups" (key and value heads), the same
+    with "cross/" for cross-attention, or "mlp/neurons"."""
     writers: tuple[str, ...]
-    """Paths, relative to the layer, of matrices with columns (outputs) and bias elements that belong to the units."""
+    """Paths, relative to the layer, of modules whose outputs (columns and bias elements) are these heads or neurons."""
     readers: tuple[str, ...]
-    """Paths, relative to the layer, of matrices with rows (inputs) that belong to the units."""
+    """Paths, relative to the layer, of matrices whose inputs (rows) are the outputs of these heads or neurons."""
     count: int
-    """Number of units per layer."""
+    """Number of these heads or neurons per layer."""
     width: int
-    """Number of columns or rows per unit."""
+    """Number of matrix columns or rows per head or neuron."""
     tables: tuple[str, ...] = ()
-    """Paths, relative to the stack, of parameters that all layers share, and whose last axis has one element per
-    unit."""
+    """Paths, relative to the stack, of parameters that all layers share and that have one element per head on the last
+    axis, such as the table of relative position biases."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def matrices(cfg: ModelConfig) -> list[str]:
 
 
 def units(cfg: ModelConfig, stack: str) -> list[Units]:
-    """Return the units that structured pruning can remove from each layer of `stack`: heads and neurons."""
+    """Return descriptions of the heads and neurons that structured pruning can remove from each layer of `stack`."""
     found: list[Units] = []
     for part in ("attn", "cross") if has_cross_attention(cfg, stack) else ("attn",):
         tables = ("relative_bias/table",) if part == "attn" and cfg.positions == "relative" else ()
