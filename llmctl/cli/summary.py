@@ -1,4 +1,4 @@
-"""List the artifacts of a run in lineage order, each with the metrics that were measured on its weights."""
+"""List the models of a run, parents before children, each with the metrics that were measured on its weights."""
 
 from __future__ import annotations
 
@@ -178,7 +178,8 @@ def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def model(spec: str) -> ModelConfig:
     """Return the model config of a preset or a TOML file.
 
-    A file has it in the table `[model]`, otherwise in the first stage with a `model`, otherwise at the top level.
+    In a file, the config is the table `[model]`. If there is none, it is the table `model` of the first stage that has
+    one. If there is none either, the complete file is the config.
 
     Raises:
       RequestError: If the preset or file does not exist, or a setting in it is invalid.

@@ -29,7 +29,7 @@ from llmctl.evaluate.setup import prediction_length
 from llmctl.evaluate.tasks.registry import of
 
 ROW = 16
-"""Bytes per token of a batch: ids, segments and positions, and as much again while they are placed."""
+"""Host memory per token of a batch, in bytes: ids, segments and positions, and a copy of them during the transfer."""
 SHORTEST = 16
 """Smallest padded length in tokens. The others are larger powers of two, and the maximum sequence length."""
 
@@ -111,7 +111,7 @@ class Ensemble:
     window = 32
     """Number of batches per window. Rows are sorted by length within a window, to reduce padding."""
     remarks: tuple[str, ...] = ()
-    """Log lines about the rows; an empty list."""
+    """Messages about truncated rows: always none here, unlike `TextPredictor.remarks`."""
 
     def __init__(self, members: Sequence[Predictor]):
         """Check that the predictions of the members can be averaged.

@@ -43,7 +43,7 @@ class TextPredictor:
         max_new: int = 0,
         beams: int = 0,
     ) -> None:
-        """Move the parameters to one device, in the form of decoding steps.
+        """Load the tokenizer, and prepare the parameters for generation on one device.
 
         Args:
             found: The artifact.

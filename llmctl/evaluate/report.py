@@ -112,7 +112,8 @@ def markdown(results: Sequence[Result]) -> str:
 def table(results: Sequence[Result]) -> Table:
     """Return a table for the terminal: one row per metric and one column per result.
 
-    The name of a metric is its JSON key with spaces in place of underscores. The ends of an interval share a row.
+    The name of a metric is its JSON key with spaces in place of underscores. The bounds of an interval share a
+    row.
     """
     from rich.table import Table
 
@@ -134,6 +135,6 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _interval(metrics: Result, name: str) -> str:
-    """Format the ends of a metric's interval; a dash if it has none."""
+    """Format the bounds of a metric's 95 % interval; a dash if it has none."""
     ends = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
     return " to ".join(text(name, v) for v in ends if v is not None) or "–"

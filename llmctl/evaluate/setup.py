@@ -28,7 +28,7 @@ from llmctl.model import functional
 Batch = dict[str, Any]
 
 KEPT = {"tail": "first", "head_tail": "first and last halves of"}
-"""Phrase in a protocol, by truncation mode, for the part of a long text that is kept."""
+"""Phrase for the part of a long text that is kept, by truncation mode, in descriptions of a measurement."""
 
 
 class Held:

@@ -106,7 +106,7 @@ class Writer:
         """Generate the answer to each row, with the parameters that `hold` set.
 
         Args:
-            rows: Rows from `rows`; their answers are set.
+            rows: Prompts, as the method `rows` returns them. Their answers are stored in them.
             check_stop: Function that is called before each batch; it may raise an exception to stop.
 
         Raises:
@@ -132,7 +132,7 @@ class Writer:
                         pass
 
     def _alone(self) -> Any:
-        """Return the context in which nothing is sharded."""
+        """Return a context manager in which arrays are not sharded, because generation runs on one device."""
         return meshes.use(meshes.make(MeshConfig(data=1), [self._device]))
 
     def rows(self, prompts: Sequence[str]) -> list[Continuation]:

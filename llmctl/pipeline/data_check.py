@@ -47,7 +47,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
-    """Return the canonical names of the columns that a stage's data must have.
+    """Return the columns that a stage's data must have, by their names in llmctl, such as text and label.
 
     The result is empty if the recipe does not determine the columns.
     """

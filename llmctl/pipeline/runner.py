@@ -33,7 +33,7 @@ WORK = ".work"
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Store a stage with its key and the reason why it has to run."""
+    """Store a stage, a hash of its settings and inputs (its key), and the reason why it has to run."""
 
     step: Step
     key: str
@@ -110,9 +110,9 @@ def run(
 
 
 def plan(recipe: Recipe) -> list[StageStatus]:
-    """Return every stage with its key and the reason why it has to run. Nothing is run.
+    """Return every stage with the reason why it has to run, but run none.
 
-    The keys are computed from the recipe and the files on disk.
+    Each stage also has its key, a hash of its settings in the recipe and of its input files on disk.
 
     Raises:
       RequestError: If an input file or a parent's folder is missing or damaged.
@@ -130,11 +130,11 @@ def plan(recipe: Recipe) -> list[StageStatus]:
 
 
 def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence[str]] = ()) -> str:
-    """Return the key of a stage's result. Equal keys mean equal results.
+    """Return the key of a stage's result, a hash. Equal keys mean equal results.
 
     The key is the SHA-256 of canonical JSON with these parts:
 
-    - the config without its unkeyed fields
+    - the config without the fields that do not change the result
     - the keys of all artifacts that the stage reads
     - the content of the stage's input files
     - the version of the artifact format
@@ -173,7 +173,7 @@ def sections(config: Any) -> Iterator[Any]:
 def fetch(config: Any) -> None:
     """Download missing data if the config allows downloads.
 
-    Call this before `plan`, because keys depend on the content of the data files.
+    Call this before `plan`, because `plan` hashes the data files.
     """
     for section in sections(config):
         if isinstance(section, SourceConfig):
@@ -217,8 +217,9 @@ def _run_stage(recipe: Recipe, status: StageStatus, say: Callable[[str], None]) 
 def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
     """Create the stage's temporary folder, and return whether it is new.
 
-    If a folder with another key exists, it is removed first. With `alone` (a single stage command), an artifact at the
-    output folder may be replaced only if a stage of the same kind wrote it.
+    If a folder exists that was made from other settings or inputs (another `key`), it is removed first.
+    With `alone` (a single stage command), an artifact at the output folder may be replaced only if a stage of the same
+    kind wrote it.
     """
     artifact.check_output(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"

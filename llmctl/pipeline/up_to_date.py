@@ -1,4 +1,6 @@
-"""Determine whether an artifact is up to date: it has the stage's key, and its files are unchanged."""
+"""Determine whether a stage's artifact is up to date: its settings and inputs are the same, and its files unchanged.
+
+An artifact stores a hash of the settings and inputs that it was made from, its key."""
 
 from __future__ import annotations
 
@@ -82,9 +84,9 @@ def _bases(step: Step) -> tuple[Path, ...]:
 def _damage(step: Step, manifest: Manifest) -> str:
     """Return why an artifact must be created again, as a clause for messages; empty if a quick check finds no damage.
 
-    Arrays are checked later, by `load`. An adapter must be created again if its base is gone or was replaced. If only
-    the metrics or the lineage of a model differ, the artifact is kept, and `remark` reports the difference. A report of
-    `eval` contains only metrics, so it is created again.
+    Arrays are checked later, when they are loaded. An adapter must be created again if its base is gone or was
+    replaced. If only the metrics or the lineage of a model differ, the artifact is kept, and `remark` reports the
+    difference. A report of `eval` contains only metrics, so it is created again.
     """
     found = integrity.quick_check(step.out, manifest, _bases(step))
     again = not manifest.weights or "key" in found.record

@@ -94,7 +94,7 @@ class Chat(Language):
         return task.rows(model, examples, tokenizer, settings)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> metric sums over the assistant's tokens."""
+        """Return the compiled function (params, batch) -> metrics summed over the assistant's tokens."""
         loss = self.loss_of(model, dtype=dtype)
         return jax.jit(lambda params, batch: loss(params, batch)[1])
 

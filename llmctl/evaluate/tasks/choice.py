@@ -78,7 +78,10 @@ class Choice(Task):
         return interleaved(batch, [prefix(k) for k in range(count)])
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return a loss function as `Task.loss_of` does: the cross-entropy over the choices of each question."""
+        """Return a function (params, batch, dropout key or None) -> (loss, metrics summed over the batch).
+
+        The loss is the cross-entropy over the choices of each question. `options` are fields of `Options`.
+        """
         settings = Options(**options)
 
         def loss(params: functional.Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Sums]:
@@ -100,7 +103,7 @@ class Choice(Task):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss over the choices, and the metric sums.
+        """Return the distillation loss over the choices, and the metrics summed over the batch.
 
         The loss is (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
         """
@@ -161,9 +164,9 @@ def loss_of_scores(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss and the metric sums that `compute` returns for the scores [R].
+    """Return the result of `compute` for the scores [R]: the loss, and the metrics summed over the batch.
 
-    Gradients need no stored logits.
+    Logits of a language model are computed in chunks, also for the gradient, and never stored.
     """
     if cfg.head_kind.vocabulary:
         return loss_of_rows(cfg, params, x_RTD, batch, dtype, compute)

@@ -47,14 +47,14 @@ class Classify(Task):
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed cross-entropy of logits [B, C], and the metric sums."""
+        """Return the summed cross-entropy of logits [B, C], and the metrics summed over the batch."""
         label_B = batch["label"]
         return class_sums(y, label_B, row_weight(batch, label_B), options.label_smoothing, options.z_loss)
 
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss of logits [B, C], and the metric sums.
+        """Return the distillation loss of logits [B, C], and the metrics summed over the batch.
 
         The loss is (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
         """

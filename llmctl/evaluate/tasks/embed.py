@@ -85,7 +85,7 @@ class Embed(Task):
         return batch | {name: both(name) for name in ("tokens", "segments", "positions", "order") if name in batch}
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed loss and the metric sums from unit vectors [2B, D].
+        """Return the summed loss and the metrics summed over the batch from unit vectors [2B, D].
 
         Texts and second texts alternate.
         """

@@ -19,7 +19,7 @@ class ExportMethods(TaskRecord):
         Args:
             model: Config of the model.
             labels: Class names.
-            fitted: Values that `fit` returned.
+            fitted: Values that were fitted on validation rows after training, such as thresholds.
         """
         if not self.classes:
             return {}
@@ -28,7 +28,7 @@ class ExportMethods(TaskRecord):
         return fields | ({"problem_type": self.problem_type} if self.problem_type else {})
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Remove the fitted values from the keys of a config.json, and return them in the form that `fit` returns."""
+        """Read values such as fitted thresholds from a config.json, and return them by name; {} if there are none."""
         return {}
 
     def peft_task_type(self, model: ModelConfig) -> str:

@@ -52,7 +52,7 @@ class Language(Task):
     def loss(
         self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
     ) -> tuple[jax.Array, Sums]:
-        """Return the summed cross-entropy at the predicted positions, and the metric sums.
+        """Return the summed cross-entropy at the predicted positions, and the metrics summed over the batch.
 
         Logits are computed in chunks to save memory.
         """
@@ -74,9 +74,10 @@ class Language(Task):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss (1 - hard) * KL divergence + hard * cross-entropy, and the metric sums.
+        """Return the distillation loss, and the metrics summed over the batch.
 
-        The loss sums over tokens, and over next-sentence labels if both networks predict them.
+        The loss is (1 - hard) * KL divergence + hard * cross-entropy. It sums over tokens, and over
+        next-sentence labels if both networks predict them.
         """
         (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
@@ -119,7 +120,7 @@ class Language(Task):
         """Return the compiled function (params, batch) -> scores.
 
         For a decoder, the scores are the negative log-likelihoods [B] in nats. For other architectures, they are the
-        metric sums of the loss.
+        summed metrics of the loss.
         """
         if model.architecture == "decoder":
             return row_nll(model, dtype)

@@ -20,10 +20,10 @@ from llmctl.model.losses import Sums
 
 
 def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
-    """Return a batch whose arrays [B, T] with the K prefixes are merged to arrays [B * K, T] without prefix.
+    """Return a batch in which arrays [B, T] that differ in their name's prefix are merged to one array [B * K, T].
 
-    The K rows of an example follow one another. The first prefix is "". Arrays that have no counterpart with another
-    prefix are returned unchanged.
+    With the prefixes "" and "rejected_", for example, `tokens` and `rejected_tokens` become `tokens`. The K rows of
+    each example follow one another. Arrays that exist only without prefix are returned unchanged.
     """
     last = prefixes[-1]
     names = [name.removeprefix(last) for name in batch if name.startswith(last)]
@@ -54,7 +54,7 @@ def loss_of_rows(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss that `compute` returns from the rows' log-likelihoods, and its metric sums.
+    """Return the loss that `compute` returns from the rows' log-likelihoods, and its metrics summed over the batch.
 
     The gradient is that of a cross-entropy whose tokens are weighted by the derivative of the loss with respect to
     their row's log-likelihood. Logits can therefore be computed in chunks, as in other losses. The cost is one more
@@ -66,7 +66,7 @@ def loss_of_rows(
         x_RTD: Hidden states.
         batch: Rows with `targets` and `weights` [R, T].
         dtype: Dtype of the computation.
-        compute: Function from log-likelihoods [R] to (loss, metric sums).
+        compute: Function from log-likelihoods [R] to (loss, summed metrics).
     """
     found_R = log_likelihood(cfg, *jax.lax.stop_gradient((params, x_RTD)), batch, dtype)
     (total, sums), slope_R = jax.value_and_grad(compute, has_aux=True)(found_R)

@@ -55,7 +55,7 @@ class MultiLabel(Classify):
         return "micro_f1"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed binary cross-entropy (nats) of logits [B, C], and the metric sums."""
+        """Return the summed binary cross-entropy (nats) of logits [B, C], and the metrics summed over the batch."""
         truth_BC, weight_B = batch["label"].astype(jnp.float32), row_weight(batch, y)
         target_BC = truth_BC + options.label_smoothing * (EVEN - truth_BC)
         nll, loss = (

@@ -83,10 +83,10 @@ class Preference(Language):
         return interleaved(batch, ("", REJECTED))
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return a loss function as `Task.loss_of` does, with one loss per pair.
+        """Return a function (params, batch, dropout key or None) -> (loss, metrics summed over the batch).
 
-        The metric sums also have "accuracy", the fraction of pairs in the right order, and "margin", the mean
-        difference of rewards in nats.
+        The loss is summed over pairs. The metrics include "accuracy", the fraction of pairs in the right order, and
+        "margin", the mean difference of rewards in nats. `options` are fields of `Options`.
         """
         settings = Options(**options)
         chosen: PreferenceConfig = settings.settings or PreferenceConfig()
@@ -151,10 +151,10 @@ class Preference(Language):
 def pair_loss(
     gained_2B: jax.Array, tokens_2B: jax.Array, weight_B: jax.Array, settings: PreferenceConfig, smoothing: float = 0.0
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss of pairs and its sums.
+    """Return the loss summed over pairs, and the metrics summed over the batch.
 
     Args:
-      gained_2B: log-likelihoods of chosen and rejected completions, less those of the reference model if there is one.
+      gained_2B: log-likelihoods of chosen and rejected completions, minus those of the reference model if there is one.
       tokens_2B: number of tokens of each completion.
       weight_B: weight of each pair.
       settings: loss and its scale.

@@ -35,7 +35,7 @@ class Regress(Task):
     problem_type = "regression"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed squared error of predictions [B], and the metric sums."""
+        """Return the summed squared error of predictions [B], and the metrics summed over the batch."""
         return number_sums(y, batch["label"], row_weight(batch, batch["label"]))
 
     def soft_score(

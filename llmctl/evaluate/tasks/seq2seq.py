@@ -46,9 +46,10 @@ class SequenceToSequence(Completions):
         train: TrainConfig,
         ends: Sequence[int],
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
-        """Return a function that computes metrics of generated answers, as described in `Task.validator`.
+        """Return a function (parameters, check_stop) -> metrics of generated answers, for validation during training.
 
-        The answers are to at most `generation.examples` validation prompts.
+        It answers at most `generation.examples` validation prompts, and calls `check_stop()` before each batch. This
+        function raises an exception if training must stop.
 
         Raises:
             RequestError: If the packages of the metrics are missing, or the answers leave no room for a prompt.
@@ -78,7 +79,7 @@ class SequenceToSequence(Completions):
         batch_size: int,
         dtype: str,
     ) -> list[Program]:
-        """Return the programs that generate greedy answers, as described in `Task.generation_programs`.
+        """Return the programs that generate greedy answers in validation and evaluation.
 
         Prompts and answers have the maximum length. The beams of a beam search are counted as rows.
         """

@@ -63,7 +63,7 @@ class Span(Task):
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy of logits [B, T, 2], and the metric sums.
+        """Return the cross-entropy of logits [B, T, 2], and the metrics summed over the batch.
 
         The softmax runs over the tokens at which an answer may begin or end.
         """
@@ -160,10 +160,10 @@ def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def ends(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.Array, Sums]:
-    """Average the losses and metric sums of the start and the end of the answer.
+    """Average the losses and summed metrics of the start and the end of the answer.
 
     Args:
-        one: Function (0 for start or 1 for end, target token [B], weight [B]) -> (loss, metric sums).
+        one: Function (0 for start or 1 for end, target token [B], weight [B]) -> (loss, summed metrics).
         batch: Batch with "start" and "end".
     """
     weight_B = row_weight(batch, batch["start"])

@@ -55,7 +55,10 @@ class Tokens(Classify):
         return "entity_f1" if entities.is_scheme(labels) else "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the cross-entropy of logits [B, T, C] at the first token of each word, and the metric sums."""
+        """Return the cross-entropy and the metrics, both summed over the batch, from logits [B, T, C].
+
+        Only the first token of each word counts.
+        """
         targets_BT, weights_BT = batch["targets"], batch["weights"]
         loss, sums = class_sums(y, targets_BT, weights_BT, options.label_smoothing, options.z_loss)
         if (marks := entities.marks(options.labels)) is not None:

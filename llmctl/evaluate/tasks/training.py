@@ -40,7 +40,7 @@ class Options:
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the targets; the metrics do not use it."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2 in the loss; the metrics do not use it."""
+    """Weight of log(Z)^2 in the loss, for the normalizer Z of the softmax; the metrics do not use it."""
     temperature: float = COSINE_TEMPERATURE
     """Divisor of the similarities of embeddings before the softmax."""
     labels: Sequence[str] = ()
@@ -104,7 +104,7 @@ class TrainingMethods(TaskRecord):
         return batch
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return the loss function (params, batch, dropout key or None) -> (sum of losses, metric sums).
+        """Return the loss function (params, batch, dropout key or None) -> (loss, metrics), both summed over the batch.
 
         Args:
             cfg: Config of the network.
@@ -125,11 +125,11 @@ class TrainingMethods(TaskRecord):
     def loss(
         self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
     ) -> tuple[jax.Array, Sums]:
-        """Return the summed loss and the metric sums, from hidden states [B, T, D]."""
+        """Return the loss and the metrics, both summed over the batch, from hidden states [B, T, D]."""
         return self.score(functional.outputs(cfg, params, x_BTD, batch, options.dtype), batch, options)
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed loss and the metric sums, from the outputs of the task head."""
+        """Return the loss and the metrics, both summed over the batch, from the outputs of the task head."""
         raise NotImplementedError
 
     def soft_loss_of(
@@ -142,7 +142,9 @@ class TrainingMethods(TaskRecord):
         temperature: float,
         hard: float,
     ) -> Callable[..., tuple[jax.Array, Sums]]:
-        """Return the distillation loss (student's params, batch, dropout key, teacher's params) -> (loss, metric sums).
+        """Return the distillation loss, a function whose result is (loss, metrics summed over the batch).
+
+        Its arguments are the student's parameters, a batch, a dropout key, and the teacher's parameters.
 
         Args:
             cfg: Config of the student.
@@ -167,7 +169,7 @@ class TrainingMethods(TaskRecord):
     def soft_loss(
         self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and the metric sums, from the hidden states of both networks."""
+        """Return the distillation loss and the summed metrics, from the hidden states of both networks."""
         cfg, params, x = teacher
         taught = functional.outputs(cfg, params, x, batch, dtype)
         cfg, params, x = student
@@ -176,7 +178,7 @@ class TrainingMethods(TaskRecord):
     def soft_score(
         self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and the metric sums, from the outputs of both task heads."""
+        """Return the distillation loss and the summed metrics, from the outputs of both task heads."""
         raise NotImplementedError
 
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:

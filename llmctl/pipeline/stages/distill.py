@@ -151,7 +151,7 @@ def _rows(
 
 
 def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
-    """Return the learner of the student with the distillation loss.
+    """Return the student's initial parameters and options with the distillation loss, as a Learner.
 
     Args:
       config: settings of the stage.

@@ -174,7 +174,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def _metric(config: Config, made: Manifest) -> str:
-    """Return the name of the metric that selects the best seed of the artifacts like `made`."""
+    """Return the name of the metric that selects the best seed.
+
+    `made` is the manifest of one of the artifacts, which differ only in the seed.
+    """
     return config.train.best_by or TASKS[config.task].best(made.labels)
 
 
@@ -307,7 +310,9 @@ def _generation(config: Config) -> dict[str, Any]:
 
 
 def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, counts: Sequence[int] = ()) -> Learner:
-    """Return the learner of the parent with the task's head and loss, and with the adapters of the finetuning method.
+    """Return the initial parameters and options of the training, as a Learner.
+
+    The parameters are those of the parent, with a new task head and the adapters of the finetuning method.
 
     Args:
       config: settings of the stage.

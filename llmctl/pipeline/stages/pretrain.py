@@ -162,7 +162,10 @@ def _rows(
 
 
 def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
-    """Return the learner of the parent, or of a new model with `vocab_size` tokens, with the objective's loss."""
+    """Return the initial parameters and options of the training, with the objective's loss, as a Learner.
+
+    The parameters are those of the parent. Without a parent, they are those of a new model with `vocab_size` tokens.
+    """
     from llmctl.evaluate.tasks.registry import default
     from llmctl.train import learner, loop
 
@@ -214,7 +217,8 @@ def _vocabulary(config: Config, objective: Objective) -> int:
 def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
     """Return the tokenizer's config with enough sentinel tokens for span corruption.
 
-    The config is returned unchanged if the objective is not `spans`, or if its path or sentinels are set.
+    The config is returned unchanged if the objective is not `spans`, if the tokenizer is loaded from a
+    path, or if its number of sentinels is set.
     """
     from llmctl.data.pretraining import span_corruption
 

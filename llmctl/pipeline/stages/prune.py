@@ -121,8 +121,8 @@ class Config(CalibrationConfig, StageConfig):
     def _short_form(cls, given: Any) -> Any:
         """Replace the long forms by the short one: keep_layers = 3 and remove_layers = 0.75 become `layers`.
 
-        The stage's key is therefore the same for both forms. Values that are out of range are left in place, and fail
-        the validation of the fields, which accept only 0.
+        A finished stage is therefore not repeated if only the form changes. Values that are out of range are
+        left in place, and fail the validation of the fields, which accept only 0.
         """
         if not isinstance(given, dict):
             return given
@@ -239,7 +239,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return (programs of the calibration walk and of pruning the largest matrix, the pruned artifact)."""
+    """Return (programs that calibrate the layers and prune the largest matrix, the pruned artifact)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs, prune, pruning_programs
     from llmctl.model import functional
@@ -259,10 +259,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-    """Return the calibration walk for `programs`.
-
-    The batches have the shapes of real batches, but no data.
-    """
+    """Describe the calibration for `programs`: the shapes of batches and parameters, without data."""
     from llmctl.compress import calibration_data
     from llmctl.compress.programs import Walk
     from llmctl.evaluate.tasks.registry import of
@@ -314,9 +311,9 @@ def _structured(
 ) -> Pruned:
     """Prune layers first, then heads and neurons, and return the config, the parameters and the metrics.
 
-    The order ensures that heads and neurons are scored on the inputs of the remaining layers. The walk that prunes
-    heads and neurons saves its finished layers. The walk that selects layers is not saved, because resuming it would
-    repeat its only pass.
+    The order ensures that heads and neurons are scored on the inputs of the remaining layers. Each of the
+    two steps runs the calibration data through the model. The step for heads and neurons saves each finished
+    layer, so that an interrupted run can resume. The step that selects layers starts again.
     """
     from llmctl.compress import calibration_data, structured
     from llmctl.convert import architectures
@@ -336,5 +333,8 @@ def _structured(
 
 
 def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
-    """Return the relative output error of each pruned layer, by stack, on inputs from the pruned layers before it."""
+    """Return the relative output error of each pruned layer, as lists for the encoder and the decoder.
+
+    The inputs of a layer come from the pruned layers before it.
+    """
     return {s: [round(r.error, 6) for r in reports if r.stack == s] for s in dict.fromkeys(r.stack for r in reports)}

@@ -55,7 +55,7 @@ class Config(StageConfig):
     def _short_form(cls, given: Any) -> Any:
         """Replace `format` by `bits` if `bits` can select this format.
 
-        The stage's key is therefore the same for both forms.
+        A finished stage is therefore not repeated if only the form changes.
         """
         if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("format", "")))) is None:
             return given
@@ -78,7 +78,7 @@ class Config(StageConfig):
 
     @property
     def scheme_name(self) -> str:
-        """Return the name of the scheme in `SCHEMES`."""
+        """Return the name of the quantization scheme."""
         return self.format or f"int{self.bits}"
 
 
