@@ -1,4 +1,5 @@
-"""Read and write artifacts. An artifact is a folder with a model, and is the input and output of stages.
+"""Read and write artifacts. An artifact is a folder with a model, which a stage (such as pretrain or prune) reads or
+writes.
 
 An artifact is saved atomically, and identified by a digest of its content.
 """

@@ -1,4 +1,7 @@
-"""Predict the artifact that a stage would save: its manifest, and the shapes of its arrays."""
+"""Predict the artifact that a stage (such as pretrain or prune) would save: its manifest, and the shapes of its arrays.
+
+An abstract array is a `jax.ShapeDtypeStruct`: a shape, a dtype and a sharding, without values.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +35,19 @@ def abstract_result(
     pruned: bool | None = None,
     stored: Callable[[str], bool] = lambda _: True,
 ) -> Artifact:
-    """Return the artifact that a stage would save, with abstract arrays and without digests.
+    """Return the artifact that a stage would save, with shapes and dtypes in place of arrays, and without digests.
 
     Args:
         config: Config of the stage.
-        params: Abstract parameters with shardings.
+        params: Parameters as `jax.ShapeDtypeStruct`s with shardings.
         model: Config of the saved model.
         base: Parent artifact, if there is one.
         labels: Class names; None uses those of `base`.
         task: Name of the task; None uses that of `base`.
         generation: Settings of generated answers; None uses those of `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
-        stored: Function from the name of an array to whether the artifact contains it. An adapter has not all arrays.
+        stored: Function that returns whether the saved folder contains the array with a given name. An adapter's folder
+            contains only some arrays.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -70,7 +74,7 @@ def abstract_result(
 
 
 def masters(params: Params) -> Params:
-    """Return abstract parameters with the dtypes that training saves: float32 for all floating-point arrays."""
+    """Return the shapes of parameters with the dtypes that training saves: float32 for all floating-point arrays."""
 
     def one(a: Any) -> Any:
         return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -79,5 +83,6 @@ def masters(params: Params) -> Params:
 
 
 def with_shardings(found: Artifact, mesh: Mesh) -> Artifact:
-    """Return an abstract artifact with the shardings that its arrays have on `mesh`."""
+    """Return an abstract artifact (shapes and dtypes in place of arrays) with the shardings that its arrays have on
+    `mesh`."""
     return Artifact(found.path, found.manifest, functional.laid_out(found.model, found.params, mesh))

@@ -1,8 +1,12 @@
-"""Combine an adapter with its base. An adapter is an artifact that has only those arrays that another artifact lacks.
+"""Combine an adapter, such as one of LoRA, with its base model. An adapter is an artifact that contains only those
+arrays that another artifact lacks.
 
 The other artifact is called the base. The manifest of an adapter describes the complete model. It contains the digest
 of the base (`manifest.Base`), but not its path, because artifacts do not refer to files outside their folders. The base
-is one of the folders that the user names, or a folder next to the adapter.
+is found by this digest, among the folders that the user names or those next to the adapter.
+
+A weight may consist of several named arrays, such as a matrix and the factors `a` and `b` of LoRA. The functions below
+represent the arrays of a model as {path of the weight: {name in the weight: array}}.
 
 Example:
   >>> selected({"head/out/kernel": {"": 1}, "embed/tokens": {"base": 2, "a": 3}}, ["embed/tokens:a"])
@@ -47,7 +51,7 @@ def find_base(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Pat
 
 
 def check_bases(paths: Sequence[Path], bases: Sequence[Path]) -> None:
-    """Check that at least one of the artifacts `paths` is an adapter if the user named base folders.
+    """Check that the user named base folders only if at least one of the artifacts `paths` is an adapter.
 
     Raises:
         RequestError: If `bases` is not empty and no artifact is an adapter.
@@ -69,10 +73,10 @@ def _beside(path: Path) -> dict[Path, Manifest]:
 
 
 def stored_arrays(base: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the arrays of a model that its base does not have: {path: {part: array}}.
+    """Return the arrays of a model that its base does not have: {path of the weight: {name in the weight: array}}.
 
     Args:
-        base: Parameters of the base. Arrays that training replaced may already be deleted.
+        base: Parameters of the base. Training may have deleted those arrays that it replaced.
         flat: Weights of the model by path.
     """
     import numpy as np
@@ -104,21 +108,21 @@ def _equal(a: Any, b: Any) -> Any:
 
 
 def _twin(parts: Mapping[str, Any], part: str) -> Any:
-    """Return the array in a weight of the base that corresponds to `part` of the adapted weight, or None."""
+    """Return the array of a base weight that corresponds to the array `part` of the adapted weight, or None."""
     from llmctl.model import weights
 
     return parts.get(part, parts.get(weights.base_part(part)))
 
 
 def names(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Convert arrays {path: {part: array}} to {name: array}, sorted by name."""
+    """Convert arrays {path of the weight: {name in the weight: array}} to {full name: array}, sorted by full name."""
     from llmctl.model import weights
 
     return dict(sorted((weights.join(path, part), a) for path, parts in stored.items() for part, a in parts.items()))
 
 
 def selected(arrays: Mapping[str, Mapping[str, Any]], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the subset of the arrays {path: {part: array}} that have the names `stored`."""
+    """Return those of the arrays {path of the weight: {name in the weight: array}} whose full names are in `stored`."""
     from llmctl.model import weights
 
     chosen, out = {*stored}, {}
@@ -133,11 +137,11 @@ def composed(
 ) -> dict[str, Any]:
     """Combine the arrays of an adapter and its base to the parameters of the model.
 
-    Arrays of the base are not copied if their sharding is the same.
+    Arrays of the base are not copied if they already have the sharding of `target`.
 
     Args:
         manifest: Manifest of the adapter.
-        target: Abstract parameters of the model, with shardings.
+        target: Shapes, dtypes and shardings of the model's parameters.
         stored: Arrays of the adapter by name.
         base: Parameters of the base.
 
@@ -163,7 +167,7 @@ def composed(
 
 
 def base_record(base: Manifest, stored: Mapping[str, Any], digest: str) -> Base:
-    """Return the field `base` for the manifest of a new adapter.
+    """Return the manifest entry that describes the base of a new adapter.
 
     Args:
         base: Manifest of the base.

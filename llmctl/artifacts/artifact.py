@@ -3,8 +3,7 @@
 An artifact is written to a temporary folder, which is then renamed. An artifact is therefore never incomplete. The
 manifest lists the type and shape of every array, so arrays can be restored onto any mesh. `load` checks the digests of
 the manifest's fields, the tokenizer's files and the arrays. An adapter is an artifact that contains only the arrays
-that its base, another artifact, lacks
-(`llmctl.artifacts.adapters`); `load` reads both.
+that another artifact, its base, lacks (`llmctl.artifacts.adapters`). `load` then reads both folders.
 
 Example:
   >>> found = load(folder)
@@ -63,7 +62,8 @@ __all__ = [
 class Artifact:
     """Store a loaded artifact: its folder, its manifest and its parameter tree.
 
-    `load` returns an artifact with arrays. `abstract` returns one with shapes, dtypes and shardings in their place.
+    `load` returns an artifact with arrays. `abstract` returns an artifact with shapes, dtypes and shardings in place of
+    arrays.
     """
 
     path: Path
@@ -109,11 +109,12 @@ def load(
         path: Folder of the artifact.
         mesh: Target mesh; by default the mesh of the default `MeshConfig`.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
-        loaded: Bases on this mesh that were loaded before, by content digest. Bases that are loaded here are added.
+        loaded: Base artifacts that were loaded on this mesh before, by content digest. If this call loads a base, it is
+            added.
 
     Raises:
-        RequestError: If the folder is no artifact or is damaged, or if the arrays do not fit the mesh or the memory. If
-            the artifact is an adapter, and its base is missing.
+        RequestError: If the folder is no artifact or is damaged, if the arrays do not fit the mesh or the memory, or if
+            the base of an adapter is missing.
     """
     import jax
 
@@ -155,7 +156,7 @@ def _base(adapter: Artifact, mesh: Mesh | None, bases: Sequence[Path], loaded: d
 
 
 def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequence[Path] = ()) -> Iterator[Artifact]:
-    """Load artifacts one after the other. The arrays of a base that several of them have are loaded once.
+    """Load artifacts one after the other. If several adapters have the same base, its arrays are loaded once.
 
     Args:
         paths: Folders of the artifacts.
@@ -166,7 +167,7 @@ def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequenc
         The artifacts, in the order of `paths`.
 
     Raises:
-        RequestError: If `load` raises it.
+        RequestError: If an artifact cannot be loaded (see `load`).
     """
     manifests = [read_manifest(path) for path in paths]
     shared = {m.base.content or m.base.digest for m in manifests if m.base}
@@ -180,7 +181,10 @@ def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequenc
 
 
 def _restore(path: Path, target: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Read arrays of an artifact: {path: {part: array}}, with the shapes, dtypes and shardings of `target`."""
+    """Read arrays of an artifact: {path of the weight: {name in the weight: array}}.
+
+    The arrays get the shapes, dtypes and shardings of `target`.
+    """
     import orbax.checkpoint as ocp
 
     from llmctl.model import weights
@@ -210,7 +214,8 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
         mesh: Target mesh; by default the mesh of the default `MeshConfig`.
 
     Raises:
-        RequestError: If `load` would raise it, or if the artifact has no parameters.
+        RequestError: If the folder is no artifact or is damaged, if the arrays would not fit the mesh, or if the folder
+            has no parameters.
     """
     import jax
 
@@ -238,9 +243,9 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
 
 
 def _check_layers(path: Path, manifest: Manifest) -> None:
-    """Check that the number of layers in the model config does not exceed that of the stored arrays.
+    """Check that the number of layers in the model config is not larger than in the stored arrays.
 
-    Code that builds lists with one entry per layer runs only after this check.
+    A damaged config could otherwise request millions of layers, for each of which an object would be created.
 
     Raises:
         RequestError: If the number is larger.

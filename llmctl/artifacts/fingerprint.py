@@ -1,4 +1,7 @@
-"""Compute the manifest fields that describe the weights, such as their digest, reading one weight at a time."""
+"""Compute the manifest fields that describe the weights, such as their digest, reading one weight at a time.
+
+A weight is one parameter of the model. It may consist of several arrays, such as 4-bit integers and their scales.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def digest(flat: Mapping[str, Any]) -> str:
     With several processes, all must call this function.
 
     Args:
-        flat: Weights by path.
+        flat: Weights of the model by their path in the parameter tree.
     """
     total = hashlib.sha256()
     for name in sorted(flat):
@@ -28,7 +31,8 @@ def digest(flat: Mapping[str, Any]) -> str:
 
 
 def _add(total: Any, name: str, w: Any) -> None:
-    """Update the hash `total` with the name, dtype, shape and values of each array of a weight."""
+    """Update the hash `total` with the name, dtype, shape and values of each array of a weight (see the module's
+    docstring)."""
     import numpy as np
 
     from llmctl.distributed import host_arrays
@@ -49,7 +53,7 @@ def manifest_fields(flat: Mapping[str, Any], rounded: bool = False) -> dict[str,
     """Compute the manifest fields that describe the weights, in one pass.
 
     Args:
-        flat: Weights by path.
+        flat: Weights of the model by their path in the parameter tree.
         rounded: Whether the floating-point arrays are dequantized integers, some of which are 0 only because of
             rounding.
 

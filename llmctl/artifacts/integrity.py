@@ -26,14 +26,15 @@ class Damage:
     content: dict[str, str]
     """Differences that can change predictions. An artifact with such a difference cannot be loaded."""
     record: dict[str, str]
-    """Differences in metrics, parents, sizes and logs, which cannot change predictions."""
+    """Differences in other manifest fields and files (metrics, parents, sizes, logs). They cannot change
+    predictions."""
 
 
 def quick_check(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Damage:
     """Return the differences between an artifact and its manifest, without reading the arrays.
 
-    Files and fields are compared with their checksums. The total size of the arrays on disk is compared, but not their
-    values. The base of an adapter is checked as well.
+    Files and fields are compared with their checksums. For the arrays, only their total size on disk is compared, not
+    their values. The base of an adapter is checked as well.
 
     Args:
         path: Folder of the artifact.

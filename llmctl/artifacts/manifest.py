@@ -36,7 +36,7 @@ from llmctl.config.text_input import parse_json
 from llmctl.model.config import ModelConfig
 
 FORMAT = 1
-"""Version of the folder layout of artifacts that contain all of their arrays. It is part of every stage's key."""
+"""Version of the folder layout of artifacts that contain all of their arrays. If it changes, stages run again."""
 ADAPTER_FORMAT = 2
 """Version of the folder layout of adapters. Artifacts of a later version are rejected."""
 
@@ -45,14 +45,14 @@ CONTENT = (
     *("family", "model", "labels", "task", "fitted", "pruned", "nonfinite", "digest", "tokenizer", "seq_len"),
     *("truncate", "generation", "weights", "base"),
 )
-"""Manifest fields that can change predictions, or the result of a later stage. The content digest covers them."""
+"""Manifest fields that can change predictions or the result of a later stage. The content digest covers them."""
 TOKENIZER = "tokenizer"
 """Name of the tokenizer's folder. The content digest covers its files."""
 
 Part = Literal["content", "record"]
 ADVICE = "remove this folder and run the stage that made it again"
-"""Advice for a damaged artifact. The folder must be removed first, because a run skips finished stages without
-reading their arrays."""
+"""Advice for a damaged artifact. The folder must be removed first, because stages whose artifact exists are skipped,
+without a look at its arrays."""
 
 
 class Parent(BaseModel):
@@ -66,14 +66,14 @@ class Parent(BaseModel):
     """Content digest; empty if an earlier version of llmctl saved the parent."""
 
     def is_of(self, manifest: Manifest) -> bool:
-        """Return True if this is the identity of the artifact with that manifest."""
+        """Return True if the artifact with this manifest is the recorded parent, as its digests show."""
         return manifest.content == self.content and (bool(self.content) or manifest.digest == self.digest)
 
 
 class Base(Parent):
-    """Store the identity of an adapter's base, and the names of the arrays that the adapter itself contains.
+    """Store the identity of an adapter's base, and the names of the arrays in the adapter's own folder.
 
-    All other arrays of the model are those of the base.
+    The base is the artifact that contains all other arrays of the model.
     """
 
     stored: list[str]
@@ -83,7 +83,7 @@ class Base(Parent):
 
 
 class Digest(BaseModel):
-    """Store SHA-256 checksums of some fields and files, and one digest over all these checksums."""
+    """Store SHA-256 checksums of some fields and files, and one digest that is computed from all these checksums."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -131,10 +131,12 @@ class Manifest(BaseModel):
     fitted: dict[str, Any] = {}
     """Values that the task fitted on validation data, such as one threshold per class."""
     fitted_for: str = ""
-    """Name of the ancestor that `fitted` was fitted for; empty if it was fitted for this artifact."""
+    """Name of the earlier artifact whose predictions `fitted` was computed from; empty if they are those of this
+    artifact."""
     parameters: int
     bytes: int
-    """Size of `params/` on disk in bytes. Equal weights may take a few bytes more or less."""
+    """Size of `params/` on disk in bytes. Two copies of equal weights may differ by a few bytes, because they are
+    compressed."""
     sparsity: float
     """Fraction of elements of the weight matrices that are zero."""
     pruned: bool = False
@@ -160,7 +162,8 @@ class Manifest(BaseModel):
     generation: dict[str, Any] = {}
     """Settings of generated answers that the model was finetuned with; empty if its task generates none."""
     weights: dict[str, dict[str, Any]] = {}
-    """Node type, dtypes and shapes of each weight by path, as returned by `llmctl.model.weights.describe`."""
+    """Kind of each weight by path, such as plain, quantized or LoRA, and the dtypes and shapes of its arrays, as
+    returned by `llmctl.model.weights.describe`."""
     base: Base | None = None
     """Base of an adapter, which contains only a part of the arrays; None if the artifact contains all of them."""
     versions: dict[str, str] = {}
@@ -195,7 +198,7 @@ class Manifest(BaseModel):
         return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
 
     def as_parent(self) -> Parent:
-        """Return the record of this artifact that later artifacts store as their parent."""
+        """Return the name and digests of this artifact, which artifacts made from it store as their parent."""
         return Parent(name=self.name, digest=self.digest, content=self.content)
 
 
@@ -263,7 +266,7 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
     Args:
         path: Folder of the artifact.
         manifest: Manifest of the artifact.
-        part: "content" for the tokenizer's files, "record" for the files next to the manifest.
+        part: "content" for the tokenizer's files, "record" for the files next to the manifest, such as logs.
 
     Returns:
         {relative path: message} for the files that differ.
@@ -285,13 +288,13 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
 
 
 def listed(clauses: Iterable[str]) -> str:
-    """Join the first three strings with commas. If there are more, append " and N more"."""
+    """Join strings with commas. If there are more than three, the others are replaced by " and N more"."""
     found = list(clauses)
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _is_array(part: Any) -> bool:
-    """Return True if `part` has the form [dtype, shape]."""
+    """Return True if `part` is a list [dtype, shape], which describes one array in a manifest."""
     if not isinstance(part, (list, tuple)) or len(part) != 2 or not isinstance(part[0], str):
         return False
     return isinstance(part[1], (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in part[1])

@@ -89,11 +89,11 @@ def save(
 
     Args:
         out: Output folder; an existing artifact is replaced.
-        params: Parameter tree. If `written` is given, a flat mapping {path: weight}, from which one weight at a time is
-            read.
+        params: Parameter tree. If `written` is given, a flat mapping {path: weight}, of which one weight at a time is
+            in memory.
         model: Model config; its shapes are those of the parameters.
         stage: Kind of the stage.
-        key: Content key of the stage.
+        key: Hash of everything that can change the stage's result.
         config: Resolved config of the stage.
         name: Name of the artifact; by default the folder's name.
         parent: Manifest of the artifact that the stage started from.
@@ -109,7 +109,7 @@ def save(
             of zeros exceeds `fingerprint.PRUNED`.
         rounded: Whether the arrays are dequantized integers, which contain more zeros even without pruning.
         base: Parameters of the parent. If given, only arrays that the parent lacks are saved: the new artifact is an
-            adapter, whose base is the parent.
+            adapter, and the parent is its base model.
         allow_nonfinite: Whether to save arrays that contain NaN or infinity.
 
     Raises:
@@ -171,12 +171,14 @@ def save(
 
 
 def copy(source: Path, out: Path, **record: Any) -> Manifest:
-    """Copy the artifact at `source` to `out` atomically, with other values of record fields, and return its manifest.
+    """Copy the artifact at `source` to `out` atomically, change some manifest fields in the copy, and return its
+    manifest.
 
     Args:
         source: Folder of the artifact.
         out: Output folder; an existing artifact is replaced.
-        record: Manifest fields that cannot change predictions, such as the key, the config and the metrics.
+        record: New values of manifest fields that cannot change predictions, such as the key, the config and the
+            metrics.
     """
     from llmctl.distributed import processes
 
@@ -189,7 +191,9 @@ def copy(source: Path, out: Path, **record: Any) -> Manifest:
 
 
 def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return the arrays to write, {path: {part: array}}: all arrays or, for an adapter, those that the base lacks.
+    """Return the arrays to write, {path of the weight: {name in the weight: array}}.
+
+    These are all arrays of the model or, for an adapter, those that its base lacks.
 
     Raises:
         RequestError: If the base has all arrays.
@@ -205,7 +209,7 @@ def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | No
 
 
 def _write_arrays(folder: Path, arrays: Mapping[str, dict[str, Any]]) -> None:
-    """Write the arrays of weights to a new folder in Orbax format."""
+    """Write arrays {path of the weight: {name in the weight: array}} to a new folder in Orbax format."""
     import orbax.checkpoint as ocp
 
     from llmctl.model import weights
@@ -244,5 +248,9 @@ def versions() -> dict[str, str]:
 
 
 def plain(parts: dict[str, Any]) -> Any:
-    """Return the arrays of a weight in the structure that Orbax stores: a dict by name, or the array if it is plain."""
+    """Return the arrays of a weight in the structure that Orbax stores.
+
+    The result is the dict `parts` {name in the weight: array}. If the weight is a single plain array, the result is
+    this array.
+    """
     return parts.get("", parts)

@@ -1,4 +1,7 @@
-"""Define the context of a running stage: its output folder, its temporary folder, and other artifacts that it reads."""
+"""Define the context of a running stage: its output folder, its temporary folder, and other artifacts that it reads.
+
+A stage is one step of a recipe, such as pretrain, prune or distill. It saves a model as an artifact, which is a folder.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Store what a stage's function `run` needs in addition to its config: folders, key, and other artifacts of the
-    recipe.
+    """Store what a running stage, such as pretrain or distill, needs in addition to its config: folders, key, and other
+    artifacts.
 
     Example:
       >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")
@@ -36,13 +39,13 @@ class Context:
     """Folder for logs that remain after `work` is removed, such as TensorBoard's. By default the parent of `out`."""
 
     def save(self, config: Any, params: dict[str, Any], model: ModelConfig, **about: Any) -> None:
-        """Save the stage's result as the artifact `out`.
+        """Save the stage's result as an artifact in the folder `out`.
 
         Args:
             config: Config of the stage.
             params: Parameter tree.
             model: Model config; its shapes are those of the parameters.
-            about: Further arguments of `llmctl.artifacts.artifact.save`.
+            about: Further arguments of `llmctl.artifacts.saving.save`.
         """
         from llmctl.artifacts import artifact
 

@@ -19,15 +19,15 @@ CHATS = (
 class CellReader:
     """Check and convert cells of one source.
 
-    Each method gets a row {canonical column: cell} and the row's location for error messages. It returns the converted
-    values.
+    Each method gets a row {canonical column: cell} and the row's location for error messages, and returns the converted
+    values. Canonical columns are the names that llmctl gives to columns, such as `text` and `label`.
     """
 
     def __init__(self, names: Mapping[str, str], clean: Callable[[str], str]) -> None:
         """Store the column names of the source.
 
         Args:
-            names: Column name in the source by canonical column name.
+            names: Name of each column in the source, by its canonical name in llmctl.
             clean: Function that is applied to every text, such as the replacements of `data.replace`.
         """
         self._names, self._clean = names, clean
@@ -37,7 +37,7 @@ class CellReader:
 
         Raises:
             Unlabeled: If the row has no tags.
-            RequestError: If the words are no list of texts, or if the number of tags differs from that of words.
+            RequestError: If the words are no list of texts, or if the numbers of words and tags differ.
         """
         words, tags = row["tokens"], row.get("tags")
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
@@ -77,7 +77,7 @@ class CellReader:
 
         Raises:
             Unlabeled: If the answer is empty.
-            RequestError: If the choices have another format, or if the answer is none of them.
+            RequestError: If the choices have another format, or if the answer is not one of the choices.
         """
         if row["answer"] in (None, "") or row["answer"] != row["answer"]:  # some files write an empty cell as NaN
             raise Unlabeled(f"{where}: the answer is empty (column {self._names['answer']!r})")

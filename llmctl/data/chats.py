@@ -27,10 +27,10 @@ NAMES = ("messages", "conversations")
 """Names of columns that contain conversations."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool"}  # fmt: skip
-"""Role in chat templates, by the role in OpenAI's format."""
+"""{role in OpenAI's format: role in chat templates}."""
 SENDERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
            "function_call": "assistant", "function": "tool", "tool": "tool", "observation": "tool"}  # fmt: skip
-"""Role in chat templates, by the sender in ShareGPT's format. The sender `function_call` writes a tool call as JSON."""
+"""{sender in ShareGPT's format: role in chat templates}. The sender `function_call` writes a tool call as JSON."""
 
 
 def is_chat(value: Any) -> bool:
@@ -89,13 +89,16 @@ def read_tools(value: Any) -> list[Any] | None:
 
 
 def first_user_message(messages: list[Message]) -> str:
-    """Return the text whose hash selects the split: the user's first message, or the first message if there is none."""
+    """Return the user's first message, or the first message if no message is the user's.
+
+    The hash of this text determines whether the conversation is for training, validation or test.
+    """
     said = [m["content"] for m in messages if m["role"] == "user"] or [messages[0]["content"]]
     return said[0]
 
 
 def as_json_text(messages: list[Message], tools: list[Any] | None) -> str:
-    """Return the conversation and its tools as one JSON text. Equal texts mean duplicate conversations."""
+    """Return the conversation and its tools as one JSON text. Two conversations with equal texts are duplicates."""
     return json.dumps([messages, tools], ensure_ascii=False, sort_keys=True)
 
 

@@ -1,4 +1,4 @@
-"""Map the columns of a source to canonical column names, filter rows and replace text."""
+"""Map the columns of a source to llmctl's own (canonical) column names, filter rows and replace text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ NO_CHATS = (
 
 
 class View(Source):
-    """Wrap a source to use canonical column names, filter rows and replace text.
+    """Wrap a source to rename its columns to canonical names, filter rows and replace text.
+
+    Canonical names are llmctl's own column names, such as `text`, `label`, `prompt` and `completion`.
 
     `read` returns None for rows that the filter removes. If the data has the column `tokens` (a list of words) but no
     column `text`, `text` contains the words joined by spaces. Class numbers are replaced by the names that the data
@@ -57,7 +59,7 @@ class View(Source):
             numbers: Whether labels are numbers. Numbers have no class names.
             labels: Whether to map label columns. Pretraining does not read them.
             conversations: Whether the rows are conversations.
-            checks: Converts label cells that templates read; None does not convert them.
+            checks: Object that converts labels before templates read them; None leaves them unchanged.
 
         Raises:
             RequestError: If the source lacks a column, or has no text column.
@@ -120,7 +122,7 @@ class View(Source):
         }
 
     def source_name(self, ours: str) -> str:
-        """Return the source's name for the canonical column `ours`."""
+        """Return the source's name for the column that llmctl calls `ours`."""
         return self._map.get(ours, ours)
 
     def __len__(self) -> int:
@@ -132,10 +134,10 @@ class View(Source):
         return row | self._from_template(row, raw, i)
 
     def read(self, i: int) -> tuple[Row, Row] | None:
-        """Return row i as two dicts: the columns from the source, and the columns that templates make.
+        """Return row i as two dicts: the columns read from the source, and the columns that templates create.
 
-        Deduplication and splitting use only the first dict. Stages with and without templates therefore hold out the
-        same texts.
+        Deduplication and splitting use only the first dict. The same texts are therefore held out with and without
+        templates.
 
         Returns:
             The two dicts {canonical column: value}, or None if the filter removes the row.
@@ -197,7 +199,13 @@ class View(Source):
         return row
 
     def _from_template(self, row: Row, raw: Row, i: int) -> Row:
-        """Return the columns that templates make from row i: `row` has its canonical columns, `raw` all columns."""
+        """Return the columns that templates create for row i.
+
+        Args:
+            row: Values of the row by canonical column name.
+            raw: Values of the row by the source's column names.
+            i: Index of the row.
+        """
         if not self._cfg.template:
             return {}
 
@@ -214,7 +222,8 @@ class View(Source):
     def compared_texts(self, row: Row) -> list[str]:
         """Return the texts of a row that deduplication and splitting use.
 
-        The hash of the first text selects the row's split. Rows whose texts are all equal are duplicates.
+        The hash of the first text determines the row's split (train, validation or test). Rows whose texts are all
+        equal are duplicates.
         """
         if "messages" in row:
             return [chats.first_user_message(row["messages"]), chats.as_json_text(row["messages"], row["tools"])]
@@ -241,9 +250,9 @@ class View(Source):
         )
 
     def _class_name(self, ours: str, value: Any, i: int) -> Any:
-        """Replace a class number, or each number of a list, by its declared name.
+        """Replace a class number, or each number of a list, by the class name that the data declares.
 
-        A negative number becomes None (no label).
+        A negative number means that there is no label, and becomes None.
         """
         names = self._names[ours]
         found = [_name(names, v) for v in value] if isinstance(value, list) else _name(names, value)
@@ -263,7 +272,8 @@ class View(Source):
 
 
 def _without_text(row: Row) -> str:
-    """Return advice for an error about data without a text column, with the name of a candidate column in `row`."""
+    """Return advice for an error about data without a text column: it names a column of `row` that may contain the
+    text."""
     if found := next((column for column, value in row.items() if chats.is_chat(value)), None):
         return f"column {found!r} holds {CHATS}"
     if text := next((column for column, value in row.items() if isinstance(value, str)), None):
@@ -272,7 +282,10 @@ def _without_text(row: Row) -> str:
 
 
 def _conversations(source: Source) -> list[str]:
-    """Return [name of the column of conversations], found by its name or by its value in the first row; else []."""
+    """Return a list with the name of the source's column of conversations, or [] if there is none.
+
+    The column is recognized by its name, or by its value in the first row.
+    """
     named = [c for c in chats.NAMES if c in source.columns]
     held = [c for c, value in source[0].items() if chats.is_chat(value)] if len(source) and not named else []
     return (named or held)[:1]
@@ -321,6 +334,7 @@ def _name(names: Sequence[str], value: Any) -> Any:
 
 
 def _other_source(cfg: SourceConfig) -> str:
-    """Return a hint if the suffix of a file that is read as text is .csv, .jsonl or .parquet; else an empty string."""
+    """Return a hint if a file that is read as plain text has the suffix .csv, .jsonl or .parquet; else an empty
+    string."""
     kinds = [kind for kind in ("csv", "jsonl", "parquet") if f".{kind}" in cfg.path]
     return f'; set data.source = "{kinds[0]}" to read its columns' if kinds and cfg.source == "text" else ""

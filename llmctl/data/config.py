@@ -28,8 +28,8 @@ CHAT_COLUMNS = {"messages", "tools"}
 LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 """Canonical columns that contain labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
-"""Groups of canonical columns. If `data.columns` is empty, the columns of a group are read only if the source has all
-of them. A single one may have another meaning in the source."""
+"""Groups of canonical columns, such as choices and answer. If `data.columns` is empty, the columns of a group are read
+only if the source has all of them, because a single one may have another meaning."""
 
 SENTENCE_PAIRS = (
     *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b")),
@@ -39,7 +39,9 @@ SENTENCE_PAIRS = (
 
 
 def sentence_pair(known: Collection[str]) -> dict[str, str]:
-    """Return the columns of a data set of sentence pairs that are read as `text` and `pair`; empty if there are none.
+    """Return which columns of a data set of sentence pairs are the first text (`text`) and the second text (`pair`).
+
+    The result is empty if the data set has no such columns, or has a column `text`.
 
     >>> sentence_pair(["premise", "hypothesis", "label"])
     {'text': 'premise', 'pair': 'hypothesis'}
@@ -201,7 +203,7 @@ class DataConfig(SourceConfig):
         return self
 
     def parts(self) -> list[SourceConfig]:
-        """Return the sources: those of the mixture, or this one if there is no mixture."""
+        """Return the sources of the mixture, or a list with this single source if there is no mixture."""
         return list(self.mixture) or [self]
 
     def held_out(self) -> dict[Split, SourceConfig]:
@@ -219,7 +221,7 @@ class DataConfig(SourceConfig):
         return found
 
     def sources(self) -> list[SourceConfig]:
-        """Return all sources: `parts`, followed by the sources in `held_out`."""
+        """Return the sources of the main data, followed by the sources of held-out splits with their own files."""
         return [*self.parts(), *self.held_out().values()]
 
     def inputs(self) -> list[str]:

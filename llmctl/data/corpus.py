@@ -26,7 +26,8 @@ CHUNK = 1024
 
 
 class Tokens(Protocol):
-    """Define the interface of concatenated token ids, which are indexed like an array but may be stored in files."""
+    """Define the interface of the token ids of all documents. They are indexed like one array, but may be stored in
+    files."""
 
     def __getitem__(self, at_N: np.ndarray, /) -> np.ndarray:
         """Return the token ids at the positions `at_N`, integers [N]."""
@@ -34,7 +35,7 @@ class Tokens(Protocol):
 
 
 class Documents(Protocol):
-    """Define the interface of tokenized documents, which may be in memory or in files."""
+    """Define the interface of D tokenized documents, which may be in memory or in files."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -100,7 +101,7 @@ class Corpus:
             check: Whether to compare the files with their checksums, for which they are read completely.
 
         Returns:
-            The corpus, or None if it is missing or damaged, or if its digests differ.
+            The corpus, or None if it is missing or damaged, or was saved with other digests.
         """
         try:
             described = parse_json((folder / "corpus.json").read_bytes())
@@ -139,7 +140,7 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
     Args:
         folder: Cache folder.
         texts: Texts of the documents.
-        digest: Digest of the texts. The cache is used only if it has this digest and that of the tokenizer.
+        digest: Digest of the texts. The cached result is used only if its digests of texts and tokenizer are the same.
         tokenizer: Tokenizer of the model.
 
     Raises:

@@ -1,8 +1,8 @@
 """Hash the texts of rows, for deduplication and splitting.
 
 The text of a row is hashed to a number in [0, 1), which determines the row's split. This number depends only on the
-text, not on the position of the row, the filters or other rows. Ranges of rows can therefore be scanned in different
-processes.
+text, not on the position of the row, the filters or other rows. Several processes can therefore hash different ranges
+of rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmctl.data.label_values import Label, Labels, Unlabeled, plain
 
 KEPT, FILTERED, BLANK, UNLABELED = 0, 1, 2, 3
 RANGE = 8192
-"""Number of rows per call of `scan`."""
+"""Number of rows that one call of `scan` reads."""
 
 _TAG = re.compile(r"<[^<>]{1,80}>")
 _NOT_CONTENT = bytes(set(range(128)) - set((string.ascii_letters + string.digits).encode()))
@@ -35,7 +35,7 @@ def normalize(text: str) -> str:
 
 
 def fraction(text: str) -> float:
-    """Hash a text to a number in [0, 1), which determines its split.
+    """Hash a text to a number in [0, 1), which determines the text's split (train, validation or test).
 
     The number is the SHA-256 of the letters and digits of the text. Tags, punctuation, case and white space are
     ignored, so that light cleaning (`data.replace`) does not move a text to another split.
@@ -47,13 +47,14 @@ def fraction(text: str) -> float:
 
 @dataclass(frozen=True)
 class Scan:
-    """Store the result of `scan` for R rows.
+    """Store the text hashes and labels of R consecutive rows of a source.
 
-    `state` has one entry per row. The other arrays have one entry per row with the state KEPT.
+    `state` has one entry per row. `tags` has one entry per distinct label. The other fields have one entry per row with
+    the state KEPT.
     """
 
     state: np.ndarray
-    """State of each row, uint8 [R]: KEPT, FILTERED, BLANK or UNLABELED."""
+    """State of each row, uint8 [R]: KEPT, FILTERED (removed by `data.filter`), BLANK (no text) or UNLABELED."""
     fraction: np.ndarray
     """Hash of each text in [0, 1), float64, which determines the row's split."""
     key: np.ndarray
@@ -63,13 +64,14 @@ class Scan:
     chars: np.ndarray
     """Length of each row's first text in characters, int64."""
     labels: list[Label]
-    """Label of each kept row, as spelled in the data; empty if rows have no labels."""
+    """Label of each row with the state KEPT, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """{label of a word: location of the first row that has it}, for error messages; empty if words have no labels."""
+    """Location of the first row that contains each label of a word, for error messages; empty if words have no
+    labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:
-    """Read the rows first..last - 1 of a source, hash their texts, and check their labels.
+    """Read the rows `first` to `last` - 1 of a source, hash their texts, and check their labels.
 
     Raises:
         RequestError: If a row cannot be read, or if its label is missing, invalid or not among the classes.

@@ -1,7 +1,8 @@
 """Build batches of rows and copy them to the devices, in background threads ahead of the training step.
 
-Step k uses rows [k * B, (k + 1) * B), so the only state is the number of the next step. A resumed run therefore reads
-the same global batches, on any number of processes. Each process builds only the rows of its own devices.
+Step k uses rows [k * B, (k + 1) * B), so a checkpoint of the data only needs the number of the next step. A resumed run
+therefore reads the same global batches, on any number of processes. Each process builds only the rows of its own
+devices.
 
     batches = DeviceBatches(mesh, 32)
     with batches.training(rows, start=100, stop=200) as steps:
@@ -30,7 +31,8 @@ T = TypeVar("T")
 
 
 class Rows(Protocol):
-    """Define the interface of training or evaluation rows with random access."""
+    """Define the interface of training or evaluation rows with random access. A row is one sequence with its
+    targets."""
 
     def __len__(self) -> int: ...
 
@@ -45,7 +47,8 @@ def training_rows(train: TrainConfig) -> int:
 
 
 def with_steps(train: TrainConfig, rows: int) -> TrainConfig:
-    """Return the settings with `steps` computed from `train.epochs`, for an epoch of `rows` rows; at least one step.
+    """Return the settings with the number of steps that corresponds to `train.epochs`, at least one. An epoch has
+    `rows` rows.
 
     >>> with_steps(TrainConfig(epochs=3, batch_size=32), rows=1000).steps
     94
@@ -69,8 +72,8 @@ def row_shapes(rows: Any) -> dict[str, tuple[int, ...]]:
 class Prefetch(Iterator[tuple[int, T]], Generic[T]):
     """Iterate over pairs (step, batch), and build the next batches in background threads.
 
-    The iterator must be closed, or used as a context manager. If building a batch fails, `next` raises the error at the
-    step of that batch.
+    The iterator must be closed, or used as a context manager. If building a batch fails, `next` raises the error when
+    it reaches that batch.
     """
 
     def __init__(self, build: Callable[[int], T], start: int, stop: int, threads: int, buffer: int):
@@ -133,7 +136,8 @@ def prefetch(
     threads: int = 2,
     buffer: int = 4,
 ) -> Prefetch[Any]:
-    """Iterate over batches [batch_size, ...], which background threads build ahead; without end if `stop` is None.
+    """Iterate over batches [batch_size, ...], which background threads build ahead. If `stop` is None, there is no last
+    batch.
 
     Args:
         rows: Random-access rows.
@@ -142,8 +146,8 @@ def prefetch(
         stop: Step before which the iteration ends.
         place: Function that background threads apply to each batch, such as one that copies it to the devices. Its
             result replaces the batch.
-        spans: Parts [first, last) of the global batch that this process builds, ascending (`local_spans`). A batch then
-            contains only those rows, concatenated. None builds all rows.
+        spans: Row ranges [first, last) of the global batch that this process builds, ascending (see `local_spans`). A
+            batch then contains only these rows, concatenated. None builds all rows.
         once: Whether to read every row of the first epoch exactly once. Batches then also have the array `row_weight`,
             float32 [B], which is 1. The last batch is filled with copies of the last row, which have `row_weight` and
             `weights` 0.
@@ -164,7 +168,8 @@ def prefetch(
 
 
 def _with_row_weights(rows: Rows, index_B: np.ndarray) -> Batch:
-    """Return the batch of rows `index_B` of the first epoch, with the additional array `row_weight`, float32 [B].
+    """Return the batch of rows `index_B` of the first epoch, with the additional array `row_weight`, float32 [B], which
+    is 1.
 
     For indices beyond the epoch, the batch contains copies of the last row, whose `row_weight` and `weights` are 0.
     """
@@ -186,14 +191,14 @@ class DeviceBatches:
     def __init__(self, mesh: Mesh, size: int, reading_order: bool = False) -> None:
         self.mesh, self.size, self.reading_order = mesh, size, reading_order
         self.spans = local_spans(self.row_sharding(1), size) if processes.count() > 1 else None
-        """Parts [first, last) of a batch that this process builds; None builds all of it."""
+        """Row ranges [first, last) of a batch that this process builds; None builds all rows."""
 
     @classmethod
     def for_one_pass(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
         """Return an object that builds batches for one pass over `rows` rows.
 
-        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the number of devices that rows
-        are sharded over.
+        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the number of devices over which
+        rows are sharded.
         """
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         return cls(mesh, -(-min(size, rows) // ways) * ways)
@@ -203,7 +208,7 @@ class DeviceBatches:
         return prefetch(rows, self.size, start, stop, place or self.place, spans=self.spans)
 
     def once(self, rows: Rows, limit: int | None = None, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
-        """Iterate over batches that contain every row once, but at most `limit` batches.
+        """Iterate over batches that contain every row once. If `limit` is given, stop after that number of batches.
 
         Batches have the array `row_weight`, which marks the rows that fill the last batch (see `prefetch`).
         """
@@ -242,7 +247,8 @@ class DeviceBatches:
         }
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Copy a batch to the devices of all processes. Each process passes only its rows (`spans`)."""
+        """Copy a batch to the devices of all processes. Each process passes only the rows that its own devices hold
+        (`spans`)."""
         if not self.reading_order and self.mesh.shape["context"] > 1:
             batch = context_parallel.to_zigzag(batch, self.mesh.shape["context"])
         shardings = self.shardings(batch)
@@ -251,7 +257,13 @@ class DeviceBatches:
         return {name: self._global_array(a, shardings[name], self.spans) for name, a in batch.items()}
 
     def _global_array(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        """Return the global array whose rows `spans` are the `rows` of this process; other processes add their own."""
+        """Return the global array of which this process has only some rows; other processes provide the others.
+
+        Args:
+            rows: Rows of this process, concatenated.
+            sharding: Sharding of the global array.
+            spans: Ranges [first, last) of these rows in the global array.
+        """
         begins = np.cumsum([0, *(last - first for first, last in spans)])
 
         def part(index: Any) -> np.ndarray:
@@ -273,8 +285,10 @@ class DeviceBatches:
 
 
 def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) -> dict[str, jax.Array]:
-    """Copy a host batch to the devices. The batch is equal in every process. See `DeviceBatches` for
-    `reading_order`."""
+    """Copy a host batch to the devices. The batch is equal in every process.
+
+    If `reading_order` is true, tokens keep their text order and only rows are sharded (see `DeviceBatches`).
+    """
     found = {name: np.asarray(a) for name, a in batch.items()}
     layout = DeviceBatches(mesh, len(next(iter(found.values()))), reading_order)
     if not reading_order:
@@ -283,7 +297,7 @@ def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) 
 
 
 def local_spans(sharding: Any, batch_size: int) -> list[tuple[int, int]]:
-    """Return the parts [first, last) of the batch axis that a sharding assigns to the devices of this process."""
+    """Return the row ranges [first, last) of a batch that a sharding assigns to the devices of this process."""
     index = sharding.addressable_devices_indices_map((batch_size,)).values()
     found = sorted({s.indices(batch_size)[:2] for (s,) in index})
     merged: list[tuple[int, int]] = []

@@ -129,7 +129,7 @@ def matching_name(label: str, names: Collection[str]) -> str | None:
 class Labels:
     """Convert the cells of a label column to labels, by the settings of a data config.
 
-    Error messages do not contain the location of the row. The caller adds it.
+    Error messages do not contain the location of the row. The caller adds the location.
     """
 
     def __init__(self, cfg: DataConfig, column: str):

@@ -16,8 +16,8 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
     """Count the tokens of up to `SAMPLE` rows, without padding.
 
     Returns:
-        {name of a segment array: (number of tokens in each sampled row [N], row length)}. Rows for an encoder-decoder,
-        and rows of text pairs, have two segment arrays.
+        {name of an array of segment ids, which are 0 at padding: (number of tokens in each sampled row [N], row
+        length)}. Rows for an encoder-decoder, and rows of text pairs, have two such arrays.
     """
     last = min(len(rows), getattr(rows, "total", None) or len(rows))  # `total` may be less than an epoch
     some = np.unique(np.linspace(0, last - 1, min(SAMPLE, last)).astype(np.int64))

@@ -56,7 +56,7 @@ def files_below(spec: str) -> list[epath.Path]:
 
 
 def folder(spec: str) -> epath.Path:
-    """Convert `spec` to a path, which may be inside a package. The file or folder need not exist.
+    """Convert `spec` to a path, without a check that the file or folder exists. See `resolve` for the formats.
 
     Raises:
         RequestError: If the package is not installed, or if the remote store cannot be read.

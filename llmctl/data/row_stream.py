@@ -32,14 +32,14 @@ Read = tuple[str, Row | RequestError]
 
 
 def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> Iterator[Read]:
-    """Yield the rows of a stream, with canonical column names.
+    """Yield the rows of a stream, with columns renamed to llmctl's own names, such as text and label.
 
     Args:
         stream: Bytes in UTF-8; a byte order mark is skipped.
         name: Name of the stream, with which the locations of rows begin.
         kind: A format of `FORMATS`. If empty, the format is JSON lines if the first line begins with a brace, else
             text.
-        columns: Column names in the stream, by canonical name; only those that differ.
+        columns: Names of columns in the stream, by llmctl's name for the column (such as text); only those that differ.
 
     Example:
         >>> import io
@@ -71,7 +71,7 @@ def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
     """Yield lists of `size` rows, or shorter lists if the stream pauses. A thread reads up to two lists ahead.
 
     Raises:
-        RequestError: If reading the stream raises it.
+        RequestError: If the stream cannot be read.
     """
     waiting: queue.Queue[Any] = queue.Queue(2 * size)
     end = object()
@@ -208,11 +208,11 @@ def _table(
 
 
 def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row | RequestError:
-    """Return the canonical columns of a row, or an error if a value has the wrong type.
+    """Rename the columns of a row to llmctl's own names; return an error if a value has the wrong type.
 
     Args:
-        row: Columns of the stream.
-        columns: Column names in the stream, by canonical name.
+        row: Values by column name in the stream.
+        columns: Names of columns in the stream, by llmctl's name for the column.
         where: Location of the row, for the error message.
     """
     out: Row = {}

@@ -1,4 +1,4 @@
-"""Make text columns from the other columns of a row, by templates.
+"""Create text columns from the other columns of a row, by Jinja templates.
 
 With a template, labeled texts can be turned into prompts and completions, for example. Templates are part of recipes,
 which other people may have written. They therefore run in the sandbox of `llmctl.data.template_sandbox`.
@@ -24,7 +24,7 @@ class RowTemplates:
         """Compile the templates.
 
         Args:
-            templates: Text of a jinja2 template for each column to make, by canonical column name.
+            templates: Text of a jinja2 template for each column to create, by column name (such as prompt).
             words: Word for each class, by class name. Templates can read these words.
 
         Raises:
@@ -48,11 +48,11 @@ class RowTemplates:
                 raise RequestError(f"data.template.{column}: no valid template ({type(e).__name__}: {e})") from None
 
     def render(self, columns: Mapping[str, Any], row: Mapping[str, Any], where: str) -> dict[str, str]:
-        """Return the texts of the columns that the templates make, by canonical column name.
+        """Return the texts that the templates give for a row, by the name of the created column.
 
         Args:
-            columns: Values of the canonical columns.
-            row: All columns of the source.
+            columns: Values of the row by llmctl's own column names.
+            row: Values of the row by the source's column names.
             where: Location of the row, for error messages.
 
         Raises:

@@ -28,8 +28,8 @@ class Source:
     """Represent a dataset with random access to its rows.
 
     A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the columns that rows may have.
-    If rows may have different columns, as in JSON lines, `columns` lists those of the first rows, and `has` searches
-    all rows.
+    If rows may have different columns, as in JSON lines, `columns` lists the columns of the first rows, and `has`
+    searches all rows.
 
     Example:
       >>> source = Table("quotes.txt", ("text",), [("To be",), ("or not to be",)], lines=[1, 3])
@@ -111,7 +111,8 @@ class Table(Source):
 
 
 class Groups(Source):
-    """Read rows that are stored in groups, as in a Parquet or Arrow file. A few groups are cached in memory.
+    """Read rows that are stored in groups: row groups of a Parquet file, or record batches of an Arrow file. A few
+    groups are cached in memory.
 
     Args:
         file: The file, for error messages.

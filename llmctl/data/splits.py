@@ -28,7 +28,8 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Examples:
-    """Give access to the N rows of one split. A row is a dict {canonical column: value}, which is read at each access.
+    """Give access to the N rows of one split (train, validation or test). A row is a dict {column: value}, which is
+    read at each access. Columns have llmctl's own names.
 
     A row has the text columns of the data. If the data is labeled, it also has `label`: the class index (int), the
     number (float), or the set of classes as C zeros and ones. It has `tokens` and `tags` (lists of text) and `answers`
@@ -55,7 +56,7 @@ class Examples:
     classes: tuple[str, ...]
     """Names of the classes of texts, or of words, in the order of class indices. Empty if there are no classes."""
     class_of: Mapping[str, str] = field(default_factory=dict)
-    """{label as spelled in the data: class name}."""
+    """Class name by label, as the label is spelled in the data."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -202,7 +203,7 @@ class Splits:
 
 
 def examples(cfg: DataConfig, split: Split, labels: bool = True, conversations: bool = False) -> Examples:
-    """Load the examples of one split. If several splits are needed, `load` returns all of them for the same cost.
+    """Load the examples of one split. For several splits, call `load`, which returns all of them in the same time.
 
     Raises:
         RequestError: If the data is missing or invalid (see `load`), or if the split is empty.
@@ -227,8 +228,8 @@ def load(
         conversations: Whether the rows are conversations, which have only the columns messages and tools.
 
     Raises:
-        RequestError: If files or columns are missing, if rows cannot be read, if `data.classes` lacks a label, or if
-            there is no text.
+        RequestError: If files or columns are missing, if rows cannot be read, if a label is not in `data.classes`, or
+            if there is no text.
     """
     views = columns.views(cfg, labels=labels, conversations=conversations)
     if any(v.columns != views[0].columns for v in views):
@@ -300,7 +301,7 @@ def load(
 
 
 def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the class names, and the map {label as spelled in the data: class name}.
+    """Return the class names, and a dict {label as spelled in the data: class name}.
 
     Classes are in the order of `data.classes`. If it is empty, they are in the order in which the data declares them,
     or else sorted.

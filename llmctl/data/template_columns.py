@@ -1,7 +1,8 @@
-"""Make additional columns from the rows of a source: texts from templates, and multiple-choice questions.
+"""Create additional columns for the rows of a source: texts from templates, and multiple-choice questions.
 
-If `data.words` has a word for each class, a labeled row also becomes a multiple-choice question. Its choices are these
-words, and the correct choice is the word of the row's class.
+The setting `data.words` gives a word for each class, such as "great" for the class pos. If it is set, a labeled row
+also becomes a multiple-choice question. Its choices are these words, and the correct choice is the word of the row's
+class.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from llmctl.data.source import Row
 
 
 class TemplateColumns:
-    """Make the columns that `data.template` and `data.words` define for one source."""
+    """Create the columns that the settings `data.template` and `data.words` define for one source."""
 
     def __init__(self, cfg: SourceConfig, given: Mapping[str, str], labeled: bool) -> None:
         """Compile the templates.
 
         Args:
             cfg: Settings of the source.
-            given: Column name in the source by canonical column name.
+            given: Name of each column in the source, by llmctl's name for the column.
             labeled: Whether rows have a label and no choices, so that they can become multiple-choice questions.
 
         Raises:
@@ -36,24 +37,24 @@ class TemplateColumns:
         self._is_choice = bool(labeled and cfg.template and len(cfg.words) > 1)
         # Templates may read the label even if the task does not.
         self.readable = {c: t for c, t in given.items() if c not in CHAT_COLUMNS} if cfg.template else {}
-        """{canonical column name: column name in the source} of the columns that templates may read."""
+        """Columns that templates may read: {llmctl's name for the column: name in the source}."""
 
     def columns(self, texts: Collection[str]) -> tuple[str, ...]:
-        """Return the names of the columns to make, except the text columns `texts` that the source already has."""
+        """Return the names of the columns to create, without the text columns `texts` that the source already has."""
         made = [c for c in TEXT_COLUMNS if c in self._made and c not in texts]
         return (*made, *(("choices", "answer") if self._is_choice else ()))
 
     def render(self, row: Row, raw: Row, label: Callable[[Any], str], where: str) -> Row:
-        """Return the values of the columns to make for one row.
+        """Return the values of the created columns for one row.
 
         Args:
-            row: Canonical columns of the row.
-            raw: All columns of the source.
+            row: Values of the row by llmctl's own column names.
+            raw: Values of the row by the source's column names.
             label: Function from the label in a cell to the class name.
             where: Location of the row, for error messages.
 
         Raises:
-            RequestError: If a template fails, or if the label has no word.
+            RequestError: If a template fails, or if `data.words` has no word for the label's class.
         """
         values: Row = {}
         for ours, theirs in self.readable.items():

@@ -1,9 +1,10 @@
 """Run Jinja templates in a sandbox: without side effects, and with a limited number of steps and characters.
 
-A template may come with a model from an unknown author, so it is not trusted. Nested loops could take hours, and
-`'a' * 10**10` could take all memory. Steps are counted instead of seconds, so that a template fails on all machines or
-on none:
-- Each execution of the body of a loop, macro or block takes as many steps as the body has nodes.
+A template may come with a model from an unknown author, so it is not trusted. Nested loops could take hours, and an
+expression such as `'a' * 10**10` could take all memory. Steps are counted instead of seconds, so that a template fails
+on all machines or on none:
+- Each execution of the body of a loop, macro or block takes as many steps as the body has nodes in the template's
+  syntax tree.
 - Operators, calls, filters, tests, comparisons and outputs take a step per 64 characters or items that they read and
   create.
 - For operations with long results (`*`, `%`, `replace`, `join`, `center`, …), the length is checked beforehand.
@@ -36,7 +37,7 @@ from llmctl.config.limits import TEMPLATE, TEMPLATE_BITS, TEMPLATE_STEPS, TEMPLA
 BLOCK = 64
 """Number of characters or items that count as one step."""
 BODIES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)
-"""Template nodes whose body may run several times."""
+"""Kinds of nodes in a template's syntax tree whose body may run several times, such as loops."""
 PADDING = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
 """Names of string methods for which an argument determines the length of the result."""
 SLOW_METHODS = frozenset(["rfind", "rindex", "rsplit", "rpartition"])
@@ -107,7 +108,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(parts)
 
     def count_steps(self, steps: int) -> bool:
-        """Count `steps`, and return True so that templates can call this in conditions.
+        """Add `steps` to the number of steps that the template has taken. Return True, so that templates can call this
+        in conditions.
 
         Raises:
             RequestError: If the template exceeds the limit of steps.
@@ -213,7 +215,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._checked(super().call(context, obj, *args, **kwargs))
 
     def _instrument(self, node: Any) -> None:
-        """Insert calls of `count_steps`, `read` or `concatenate` into a node of the parsed template."""
+        """Insert calls that count steps and check lengths into a node of the template's syntax tree."""
         if isinstance(node, nodes.Compare):
             for operand in (node, *node.ops):
                 operand.expr = self._call_node("read", operand.expr)
@@ -324,9 +326,9 @@ class _BoundedFormatter(SandboxedFormatter):
 
 
 def _inside(node: nodes.Node) -> Iterable[nodes.Node]:
-    """Yield a node and its descendants, without the bodies of inner loops, macros and blocks.
+    """Yield a node of the syntax tree and its descendants, without the bodies of inner loops, macros and blocks.
 
-    These bodies are instrumented separately, and count their own nodes.
+    The steps of these bodies are counted separately, because a body may run several times.
     """
     yield node
     for child in () if isinstance(node, BODIES) else node.iter_child_nodes():

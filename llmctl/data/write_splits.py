@@ -15,7 +15,8 @@ from llmctl.distributed import locks
 
 
 def write(cfg: DataConfig, folder: Path) -> tuple[dict[str, tuple[Path, int]], splits.Splits]:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` with canonical column names and class names.
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` with llmctl's own column names (such as text and label)
+    and class names.
 
     To read the same splits again, set `data.path = "train.jsonl"`, `data.validation_path` and `data.test_path`.
 

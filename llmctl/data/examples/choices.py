@@ -1,6 +1,6 @@
 """Build rows for multiple-choice questions: a prompt and several choices, of which one is correct.
 
-Legend: B rows, T tokens per row, K largest number of choices per question.
+Shapes: B rows, T tokens per row, K largest number of choices per question.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def prefix(k: int) -> str:
 class ChoiceRows(ExampleRows):
     """Build one row per multiple-choice question, with the model inputs for the prompt with each of the choices.
 
-    The inputs depend on the architecture. Decoders read the prompt and a choice as one text (see `CompletionRows`), but
-    without `eos`. Encoder-decoders read the prompt with the encoder, and a choice with the decoder. Encoders read the
-    prompt and a choice as a pair of texts.
+    The inputs depend on the architecture. Decoders read the prompt and a choice as one text without `eos` at its end.
+    Encoder-decoders read the prompt with the encoder, and a choice with the decoder. Encoders read the prompt and a
+    choice as a pair of texts.
 
     A batch also has `label`, the index of the correct choice, and `choices`, the number of choices, int32 [B] each. If
-    a question has fewer than K choices, empty choices are added, whose tokens have weight 0.
+    a question has fewer than K choices, empty choices are added. Their tokens have weight 0 in the loss.
     """
 
     def __init__(

@@ -17,17 +17,16 @@ from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 
 Encode = Callable[[list[Message], list[Any] | None], tuple[list[int], np.ndarray, int]]
-"""Function (messages, tools) -> (token ids [N], mask bool [N] of the tokens that the assistant writes, number of the
-assistant's answers whose tokens could not be found)."""
+"""Function from (messages, tools) to a triple: token ids [N], a bool mask [N] of the tokens that the assistant writes,
+and the number of the assistant's answers whose tokens could not be found."""
 
 
 class ConversationRows(ExampleRows):
     """Build language-model rows of conversations: tokens, targets, weights, segments and positions [B, T].
 
     Messages after the assistant's last message are omitted. If a conversation is too long, its first exchanges are
-    removed; an exchange is a user's message with all messages up to the next one. System messages at the beginning
-    stay.
-    If the last exchange alone is too long, its end is truncated.
+    removed. An exchange is a user's message and all messages before the user's next message. System messages at the
+    beginning stay. If the last exchange alone is too long, its end is truncated.
 
     A conversation is dropped if no token of the assistant is left, or if all answers have the weight 0.
     """
@@ -88,8 +87,8 @@ class ConversationRows(ExampleRows):
 
     @property
     def log_lines(self) -> list[str]:
-        """Return log lines with two kinds of counts: conversations that were truncated or dropped, and assistant
-        messages that do not count in the loss."""
+        """Return log lines about the number of truncated conversations, of dropped ones, and of assistant messages that
+        do not count in the loss."""
         reasons = {
             "lose their first exchanges": self.shortened,
             "lose the end of the last answer": self.cut,

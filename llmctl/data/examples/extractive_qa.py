@@ -18,7 +18,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 
 
 class Window(NamedTuple):
-    """Describe one row: a question, and the window first..last - 1 of the context's tokens.
+    """Describe one row: a question, and the tokens `first` to `last` - 1 of a context, which form one window.
 
     `start` and `end` are the positions of the answer's first and last token in the row. Both are 0 if the window does
     not contain the answer.
@@ -71,7 +71,7 @@ class AnswerRows(ExampleRows):
         super().__init__(len(self._windows), seed, shuffle)
 
     def _cut(self, room: int, answer: tuple[str, int] | None) -> list[Window]:
-        """Split the context of the example that was added last into windows.
+        """Split the context of the most recently added example into overlapping windows.
 
         Args:
             room: Number of tokens per row for the question and the context together.
@@ -111,9 +111,9 @@ class AnswerRows(ExampleRows):
 
 
 def token_span(spans_N2: np.ndarray, first: int, last: int) -> tuple[int, int] | None:
-    """Return the indices of the first and the last token that overlap the characters first..last - 1.
+    """Return the indices of the first and the last token that overlap the characters `first` to `last` - 1.
 
-    Return None if no token does.
+    Return None if no token overlaps them.
 
     Args:
         spans_N2: Character range [first, last) of each token.

@@ -176,9 +176,8 @@ def completion_batch(
 class SequencePairRows(ExampleRows):
     """Build encoder-decoder rows: the encoder reads the prompt, and the decoder predicts the completion and `eos`.
 
-    The encoder reads `bos` (if the tokenizer adds it), the prompt and `eos`, as for documents in pretraining. The first
-    input of the decoder is the padding token. If a prompt or completion is too long, its end is truncated, but not its
-    `eos`.
+    The encoder reads `bos` (if the tokenizer adds it), the prompt and `eos`. The first input of the decoder is the
+    padding token. If a prompt or completion is too long, its end is truncated, but not its `eos`.
     """
 
     def __init__(
@@ -264,15 +263,14 @@ def sequence_batch(
 def templated(
     template: TextTemplate, text_N: np.ndarray, pair_N: np.ndarray | None, seq_len: int, truncate: Truncate = "tail"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Insert a text, or a pair of texts, into a template, and truncate the texts so that the result fits `seq_len`
-    tokens.
+    """Add a tokenizer's special tokens to a text or a pair of texts, and truncate the texts to fit `seq_len` tokens.
 
     Args:
         template: Special tokens around and between the texts.
         text_N: Token ids of the text.
         pair_N: Token ids of the second text, or None.
-        seq_len: Maximum number of tokens.
-        truncate: Part of a long text to remove.
+        seq_len: Maximum number of tokens of the result.
+        truncate: Part of a long text to remove: "tail" the end, "head_tail" the middle.
 
     Returns:
         Token ids and types, int32 [N] each; types are 1 from the first token of `pair_N` on.

@@ -63,11 +63,11 @@ class SyntheticText(Text):
 
     @property
     def epochs(self) -> float:
-        """Return 0: the number of epochs is not limited."""
+        """Return 0, which means that the number of epochs is not limited."""
         return 0.0
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return the tokenized texts as one source with weight 1. `split` and `cache` are not used."""
+        """Return the tokenized texts as one source with weight 1 and no maximum of epochs."""
         return [(1.0, 0.0, tokenize(self._examples.texts(), tokenizer))]
 
 

@@ -58,7 +58,7 @@ class TagRows(ExampleRows):
         return len(self._seen[i])
 
     def seen_of(self, i: int) -> np.ndarray:
-        """Return whether each word of example i is in its row, and not removed by truncation, bool [W]."""
+        """Return for each word of example i whether truncation has kept the word in its row, bool [W]."""
         return self._seen[i]
 
     def _build(self, example_B: np.ndarray) -> Batch:
@@ -78,7 +78,7 @@ def first_tokens(words: Sequence[str], spans_N2: np.ndarray) -> np.ndarray:
 
     Args:
         words: Words of the text.
-        spans_N2: Character span [first, last) of each token.
+        spans_N2: Range [first, last) of the characters of each token.
     """
     lengths_W = np.array([len(word) for word in words], np.int64)
     starts_W = np.cumsum(lengths_W + 1) - lengths_W - 1

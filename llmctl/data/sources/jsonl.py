@@ -13,8 +13,8 @@ from llmctl.data.file_bytes import buffer, line_offsets
 from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
-"""Maximum number of rows, and maximum number of bytes, at the beginning of a file whose keys define `columns`. If a
-later row has another canonical column, it raises an error."""
+"""Maximum number of rows, and maximum number of bytes, at the beginning of a file from which the column names are read.
+A later row with a further column that llmctl would read, such as `label`, is an error."""
 
 
 class JsonLines(Source):

@@ -29,7 +29,7 @@ MASK = "<mask>"
 
 ESCAPE = "\ufdd0"
 """Character to insert into the text of a special token so that it is encoded as ordinary text. It is a Unicode
-noncharacter, so no text contains it."""
+noncharacter, so ordinary text does not contain this character."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Tokenizer(ABC):
     """Convert text to token ids and back.
 
     `encode` never returns special tokens, even if the text contains the text of one. Special tokens decode to "". A
-    subclass sets the attributes below and defines `encode`, `encode_batch`, `offsets` and `decode`.
+    subclass sets the attributes that are declared here, and defines `encode`, `encode_batch`, `offsets` and `decode`.
 
     Example:
       >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -86,7 +86,7 @@ class Tokenizer(ABC):
     chat_template: str | None = None
     """Text of the Jinja template that renders conversations; None if the tokenizer has none."""
     own_template: TextTemplate | None = None
-    """Template that an imported tokenizer declares; None uses the default of `template`."""
+    """Special tokens around texts that an imported tokenizer declares; None uses the default of `template`."""
 
     prefix: tuple[int, ...] = ()
     """Token ids of a trained prompt (prompt tuning) that is put before every text. The ids are those after the
@@ -98,7 +98,8 @@ class Tokenizer(ABC):
 
         Args:
             model: Content of the file.
-            saved_options: Saved `options`; empty for tokenizers that llmctl did not write.
+            saved_options: Result of `options` when the tokenizer was saved; empty for tokenizers that llmctl did not
+                write.
             folder: Folder of the model file, which may contain configuration files.
 
         Raises:
@@ -107,7 +108,8 @@ class Tokenizer(ABC):
         return cls(model, saved_options.get("bos", True))  # pyright: ignore[reportCallIssue]
 
     def options(self) -> dict[str, Any]:
-        """Return the options to save in the descriptor, because the model file does not contain them."""
+        """Return the options to save in the JSON file next to the model file, because the model file does not contain
+        them."""
         return {"bos": self.add_bos}
 
     @abstractmethod
@@ -126,13 +128,13 @@ class Tokenizer(ABC):
         """
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return, for every text, its token ids and the span of characters that each token covers.
+        """Return, for every text, its token ids and the range of characters that each token covers.
 
-        Spans do not include surrounding white space, so that of a white-space token is empty. If one character takes
-        several tokens, all of them have the same span.
+        Ranges do not include surrounding white space. A token of white space only therefore has an empty range. If one
+        character takes several tokens, all of them have the same range.
 
         Returns:
-            For each text, token ids int32 [N] as `encode` returns them, and spans [first, last) int32 [N, 2].
+            For each text, token ids int32 [N] as `encode` returns them, and ranges [first, last) int32 [N, 2].
         """
         out = []
         for text, (ids, found) in zip(texts, self.offsets(texts), strict=True):
@@ -175,7 +177,7 @@ class Tokenizer(ABC):
 
     @property
     def special_spellings(self) -> dict[str, str]:
-        """Return {variable of chat templates, such as "bos_token": text of this special token}."""
+        """Return the texts of special tokens by their variable in chat templates, such as "bos_token"."""
         names = {i: text for text, i in self.special_ids.items()}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         return {name: names[i] for name, i in ids.items() if i in names}

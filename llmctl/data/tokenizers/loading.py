@@ -23,8 +23,8 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 __all__ = ["Tokenizer", "chat_template", "load", "load_or_train", "train"]
 
 KINDS: dict[str, type[Tokenizer]] = {c.kind: c for c in (JsonTokenizer, sentencepieces.SentencePieces, ByteTokenizer)}
-"""Tokenizer classes by the kind in a descriptor. Folders without a descriptor are searched for model files in this
-order."""
+"""Tokenizer classes by kind. A folder that llmctl wrote names the kind in a JSON file. Other folders are searched for
+model files, in the order of this table."""
 BOS = {"auto": None, "yes": True, "no": False}
 
 
@@ -32,7 +32,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Template(BaseModel, extra="forbid"):
-    """Hold the fields of `TextTemplate` in a descriptor."""
+    """Hold the fields of a `TextTemplate`, to read them from JSON."""
 
     begin: tuple[TokenId, ...]
     end: tuple[TokenId, ...]
@@ -40,7 +40,7 @@ class _Template(BaseModel, extra="forbid"):
 
 
 class _Descriptor(BaseModel, extra="allow"):
-    """Check the types in a descriptor (`DESCRIPTOR`)."""
+    """Check the types in the JSON file that describes a saved tokenizer (`DESCRIPTOR`)."""
 
     kind: str
     file: str
@@ -66,7 +66,7 @@ def load_or_train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
     """Load the tokenizer at `cfg.path`, or train one on `texts` if no path is set.
 
     Raises:
-        RequestError: If `load` or `train` raises it.
+        RequestError: If there is no valid tokenizer at the path, or if the corpus is too small for the vocabulary.
     """
     return load(folder(cfg.path), BOS[cfg.bos]) if cfg.path else train(texts, cfg)
 
@@ -76,7 +76,7 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
 
     Args:
         path: An artifact's tokenizer folder, a folder with `tokenizer.json` or `tokenizer.model`, or such a file.
-        add_bos: Whether texts begin with `bos`; None uses the descriptor, tokenizer_config.json or the model file.
+        add_bos: Whether texts begin with `bos`; None uses the value in the folder's JSON files or in the model file.
 
     Raises:
         RequestError: If there is no tokenizer, if its kind is unknown, if a file is damaged or outside the folder, or

@@ -1,4 +1,4 @@
-"""Copy a tokenizer, and change the token ids with which it begins every text (the ids of a trained prompt)."""
+"""Copy a tokenizer, and change the ids that it puts before every text (the virtual tokens of prompt tuning)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def with_prefix(folder: Path, work: Path, prefix: Sequence[int]) -> Path:
     """Return the folder of a tokenizer that begins every text with the ids `prefix`.
 
     Args:
-        folder: Folder of a tokenizer. It is returned if its prefix is the same already.
+        folder: Folder of a tokenizer. If it already has this prefix, this folder is returned.
         work: Folder for a changed copy, which is replaced.
         prefix: Token ids; empty for none.
     """

@@ -45,8 +45,8 @@ class Vocabulary:
 
     @cached_property
     def special(self) -> np.ndarray:
-        """Return a mask bool [V] of special tokens. Objectives never mask these tokens, and never put them into a
-        span."""
+        """Return a mask bool [V] of special tokens. Objectives never mask these tokens, and span corruption never drops
+        them."""
         t = self.tokenizer
         marks = [t.pad_id, t.bos_id, t.eos_id, *t.sentinel_ids]
         special_V = np.zeros(t.vocab_size, bool)
@@ -112,15 +112,15 @@ class Vocabulary:
         return ends, np.array([p[:1] == " " and (not text or _in(text[0], "\u0e01", "\u0e5b")) for p, text in thai])
 
     def begins_sentence(self, last: np.ndarray, this: np.ndarray) -> np.ndarray:
-        """Return True for each position at which a sentence begins with token `this` after token `last`.
+        """Return, for each pair of consecutive tokens, whether a sentence begins with the second token.
 
         After a full stop, exclamation mark or question mark, a sentence begins with white space. After an exclamation
         mark or question mark, it may also begin with a Chinese or Japanese character. In Thai, a space separates
         sentences.
 
         Args:
-            last: Token ids, of any shape.
-            this: Ids of the tokens that follow, of the same shape.
+            last: Ids of the first tokens of the pairs, of any shape.
+            this: Ids of the second tokens of the pairs, of the same shape.
 
         Returns:
             Booleans of the same shape.
