@@ -82,7 +82,7 @@ def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.A
 
     Args:
         mask_BTS: Attention mask, of which only the shape is used.
-        slot: Cache slot of the first query; None without a cache.
+        slot: Position of the first query in the key-value cache; None without a cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens, otherwise
             None.
     """
@@ -108,11 +108,11 @@ def share(
 
     Args:
         cfg: Config of the model.
-        segments_BT: Segment of each token; 0 is padding.
+        segments_BT: Segment of each token: the number of its text among those packed into a sequence; 0 is padding.
         positions_BT: Position of each token in its segment.
         causal: Whether tokens attend to earlier tokens only.
-        cached_BS: Segment of each cache slot; None without a cache.
-        slot: Cache slot of the first token; the T tokens use T successive slots. None without a cache.
+        cached_BS: Segment of the token at each position of the key-value cache; None without a cache.
+        slot: Cache position of the first of the T tokens, which are stored one after the other. None without a cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
     """
     mask = local = None

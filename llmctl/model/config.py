@@ -135,8 +135,8 @@ class ModelConfig(Config):
     prompt_tokens: int = Field(default=0, ge=0)
     """Number of trained prompt vectors (prompt tuning). Their token ids are those after the vocabulary."""
     prefix_tokens: int = Field(default=0, ge=0)
-    """Number of trained keys and values before every text in each layer (prefix tuning), in the stack that reads the
-    tokens. Positions of texts start after them."""
+    """Number of trained keys and values before every text (prefix tuning), in each layer of the decoder or, if there
+    is none, of the encoder. Positions of texts start after them."""
     adapter_size: int = Field(default=0, ge=0)
     """Width of the bottleneck adapters in each layer; 0 means no adapters."""
     adapter_form: Literal["sequential", "parallel"] = "sequential"

@@ -12,7 +12,9 @@ from llmctl.model.config import ModelConfig
 
 
 def parameters(cfg: ModelConfig) -> dict[str, int]:
-    """Count the parameters by part: {"embed", "encoder", "decoder", "head", "total"}.
+    """Return the number of parameters of embeddings, encoder, decoder and heads, and in total.
+
+    The keys are "embed", "encoder", "decoder", "head" and "total".
 
     Example:
         >>> parameters(ModelConfig(preset="llama-tiny", vocab_size=1000))["embed"]
@@ -68,8 +70,8 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
 def flops(cfg: ModelConfig, length: int) -> float:
     """Return the FLOPs per token of a forward pass over sequences of `length` tokens.
 
-    A backward pass takes twice as many. For an encoder-decoder, both stacks read `length` tokens, and the FLOPs of both
-    are divided by the number of decoder tokens.
+    A backward pass takes twice as many. In an encoder-decoder, encoder and decoder each read `length` tokens, and the
+    FLOPs of both are divided by the number of decoder tokens.
     """
     return row(cfg, length, length) / length
 

@@ -197,7 +197,7 @@ def hidden_states(
         cfg: Config of the model.
         params: Parameters of the model.
         batch: Batch (see `hidden`).
-        layers: Indices of the selected layers in the last stack; 0 is the first layer.
+        layers: Indices of the selected layers, from 0, in the decoder or, if there is none, in the encoder.
         train: Whether dropout is applied.
         rng: Random key (see `hidden`).
         dtype: Dtype of the computation.
@@ -233,7 +233,7 @@ def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dt
 
 
 def depth(cfg: ModelConfig, stack: str) -> int:
-    """Return the number of layers in a stack."""
+    """Return the number of layers in a stack, "encoder" or "decoder"."""
     return cfg.encoder_layers if stack == "encoder" and cfg.encoder_layers else cfg.layers
 
 
@@ -333,7 +333,7 @@ def cached_block(
 
 
 def finish(cfg: ModelConfig, params: Params, stack: str, carry: Carry, dtype: Any = jnp.float32) -> jax.Array:
-    """Return the final hidden states of a stack [B, T, D], from the output `carry` of its last layer."""
+    """Apply the final norm of a stack ("encoder" or "decoder") to the output of its last layer, [B, T, D]."""
     body = body_params(params)
     return apply(Transformer(cfg, dtype), {"params": body}, carry.x_BTD, stack, method="finish")
 

@@ -336,7 +336,7 @@ def windows_to_keys(cfg: Any) -> list[str]:
 
 
 def local_layers(cfg: Any, layers: int) -> list[bool]:
-    """Return whether each layer of a stack has local attention, by the fields of ModelConfig.
+    """Return whether each of `layers` layers has local attention (a sliding window), by the fields of ModelConfig.
 
     If `window` is 0, no layer is local. If `window_layers` is set, these layers are local. Otherwise, all layers are
     local except the last of every `window_every` layers; if `window_every` is 1, all layers are local.

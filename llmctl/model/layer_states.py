@@ -34,7 +34,7 @@ def run(
         params: Layer parameters with a leading axis of layers [L, ...].
         own: Further inputs that differ per layer, such as dropout keys, with the same leading axis.
         x_BTD: Input of the first layer.
-        shared: Inputs that all layers share.
+        shared: Inputs that all layers share, such as masks.
         layers: Indices of the layers whose outputs are kept, each at most once.
 
     Returns:

@@ -66,7 +66,7 @@ def check(rules: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Return True if the pattern matches a path or its end: `mlp/*` matches the MLP matrices of every stack."""
+    """Return True if the pattern matches a path or its end: `mlp/*` matches `decoder/blocks/mlp/up`."""
     return is_stacked(path) and (fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*/{pattern}"))
 
 

@@ -168,7 +168,7 @@ class Stack(nn.Module):
         return self.finish(x_BTD), states_nBTD
 
     def _own(self) -> tuple[jax.Array, jax.Array | None]:
-        """Return the per-layer inputs: whether a layer has local attention, bool [L], and dropout keys [L] or None."""
+        """Return the inputs that differ per layer, [L] each: whether attention is local, and dropout keys (or None)."""
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
         keys_L = None if key is None else jax.random.split(key, self.layers)
         return local_layers(self.config, self.layers), keys_L
@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         return self.encoder(*self.start_encoder(batch))
 
     def finish(self, x_BTD: jax.Array, stack: str) -> jax.Array:
-        """Apply the final norm of the stack called `stack`."""
+        """Apply the final norm of a stack, "encoder" or "decoder"."""
         return getattr(self, stack).finish(x_BTD)
 
 

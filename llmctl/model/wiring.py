@@ -62,7 +62,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Residual:
-    """Describe the residual stream of a stack: the modules that write to it and the modules that read it."""
+    """Describe the residual stream of the encoder or the decoder: which modules write to it, and which read it."""
 
     stack: str
     writers: tuple[str, ...]
@@ -74,7 +74,7 @@ class Residual:
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
-    """Return the names of the stacks in the order in which they run."""
+    """Return "encoder" and "decoder", or the one of them that the model has, in the order in which they run."""
     return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
 
 
@@ -127,7 +127,7 @@ def _output(cfg: ModelConfig, block: str, part: str) -> str:
 
 
 def _end(cfg: ModelConfig, stack: str) -> str:
-    """Return the path of the norm that produces the output of the stack."""
+    """Return the path of the norm that produces the output of a stack, "encoder" or "decoder"."""
     return f"{stack}/blocks/mlp_norm" if cfg.norm_position == "post" else f"{stack}/norm"
 
 
@@ -178,7 +178,7 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Return the modules that write to and read from the residual stream of a stack."""
+    """Return the modules that write to and read from the residual stream of a stack, "encoder" or "decoder"."""
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

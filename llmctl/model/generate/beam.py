@@ -207,7 +207,7 @@ class BeamSearch:
 
 
 def _repeated(state: State, B: int, W: int) -> State:
-    """Repeat the state of each prompt W times, once per beam. The state comes from `Decoder.read` for B prompts."""
+    """Repeat the decoding state of each of B prompts (cache and position) W times, once per beam."""
 
     def cached(a: jax.Array) -> jax.Array:
         rows = jnp.repeat(a.reshape(B, -1, *a.shape[-2:]), W, axis=0)  # merge axes of size 1; see `cache_shape`

@@ -87,10 +87,10 @@ class Session:
             left -= out_1N.shape[1]
 
     def _take_cache(self, slots: int) -> list[Any]:
-        """Return the cache, enlarged to at least `slots` slots if necessary, and remove it from this object.
+        """Return the cache, enlarged if it has room for fewer than `slots` tokens, and remove it from this object.
 
-        The caller donates the cache to a compiled function, so this object must not use it any more. The size is always
-        doubled, so that functions are compiled for few sizes.
+        The caller donates the cache to a compiled function, so this object must not use it any more. Sizes are powers
+        of two times `ROUND`, so that functions are compiled for few sizes.
         """
         cfg, cache = self.model, self._cache
         held = cache[0]["attn"]["past_k"].shape[-2] if cache else 0
@@ -120,7 +120,7 @@ class Session:
 
         Args:
             served: Parameters, converted for decoding (`served.served`).
-            cache: Key-value cache, of which the first `kept` slots are valid.
+            cache: Key-value cache, of which the first `kept` positions are valid.
             tokens_1T: New tokens, padded on the right.
             kept: Number of cached tokens.
             new: Number of new tokens.

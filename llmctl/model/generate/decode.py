@@ -41,6 +41,7 @@ from llmctl.model.generate.served import Served, Shared, served
 from llmctl.model.kv_cache import cache_shape
 
 State = dict[str, Any]
+"""State of the decoding loop by name: key-value cache, positions of the next tokens, last tokens, and so on."""
 
 
 class Decoder:
@@ -178,7 +179,7 @@ class Decoder:
             yield state, np.asarray(out_BN)
 
     def inputs(self, prompts: Sequence[Sequence[int]], max_new: int) -> tuple[Prompts, int]:
-        """Pad prompts, and return them as arguments for `read`: the padded prompts, and the number of cache slots.
+        """Return the arguments of `read`: the padded prompts, and the number of tokens for which the cache needs room.
 
         Raises:
             ValueError: If a prompt is empty, or too long together with `max_new` tokens.
@@ -228,7 +229,7 @@ class Decoder:
     def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
-        """Select the next token of each row from its hidden state `x_BD`, and return the new state.
+        """Select the next token of each row from the hidden state of its last token, and return the new decoding state.
 
         Rows that have ended get the token id NOTHING.
         """
@@ -242,13 +243,14 @@ class Decoder:
         return out
 
     def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
-        """Run the model on left-padded prompts, and write their keys and values into a cache of `slots` slots.
+        """Run the model on left-padded prompts, and store their keys and values in a new cache for `slots` tokens.
 
         Call this method in a traced function, with the parameters as an argument. They would otherwise become constants
         of the program.
 
         Returns:
-            The hidden state [B, D] of the last token of each prompt, and the state from which `advance` continues.
+            The hidden state [B, D] of the last token of each prompt, and the decoding state (a dict with the cache and
+            the position of the next token), from which `advance` continues.
         """
         cfg, (B, T) = self.model, prompts.tokens_BT.shape
         real_BS = jnp.pad(prompts.segments_BT, ((0, 0), (0, slots - T)))
@@ -270,10 +272,10 @@ class Decoder:
         return x_BD, state
 
     def advance(self, served: Served, state: State, token_B: jax.Array) -> tuple[jax.Array, State]:
-        """Run the decoder on one token per row, with the key-value cache in the state.
+        """Run the decoder on one token per row, with the key-value cache in the decoding state.
 
         Returns:
-            The hidden state [B, D] of the token, and the new state.
+            The hidden state [B, D] of the token, and the new decoding state.
         """
         ones_B1 = jnp.ones((len(token_B), 1), jnp.int32)
         slot = state["slot"]
@@ -302,7 +304,7 @@ class Decoder:
         slots: int,
         rules: Sampling,
     ) -> State:
-        """Run the model on prompts that `inputs` returned, select the first new token of each, and return the state."""
+        """Run the model on padded prompts, select the first new token of each row, and return the decoding state."""
         B = len(prompts.tokens_BT)
         x_BD, state = self.read(served, prompts, slots)
         state |= {"done": jnp.zeros(B, bool), "step": jnp.int32(0)}
@@ -312,7 +314,7 @@ class Decoder:
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def one(self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling) -> State:
-        """Run the decoder on the last token of each row, select the next token, and return the new state."""
+        """Run the decoder on the last token of each row, select the next one, and return the new decoding state."""
         x_BD, state = self.advance(served, state, jnp.maximum(state["token"], 0))
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
@@ -322,7 +324,7 @@ class Decoder:
         """Generate up to `count` tokens per row, and fewer if all rows end.
 
         Returns:
-            The state, and the new tokens int32 [B, count], with NOTHING after the end of a row.
+            The decoding state, and the new tokens int32 [B, count], with NOTHING after the end of a row.
         """
 
         def step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
@@ -351,6 +353,6 @@ def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
 
 
 def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
-    """Return a key-value cache of zeros for each decoder layer, with `slots` slots for each of B rows."""
+    """Return a key-value cache of zeros for each decoder layer, with room for `slots` tokens in each of B rows."""
     shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
     return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]

@@ -34,7 +34,11 @@ class GenerationBlock(Extension):
 
 
 def spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """Remove the marks from a rendered text; return the text, and the ranges [first, last) of characters in blocks."""
+    """Remove the marks of `{% generation %}` blocks from a rendered text.
+
+    Returns:
+        The text without marks, and the range [first, last) of the characters of each block.
+    """
     text, found, first = "", [], 0
     for part in re.split(f"([{BEGIN}{END}])", marked):
         if part == BEGIN:

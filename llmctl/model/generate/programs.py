@@ -116,7 +116,7 @@ def _one_token(model: ModelConfig, rows: int, slots: int, flops_per_row: float, 
     Args:
         model: Config of the model.
         rows: Number of rows.
-        slots: Number of cache slots.
+        slots: Number of tokens per row for which the cache has room.
         flops_per_row: FLOPs per row of the step.
         read: Abstract weights, keys and values that the step reads.
         dtype: Dtype of the computation.

@@ -20,7 +20,7 @@ from llmctl.model.weights.tree import Params, as_node, flatten, updated
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describe one matrix of a model. A stacked matrix includes all layers of its stack."""
+    """Describe one matrix of a model, or the matrices of the same name in all layers, stacked into one array."""
 
     path: str
     """Path of the weight, such as `decoder/blocks/attn/q/kernel`. For the matrices that `layer_matrices` yields, the
@@ -30,8 +30,8 @@ class Matrix:
     place: Place
     """Location: `block`, `head` or `embedding`. A tied table counts as an embedding."""
     stack: str
-    """Name of the stack, `encoder` or `decoder`. Empty if the matrix belongs to no stack, and for the matrices that
-    `layer_matrices` yields."""
+    """`encoder` or `decoder`, if the matrix is one of their layers' matrices. Otherwise empty, and also empty for the
+    matrices that `layer_matrices` yields."""
     module: str
     """Path of the module within the layer, such as `attn/q`. Calibration uses it as the name of the matrix's inputs."""
 
@@ -52,7 +52,9 @@ class Matrix:
 
 
 def matrices(params: Params, *places: Place) -> Iterator[Matrix]:
-    """Yield the matrices of a model, sorted by path. If `places` are given, yield only those at these locations.
+    """Yield the matrices of a model, sorted by path.
+
+    If `places` are given, yield only matrices of these: "block" (layers), "head" (output heads), "embedding".
 
     >>> tree = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones((2, 8))}}}}}
     >>> [(m.stack, m.module, m.place, m.weight.shape) for m in matrices(tree)]

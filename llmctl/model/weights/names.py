@@ -25,7 +25,7 @@ class Name(NamedTuple):
     path: str
     """Path of the weight, such as `decoder/blocks/attn/q/kernel`."""
     stack: str
-    """`encoder` or `decoder` for a parameter that is stacked over layers, otherwise empty."""
+    """`encoder` or `decoder` for a parameter of their layers, which is stacked over layers; otherwise empty."""
     module: str
     """Path of the module, such as `lm_head`; for a module of a layer, its path within the layer, such as `attn/q`."""
     leaf: str
@@ -35,7 +35,7 @@ class Name(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Return True if axis 0 is the layers of a stack."""
+        """Return True if the parameter has an axis of layers, axis 0."""
         return bool(self.stack)
 
     @property
@@ -143,7 +143,7 @@ def is_kernel(path: str) -> bool:
 
 
 def is_stacked(name: str) -> bool:
-    """Return True if axis 0 of this array is the layers of a stack."""
+    """Return True if this array has an axis of layers, axis 0."""
     return parse(name).stacked
 
 

@@ -84,7 +84,7 @@ class NormalFloat(Node):
 
 
 def _values(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """Return the values of codes whose scales each belong to a block along one axis.
+    """Return LEVELS[code] * scale for all codes. Each scale belongs to a block of codes along one axis.
 
     Each value is selected from LEVELS by the four bits of its code, one after the other. XLA vectorizes such
     selections, but not a lookup by index.

@@ -25,7 +25,7 @@ KINDS: Registry[type[Node]] = Registry(
         "dora": "llmctl.model.weights.dora:Dora",
     },
 )
-"""Classes of weight nodes, by their name in manifests."""
+"""Classes of weights that consist of several arrays, such as `Quantized`, by their name in manifests."""
 
 
 def parts(w: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Svd(Adapter):
     scale: float = setting()
 
     def as_low_rank(self) -> LowRank:
-        """Return the equal weight base + scale * (a * e) @ b as a `LowRank` node."""
+        """Return the equal weight base + scale * (a * e) @ b as a `LowRank` object."""
         return LowRank(self.base, self.a * self.e, self.b, self.scale)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
