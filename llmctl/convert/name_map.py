@@ -42,7 +42,7 @@ class Pending:
 
 
 Place = Callable[[str, Pending], Any]
-"""Function (parameter path, Pending) that reads the parameter and returns it on its devices."""
+"""Function (path, parameter that is not read yet) that reads the parameter and returns it on its devices."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def write(
 ) -> dict[str, Tensor]:
     """Return llmctl's parameters as tensors of the Hugging Face format, by name.
 
-    A tensor is copied to the host when it is read. Weight nodes, such as quantized weights, become dense arrays.
+    A tensor is copied to the host when it is read. Quantized, sparse and adapted weights become dense arrays.
     """
     flat = weights.flatten(params)
 

@@ -38,7 +38,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def _joints(cfg: ModelConfig) -> dict[str, name_map.TensorLayout]:
+def _tensor_layouts(cfg: ModelConfig) -> dict[str, name_map.TensorLayout]:
     """Return the model's tensors in the Hugging Face format, by name."""
     bridge, head = architectures.of(cfg)
     return name_map.tensor_layouts(cfg, bridge, head, bare=cfg.head_kind.bare)
@@ -51,7 +51,7 @@ def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
     """
     return {
         n.removesuffix(".weight"): j.slots
-        for n, j in _joints(cfg).items()
+        for n, j in _tensor_layouts(cfg).items()
         if weights.is_kernel(j.slots[0].path) and n.endswith(".weight")
     }
 
@@ -102,7 +102,7 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
             raise RequestError(f"{folder / WEIGHTS}: {e}") from None
         for slot, part in zip(slots, parts, strict=True):
             found.setdefault(slot.path, {})[slot.layer] = part
-    table = peft_table.of(base.model, _joints(base.model))
+    table = peft_table.of(base.model, _tensor_layouts(base.model))
     pair, used = peft_table.read(table, config, stored, PREFIX, flat[table.path].shape)
     if pair:
         found[table.path] = {-1: pair}
@@ -132,7 +132,7 @@ def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, An
     Raises:
         RequestError: If a tensor does not fit the base.
     """
-    tensor_layouts = _joints(cfg)
+    tensor_layouts = _tensor_layouts(cfg)
     table = peft_table.of(cfg, tensor_layouts)
     used = {name for name in tensor_layouts if name in left}
     for name in used:
@@ -164,7 +164,7 @@ def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> se
         RequestError: If a copy differs from the base's weight.
     """
     theirs = {n.replace(".base_layer.", "."): n for n in left if ".base_layer." in n}
-    wanted = {n: j for n, j in _joints(base.model).items() if n in theirs}
+    wanted = {n: j for n, j in _tensor_layouts(base.model).items() if n in theirs}
     for name, ours in name_map.write(base.params, wanted, np.dtype(np.float32)).items():
         array = np.asarray(stored[PREFIX + theirs[name]].read(), np.float32)
         if array.shape != ours.shape or not np.array_equal(array, ours.read()):
@@ -188,7 +188,7 @@ def export(found: Artifact, folder: Path) -> float:
         raise RequestError(f"{found.path}: has no low-rank pairs; finetune with method = 'lora' and merge = false")
     form = _format_of(found.path, {w.kind for w in adapters.values()})
     modules = {m: s for m, s in _modules(cfg).items() if s.path in adapters}
-    tensor_layouts, full = _joints(cfg), full_paths(found)
+    tensor_layouts, full = _tensor_layouts(cfg), full_paths(found)
     table = peft_table.of(cfg, tensor_layouts)
     if cfg.encoder_layers and table.path in {*adapters, *full}:
         raise RequestError(f"{found.path}: its token table is three modules there; merge the pairs and export --to hf")

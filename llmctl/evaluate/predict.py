@@ -109,7 +109,7 @@ class Ensemble:
     """Average the predictions of several artifacts that have the same task."""
 
     window = 32
-    """Number of batches per window. Rows are sorted by length within a window, to reduce padding."""
+    """Number of batches that are predicted together. Their rows are sorted by length, to reduce padding."""
     remarks: tuple[str, ...] = ()
     """Messages about truncated rows: always none here, unlike `TextPredictor.remarks`."""
 

@@ -32,7 +32,7 @@ class TextPredictor:
     """
 
     window = 4
-    """Number of batches per window: few, because answers are written when the window is done."""
+    """Number of batches that are predicted together. It is small, because no answer is written before all are done."""
 
     def __init__(
         self,

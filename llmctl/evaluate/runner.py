@@ -100,7 +100,7 @@ def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
 
 
 def further(names: Iterable[str], measured: Measured) -> dict[str, float]:
-    """Return the additional metrics `names` by name, computed from true labels and predictions of all examples.
+    """Compute the metrics `names`, which the user requested in addition to the task's, and return them by name.
 
     Call `check_metrics` first.
     """

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def why(step: Step, key: str, due: set[str]) -> str:
-    """Return why the stage has to run, as a clause for messages; empty if its artifact has this key and is intact.
+    """Return why the stage has to run, as a clause for messages; empty if its artifact is up to date.
 
     Args:
       step: the stage.
-      key: key of the stage's result.
+      key: hash of the stage's settings and inputs.
       due: names of the earlier stages that have to run.
     """
     if not (step.out / MANIFEST).exists():
@@ -47,7 +47,7 @@ def why(step: Step, key: str, due: set[str]) -> str:
 
 
 def is_done(step: Step, key: str) -> bool:
-    """Return whether the stage's artifact has this key and is intact.
+    """Return whether the stage's artifact was made from these settings and inputs (`key`), and is intact.
 
     The runner calls this function again before a stage runs, because another process may have written the artifact in
     the meantime.
@@ -69,7 +69,7 @@ def remark(step: Step) -> str:
 
 
 def key_at(folder: Path) -> str:
-    """Return the key of the artifact in a folder; empty if the folder has no readable artifact."""
+    """Return the hash of settings and inputs that the artifact in a folder stores; empty if none can be read."""
     try:
         return artifact.read_manifest(folder).key
     except LlmctlError:

@@ -147,7 +147,7 @@ def test_forward_gradients_counts_and_merging_are_those_of_peft(name, bases, cal
 def gradients(config, tree, full) -> Mapping[str, np.ndarray]:
     """Gradients by PEFT's names, from a tree whose adapters, and weights of `full`, hold gradients."""
     adapters, out = weights.adapted(tree), {}
-    tensor_layouts = peft._joints(config)
+    tensor_layouts = peft._tensor_layouts(config)
     table = peft_table.of(config, tensor_layouts)
     if table.path in adapters:
         tensors = peft.peft_lora.write(adapters[table.path])

@@ -1,7 +1,7 @@
 """Register the metrics that llmctl reports: name, title, unit, format and direction of improvement.
 
-These records determine the tables and plots of `eval`, the last table of a run, and the output of `show`. They also
-determine which checkpoint is best. A metric without a record is written to JSON and appears in no table.
+The tables and plots of `eval`, the last table of a run, and the output of `show` use these metrics. So does the
+selection of the best checkpoint. A metric that is not registered is written to JSON and appears in no table.
 
 A package adds a metric by the entry point `metric.NAME` of the group `llmctl`; `eval` computes it when its setting
 `metrics` names it:
@@ -105,13 +105,13 @@ _OWN = (
 )
 
 METRICS: Registry[Metric] = Registry("metric", {m.name: m for m in _OWN})
-"""All metrics with a record, in the order of the columns of tables."""
+"""All registered metrics, in the order of the columns of tables."""
 
 
 def find(name: str) -> Metric | None:
-    """Return the record of a metric, or None if it has none.
+    """Return the registered metric of this name, or None if there is none.
 
-    The name may have the prefix `validation_`. The title of the returned record then begins with "val.".
+    If the name has the prefix `validation_`, the title of the returned metric begins with "val.".
     """
     if name in METRICS:
         return METRICS[name]
@@ -129,6 +129,6 @@ def columns(names: Iterable[str], table: Table) -> list[Metric]:
 
 
 def text(name: str, value: float) -> str:
-    """Format `value` as the metric's record defines; without a record, format it with six significant digits."""
+    """Format `value` in the format of the metric `name`, or with six significant digits if it is not registered."""
     record = find(name) or next((METRICS[n] for n in METRICS if METRICS[n].baseline == name), None)
     return record.text(value) if record else f"{value:.6g}"

@@ -20,7 +20,7 @@ class Words:
     """Split texts into lowercase words of any script, for ROUGE.
 
     Each Chinese or Japanese character is one word. The class replaces the tokenizer of rouge-score, which keeps only
-    Latin letters without accents. On ASCII text both give the same words.
+    Latin letters without accents. On ASCII text, both tokenizers give the same words.
     """
 
     def __init__(self, characters: bool = False) -> None:

@@ -183,9 +183,9 @@ def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
 def scores(truth_NC: np.ndarray, predicted_NC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """Return micro and macro F1, the subset accuracy, 95 % intervals, and the metrics of each class.
 
-    The interval of micro F1 uses the delta method for a ratio of sums over independent rows. If all rows have the same
-    share of errors, its width would be 0, so it is omitted. The interval of the subset accuracy is Wilson's. Macro F1
-    is the mean over the classes that occur as a label or a prediction.
+    The interval of micro F1 uses the delta method for a ratio of sums over independent rows. The interval is omitted if
+    all rows have the same share of errors, because its width would be 0. The interval of the subset
+    accuracy is Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
 
     Args:
         truth_NC: True classes, bool [N, C].
