@@ -1,8 +1,9 @@
 """Compute checksums of arrays on their devices, to detect bits that changed between saving and restoring.
 
-A checksum consists of two sums over the bits of all numbers, modulo 2^32. Each number is weighted by an odd hash of its
-position. A change of a single number therefore always changes the checksum. Other changes go undetected only by chance.
-The checksum does not depend on the sharding or on the layout of the files. It costs one read of the arrays.
+A checksum consists of two sums over the bits of all numbers, modulo 2^32. Each number is multiplied by an odd hash of
+its position in the array. A change of a single number therefore always changes the checksum. Other changes go
+undetected only by chance. The checksum does not depend on the sharding or on the layout of the files. Its computation
+reads the arrays once.
 
 Example:
   >>> of_arrays({"w": jnp.arange(3.0)}) == of_arrays({"w": jnp.arange(3.0) + 0})
@@ -51,9 +52,9 @@ def _sum(a: jax.Array) -> jax.Array:
 
 
 def _weight(position: jax.Array, factor: int) -> jax.Array:
-    """Return an odd checksum coefficient per position: a hash of the position, uint32 of the same shape.
+    """Return an odd factor for the number at each position: a hash of the position, uint32 of the same shape.
 
-    Coefficients that are linear in the position would not detect some swaps of two values.
+    Factors that are linear in the position would not detect some swaps of two values.
     """
     mixed = position * np.uint32(factor)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x2C1B3C6D)

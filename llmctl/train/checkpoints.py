@@ -27,10 +27,10 @@ ARRAYS, META = "arrays", "meta"
 
 
 class Checkpoints:
-    """Save and restore the checkpoints of one stage in `folder`.
+    """Save and restore the checkpoints of one training run in `folder`.
 
-    It is a context manager: at its end, it waits for unfinished saves. If the disk is full, a save raises WorkError
-    with the name of the newest intact checkpoint.
+    An instance is a context manager: at its end, it waits for unfinished saves. If the disk is full, a save raises
+    WorkError with the name of the newest intact checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -66,7 +66,7 @@ class Checkpoints:
         return WorkError(f"{self.folder}: a checkpoint could not be written ({' '.join(str(e).split())[:160]}); {left}")
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, wait: bool = False) -> None:
-        """Write the state and the JSON metadata of `step` to disk in the background.
+        """Write the training state and the JSON metadata of `step` to disk in the background.
 
         If `wait` is true, return only when both are on disk.
         """
@@ -79,7 +79,8 @@ class Checkpoints:
     def save_best(self, step: int, named: Any) -> None:
         """Store the parameters of `step` as the best ones, and remove the previous best.
 
-        If a resumed run reaches the stored step again, nothing is saved, because the parameters have the same bits.
+        If a resumed run reaches the step of the stored parameters again, nothing is saved, because the bits are the
+        same.
         """
         if self.has_best(step):
             return
@@ -103,8 +104,8 @@ class Checkpoints:
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restore the newest intact checkpoint as (state, metadata), or return None if no intact checkpoint exists.
 
-        The state is sharded as `abstract`. A checkpoint is damaged if any process cannot read its part, or if a
-        checksum differs. Damaged checkpoints are reported and moved to the folder `damaged`.
+        The state gets the shapes and shardings of `abstract`. A checkpoint is damaged if any process cannot read its
+        shards, or if a checksum differs. Damaged checkpoints are reported and moved to the folder `damaged`.
         """
         for step in sorted(self._latest.all_steps(), reverse=True):
             found, reason = None, ""
@@ -126,7 +127,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> Any:
-        """Return this process's part of the checkpoint of `step`, as (state, metadata).
+        """Return this process's shards of the checkpoint of `step`, as (state, metadata).
 
         Orbax's manager is not used, because it would wait for processes that failed to read.
         """

@@ -1,4 +1,4 @@
-"""Describe the computation of a training run: parameters, loss, rows, validation, and the arrays that are trained.
+"""Describe one training run: parameters, loss, training rows, validation, and the arrays that are trained.
 
 Example:
   >>> import jax.numpy as jnp
@@ -24,31 +24,34 @@ State = dict[str, Any]
 Sums = dict[str, jax.Array]
 
 NEVER = 2**31 - 1
-"""Value that `Job.starts` returns for layers that are never trained."""
+"""Number of updates that stands for "never": `Job.starts` returns it for arrays or layers that stay frozen."""
 EXTRA = "extra/"
-"""Prefix that the names of extra parameters (`Job.extra`) have in the training state."""
+"""Prefix, in the training state, of the names of trained arrays that are not part of the model (`Job.extra`)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Describe the training of a stage: initial parameters, loss, rows, validation, and the arrays that are trained."""
+    """Describe one training run: initial parameters, loss, training rows, validation, and which arrays are trained."""
 
     params: Params
     """Initial parameters, sharded over the mesh. Trained arrays are donated to the training state. Abstract arrays
     suffice for compiling."""
     loss: Callable[..., tuple[jax.Array, Sums]]
-    """Function (params, batch, dropout key, *constants) -> (sum of losses, metric sums). The step divides the loss by
-    the metric sum "weight". If the job has extra parameters, the loss also receives them as the keyword argument
-    `extra`."""
+    """Function (params, batch, dropout key, *constants) -> (sum of losses, metric sums). The step divides the sum of
+    losses by the metric sum "weight". If the job has `extra` arrays, the loss also gets them as the keyword argument
+    `extra`.
+    """
     rows: Any
-    """Training rows, with random access by row number."""
+    """Training rows (token sequences with their labels), with random access by row number."""
     validate: Callable[[Params], dict[str, float]]
     """Function (parameters) -> metrics on the validation data, by name."""
     constants: tuple[Any, ...] = ()
     """Arrays that the loss reads as its last arguments and that no step changes, such as the parameters of a
     teacher."""
     metric: str = "loss"
-    """Validation metric that selects the best parameters. Its record in `METRICS` has the direction of improvement."""
+    """Validation metric that selects the best parameters. Its entry in `llmctl.evaluate.metrics.base.METRICS` tells
+    whether higher or lower values are better.
+    """
     keep_best: bool = False
     """Whether training returns the parameters with the best validation metric. Otherwise it returns the last ones."""
     trains: Callable[[str], bool] = lambda _: True
@@ -58,35 +61,39 @@ class Job:
     array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
     starts: Callable[[str], Any] = lambda _: 0
     """Function from the name of a trained array to the number of updates after which its training starts. The result is
-    a number, or one number per layer (see `rate`). Until then its gradient, its optimizer state and the array itself do
-    not change. `NEVER` freezes the array in all steps.
+    a number, or for stacked layers one number per layer [L, 1, ...]. Until then its gradient, its optimizer state and
+    the array itself do not change. `NEVER` freezes the array in all steps.
     """
     frozen_layers: int = 0
     """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False
     """Function from the name of an array to whether its zeros stay zero, such as those of pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Trained arrays that are not part of the model, by name: projections for the distillation of hidden states, or
-    prompt vectors. These arrays keep their sharding and are trained in float32. Optimizer state, moving average and
-    checkpoints include them.
+    """Trained arrays that are not part of the model, by name. Examples are projections for the distillation of hidden
+    states, and a network that computes a trained prefix. These arrays keep their sharding and are trained in float32.
+    The optimizer state, the moving average and the checkpoints include them.
     """
     result: Callable[[Params, Params], Params] = lambda params, extra: params
-    """Function (params, extra) -> the parameters that are validated and returned. By default these are `params`."""
+    """Function (params, extra) -> the parameters that are validated and returned, where `extra` are the trained arrays
+    outside the model. By default these are `params`.
+    """
     trains_result: bool = False
-    """Whether the loss reads the parameters that `result` returns, so that extra parameters are trained through it. The
-    loss then does not receive the argument `extra`."""
+    """Whether the loss reads the parameters that the function `result` returns. If true, the arrays in `extra` are
+    trained through these parameters, and the loss does not get the argument `extra`.
+    """
     after_step: Callable[[State, jax.Array], State] | None = None
-    """Function (state, step) -> state that is applied after the optimizer, as part of the compiled step. Examples are a
-    pruning schedule and a rank budget. `state` contains "params" (by name, extra parameters as "extra/NAME"),
-    "optimizer", and "ema", "usual" and "memory" if configured. It also contains "gradients" (by name, clipped), which
-    the function only reads. `step` counts from 1. The function must be pure, and must keep structure, shapes and
-    dtypes. If a step is skipped, the result is discarded."""
+    """Function (state, step) -> state, applied after the optimizer as part of the compiled step. Examples are a pruning
+    schedule and a rank budget. `llmctl.train.step` describes the state, a dictionary. Here it also contains "gradients"
+    (by name, clipped), which the function only reads. `step` counts from 1. The function must be pure, and must keep
+    structure, shapes and dtypes. If a step is skipped, the result is discarded.
+    """
     memory: Callable[[Params], Any] | None = None
-    """Function that returns the initial entry "memory" of the training state, from the trained arrays by name. The
-    entry is a tree of arrays. `after_step` reads and updates it. None means no such entry."""
+    """Function from the trained arrays to a tree of further arrays. They are kept between steps, as the entry "memory"
+    of the training state. The function `after_step` reads and updates them. None means no such entry.
+    """
     reads_memory: bool = False
-    """Whether the loss reads the entry "memory" of the training state. If true, the loss receives the entry as the
-    keyword argument `memory`.
+    """Whether the loss reads the arrays that `memory` keeps between steps. If true, the loss gets them as the keyword
+    argument `memory`.
     """
     penalty: Callable[[Params], jax.Array] | None = None
     """Function from the parameters to a scalar. Every step adds the scalar to the mean loss before the loss is
@@ -100,7 +107,7 @@ class Job:
 
 
 def split(job: Job) -> tuple[Params, Params]:
-    """Return (trained arrays, other arrays) by name. The trained ones include the extra ones."""
+    """Return (trained arrays, other arrays) by name. The trained ones include those that are not part of the model."""
     named = weights.arrays(job.params)
     trained = {n: a for n, a in named.items() if job.trains(n)}
     trained |= {f"{EXTRA}{n}": a for n, a in job.extra.items()}

@@ -1,4 +1,4 @@
-"""Train the model of a stage, from its settings and rows to trained parameters and validation metrics."""
+"""Train the model of a training command: from settings and rows to trained parameters and validation metrics."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ if TYPE_CHECKING:
 
 
 def selection_fields(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the fields of a Job that make it keep the parameters with the best value of the task's metric."""
+    """Return job fields that make training keep the parameters with the best value of the task's metric.
+
+    The result has fields of `llmctl.train.job.Job`, by name.
+    """
     return {"metric": task.best(labels), "keep_best": True}
 
 
 @dataclass(frozen=True)
 class Learner:
-    """Describe the model, task and options of a training stage, without its rows. The arrays may be abstract."""
+    """Describe the model, the task and the options of a training run, without its data. The arrays may be abstract."""
 
     model: ModelConfig
-    """Config of the trained model, as the artifact stores it."""
+    """Config of the trained model, as it is saved."""
     params: dict[str, Any]
     """Initial parameters."""
     task: Task
@@ -51,14 +54,15 @@ class Learner:
     temperature: float = COSINE_TEMPERATURE
     """Temperature of embedding losses: similarities of embeddings are divided by it."""
     settings: Any = None
-    """Settings that only the learner's task reads: the section of the stage's config that `Task.section` names."""
+    """Settings that only the task reads: the section of the config whose name is `task.section`."""
     labels: Sequence[str] = ()
     """Names of the classes."""
     job_fields: dict[str, Any] = field(default_factory=dict)
-    """Fields of the `llmctl.train.job.Job` that the stage sets, by name."""
+    """Further fields of the training job (`llmctl.train.job.Job`), by name."""
     step_fields: Callable[[dict[str, Any], int], dict[str, Any]] = lambda params, steps: {}
-    """Function (initial parameters, number of training steps) -> fields of the `llmctl.train.job.Job` that depend on
-    them, by name."""
+    """Function (initial parameters, number of training steps) -> fields of the training job that depend on them, by
+    name.
+    """
     adapt_job: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
     """Function (job, number of steps) -> the job to run. The function may, for example, replace the loss. By default it
     returns the same job.
@@ -81,13 +85,13 @@ class Learner:
 
 
 def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> loop.Job:
-    """Return the training job of a stage.
+    """Return the Job (description of a training run) for a model and its rows.
 
     Args:
       config: the stage's config. Only the section `train` is read.
       learner: the model and its task.
       rows: training rows.
-      validate: function from parameters to metrics (see `Job`).
+      validate: function from parameters to metrics.
       steps: number of training steps.
     """
     settings, model = config.train, learner.training_model
@@ -136,7 +140,7 @@ def run(
     unseen: Any,
     further: Further | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], Validation]:
-    """Train the model of a stage and return the parameters, their metrics and the validation.
+    """Train a model and return its parameters, their metrics, and the object that computed the metrics.
 
     Args:
       config: the stage's config, with `title`, `seed`, `train` and `optim`.
@@ -151,7 +155,8 @@ def run(
       (parameters, metrics by name, the Validation that computed the metrics).
 
     Raises:
-      Interrupted, WorkError: If `llmctl.train.loop.fit` raises it.
+      Interrupted: If SIGTERM or Ctrl-C arrived.
+      WorkError: If the run diverges or the disk is full.
     """
     settings, about = with_length(config, rows)
     note = learner.task.validation_note(learner.model, unseen)
@@ -180,12 +185,15 @@ def calibrated(
 
 
 def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Validation) -> dict[str, Any]:
-    """Return what the task fits on the validation rows, such as thresholds. The artifact's manifest stores it."""
+    """Return values that the task fits on the validation rows, such as classification thresholds.
+
+    The values are saved with the model.
+    """
     with meshes.use(held_out.mesh):
         return learner.task.fit(learner.model, params, held_out.rows, _setup(config, held_out))
 
 
 def _setup(config: Any, held_out: Validation) -> Setup:
-    """Return the settings with which all validation rows are measured."""
+    """Return the settings that evaluation needs to compute metrics on all validation rows."""
     train = config.train
     return Setup(held_out.mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)

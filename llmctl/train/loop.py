@@ -1,4 +1,4 @@
-"""Run the training loop of every stage: one compiled step, resume, validation, early stopping, graceful shutdown.
+"""Run the training loop: compiled steps, validation, early stopping, checkpoints, resume, and shutdown at signals.
 
 All randomness is derived from (seed, step), and row i of the data is a pure function of i. A resumed run therefore
 equals the uninterrupted run bit for bit.
@@ -58,16 +58,16 @@ def fit(
 ) -> tuple[Params, dict[str, Any]]:
     """Train to the last step, starting from the last checkpoint if one exists, and return the parameters and metrics.
 
-    Trained arrays of the job are donated to the training state, so two copies are never in memory.
+    The arrays that are trained are donated, so two copies are never in memory.
 
     Args:
-      job: the training job.
+      job: description of the training run: parameters, loss, rows and validation.
       train: settings for length, batches, validation, logging and checkpoints.
       optim_config: settings of the optimizer and its schedule.
       mesh: the devices.
-      ctx: the stage's folders. Checkpoints and the log are written to `ctx.work`.
+      ctx: folders of the run. Checkpoints and the log are written to `ctx.work`.
       seed: seed of the dropout keys. The keys also depend on the step.
-      title: the stage's name in the log.
+      title: name of the run in the log.
       about: lines to print before training.
 
     Returns:
@@ -161,11 +161,11 @@ class _Loop:
         self.batches = DeviceBatches(mesh, train.batch_size)
 
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """Return a checkpoint's `meta`, corrected if the best parameters that `meta` names are missing.
+        """Return the metadata of a restored checkpoint, corrected if it names best parameters that are missing on disk.
 
-        Parameters are missing if the run was killed while it wrote them. If the best step is the checkpoint's own step,
-        its parameters are saved again. Otherwise the best metric is removed from `meta`, because the resumed run may
-        not reach the same value again: rounding differs on another mesh.
+        They are missing if the run was killed while it wrote them. If the best step is the step of the checkpoint, its
+        parameters are saved again. Otherwise the best metric is removed from `meta`. The resumed run may not reach the
+        same value again, because rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps_best or best is None or self.checkpoints.has_best(best):
@@ -177,7 +177,7 @@ class _Loop:
         return {**meta, "best": None, "best_step": None, "bad": 0}
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-        """Run the remaining steps, and return the state and `meta` after the last one.
+        """Run the remaining steps, and return the training state and the checkpoint metadata after the last one.
 
         The last step may be earlier than planned (early stopping).
         """
@@ -228,9 +228,10 @@ class _Loop:
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")
 
     def raise_if_bad(self, state: State) -> None:
-        """Raise WorkError if too many consecutive steps were bad: without a finite loss, without a label, or outliers.
+        """Raise WorkError if too many consecutive steps were bad.
 
-        The state counts bad steps, so it suffices to check the count at log lines and checkpoints.
+        A step is bad if its loss is not finite, its batch has no label, or it is an outlier. The training state counts
+        the bad steps. It therefore suffices to call this function before log lines and checkpoints.
         """
         if int(state["skipped"]) >= TOO_MANY_BAD:
             raise WorkError(
@@ -261,7 +262,7 @@ class _Loop:
         self.report.log(done, values | ({"skipped": skips} if skips else {}))
 
     def validate(self, done: int, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """Validate the parameters, save them if they are the best so far, and return the updated `meta`.
+        """Validate the parameters, save them if they are the best so far, and return the updated checkpoint metadata.
 
         Raises:
           RequestError: If the validation does not compute the metric that selects the best parameters.

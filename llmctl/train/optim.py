@@ -1,11 +1,11 @@
 """Build optimizers and schedules (optax) for a flat dictionary of arrays by name.
 
-Matrices of the layers are stacked: [layers, inputs, outputs]. Some operations need a complete matrix: Muon's
-orthogonalization, and Adafactor's factors and root mean squares. These operations run on each layer separately, so a
-scanned model trains like an unrolled one.
+Matrices of the layers are stacked: [layers, inputs, outputs]. Muon's orthogonalization and Adafactor's statistics need
+one complete matrix at a time. They therefore run on each layer separately, so that a model whose layers are scanned
+trains like one whose layers are separate arrays.
 
-    optimizer = build(OptimConfig(name="lion"), steps=1000, names=named) updates, state = optimizer.update(gradients,
-    optimizer.init(named), named)
+    optimizer = build(OptimConfig(name="lion"), steps=1000, names=named)
+    updates, state = optimizer.update(gradients, optimizer.init(named), named)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FACTORED_FROM = 128
 
 
 def portion(amount: float, steps: int) -> int:
-    """Return a setting as a number of steps. An `amount` below 1 is a fraction of all `steps`."""
+    """Convert a setting to a number of steps. An `amount` below 1 is a fraction of all `steps`."""
     return round(amount * steps) if amount < 1 else round(amount)
 
 
@@ -77,18 +77,23 @@ def decays(name: str) -> bool:
 def build(
     config: OptimConfig, steps: int, names: Iterable[str], starts: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformation:
-    """Build the configured optimizer with its schedule, for arrays with these names.
+    """Build the configured optimizer with its learning rate schedule.
 
     Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. The optimizer
-    does not clip gradients. The caller clips them, because it also logs their norm. `starts` has, for each array that
-    is frozen at first, the number of updates after which it is trained (see `llmctl.train.job.Job`). Until then the
-    caller sets its gradients and updates to zero.
+    does not clip gradients. The caller clips them, because it also logs their norm. The optimizers are:
 
     - adamw, and sgd with momentum.
     - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.
     - lion (Chen et al., 2023, arXiv:2302.06675).
     - muon on the matrices of the layers, scaled to AdamW's root mean square (Liu et al., 2025, arXiv:2502.16982), with
       AdamW on the other arrays.
+
+    Args:
+      config: settings of the optimizer and the schedule.
+      steps: number of training steps.
+      names: names of the arrays that are trained.
+      starts: number of updates after which the training of an array starts, by name. None starts all at once. Until
+        then the caller sets the gradients and the updates of the array to zero.
     """
     rate = schedule(config, steps)
     mask = {name: decays(name) for name in names}
@@ -132,11 +137,11 @@ def build(
 
 
 def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Build Adam's scaling of updates for a job in which some arrays start later (see `starts` in `Job`).
+    """Build Adam's scaling of updates for a run in which the training of some arrays starts later than that of others.
 
-    The moments of such an array are zero until it starts. The bias correction of the array therefore counts updates
-    from that start. If it counted from the first step, the first updates would be up to (1 - beta1) / sqrt(1 - beta2)
-    times too large.
+    `starts` has the number of updates before an array is trained, by name. The moments of such an array are zero until
+    then. The bias correction of the array therefore counts updates from its own start. If it counted from the first
+    step, the first updates would be up to (1 - beta1) / sqrt(1 - beta2) times too large.
     """
     b1, b2, eps = config.beta1, config.beta2, config.epsilon
     inner = optax.scale_by_adam(b1, b2, eps)
@@ -161,7 +166,7 @@ def _is_muon(name: str, a: Any) -> bool:
 def _muon_axes(named: Named) -> Named:
     """Return, for each array, the two axes that Muon orthogonalizes: the last two.
 
-    Arrays that another optimizer updates are masked, and stay masked.
+    Arrays that another optimizer updates have optax's masked nodes in place of arrays. These are returned unchanged.
     """
     numbers = optax.contrib.MuonDimensionNumbers(1, 2)
     return {name: a if isinstance(a, optax.MaskedNode) else numbers for name, a in named.items()}

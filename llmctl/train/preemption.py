@@ -20,13 +20,13 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps after which the result of an exchange of stop requests is read. The result has arrived by then, so
-that reading does not wait.
+"""Number of steps after which the result of an exchange of stop requests between processes is read. The result has
+arrived by then, so reading does not wait.
 """
 
 
 class StopRequested(Interrupted):
-    """Report a stop request during work that can be aborted, such as a validation."""
+    """Signal that a stop was requested during work that can be aborted, such as a validation."""
 
 
 class Stop:
@@ -36,7 +36,9 @@ class Stop:
         self.signalled = threading.Event()
         """Whether this process received a signal."""
         self.agreed = False
-        """Whether the processes know that one of them received a signal, and therefore stop."""
+        """Whether this run stops: the processes have exchanged their requests, and at least one process received a
+        signal.
+        """
         self._answers: deque[jax.Array] = deque()
         every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._every, self._size = every, mesh.size
@@ -45,8 +47,8 @@ class Stop:
     def requested(self, now: bool = False) -> bool:
         """Return whether any process received a stop request. All processes must call this method after each step.
 
-        In a run of several processes, the result is the state of `LAG` calls ago. If `now` is true, it is the current
-        state.
+        In a run of several processes, the result is that of the exchange started `LAG` calls ago. If `now` is true, it
+        is the current state.
         """
         if processes.count() == 1:
             self.agreed = self.signalled.is_set()
@@ -74,7 +76,7 @@ def raise_if_requested() -> None:
 
 @contextlib.contextmanager
 def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
-    """Handle signals in this context, and yield the Stop of the run.
+    """Handle signals in this context, and yield the object that tells whether the run has to stop.
 
     SIGTERM and the first Ctrl-C request a checkpoint and a stop. A second Ctrl-C exits immediately.
 

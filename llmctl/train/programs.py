@@ -1,4 +1,4 @@
-"""Describe the training step of a stage as a program, from its config and abstract arrays. Nothing is computed."""
+"""Describe the training step of a command, so that `llmctl plan` can estimate its cost. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmctl.train.learner import Learner
 
 
 def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
-    """Return the training step of a stage as a program that can be traced and compiled.
+    """Return the training step as a Program: a function that JAX can trace and compile, with abstract arguments.
 
     Args:
       config: the stage's config, with `seed`, `train` and `optim`.
@@ -62,7 +62,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
 
 
 def beside(step: Program, program: Program) -> Program:
-    """Return a program that runs in validation while the arrays of a training step stay in memory.
+    """Return the validation program with the arrays of a training step added to the memory that it needs.
 
     Args:
         step: The training step.
@@ -77,11 +77,11 @@ def beside(step: Program, program: Program) -> Program:
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
-    """Return the learner that `build` makes from an artifact, with abstract arrays.
+    """Return the Learner (model to train) that `build` makes from a saved model, with abstract arrays.
 
     `build` is only traced, so that nothing is computed.
 
-    learner = abstractly(mesh, lambda b: make_learner(config, b, labels, mesh), base)
+        learner = abstractly(mesh, lambda b: make_learner(config, b, labels, mesh), base)
     """
     made: list[Learner] = []
 
@@ -94,7 +94,7 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 
 
 def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any, flops: float) -> Pass:
-    """Return the training step as a `Pass`, for the analytic cost model. `flops` is per token."""
+    """Return the counts of a training step that the analytic cost model needs (`Pass`). `flops` is per token."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     row = row_shapes(rows)
     return Pass(

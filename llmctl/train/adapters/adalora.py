@@ -1,7 +1,8 @@
 """Train low-rank adapters that share a budget of ranks (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
-Each update is scale * P diag(e) Q with nearly orthogonal P and Q. Training sets the least important singular values e
-to zero until the mean rank is `lora.rank`. The artifact stores the updates that remain as low-rank pairs.
+The update of each matrix is scale * P diag(e) Q with nearly orthogonal P and Q. Training sets the least important
+singular values e to zero, until the mean rank of the updates is `lora.rank`. The saved model has a low-rank pair of two
+matrices, as in LoRA, for each update whose rank is above 0.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class AdaLora(Method):
         """Check the config as Method.check does, and that no setting contradicts AdaLoRA's choice of ranks.
 
         Raises:
-          RequestError: If a setting fixes ranks or scales of single matrices, a setting freezes layers, or Method.check
-              fails.
+          RequestError: If a setting fixes the rank or the scale of single matrices, a setting freezes layers, or
+              Method.check fails.
         """
         of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
         given = config.lora.model_fields_set & of_lora
@@ -55,9 +56,10 @@ class AdaLora(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with an `Svd` adapter around each target matrix, sharded over `mesh`.
+        """Return the parameters with an adapter around each target matrix, sharded over `mesh`.
 
-        The singular values are initialized to zero, so the model's outputs do not change.
+        The adapter (`Svd`) has the form of a singular value decomposition. The singular values are initialized to zero,
+        so the model's outputs do not change.
         """
         import jax
         import jax.numpy as jnp
@@ -76,7 +78,9 @@ class AdaLora(Method):
         return targets.wrap(model, params, config.lora.targets, svd, mesh, "lora.targets")
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """Return the fields of a Job that allocate the ranks, and that penalize non-orthogonal singular vectors.
+        """Return job settings that allocate the ranks, and that penalize non-orthogonal singular vectors.
+
+        The result has fields of the training job (`llmctl.train.job.Job`), by name.
 
         Raises:
           RequestError: If no step is left between `adalora.warmup` and `adalora.final`.
@@ -109,7 +113,10 @@ class AdaLora(Method):
         return {"memory": ranks.memory, "after_step": ranks.after_step, "penalty": penalty, "best_from": settled}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """Return the parameters with each `Svd` adapter replaced by a low-rank pair of the remaining ranks."""
+        """Return the parameters with each adapter replaced by a low-rank pair, as in LoRA.
+
+        A pair contains only the singular values that training kept.
+        """
         from llmctl.model import weights
 
         return weights.updated(

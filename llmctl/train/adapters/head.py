@@ -1,4 +1,4 @@
-"""Train the task's head and freeze the parent."""
+"""Train the task's head and freeze all other parameters."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Train bottleneck adapters in the layers of a frozen model. The model may be quantized.
 
-The adapters follow each sublayer (Houlsby et al., 2019, arXiv:1902.00751), or run in parallel to the feed-forward layer
-(He et al., 2022, arXiv:2110.04366). They are part of the network: ModelConfig has their size, and they cannot be
-merged.
+An adapter follows each sublayer (Houlsby et al., 2019, arXiv:1902.00751), or runs in parallel to the feed-forward layer
+(He et al., 2022, arXiv:2110.04366). The adapters are part of the network, so ModelConfig contains their size. They
+cannot be merged into other matrices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SCALE = {"sequential": 1.0, "parallel": 4.0}
-"""Default factor on the adapters' output, by `houlsby.form`: the value in the paper that introduced the form."""
+"""Default factor on the adapters' output, by form ("sequential" or "parallel"). Each is from the paper of the form."""
 
 
 class Houlsby(Method):
@@ -30,12 +30,13 @@ class Houlsby(Method):
     settings = ("houlsby",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that new adapters of a pruned parent are trained in every layer.
+        """Check the config as Method.check does, and that new adapters of a pruned model are trained in every layer.
 
-        Adapters that are not trained stay zero. Later stages would hold these zeros as part of the pruning mask.
+        The weights of an untrained adapter stay zero. If the model is pruned, later training would treat these zeros as
+        pruned weights and never change them.
 
         Raises:
-          RequestError: If a setting freezes layers of a pruned parent without adapters, or Method.check fails.
+          RequestError: If a setting freezes layers of a pruned model that has no adapters yet, or Method.check fails.
         """
         super().check(config, base)
         frozen = (
@@ -48,11 +49,11 @@ class Houlsby(Method):
             )
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the network with adapters. If the parent has adapters, they are trained further.
+        """Return the config of the model with adapters. If the model already has adapters, they are trained further.
 
         Raises:
-          RequestError: If the parent's adapters have another size, form or scale, or `houlsby.size` exceeds the width
-            of the layers.
+          RequestError: If existing adapters have another size, form or scale, or `houlsby.size` exceeds the width of
+              the layers.
         """
         settings = config.houlsby
         if settings.size > model.d_model:
@@ -73,7 +74,7 @@ class Houlsby(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with new adapters if the parent has none, sharded over `mesh`.
+        """Return the parameters with adapters, sharded over `mesh`. Adapters that the model already has are kept.
 
         New adapters do not change the model's outputs.
         """
@@ -96,7 +97,7 @@ class Houlsby(Method):
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a function from an array's name to whether it is trained.
 
-        Trained are adapters, the task's head and, in the sequential form, the layers' norms.
+        The adapters and the task's head are trained. In the sequential form, the layers' norms are trained too.
         """
         from llmctl.model import weights
 

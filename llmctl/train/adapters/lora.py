@@ -30,16 +30,17 @@ def attach(
     mesh: jax.sharding.Mesh,
     make: Callable[[Any, jax.Array, jax.Array, float], weights.LowRank] | None = None,
 ) -> Params:
-    """Return the parameters with a low-rank pair for each target matrix [..., I, O]: `a` [..., I, R], `b` [..., R, O].
+    """Return the parameters with a low-rank pair for each target matrix: `a` [..., I, R] and `b` [..., R, O].
 
-    `a` is initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code. `b` is
-    zero, so the model's outputs do not change. For the token table, `a` is zero and `b` is normally distributed, as in
-    PEFT, because tokens look up rows of `a`.
+    I is the number of inputs of the matrix, O of its outputs, and R is the rank. `a` is initialized by Kaiming's
+    uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code. `b` is zero, so the model's outputs do
+    not change. For the token embeddings, `a` is zero and `b` is normally distributed, as in PEFT, because each token
+    reads one row of `a`.
 
     Args:
       cfg: config of the model.
       params: parameters of the model.
-      lora: ranks R, scales and targets. If `lora.targets` is empty, all matrices of the blocks are targets.
+      lora: ranks R, scales and targets. If `lora.targets` is empty, all matrices of the layers are targets.
       key: random key of the initialization.
       mesh: the devices.
       make: function from (weight, a, b, scale) to the adapter; None creates a `LowRank`.
@@ -75,7 +76,9 @@ def attach(
 
 
 def check_rank(params: Params, lora: LoraConfig) -> None:
-    """Check that the highest rank is possible: an update's rank cannot exceed the smaller side of its matrix.
+    """Check that the highest configured rank is possible for at least one matrix.
+
+    The rank of a low-rank update cannot exceed the smaller side of its matrix.
 
     Raises:
       RequestError: If the rank is above the smaller side of every matrix.
@@ -125,8 +128,8 @@ class Lora(Method):
     def rate(self, config: Any, name: str) -> float:
         """Return the factor on an array's learning rate.
 
-        The factor is `lora.plus_ratio` for the second matrices b (LoRA+), otherwise 1. For the token table the factor
-        is 1, because there `a` starts with zeros instead of b.
+        In LoRA+, the second matrix `b` of each pair has the factor `lora.plus_ratio`. All other arrays have the factor
+        1. So does `b` of the token embeddings, because there `a` starts with zeros instead of `b`.
         """
         from llmctl.model import weights
 

@@ -1,7 +1,7 @@
 """Define the interface of finetuning methods: added parameters, trained parameters, and rejected models.
 
-A new method is a subclass whose instance is registered in `llmctl.train.adapters.registry`. The subclass overrides
-methods:
+A new method is a subclass of `Method`. An instance of the subclass is registered in `llmctl.train.adapters.registry`.
+The subclass overrides methods:
 
     class Norms(Method):
         name = "norms"
@@ -32,9 +32,10 @@ Params = dict[str, Any]
 
 
 class Method:
-    """Define a finetuning method. By default it trains the task's head, and freezes all parameters of the parent.
+    """Define a finetuning method. By default it trains the task's head, and freezes all parameters of the parent model.
 
-    The argument `config` of every method is the stage's config. The config has the sections that `settings` names.
+    The parent is the model that is finetuned. The argument `config` of every method is the config of the stage
+    `finetune`. The config has the sections that `settings` names.
 
     Example:
       >>> from llmctl.train.adapters.registry import METHODS
@@ -45,17 +46,18 @@ class Method:
     name: ClassVar[str]
     """Name in the registry."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Fields of the stage's config that this method reads and that not every method reads."""
+    """Fields of the config that this method reads, but not all methods read."""
     changes_base: ClassVar[bool] = False
-    """Whether the method trains the parent's matrices. If so, it rejects quantized parents."""
+    """Whether the method trains the matrices of the parent model. If so, it rejects quantized models."""
     adapts: ClassVar[bool] = False
-    """Whether the method adds adapters that can be merged. If the stage's `merge` is true, training ends by merging
-    them into their matrices."""
+    """Whether the method adds adapters that can be merged. If the setting `merge` is true, they are merged into their
+    matrices at the end of training.
+    """
     fills_zeros: ClassVar[bool] = True
     """Whether merging an adapter makes the zeros of a pruned matrix nonzero."""
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Raise RequestError if training would undo the parent's pruning or quantization."""
+        """Raise RequestError if training would undo the pruning or quantization of the model that is finetuned."""
         from llmctl.model import weights
 
         merges = self.merges(config)
@@ -84,20 +86,19 @@ class Method:
         return model
 
     def tokenizer_dir(self, config: Any, model: ModelConfig, folder: Path, work: Path) -> Path:
-        """Return the folder of the tokenizer that the finetuned model has. The default is the parent's, `folder`.
+        """Return the folder of the finetuned model's tokenizer. The default is `folder`, the parent model's tokenizer.
 
         A method that changes the tokenizer writes the changed one to the folder `work`.
         """
         return folder
 
     def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
-        """Raise RequestError if the method cannot train on these rows. The default accepts all."""
+        """Raise RequestError if the method cannot train on these rows (token sequences). The default accepts all."""
 
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with the method's adapters, sharded over `mesh`. The default returns `params` without
-        adapters.
+        """Return the parameters with the method's adapters, sharded over `mesh`. The default adds none.
 
         Raises:
           RequestError: If the settings do not fit the model.
@@ -118,7 +119,10 @@ class Method:
         return lambda name: name in adapters or weights.parse(name).task_head
 
     def trains_extra(self, config: Any) -> bool:
-        """Return whether the method trains arrays that are not in the model: `Job.extra` in the result of `during`."""
+        """Return whether the method trains arrays outside the model, such as a network that computes a prefix.
+
+        `during` returns these arrays as the field `extra`.
+        """
         return False
 
     def rate(self, config: Any, name: str) -> float:
@@ -126,9 +130,12 @@ class Method:
         return 1.0
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """Return fields of `llmctl.train.job.Job` that the method sets, by name, for a run of `steps` steps."""
+        """Return the settings of the training job that this method needs: fields of `llmctl.train.job.Job`, by name.
+
+        The job has `steps` training steps.
+        """
         return {}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """Convert the trained parameters to those that the artifact stores. Adapters are merged afterwards."""
+        """Convert the trained parameters to those that are saved. Adapters are merged afterwards."""
         return params

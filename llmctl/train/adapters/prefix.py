@@ -1,13 +1,13 @@
-"""Train keys and values in front of those of every text (prefix tuning).
+"""Train keys and values that attention reads in front of those of every text (prefix tuning).
 
 (Li and Liang, 2021, arXiv:2101.00190)
 
-The vectors are `attn/prefix/k` and `attn/prefix/v` of every layer in the last stack. This is the decoder of an
-encoder-decoder. The vectors are part of the network: ModelConfig has their number. The other parameters are frozen, and
-may be quantized.
+Each layer has trained keys and values: the parameters `attn/prefix/k` and `attn/prefix/v`. In an encoder-decoder only
+the layers of the decoder have them. They are part of the network, so ModelConfig contains their number. The other
+parameters are frozen, and may be quantized.
 
-With `prefix.projection`, a network of two layers computes all vectors from trained embeddings. This makes training more
-stable. This network exists in training only, as extra parameters of the job (`Job.extra`).
+If `prefix.projection` is set, a network of two linear layers computes all keys and values from trained embeddings. This
+makes training more stable. The network exists only in training, and its parameters are not part of the model.
 
 Shapes: P vectors per layer, L layers, W = G * K width of all key heads, H inner width of the network.
 """
@@ -27,20 +27,21 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 PROJECTION = 2
-"""Number that is folded into the stage's key to get the random key of the projection."""
+"""Number that is folded into the random key of the stage to get the key of the projection network."""
 
 
 class Prefix(Method):
-    """Train the prefix and the task's head."""
+    """Train the prefix (keys and values in front of every text) and the task's head."""
 
     name = "prefix"
     settings = ("prefix",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check that no layer is frozen, that texts still fit, and that a projection starts from a new prefix.
+        """Check the config as Method.check does, and that the settings fit a prefix.
 
         Raises:
-          RequestError: If one of these conditions is not met, or Method.check fails.
+          RequestError: If layers are frozen, the prefix leaves too few positions for texts, or Method.check fails. Also
+            if `prefix.projection` is set, and the model already has a prefix or `prefix.deviation` is set too.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
@@ -64,12 +65,13 @@ class Prefix(Method):
             )
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the network with the prefix. A prefix of the parent is trained further.
+        """Return the config of the model with the prefix. If the model already has a prefix, it is trained further.
 
-        The prefix takes the first positions, so texts have fewer, except with relative positions.
+        The prefix takes the first positions, so texts can be shorter only. With relative positions, their length does
+        not change.
 
         Raises:
-          RequestError: If the parent's prefix has another length.
+          RequestError: If an existing prefix has another length.
         """
         tokens = config.prefix.tokens
         if model.prefix_tokens == tokens:
@@ -86,7 +88,7 @@ class Prefix(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with a new prefix if the parent has none, sharded over `mesh`."""
+        """Return the parameters with a prefix, sharded over `mesh`. A prefix that the model already has is kept."""
         import jax
 
         from llmctl.model import functional, weights
@@ -110,7 +112,8 @@ class Prefix(Method):
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a function from an array's name to whether it is trained: the prefix and the task's head.
 
-        With a projection, the network that computes the prefix is trained instead.
+        If the setting `prefix.projection` is used, the network that computes the prefix is trained instead of the
+        prefix.
         """
         from llmctl.model import weights
 
@@ -118,23 +121,24 @@ class Prefix(Method):
         return lambda name: (own and weights.parse(name).prefix) or weights.parse(name).task_head
 
     def trains_extra(self, config: Any) -> bool:
-        """Return whether a projection is trained."""
+        """Return whether a network that computes the prefix is trained, instead of the prefix itself."""
         return config.prefix.projection > 0
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """Return the fields of a Job that train the projection, if there is one."""
+        """Return the settings of the training job (fields of Job) that train a network which computes the prefix.
+
+        Without such a network, the result is empty.
+        """
         if not config.prefix.projection:
             return {}
         return {"extra": projection(config, params), "result": projected, "trains_result": True}
 
 
 def projection(config: Any, params: Params) -> dict[str, jax.Array]:
-    """Return the initial parameters of the projection, replicated, by name.
+    """Return the initial parameters, by name, of the network that computes the prefix. They are replicated.
 
-    The arrays are abstract if those of `params` are.
-
-    `embedding` [P, W] is normally distributed. `first` [W, H] and `last` [H, 2 * L * W] and their biases are uniform,
-    as the linear layers of torch.
+    The arrays are abstract if those of `params` are. `embedding` [P, W] is normally distributed. `first` [W, H], `last`
+    [H, 2 * L * W] and their biases are uniform, as the linear layers of torch.
     """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -165,7 +169,7 @@ def projection(config: Any, params: Params) -> dict[str, jax.Array]:
 
 
 def projected(params: Params, extra: Params) -> Params:
-    """Return the parameters with the prefix that the projection computes."""
+    """Return the parameters with the prefix that the network `extra` computes."""
     import jax.numpy as jnp
 
     from llmctl.model import weights

@@ -1,8 +1,9 @@
 """Train vectors that the model reads before every text (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
-The vectors are rows of a separate table `embed/prompt`. The token table is frozen, and may be quantized. Their token
-ids follow the vocabulary, and the tokenizer of the artifact begins every text with them. Every command that reads texts
-therefore reads the prompt. The output projection has no row for the prompt, so the model never predicts it.
+The vectors are a separate embedding table, `embed/prompt`. The table of the tokens is frozen, and may be quantized. The
+prompt vectors have the token ids after the vocabulary. The tokenizer is changed so that every text begins with these
+ids, and therefore every command that reads texts uses the prompt. The output projection has no row for the prompt, so
+the model never predicts it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Prompt(Method):
         """Check the config as Method.check does, and that the prompt leaves room for texts.
 
         Raises:
-          RequestError: If a setting is about layers, the prompt leaves no room for texts, or Method.check fails.
+          RequestError: If a setting selects layers, the prompt leaves no room for texts, or Method.check fails.
         """
         super().check(config, base)
         given = [f"trained.{name}" for name in ("last_layers", "layer_decay", "unfreeze_every") if name in
@@ -46,10 +47,10 @@ class Prompt(Method):
             )
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the network with the prompt. A prompt of the parent is trained further.
+        """Return the config of the model with the prompt. If the model already has a prompt, it is trained further.
 
         Raises:
-          RequestError: If the parent's prompt has another length.
+          RequestError: If an existing prompt has another length.
         """
         tokens = config.prompt.tokens
         if model.prompt_tokens not in (0, tokens):
@@ -92,7 +93,7 @@ class Prompt(Method):
         return with_prefix(folder, work, range(model.vocab_size, model.vocab_size + config.prompt.tokens))
 
     def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
-        """Check that rows begin with the prompt.
+        """Check that all training rows (token sequences) begin with the prompt.
 
         Raises:
           RequestError: If the rows do not, because they are packed from texts without prompts.

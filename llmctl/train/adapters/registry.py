@@ -30,7 +30,7 @@ METHODS: Registry[Method] = Registry(
 
 
 def stray(method: str, given: set[str]) -> str:
-    """Return an error message if a field in `given` is read only by other methods than `method`, otherwise "".
+    """Return an error message if a setting in `given` is read only by methods other than `method`; otherwise "".
 
     >>> stray("full", {"merge", "task"}).startswith("merge: not for method 'full', say method = 'lora'")
     True

@@ -1,12 +1,13 @@
-"""Select the arrays that a finetuning stage trains, the learning rate of each, and the step at which it starts.
+"""Select the arrays that finetuning trains, the learning rate of each, and the step at which its training starts.
 
     fields = selection.job_fields(config, METHODS[config.method], model, params)
 
-Each array has a level, which counts from the output to the input:
+Each array has a level, which counts layers from the output to the input:
 
-- 0: arrays after the layers (final norms, output projection, task head)
-- 1: the last layer of a stack; its first layer has the number of layers
-- one more than the largest number of layers: the embeddings
+- level 0: arrays after the layers (final norms, output projection, task head)
+- level 1: the last layer of the encoder or decoder
+- level 2: the layer before it, and so on
+- highest level: the embeddings
 
 Learning rates that decay with the level and gradual unfreezing are from ULMFiT (Howard and Ruder, 2018,
 arXiv:1801.06146). One factor per layer is as in ELECTRA (Clark et al., 2020, arXiv:2003.10555).
@@ -28,13 +29,14 @@ LEVEL_0 = np.asarray(0)
 
 
 def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) -> dict[str, Any]:
-    """Return the fields `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`, by name.
+    """Return which arrays are trained, and at which learning rates, as fields of a training job.
 
-    The fields follow from the section `trained` and from the finetuning method with its settings.
+    The fields are `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`. They follow from the section
+    `trained` of the settings, and from the finetuning method.
 
     Args:
-      config: config of the stage.
-      method: finetuning method of the stage.
+      config: config of the stage `finetune`.
+      method: the finetuning method.
       model: config of the model.
       params: parameters of the model, including the method's adapters. Abstract arrays suffice.
 
@@ -67,7 +69,9 @@ def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) 
 
 
 def during(config: Any, method: Method, model: ModelConfig, params: Params, steps: int) -> dict[str, Any]:
-    """Return the fields of a Job that depend on the number of `steps`: those of the method, and `starts`.
+    """Return the fields of a training Job that depend on the number of `steps`, by name.
+
+    These are the fields that the method sets, and `starts`: the step at which the training of each array starts.
 
     Raises:
       RequestError: If `trained.unfreeze_every` leaves layers frozen to the end, or rounds to no step.
@@ -103,16 +107,16 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
 
 
 def _depth(model: ModelConfig) -> int:
-    """Return the number of layers of the deeper stack."""
+    """Return the number of layers of the encoder or the decoder, whichever has more."""
     return max(model.layers, model.encoder_layers)
 
 
 def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
     """Return the level of each array, by name: its distance in layers from the output.
 
-    The level is 1 for the last layer of a stack, 2 for the layer before it, and so on. It is the number of layers plus
-    1 for embeddings, and 0 for heads and final norms. The shape broadcasts with the array: [L, 1, ...] for stacked
-    layers, and [] otherwise.
+    The level is 0 for heads and final norms, 1 for the last layer of the encoder or decoder, 2 for the layer before it,
+    and so on. It is the number of layers plus 1 for embeddings. The shape broadcasts with the array: [L, 1, ...] for
+    stacked layers, and [] otherwise.
     """
     from llmctl.model import weights
 
@@ -129,7 +133,12 @@ def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
 def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, Any], every: dict[str, Any]) -> None:
     """Check that every setting in the section `trained` has an effect.
 
-    `trained` has the levels of the arrays that the method trains, and `every` has those of all arrays.
+    Args:
+      config: config of the stage `finetune`.
+      method: the finetuning method.
+      model: config of the model.
+      trained: levels (see `_levels`) of the arrays that the method trains, by name.
+      every: levels of all arrays, by name.
 
     Raises:
       RequestError: If a setting matches no parameter, or has no effect.
@@ -159,7 +168,7 @@ def _check(config: Any, method: Method, model: ModelConfig, trained: dict[str, A
 
 
 def _check_modules(config: Any, levels: dict[str, Any]) -> None:
-    """Check that no module listed in the section `lora` is completely frozen.
+    """Check that no module in `lora.targets` or `lora.modules_to_save` is completely frozen.
 
     Raises:
       RequestError: If `freeze_layers` or `trained.last_layers` freezes all parameters of a module.

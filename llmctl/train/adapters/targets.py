@@ -1,4 +1,4 @@
-"""Select the matrices of the blocks that get an adapter, and replace each by an adapter that contains it."""
+"""Select the matrices that get an adapter, and replace each by an adapter that contains the matrix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OUTSIDE = ("embed", "lm_head")
-"""Names of the matrices outside the blocks that can get an adapter. The task's head gets none, because it is trained
-itself."""
+"""Names of the matrices outside the layers that can get an adapter. The task's head gets none, because it is trained
+itself.
+"""
 
 
 def wrap(
@@ -36,11 +37,11 @@ def wrap(
     Args:
       cfg: config of the model.
       params: parameters of the model.
-      targets: names of matrices (q, k, v, o, gate, up, down, lm_head, embed); empty means all matrices in the blocks.
+      targets: names of matrices (q, k, v, o, gate, up, down, lm_head, embed); empty means all matrices in the layers.
       make: function from a matrix and its number to the adapter. The number does not depend on `targets`.
       mesh: the devices over which the result is sharded.
-      setting: name of the setting `targets` in errors.
-      table: whether the adapter supports the token embeddings, whose rows are looked up.
+      setting: name of the setting that lists the targets, for errors.
+      table: whether the adapter can be used for the token embeddings, whose rows are looked up.
 
     Raises:
       RequestError: If a target names no matrix, the adapter does not support the matrix, or the matrix has an adapter.
@@ -69,7 +70,7 @@ def wrap(
 def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
     """Return the matrices that get an adapter: those named in `targets`.
 
-    If `targets` is empty, these are all matrices in the blocks except those of bottleneck adapters.
+    If `targets` is empty, these are all matrices in the layers except those of bottleneck adapters.
     """
     from llmctl.model import weights
 
@@ -79,18 +80,18 @@ def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
 
 
 def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
-    """Return the value that a pattern ({name: value}) has for a matrix, or the default if it has none.
+    """Return the value for one matrix from the setting `pattern` ({name: value}), or the default if it has none.
 
-    An entry for the matrix's module (attn/q) takes precedence over an entry for its name (q).
+    An entry for the module and the name of the matrix ("attn/q") takes precedence over an entry for its name ("q").
     """
     return pattern.get(m.module, pattern.get(m.name, default))
 
 
 def check_pattern(params: Params, targets: Sequence[str], pattern: Iterable[str], setting: str) -> None:
-    """Check that every key of a pattern names a matrix that gets an adapter.
+    """Check that every name in the setting `pattern` ({name: value}) is that of a matrix with an adapter.
 
     Raises:
-      RequestError: If a key names a matrix that does not exist or gets no adapter.
+      RequestError: If a name is that of no matrix, or of a matrix that gets no adapter.
     """
     found = selected(params, targets)
     if missing := sorted({*pattern} - {m.name for m in found} - {m.module for m in found}):
