@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Set the kernel for computations traced in this context.
+    """Set the attention kernel for computations that are traced in a `with` block.
 
     Args:
         name: "auto", "xla" (always plain XLA) or "interpret" (splash attention on any platform).

@@ -61,7 +61,8 @@ class _Layout(NamedTuple):
 def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:
     """Return the sharding of a table and of the tokens, or None if a plain lookup is sufficient.
 
-    It is sufficient if there is no mesh, or if the columns are not sharded over devices with different tokens.
+    A plain lookup is sufficient if there is no mesh, or if the columns are not sharded over devices with different
+    tokens.
 
     Args:
         table: Shape of the table.

@@ -162,7 +162,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
 
     Raises:
         RequestError: If the tensor axis does not divide the number of heads, if the pipeline axis does not divide the
-            number of layers, or if the context axis shards the texts of a model with a trained prefix.
+            number of layers, or if the context axis shards the texts of a model with prefix tuning.
     """
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
     if cfg.prefix_tokens and mesh.shape["context"] > 1:

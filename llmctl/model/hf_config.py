@@ -26,7 +26,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """Describe one head of a family: its class in `transformers`, and the name map of its weights."""
+    """Describe one output head of a family: its class in `transformers`, and the names of its tensors."""
 
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
@@ -38,13 +38,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Bridge:
-    """Describe the conversion of a family to and from Hugging Face folders."""
+    """Describe how the config and the tensor names of a model family are converted from and to Hugging Face's."""
 
     model_type: str
     prefix: str
     """Prefix of the tensor names of the network without heads. Files of models without a head omit the prefix."""
     names: Callable[[Any], Mapping[str, str]]
-    """Function from a ModelConfig to the name map of the network."""
+    """Function from a ModelConfig to {parameter path: Hugging Face tensor name}, for the network without heads."""
     heads: Mapping[str, Head]
     """Heads by name. "lm+next_sentence" is a language model that also has the next-sentence head."""
     from_config: Callable[[Keys], Fields]
@@ -62,7 +62,7 @@ class Bridge:
     """Outdated names of tensors or classes that are accepted on import: {outdated name: current name}."""
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
-        """Return the name map of a model with this head, for all parameters.
+        """Return {parameter path: Hugging Face tensor name} for all parameters of a model with this head.
 
         Args:
             cfg: ModelConfig of the model.
@@ -74,12 +74,18 @@ class Bridge:
 
 
 def blocks(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
-    """Add prefixes to a name map: `ours` to each parameter path, and `theirs` to each Hugging Face name."""
+    """Add the prefix `ours` to each parameter path, and the prefix `theirs` to each Hugging Face tensor name.
+
+    `table` is {parameter path: Hugging Face tensor name}.
+    """
     return {f"{ours}/{k}": f"{theirs}.{v}" for k, v in table.items()}
 
 
 def linear(table: Mapping[str, str]) -> dict[str, str]:
-    """Expand a map of the names of linear layers to a name map of their kernels and biases."""
+    """Return {parameter path: Hugging Face tensor name} for the kernels and biases of linear layers.
+
+    `table` is {path of the layer: Hugging Face name of the layer}.
+    """
     return {
         f"{ours}/{ours_leaf}": _part(theirs, theirs_leaf)
         for ours, theirs in table.items()
@@ -88,7 +94,10 @@ def linear(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def norm(table: Mapping[str, str]) -> dict[str, str]:
-    """Expand a map of the names of norms to a name map of their scales and biases."""
+    """Return {parameter path: Hugging Face tensor name} for the scales and biases of norms.
+
+    `table` is {path of the norm: Hugging Face name of the norm}.
+    """
     return {
         f"{ours}/{ours_leaf}": f"{theirs}.{theirs_leaf}"
         for ours, theirs in table.items()

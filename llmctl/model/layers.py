@@ -238,7 +238,7 @@ class Embed(nn.Module):
 class LMHead(nn.Module):
     """Project hidden states [..., D] to logits [..., V] in float32 (the output head of a language model).
 
-    The projection may be tied to the embedding table. BERT transforms the hidden states first.
+    The projection may be tied to the embedding table. In BERT, a dense layer, an activation and a norm come first.
     """
 
     config: ModelConfig

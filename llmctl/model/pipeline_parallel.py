@@ -38,7 +38,7 @@ _wanted: ContextVar[int] = ContextVar("microbatches", default=0)
 
 @contextlib.contextmanager
 def use(microbatches: int) -> Iterator[None]:
-    """Set the maximum number of microbatches for computations that are traced in this context.
+    """Set the maximum number of microbatches for computations that are traced in a `with` block.
 
     0 means `PER_STAGE` microbatches per pipeline stage.
     """

@@ -34,10 +34,10 @@ rules_in_use: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default
 
 @contextlib.contextmanager
 def use(rules: Mapping[str, str]) -> Iterator[None]:
-    """Set the 8-bit types for computations traced in this context.
+    """Set the 8-bit types of matrix products that are traced in a `with` block.
 
     Args:
-        rules: {pattern of a matrix's path: name in TYPES}; the first match applies.
+        rules: {pattern of a matrix's path: "int8" or "fp8"}; the first match applies. Other products are not in 8 bits.
     """
     token = rules_in_use.set(rules)
     try:

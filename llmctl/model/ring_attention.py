@@ -2,10 +2,10 @@
 
 (Liu et al., 2023, arXiv:2310.01889)
 
-Tokens are in the zig-zag order of `llmctl.distributed.context_parallel`, so that causal attention takes the same work
-on every device at every step. Fully masked blocks are not computed. After each step, softmax sums are merged in
-float32. The backward pass sends keys and values around the ring again. For it, only q, k, v, the output and one number
-per query and head are saved.
+Each device has one early and one late chunk of the sequence (the zig-zag order of
+`llmctl.distributed.context_parallel`). Causal attention then takes the same work on every device at every step. Fully
+masked blocks are not computed. After each step, softmax sums are merged in float32. The backward pass sends keys and
+values around the ring again. Only q, k, v, the output and one number per query and head are saved for it.
 
 Shapes: B batch, T queries and S keys in total, t and s per device, P chunks per device (2 if causal, else 1), c = t /
 P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.
@@ -62,7 +62,7 @@ def attend(
     table_UH: jax.Array | None = None,
     bucket: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Compute attention over sharded sequences in zig-zag order.
+    """Compute attention over sharded sequences whose tokens are in the zig-zag order of the module docstring.
 
     A token attends only to tokens of its segment, which is one of the texts that are packed into a sequence.
 

@@ -84,7 +84,7 @@ def has_cross_attention(cfg: ModelConfig, stack: str) -> bool:
 
 
 def feeds(cfg: ModelConfig) -> list[Feed]:
-    """Return all activations that matrices read. Each matrix of the network is a reader of exactly one of them."""
+    """Return all activations that are inputs of matrices. Each matrix has exactly one of them as its input."""
     found: list[Feed] = []
     for stack in stacks(cfg):
         found += _block_feeds(cfg, stack)

@@ -119,7 +119,7 @@ class Speed:
 def begin(
     tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str] = (), *, encoded: bool = False
 ) -> list[Continuation]:
-    """Return one continuation per prompt, without generated tokens.
+    """Return one `Continuation` per prompt, which has no generated tokens yet.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -154,14 +154,14 @@ def continue_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
-    """Generate text for a batch of rows, update the rows, and yield the new text of each row after every chunk.
+    """Generate text for a batch of continuations (rows), and yield the new text of each row after every chunk.
 
     Text that later tokens may change is yielded later (see `Continuation.text`).
 
     Args:
         decoder: Decoder, or Session for a single row.
         tokenizer: Tokenizer of the model.
-        rows: Rows from `begin`; they are updated.
+        rows: Continuations from `begin`; they are updated.
         max_new: Maximum number of new tokens.
         sampling: Sampling rules; greedy if None.
         seed: Seed of the sampling.
@@ -208,7 +208,7 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Run beam search for a batch of rows, and set the text and the score of each row to those of the best answer.
+    """Run beam search for a batch of continuations, and set the text and the score of each to those of its best answer.
 
     If the text contains a stop string, it is truncated there.
 

@@ -151,9 +151,9 @@ def merge_adapters(params: Params) -> Params:
 
 
 def merge_bias_adapters(params: Params) -> Params:
-    """Return the parameter tree with those adapters merged that also scale the bias of their layer.
+    """Merge adapters that also scale the bias of their layer, keep all others, and return the parameter tree.
 
-    Other adapters are kept. A bias then no longer depends on the adapter of another weight.
+    In the result, biases can be read without looking at the adapter of the layer's matrix.
     """
     flat = flatten(params)
     changes: dict[str, Any] = {}

@@ -28,7 +28,10 @@ class Matrix:
     weight: Any
     """The weight [..., I, O], or the token embedding table [V, D]; a plain array, or a weight node (`weights.base`)."""
     place: Place
-    """Location: `block`, `head` or `embedding`. A tied table counts as an embedding."""
+    """`block` for a matrix of a layer, `head` for one of an output head, or `embedding` for the token table.
+
+    A token table that is also the output projection is an `embedding`.
+    """
     stack: str
     """`encoder` or `decoder`, if the matrix is one of their layers' matrices. Otherwise empty, and also empty for the
     matrices that `layer_matrices` yields."""
@@ -87,7 +90,7 @@ def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def layer_of(tree: Any, index: int) -> Any:
-    """Return the layer with the given index of a stacked weight, or of a tree of stacked weights."""
+    """Return the weight of one layer from a weight that is stacked over layers, or do so for each weight of a tree."""
     return jax.tree.map(lambda a: a[index], tree)
 
 
