@@ -56,7 +56,8 @@ class CellReader:
         """Return the accepted answers as pairs (text, index of its first character in the context).
 
         Raises:
-            RequestError: If the cell has another format, or if an answer is not in the context at its index.
+            RequestError: If the cell has another format, or if the context does not contain an answer at the given
+                index.
         """
         given: Any = row["answers"] or {"text": [], "answer_start": []}
         try:

@@ -319,7 +319,7 @@ def holds_conversations(cfg: DataConfig) -> bool:
 
 
 def _default_columns(known: Collection[str]) -> list[str]:
-    """Return the canonical columns to read if `data.columns` is empty, for a source that has the columns `known`."""
+    """Return the names of the columns to read if `data.columns` is empty, for a source that has the columns `known`."""
     partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
     return [c for c in COLUMNS if c in known and c not in partial]
 

@@ -19,17 +19,19 @@ Truncate = Literal["tail", "head_tail"]
 """Truncation of long texts: "tail" removes the end, "head_tail" removes the middle."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
-"""Canonical columns that contain text. The text of the first one in this order determines the row's split, so that all
-questions about a context are in the same split."""
+"""Canonical columns (llmctl's own column names) that contain text. The first of them that the data has determines a
+row's split by its text, so that all questions about a context are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "choices", "answer", "messages", "tools")
-"""All canonical columns; `tokens` and `tags` are lists, `answers` is {"text": [...], "answer_start": [...]}."""
+"""All canonical columns (llmctl's own column names). In a row, `tokens` and `tags` are lists, and `answers` is {"text":
+[...], "answer_start": [...]}."""
 CHAT_COLUMNS = {"messages", "tools"}
-"""Canonical columns of conversations: a list of messages, and a list of tools that the assistant may call."""
+"""Names that llmctl gives to the two columns of conversations: a list of messages, and a list of tools that the
+assistant may call."""
 LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
-"""Canonical columns that contain labels, not text."""
+"""Those of llmctl's column names that stand for labels, not text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
-"""Groups of canonical columns, such as choices and answer. If `data.columns` is empty, the columns of a group are read
-only if the source has all of them, because a single one may have another meaning."""
+"""Groups of column names, such as choices and answer. If `data.columns` is empty, the columns of a group are read only
+if the source has all of them, because a single one may have another meaning."""
 
 SENTENCE_PAIRS = (
     *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b")),
@@ -115,7 +117,7 @@ class SourceConfig(Config):
         return self.path or self.name or self.source
 
     def inputs(self) -> list[str]:
-        """Return the paths of the input files, whose content is hashed into the key of a stage.
+        """Return the paths of the input files. If their content changes, stages that read them run again.
 
         Raises:
             RequestError: If a path matches no file.
@@ -260,7 +262,7 @@ class TokenizerConfig(Config):
     file for a loaded one."""
 
     def inputs(self) -> list[str]:
-        """Return the paths of the tokenizer's files, whose content is hashed into the key of a stage.
+        """Return the paths of the tokenizer's files. If their content changes, stages that read them run again.
 
         Raises:
             RequestError: If the path matches no file.

@@ -64,9 +64,9 @@ def canonical(label: str) -> str:
 def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, str]:
     """Choose one spelling per class, and return {label as spelled in the data: class name}.
 
-    A label gets the name in `known` that has the same canonical spelling. If there is none, the label keeps its
-    spelling. But if at least one class has several spellings, all labels without a name in `known` get their canonical
-    spelling.
+    Labels such as "1" and "1.0" are one class, because `canonical` returns the same text for both. The name of a class
+    is its spelling in `known`, if the class is in `known`. For all other classes, labels keep their spelling if each
+    class has only one in the data. If any class has several, these labels get their canonical spelling.
 
     Args:
         found: Labels as spelled in the data.
@@ -121,7 +121,8 @@ def no_class_error(label: str, where: str) -> RequestError:
 
 
 def matching_name(label: str, names: Collection[str]) -> str | None:
-    """Return the element of `names` with the same canonical spelling as `label`, or None."""
+    """Return the name in `names` of the class that `label` spells, or None if there is none. For example, "1.0" matches
+    "1"."""
     name = one_spelling([label], names)[label]
     return name if name in names else None
 

@@ -196,8 +196,8 @@ class Reader:
     open: Callable[[SourceConfig], Source]
     """Function that opens the data and returns its rows; it raises RequestError if the data is missing or damaged."""
     inputs: Callable[[SourceConfig], list[epath.Path]] = _named
-    """Function that returns the input files, whose content is hashed into the key of a stage; by default the files that
-    `path` matches."""
+    """Function that returns the input files, so that a stage runs again if their content changes; by default the files
+    that the setting `path` matches."""
     fetch: Callable[[SourceConfig], None] = lambda cfg: None
     """Function that downloads missing data, if the config allows it."""
 

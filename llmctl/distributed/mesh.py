@@ -1,4 +1,4 @@
-"""Build the device mesh, and shard arrays over it by one table of rules that maps logical axes to mesh axes.
+"""Build the device mesh, and shard arrays over it. One table of rules maps the logical axes of arrays to mesh axes.
 
 Example:
   >>> from llmctl.config.settings import MeshConfig
@@ -208,5 +208,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Return the sharding of a batch array [B, ...] with `ndim` axes. It splits the first axis."""
+    """Return the sharding of a batch array [B, ...] with `ndim` axes, of which only the first is sharded."""
     return sharding(["batch"] + [None] * (ndim - 1), mesh)

@@ -140,7 +140,7 @@ def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[st
 def cluster_arguments() -> dict[str, Any] | None:
     """Return the arguments of `jax.distributed.initialize` for processes of Slurm or of a TPU pod.
 
-    They are derived from environment variables and device files. If there is only one process, return None.
+    The arguments are derived from environment variables and device files. If there is only one process, return None.
     """
     env = os.environ
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:

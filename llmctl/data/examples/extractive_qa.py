@@ -38,11 +38,12 @@ class AnswerRows(ExampleRows):
     overlap by half. A question longer than half a row is truncated. A batch has these int32 arrays:
     - tokens, segments, positions [B, T]
     - types [B, T]: 0 for tokens before the context, 1 from the context on
-    - among [B, T]: 1 for the possible values of start and end, which are the first token and the context's tokens
+    - among [B, T]: 1 for tokens at which an answer may begin or end: the context's tokens, and the first token of the
+      row (for "no answer")
     - first, last [B, T]: range [first, last) of the context's characters that each token covers
     - start, end [B]: positions of the first and the last token of the first accepted answer; both are 0 if there is no
       answer, or if the window does not contain all of it
-    - example [B]: index of the example
+    - example [B]: index of the example to which the row belongs
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):

@@ -19,7 +19,8 @@ from llmctl.data.tokenizers.base import TextTemplate, Tokenizer
 
 
 class ExampleRows:
-    """Define the base class of rows that contain one example each. `rows[i]` exists for any i >= 0.
+    """Define the base class of rows that contain one example each. `rows[i]` exists for any i >= 0, because epochs
+    follow one another without end.
 
     A subclass defines `_build`, which returns the batch for an array of example indices [B].
 

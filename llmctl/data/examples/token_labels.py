@@ -40,7 +40,8 @@ class TagRows(ExampleRows):
         self._seen: list[np.ndarray] = []
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.words = self.cut = 0
-        """Number of labeled words that truncation removes from the rows. `words` is the number of all labeled words."""
+        """`words` is the number of labeled words, and `cut` is the number of those that truncation removes from the
+        rows."""
         room = seq_len - len(self._template.row([]))
         for some in batched(examples):
             spans = tokenizer.encode_spans([" ".join(row["tokens"]) for row in some])

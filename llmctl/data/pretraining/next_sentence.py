@@ -37,10 +37,10 @@ class PairRows:
     the same passage (next_label 0), or from passages of different documents (next_label 1). A and B have up to half a
     row each, for both labels, so that lengths do not reveal the label.
 
-    Four rows combine two passages of different documents: each A with its own B, then each A with the other B. The
-    masks of A, and those of B, are the same in both rows. Every passage therefore has both labels equally often within
-    four rows. A or B alone therefore does not predict the label. Otherwise, a small network fits random correlations
-    between one of them and the label for thousands of steps, before it compares A with B.
+    Four rows combine two passages of different documents: each A with its own B, then each A with the other B. Each A
+    has the same masked tokens in both of its rows, and so has each B. Every passage therefore has both labels equally
+    often within four rows. A or B alone therefore does not predict the label. Otherwise, a small network fits random
+    correlations between one of them and the label for thousands of steps, before it compares A with B.
 
     Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. Exactly half of
     the labeled rows of each group (2 * GROUP rows) have next_label 0. If a passage has no partner, it has two rows `bos
@@ -275,9 +275,9 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
 def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (passage of A, passage of B, next_label) of every row, int [2N] each.
 
-    For partners a and b, there are two rows with label 0, (a, a) and (b, b), then two rows with label 1, (a, b) and
-    (b, a). After all partners of a group, the passages without a partner follow without a label, two at a time: (c, c),
-    (d, d), (c, c), (d, d).
+    For partners (two combined passages) a and b, there are two rows with label 0, (a, a) and (b, b), then two rows with
+    label 1, (a, b) and (b, a). After all partners of a group, the passages without a partner follow without a label,
+    two at a time: (c, c), (d, d), (c, c), (d, d).
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

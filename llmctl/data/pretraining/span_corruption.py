@@ -1,8 +1,8 @@
 """Define pretraining objectives for encoder-decoders: span corruption and prefix language modeling.
 
 The encoder reads a part of a document, and the decoder predicts the rest. A row may contain several documents, as
-segments. A decoder segment attends only to the encoder segment with the same number. It begins with the padding token,
-as in T5 (Raffel et al., 2019, arXiv:1910.10683).
+segments. A decoder segment attends only to the encoder segment with the same number. Each decoder segment begins with
+the padding token, as in T5 (Raffel et al., 2019, arXiv:1910.10683).
 
 Shapes: B rows, S encoder tokens, T decoder tokens, n tokens of a document.
 """

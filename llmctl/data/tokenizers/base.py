@@ -89,7 +89,7 @@ class Tokenizer(ABC):
     """Special tokens around texts that an imported tokenizer declares; None uses the default of `template`."""
 
     prefix: tuple[int, ...] = ()
-    """Token ids of a trained prompt (prompt tuning) that is put before every text. The ids are those after the
+    """Token ids of a trained prompt (prompt tuning) that is put before every text. These ids follow those of the
     vocabulary."""
 
     @classmethod
@@ -183,7 +183,8 @@ class Tokenizer(ABC):
         return {name: names[i] for name, i in ids.items() if i in names}
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Return the token ids of a text, in which texts of special tokens become special tokens.
+        """Return the token ids of a text. If the text contains the name of a special token, such as `<s>`, this name is
+        encoded as the special token.
 
         This is for the output of chat templates. If the text of a special token contains `ESCAPE`, it is encoded as
         ordinary text, without that character.
@@ -195,9 +196,9 @@ class Tokenizer(ABC):
         return out
 
     def split_special(self, text: str) -> list[str]:
-        """Split a text at the texts of special tokens.
+        """Split a text at every occurrence of a special token, such as `<s>`.
 
-        Parts 1, 3, 5, … of the result are texts of special tokens. Parts 0, 2, 4, … are the texts around them.
+        Elements 1, 3, 5, … of the result are special tokens. Elements 0, 2, 4, … are the texts around them.
         """
         special = sorted(self.special_ids, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
@@ -236,7 +237,7 @@ class Tokenizer(ABC):
         return (*self.prefix, *(self.bos_id,) * self.add_bos)
 
     def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt for generation: `begin` and those of the text."""
+        """Return the token ids of a prompt for generation: first those that `begin` returns, then those of the text."""
         return [*self.begin, *self.encode(text)]
 
     @property

@@ -141,7 +141,8 @@ class JsonTokenizer(Tokenizer):
         return found.ids, found.offsets
 
     def _encode_special(self, text: str) -> Any:
-        """Encode a text, in which texts of special tokens become special tokens. Other calls are not affected."""
+        """Encode a text. If the text contains the name of a special token, such as `<s>`, this name becomes the
+        token."""
         self._backend.encode_special_tokens = False
         try:
             return rust_errors.call(self._backend.encode, text, add_special_tokens=False)

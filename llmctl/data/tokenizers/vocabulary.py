@@ -71,7 +71,8 @@ class Vocabulary:
     def closes(self) -> np.ndarray:
         """Return a mask bool [V] of tokens after which a word always begins.
 
-        A single space is part of the next word.
+        These are special tokens, and tokens that end with punctuation or with white space other than a space. A space
+        at the end of a token belongs to the next word.
         """
         return np.array([not p or not (_of_word(p[-1]) or p[-1] == " ") for p in self._pieces])
 
