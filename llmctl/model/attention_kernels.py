@@ -139,7 +139,7 @@ def _on_gpu(cfg: ModelConfig, length: int, dtype: Any, device: Any) -> Choice:
 
 
 def _has_cudnn() -> bool:
-    """Return True if a usable cuDNN is installed. This is tested by tracing its attention."""
+    """Return True if a usable cuDNN is installed, that is, if JAX can trace cuDNN's attention."""
     q = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
     try:
         jax.eval_shape(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn"), q)

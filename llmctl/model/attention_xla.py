@@ -164,7 +164,7 @@ def merge(old: Sums, new: Sums) -> Sums:
 def block_gradients(
     softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any, seen: Any, d_y: Any, wide: bool = False
 ) -> Any:
-    """Compute the gradients of attention with respect to its inputs, for a block of keys.
+    """Compute the gradients of attention with respect to queries, keys, values and scores, for a block of keys.
 
     Args:
         softcap: Soft cap of the scores; 0 means none.

@@ -263,9 +263,9 @@ def cross_entropy(
 def means(sums: dict[str, Any]) -> dict[str, Any]:
     """Convert sums to metrics: divide each sum by the sum "weight".
 
-    If there is a sum "PREFIX_weight", sums whose names begin with "PREFIX_" are divided by that sum instead. A sum and
-    its weight may be vectors, for example with one element per class. The metric is then the mean of their quotients,
-    over the elements with positive weight.
+    If there is a sum "PREFIX_weight", sums whose names begin with "PREFIX_" are divided by it instead. Sum and weight
+    may be vectors, for example with one element per class. They are then divided element by element, and the metric is
+    the mean of the quotients with positive weight.
     """
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
 
@@ -351,8 +351,8 @@ def distillation(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the distillation loss: (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
 
-    The KL divergence is that of `divergence`, at `temperature`. Arguments whose names begin with `teacher_` belong to
-    the teacher. The others belong to the student, and `cross_entropy` describes them.
+    `divergence` defines the KL divergence. Arguments whose names begin with `teacher_` belong to the teacher. The
+    others belong to the student, and are described by `cross_entropy`.
 
     Returns:
         The loss, and the sums {"nll", "kl", "correct", "weight"}.

@@ -142,10 +142,9 @@ ACTIVATIONS = {
 
 
 class Keys:
-    """Read the keys of a config.json, one by one, and collect problems.
+    """Read the keys of a config.json one by one, and collect problems such as unsupported values.
 
-    Each method removes a key. `finish` raises an error if there are problems, or if keys are left that nothing has
-    read.
+    Methods that read a key remove it. At the end, `finish` raises an error if there are problems or unread keys.
     """
 
     def __init__(self, given: Mapping[str, Any], ignore: frozenset[str] = frozenset()):

@@ -50,7 +50,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, shared: Shared, local: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
-        """Apply the layer, and return (output [B, T, D], None), the form that a scan requires.
+        """Apply the layer, and return (output [B, T, D], None), the form that `nn.scan` requires.
 
         Args:
             x_BTD: Input.
@@ -101,9 +101,9 @@ def _may_use_kernels() -> bool:
 
 
 class Stack(nn.Module):
-    """Run L layers as one scan over parameters that are stacked on axis 0, so that compile time does not grow with L.
+    """Run L layers by `nn.scan` over parameters that are stacked on axis 0, so that compile time does not grow with L.
 
-    On a mesh with a `pipeline` axis, each stage scans over its own layers (`llmctl.model.pipeline_parallel`).
+    On a mesh with a `pipeline` axis, each pipeline stage scans over its own layers (`llmctl.model.pipeline_parallel`).
     """
 
     config: ModelConfig

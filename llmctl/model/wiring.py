@@ -30,9 +30,8 @@ class Feed:
     """Paths of the matrices whose input is the activation. They include the table `embed/tokens` if the output
     projection is tied."""
     foldable: bool
-    """Whether a scale can be moved between the producer and the readers. If true, a channel of the activation can be
-    multiplied by a positive factor. If the readers' rows for this channel are divided by the factor, the model's
-    outputs do not change.
+    """Whether a scale can be moved between the producer and the readers: if a channel of the activation is multiplied
+    by a positive factor and the readers' rows for this channel are divided by it, the model's outputs do not change.
     False if another module reads the activation, or if a nonlinearity between producer and readers is not positively
     homogeneous."""
     repeat: int = 1
@@ -66,11 +65,11 @@ class Residual:
 
     stack: str
     writers: tuple[str, ...]
-    """Paths of the embedding tables, matrices and norms that write to the stream. Their output is added to it, or
-    replaces it (the norms of a post-norm model)."""
+    """Paths of the embedding tables, matrices and norms whose output is added to the residual stream. The norms of a
+    post-norm model replace the stream by their output, and are included."""
     readers: tuple[str, ...]
-    """Paths of the norms and matrices that read the stream. Sequential adapters, which read the output of a sublayer
-    before it is added to the stream, are included."""
+    """Paths of the norms and matrices whose input is the residual stream. Sequential adapters are included, although
+    their input is the output of a sublayer before it is added to the stream."""
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
@@ -132,9 +131,9 @@ def _end(cfg: ModelConfig, stack: str) -> str:
 
 
 def _head_feeds(cfg: ModelConfig) -> list[Feed]:
-    """Return the activations that matrices of the output heads read.
+    """Return the activations that are inputs of the output heads' matrices.
 
-    Scales can be moved through the pooling, because it is linear.
+    Pooling is linear, so a scale can be moved from the final norm to a matrix after the pooling.
     """
     end, found, readers = _end(cfg, stacks(cfg)[-1]), [], []
     tied, alone = False, True

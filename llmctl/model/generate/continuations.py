@@ -208,9 +208,9 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Run beam search for a batch of continuations, and set the text and the score of each to those of its best answer.
+    """Run beam search for a batch of continuations, and store the text and the score of the best answer in each.
 
-    If the text contains a stop string, it is truncated there.
+    If the text contains a stop string, the text is truncated there.
 
     Raises:
         RequestError: If a prompt is too long for a continuation.

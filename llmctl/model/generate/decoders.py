@@ -16,8 +16,8 @@ from llmctl.model.generate.served import Served, Shared
 class Decoders:
     """Store one decoder per model config, and the parameters of each model by name.
 
-    Models with the same config use the same compiled programs. Arrays that models have in common are stored once. If
-    there are several models, adapters are therefore not merged.
+    Models with the same config use the same compiled programs. Arrays that models have in common, such as the base of
+    several adapters, are stored once. Adapters are therefore merged only if there is a single model.
 
     Example:
         >>> import jax

@@ -36,8 +36,8 @@ class Prompts(NamedTuple):
 def padded_ends(ends: Sequence[int]) -> np.ndarray:
     """Return the end tokens as int32 [E], padded with NOTHING to at least 8 entries.
 
-    The padding avoids a compilation for every number of end tokens. It has no effect, because only rows that have
-    already ended generate NOTHING.
+    The padding avoids a compilation for every number of end tokens. The padding ends no row, because only rows that
+    have already ended generate NOTHING.
     """
     return np.array([*ends, *[NOTHING] * max(0, 8 - len(ends))], np.int32)
 

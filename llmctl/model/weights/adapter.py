@@ -37,9 +37,9 @@ class Adapter(Node):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of the base's array that shows which elements of the base are zero, or None.
+        """Return the name of an array of the base that has zeros exactly where the dense base has zeros.
 
-        For a quantized base, it is the name of the integers. `Node.values_part` defines when it is None.
+        For a quantized base, it is the name of the integers. The result is None if no array has this property.
         """
         part = as_node(self.base).values_part
         return None if part is None else _base_part(part)
@@ -61,7 +61,7 @@ class Adapter(Node):
         return inner | {k: a for k, a in super().parts().items() if k != "base"}
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as JSON data, with those of the base under the key `base`."""
+        """Return the fields that are not arrays as JSON data, with the base's fields under the key `base`."""
         return {**super().settings(), "base": typed(self.base)}
 
     @classmethod
@@ -141,10 +141,10 @@ def adapter_names(params: Params) -> frozenset[str]:
 
 
 def merge_adapters(params: Params) -> Params:
-    """Return the parameter tree with every adapter merged into its base.
+    """Return the parameter tree with every adapter merged into its frozen base weight.
 
     A merged weight is a plain array in the dtype of the base or, if the base is quantized, of its scales. If an adapter
-    also scales the bias of the layer, the bias is multiplied by its factor.
+    also scales the bias of the layer, the bias is multiplied by the adapter's factor.
     """
     settled = merge_bias_adapters(params)
     return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))
@@ -167,5 +167,5 @@ def merge_bias_adapters(params: Params) -> Params:
 
 
 def without_adapters(params: Params) -> Params:
-    """Return the parameter tree without adapters: each adapted weight is replaced by its base."""
+    """Return the parameter tree without adapters: each is replaced by the frozen weight to which it was applied."""
     return cast(Params, jax.tree.map(lambda w: as_node(w).bare(), params, is_leaf=is_weight))

@@ -56,10 +56,10 @@ class Product:
     """Whether to merge the leading axes of x into one before the product, which is much faster on XLA's CPU backend
     (see recipes/bench). It must be false if devices shard several leading axes, because XLA would then gather x."""
     kind: str = ""
-    """8-bit type of the product in training, a name in `quantized_matmul.TYPES`; empty means none. Only plain arrays
-    use it."""
+    """8-bit type of the product in training, "int8" or "fp8"; empty means none. Only weights that are plain arrays use
+    it."""
     axes: tuple[str, str] | None = None
-    """Logical axes of the matrix. They determine how a plain array is gathered, if FSDP shards it."""
+    """Names of the matrix's axes in the sharding rules, from which it is known how to gather a matrix under FSDP."""
 
 
 def setting(*, default: Any = MISSING) -> Any:
@@ -89,26 +89,26 @@ class Node(abc.ABC):
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays that adapter training changes; the other arrays of the node are frozen."""
     keeps_zeros: ClassVar[bool] = False
-    """Whether the weight with its adapter merged is zero wherever the frozen base weight is zero."""
+    """Whether zeros of the frozen base weight, such as pruned elements, stay zero when an adapter is merged."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Return the logical shape: that of the weight as a plain array, such as [layers, inputs, outputs]."""
+        """Return the shape that the weight has as one dense array, such as [layers, inputs, outputs]."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> Any:
-        """Return the dtype that the weight has as a plain array."""
+        """Return the dtype that the weight has as one dense array."""
 
     @property
     def ndim(self) -> int:
-        """Return the number of logical axes."""
+        """Return the number of axes of `shape`."""
         return len(self.shape)
 
     @abc.abstractmethod
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array of its logical shape."""
+        """Return the weight as one dense array that has the shape `shape`."""
 
     # --- products ----------------------------------------------------------------------------------------------------
 
@@ -178,16 +178,16 @@ class Node(abc.ABC):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of a stored array that is zero exactly where the dense weight is zero.
+        """Return the name of a stored array that has zeros exactly where the dense weight has zeros.
 
-        For a quantized weight, it is the array of integers. Return None if the node has no such array.
+        For a quantized weight, it is the name of the integers. The result is None if no array has this property.
         """
         return None
 
     def values(self) -> Any:
-        """Return an array of the logical shape that is zero exactly where the weight is zero.
+        """Return an array of the shape `shape` that has zeros exactly where the weight has zeros.
 
-        For a quantized weight, these are its integers.
+        For a quantized weight, it is the array of integers. By default, it is the dense weight.
         """
         return self.dense() if self.values_part is None else self.parts()[self.values_part]
 
@@ -242,7 +242,7 @@ class Node(abc.ABC):
         return self
 
     def masked(self, mask: jax.Array) -> Any:
-        """Return the weight with zeros where the mask is False. The mask is broadcast to the logical shape.
+        """Return the weight with zeros where the mask is False. The mask is broadcast to the shape of the weight.
 
         Raises:
             RequestError: If this kind of weight cannot store zeros.

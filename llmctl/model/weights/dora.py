@@ -39,7 +39,7 @@ class Dora(LowRank):
         return self.magnitude.astype(jnp.float32) / jax.lax.stop_gradient(_norm(super().dense()))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array of its logical shape."""
+        """Return the weight as one dense array that has the shape `shape`."""
         return (super().dense() * self.factor()).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:

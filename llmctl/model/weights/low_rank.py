@@ -29,7 +29,7 @@ class LowRank(Adapter):
     scale: float = setting()
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array of its logical shape."""
+        """Return the weight as one dense array that has the shape `shape`."""
         delta = self.scale * jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32))
         return (as_node(self.base).dense() + delta).astype(dtype)
 

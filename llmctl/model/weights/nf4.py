@@ -67,7 +67,7 @@ class NormalFloat(Node):
         return cls(jnp.reshape(codes, shape).astype(jnp.int4), jnp.squeeze(scale, axis + 1))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array of its logical shape."""
+        """Return the weight as one dense array that has the shape `shape`."""
         return _values(self.codes, self.scale, dtype)
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:

@@ -33,7 +33,7 @@ class Quantized(Node):
     is_integer = property(lambda self: True)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array of its logical shape."""
+        """Return the weight as one dense array that has the shape `shape`."""
         return qwix.dequantize(self.array).astype(dtype)
 
     def multiply(self, x_NI: jax.Array, dtype: Any, options: Product) -> jax.Array:

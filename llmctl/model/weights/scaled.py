@@ -36,7 +36,7 @@ class Scaled(Adapter):
     scales_bias = property(lambda self: self.side == "outputs")
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array of its logical shape."""
+        """Return the weight as one dense array that has the shape `shape`."""
         return (as_node(self.base).dense() * self.factor.astype(jnp.float32)).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:

@@ -32,7 +32,7 @@ class Svd(Adapter):
         return LowRank(self.base, self.a * self.e, self.b, self.scale)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as a plain array of its logical shape."""
+        """Return the weight as one dense array that has the shape `shape`."""
         return self.as_low_rank().dense(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:

@@ -111,7 +111,7 @@ def is_plain(w: Any) -> bool:
 
 
 def dense(w: Weight, dtype: Any = jnp.float32) -> jax.Array:
-    """Return the weight as a plain array of its logical shape."""
+    """Return the weight as one dense array. For example, a quantized weight is dequantized."""
     return as_node(w).dense(dtype)
 
 
@@ -198,9 +198,9 @@ def arrays(params: Params) -> dict[str, Any]:
 
 
 def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
-    """Return the parameter tree `template` with its arrays replaced; the inverse of `arrays`.
+    """Return the parameter tree `template` with all arrays replaced by those in `named`; the inverse of `arrays`.
 
-    The tree may be abstract.
+    The arrays in `template` may be abstract.
     """
 
     def restored(path: str, node: Node) -> Node:
