@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -73,13 +72,18 @@ def abstract_result(
     return Artifact(Path(config.title), manifest, params)
 
 
-def masters(params: Params) -> Params:
-    """Return the shapes of parameters with the dtypes that training saves: float32 for all floating-point arrays."""
+def masters(params: Params, trains: Callable[[str], bool] = lambda _: True) -> Params:
+    """Return abstract parameters with the dtypes that training saves: float32 for trained floating-point arrays.
 
-    def one(a: Any) -> Any:
-        return a.update(dtype=jnp.dtype("float32")) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-    return jax.tree.map(one, params)
+    Args:
+        params: Abstract parameters.
+        trains: Function from an array's name to whether it is trained. By default, all are.
+    """
+    arrays = {
+        name: a.update(dtype=jnp.dtype("float32")) if trains(name) and jnp.issubdtype(a.dtype, jnp.floating) else a
+        for name, a in weights.arrays(params).items()
+    }
+    return weights.rebuild(params, arrays)
 
 
 def with_shardings(found: Artifact, mesh: Mesh) -> Artifact:

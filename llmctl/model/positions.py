@@ -32,7 +32,7 @@ def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array
     factor = float(scaling["factor"])
     if kind == "linear":
         return frequency / factor, 1.0
-    original = float(scaling.get("original_max_position_embeddings", cfg.max_seq_len))
+    original = float(scaling.get("original_max_position_embeddings", cfg.max_seq_len + cfg.prefix_tokens))
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
         turns = original * frequency / (2 * math.pi)

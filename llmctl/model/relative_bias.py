@@ -61,7 +61,8 @@ def add(
     shared = shared._replace(bias_HTS=bias(distance_TS))
     if not cfg.prefix_tokens:
         return shared
-    # The first key of the text is in column 0, and the prefix is before it.
+    # The first key of the text is in column 0, and the prefix is before it: prefix tuning of models with relative
+    # positions refuses packed rows, and decoders, whose prompts are padded on the left.
     return shared._replace(bias_HTP=bias(distance_TS[:, :1] + jnp.arange(-cfg.prefix_tokens, 0)))
 
 

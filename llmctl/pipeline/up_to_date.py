@@ -78,7 +78,7 @@ def key_at(folder: Path) -> str:
 
 def _bases(step: Step) -> tuple[Path, ...]:
     """Return the folders outside the run that may be the base of the stage's artifact, if it is an adapter."""
-    return (step.parent, *step.config.bases) if isinstance(step.parent, Path) else ()
+    return (*((step.parent,) if isinstance(step.parent, Path) else ()), *step.config.bases)
 
 
 def _damage(step: Step, manifest: Manifest) -> str:

@@ -60,7 +60,7 @@ def run(
                 own = config.model_copy(update={"seed": seed, "seeds": 1, "name": f"{config.title}-seed-{seed}"})
                 once(own, Context(out, work, ctx.key, ctx.siblings, logs=ctx.out.parent))
             manifest = read_manifest(out)
-            by, finished = by or metric(manifest), finished | {str(seed): manifest.metrics}
+            by, finished = by or metric(manifest), finished | {str(seed): with_nan(manifest.metrics)}
         processes.broadcast(partial(_keep_best, ctx, by, finished))
     best = best_of(finished, by)
     made = summary(finished, by)
@@ -68,6 +68,11 @@ def run(
         folder(ctx, best), ctx.out, key=ctx.key, config=keyed(config), metrics={**finished[str(best)], "seeds": made}
     )
     return made
+
+
+def with_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics of a manifest with NaN for validation metrics that were not finite, which JSON stores as null."""
+    return {n: math.nan if v is None and n.startswith(PREFIX) else v for n, v in metrics.items()}
 
 
 def folder(ctx: Context, seed: int) -> Path:

@@ -52,6 +52,12 @@ def prefix_notice(parent: ModelConfig, model: ModelConfig) -> str:
     return "the task needs the encoder alone; the decoder is dropped, and its trained prefix with it"
 
 
+def without_prefix(cfg: ModelConfig) -> dict[str, int]:
+    """Return the changed fields of a config without the trained prefix. The prefix took the first positions."""
+    room = 0 if cfg.positions in ("relative", "none") else cfg.prefix_tokens
+    return {"prefix_tokens": 0, "max_seq_len": cfg.max_seq_len + room}
+
+
 def prompt_hint(model: ModelConfig) -> str:
     """Return a message if texts are pooled at the first vector of a trained prompt, otherwise ""."""
     kind = HEAD_KINDS[model.head]
@@ -96,8 +102,8 @@ def with_head(config: Any, base: Artifact, labels: list[str], devices: Any) -> t
     head |= {"pooler": False, "head_bias": True} if per_token else {}  # no pooling; biases as in published models
     if cfg.architecture == "encoder_decoder":
         # The task generates no text, so only the encoder is kept, as an encoder of the same family.
-        head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0, "prefix_tokens": 0}
-        head |= {"pooling": config.pooling or "mean", "preset": ""}
+        head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0, "preset": ""}
+        head |= {"pooling": config.pooling or "mean"} | without_prefix(cfg)
         params.pop("decoder")
     new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
     params.pop("lm_head", None)

@@ -162,6 +162,8 @@ def test_an_adapter_is_up_to_date_only_with_its_base(run, tmp_path):
     assert "its base base (digest" in up_to_date.why(step, "k", set()) and not up_to_date.is_done(step, "k")
     outside = Step(config, tmp_path / "one", run / "base")
     assert up_to_date.is_done(outside, "k")
+    named = Step(config.model_copy(update={"base": str(run / "base")}), tmp_path / "one", "base")  # of an earlier stage
+    assert up_to_date.is_done(named, "k")
 
 
 def test_commands_check_the_base(run, tmp_path, capsys):

@@ -5,10 +5,11 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from llmctl.artifacts import artifact, integrity
+from llmctl.artifacts import abstract_artifact, artifact, integrity
 from llmctl.artifacts.manifest import CONTENT, Manifest, damaged_fields
 from llmctl.config import checksums
 from llmctl.config.errors import RequestError
@@ -274,3 +275,9 @@ def test_sizes_that_no_model_has(sizes):
     """Abstract parameters of 10^9 layers took minutes."""
     with pytest.raises(ValueError, match=r"less than|64 bits"):
         ModelConfig(**{**SIZES, **sizes})
+
+
+def test_planned_dtypes_are_float32_for_trained_arrays_alone():
+    a = jax.ShapeDtypeStruct((2,), jax.numpy.bfloat16)
+    planned = abstract_artifact.masters({"frozen": a, "trained": a}, "trained".__eq__)
+    assert {name: b.dtype.name for name, b in planned.items()} == {"frozen": "bfloat16", "trained": "float32"}

@@ -78,3 +78,9 @@ def test_generation_without_a_task_that_generates_is_refused(monkeypatch):
     config = MeasureConfig(generation=GenerationConfig(beams=2))
     with pytest.raises(RequestError, match="generation: not for task lm"):
         runner.results(config, {"a": Path("a")}, None, None, Path("work"), print)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("settings", [{"max_new": "abc"}, {"beams": [1]}, [1], "x"])
+def test_settings_of_generation_of_other_types_are_refused(settings):
+    with pytest.raises(RequestError, match="settings of generation"):
+        GenerationConfig.of(settings)

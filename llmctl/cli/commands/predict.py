@@ -83,6 +83,8 @@ def predict(
             stream, title = closing.enter_context(_opened(file)), str(file)
         loaded = list(artifact.load_each(artifacts, meshes.make(MeshConfig()), bases=bases))
         model = predictor(loaded, batch_size, seq_len, dtype, max_new, beams)
+        if probabilities and loaded[0].model.head_kind.vocabulary:
+            raise RequestError(f"{artifacts[0]}: generates text, which has no classes; leave --probabilities out")
         read = row_stream.rows(stream, title, kind, names)
         write = _writer(closing.enter_context(_output(out)), to, model.task.text_field)
         begun, count, bad = time.monotonic(), 0, 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from llmctl.config.base import Config, hint
 from llmctl.config.containment import regular
@@ -90,5 +90,12 @@ class GenerationConfig(Config):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> GenerationConfig:
-        """Return the settings that an artifact recorded. Unknown ones, of another llmctl, are ignored."""
-        return cls(**{name: value for name, value in settings.items() if name in cls.model_fields})
+        """Return the settings that an artifact recorded. Unknown ones, of another version of llmctl, are ignored.
+
+        Raises:
+            RequestError: If a value has another type.
+        """
+        try:
+            return cls(**{name: value for name, value in settings.items() if name in cls.model_fields})
+        except (ValidationError, AttributeError):
+            raise RequestError("the manifest's settings of generation are not of their types") from None

@@ -265,8 +265,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     learns = programs.abstractly(mesh, lambda b: make_learner(config, b or base, labels, mesh), base)
     rows = _rows(config, learns.model, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     merges = METHODS[config.method].merges(config)
-    params = jax.eval_shape(weights.merge_adapters, learns.params) if merges else learns.params
-    params = abstract_artifact.masters(functional.laid_out(learns.model, params, mesh))
+    params = abstract_artifact.masters(learns.params, learns.job_fields["trains"])
+    params = jax.eval_shape(weights.merge_adapters, params) if merges else params
+    params = functional.laid_out(learns.model, params, mesh)
     about = {"base": base, "labels": labels, "task": config.task, "generation": _generation(config)}
     if config.store == "adapter":
         theirs, trains = weights.arrays(base.params), learns.job_fields["trains"]

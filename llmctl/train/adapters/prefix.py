@@ -18,6 +18,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config.errors import RequestError
+from llmctl.data.pretraining.packing import PackedRows
+from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.model.head_kinds import HEAD_KINDS
+from llmctl.train import task_head
 from llmctl.train.adapters.method import Method, Params
 
 if TYPE_CHECKING:
@@ -45,6 +49,8 @@ class Prefix(Method):
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
+        if model.architecture == "encoder_decoder" and not HEAD_KINDS[TASKS[config.task].head_for(model)].vocabulary:
+            model = model.model_copy(update=task_head.without_prefix(model))  # the decoder and its prefix are dropped
         given = [f"trained.{name}" for name in ("last_layers", "unfreeze_every") if getattr(trained, name)]
         if config.freeze_layers:
             given.append("freeze_layers")
@@ -56,6 +62,11 @@ class Prefix(Method):
             raise RequestError(
                 f"prefix.projection: {base.path} has a trained prefix, from which a projection cannot start; leave "
                 "prefix.projection out"
+            )
+        if model.positions == "relative" and model.architecture == "decoder":
+            raise RequestError(
+                f"method = 'prefix': {base.path} is a decoder with relative positions, which are counted from the "
+                "padding of a prompt; use method = 'lora'"
             )
         room = self.network(config, model).max_seq_len
         if config.train.seq_len > room:
@@ -84,6 +95,18 @@ class Prefix(Method):
         unbounded = model.positions in ("relative", "none")
         room = model.max_seq_len - (0 if unbounded else tokens)
         return model.model_copy(update={"prefix_tokens": tokens, "max_seq_len": room})
+
+    def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
+        """Check that a row has one text, if the model has relative positions: they count from the start of a row.
+
+        Raises:
+          RequestError: If rows are packed from several texts.
+        """
+        if model.positions == "relative" and isinstance(rows, PackedRows):
+            raise RequestError(
+                f"method = 'prefix': task {config.task!r} packs several texts into a row, and this model's relative "
+                "positions count from the row's start; give the data prompts and completions, or use method = 'lora'"
+            )
 
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh

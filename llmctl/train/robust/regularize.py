@@ -94,9 +94,17 @@ def mixout(own: Loss, rate: float) -> Loss:
 
 
 def from_parent(names: Collection[str], params: Params) -> list[str]:
-    """Return the names, among `names`, of arrays that come from the parent: all but adapters and the task's head."""
+    """Return the names, among `names`, of arrays that come from the parent.
+
+    These are all except adapters, trained prompts and prefixes, and the task's head.
+    """
     adapters = weights.adapter_names(params)
-    return [name for name in names if name not in adapters and not weights.parse(name).task_head]
+
+    def is_new(name: str) -> bool:
+        parsed = weights.parse(name)
+        return name in adapters or parsed.task_head or parsed.prompt or parsed.prefix or parsed.bottleneck
+
+    return [name for name in names if not is_new(name)]
 
 
 def class_counts(examples: Examples) -> list[int]:

@@ -1,9 +1,12 @@
 """Several seeds of a stage: each is the stage run alone, the best is kept, and a kill loses only the running seed."""
 
 import json
+import math
 import statistics
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.workspace import Context
@@ -66,6 +69,12 @@ def test_the_best_of_three_seeds_is_kept_and_finished_ones_are_not_trained_again
     assert {**made.metrics, "seeds": None} == {**one.metrics, "seeds": None}
 
 
+class Metrics(BaseModel):
+    """The field of a manifest that has a result's metrics."""
+
+    metrics: dict[str, Any]
+
+
 def test_ties_go_to_the_lowest_seed_and_numbers_that_are_none_to_the_last():
     values = {"3": float("nan"), "4": 0.5, "10": 0.7, "7": 0.7}
     finished = {seed: {"validation_accuracy": v, "steps": 4} for seed, v in values.items()}
@@ -73,6 +82,9 @@ def test_ties_go_to_the_lowest_seed_and_numbers_that_are_none_to_the_last():
     found = seeds.summary(finished, "accuracy")
     assert found["seeds"] == [3, 4, 7, 10] and list(found["metrics"]) == ["validation_accuracy"]
     assert json.dumps(found)
+    read = json.loads(Metrics(metrics={"validation_accuracy": math.nan, "steps": None}).model_dump_json())["metrics"]
+    assert read["validation_accuracy"] is None  # as in a manifest
+    assert math.isnan(seeds.with_nan(read)["validation_accuracy"]) and seeds.with_nan(read)["steps"] is None
 
 
 def test_refusals(artifacts, reviews, tmp_path):

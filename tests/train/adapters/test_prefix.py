@@ -11,8 +11,9 @@ import torch
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, TrainConfig
 from llmctl.convert import architectures
+from llmctl.data.pretraining.packing import PackedRows
 from llmctl.distributed import mesh as meshes
-from llmctl.model import flops, functional, weights, wiring
+from llmctl.model import flops, functional, positions, weights, wiring
 from llmctl.model.attention_xla import Keys, attend, attend_to_parts
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import finetune
@@ -106,6 +107,14 @@ def test_the_projection_is_that_of_peft_and_trains_alone():
     assert fields["trains_result"] and fields["extra"].keys() == extra.keys()
 
 
+def test_frequencies_stay_those_of_the_parent():
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    cfg = ModelConfig(preset="llama-tiny", head_dim=64, max_seq_len=2048, rope_scaling=scaling)
+    wide = METHOD.network(settings(prefix={"tokens": 50}), cfg)
+    before, now = (positions.scale_frequencies(1e4 ** -(jnp.arange(32) / 32), c)[0] for c in (cfg, wide))
+    np.testing.assert_array_equal(before, now)
+
+
 def test_refusals():
     cfg = model("llama")
     manifest = SimpleNamespace(pruned=False, sparsity=0.0)
@@ -116,7 +125,7 @@ def test_refusals():
             params={}, path="parent", manifest=manifest, model=base))  # fmt: skip
 
     check()
-    tuned = METHOD.network(settings(), cfg)
+    tuned, relative = METHOD.network(settings(), cfg), cfg.model_copy(update={"positions": "relative"})
     for changes, line in (
         ({"freeze_layers": 1}, r"freeze_layers: not for method 'prefix', whose vectors in frozen layers would stay"),
         ({"trained": {"last_layers": 1}}, r"trained.last_layers: not for method 'prefix'"),
@@ -124,9 +133,16 @@ def test_refusals():
         ({"base": tuned, "prefix": {"tokens": 3, "projection": 4}}, r"parent has a trained prefix, from which a proj"),
         ({"prefix": {"projection": 4, "deviation": 1.0}}, r"prefix.deviation: has no effect with prefix.projection"),
         ({"base": tuned, "prefix": {"tokens": 4}}, r"prefix.tokens = 4: the parent has a trained prefix of 3 tokens"),
+        ({"base": relative}, r"parent is a decoder with relative positions, which are counted from the padding"),
     ):
         with pytest.raises(RequestError, match=line):
             check(**changes)
+    t5 = METHOD.network(settings(), model("t5"))
+    check(t5, task="classify", prefix={"tokens": 4})  # the decoder is dropped, and its prefix with it
+    packed = PackedRows.__new__(PackedRows)  # the rows' kind alone is asked
+    METHOD.check_rows(settings(), cfg, packed)
+    with pytest.raises(RequestError, match=r"task 'classify' packs several texts into a row, and this model's"):
+        METHOD.check_rows(settings(), t5, packed)
     with pytest.raises(RequestError, match=r"mesh.context = 2: devices that share a text do not exchange the trained"):
         functional.check_mesh(tuned, meshes.make(MeshConfig(context=2)))
     with pytest.raises(RequestError, match=r"the model has a trained prefix"):

@@ -116,6 +116,17 @@ def test_the_distance_from_the_start_has_the_gradient_factor_times_the_differenc
     assert regularize.from_parent(names, params) == ["decoder/w"]
 
 
+def test_new_vectors_before_texts_and_new_heads_are_not_the_parents():
+    old = ["decoder/blocks/attn/q/kernel", "embed/tokens"]
+    new = [
+        "decoder/blocks/attn/prefix/k",
+        "embed/prompt",
+        "head/out/kernel",
+        "decoder/blocks/mlp_adapter/reduce/kernel",
+    ]
+    assert regularize.from_parent([*old, *new], {}) == old
+
+
 def test_mixout_is_that_of_the_paper():
     """The paper's form is ((1 - m) w + m w0 - p w0) / (1 - p), for a mask m that is 1 with probability p."""
     rng, p = np.random.default_rng(0), 0.3
