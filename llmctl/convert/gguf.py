@@ -148,7 +148,7 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _bounded(reader: Any) -> Any:
     """Return a subclass of the GGUF reader that raises an error at the end of the file.
 
-    The original class continues to read beyond the end if a damaged header requires it.
+    The original class reads beyond the end if a damaged header states too large sizes.
     """
 
     class Bounded(reader):

@@ -60,7 +60,7 @@ def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
 def put(made: Any, template: TextTemplate) -> None:
     """Set the post-processor of a tokenizer to one that adds the tokens of a template.
 
-    A byte-level step that processes offsets is kept.
+    If the tokenizer has a ByteLevel post-processor, which corrects the offsets of tokens in the text, it is kept too.
     """
     from tokenizers import processors
 

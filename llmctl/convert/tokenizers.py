@@ -95,8 +95,7 @@ def unread_files(folder: Path) -> tuple[str, ...]:
 
 
 def reads_texts(model: ModelConfig) -> bool:
-    """Return True if the model reads complete texts, and False if it is a decoder language model and continues
-    texts."""
+    """Return True if the model reads complete texts, and False for a decoder language model, which continues texts."""
     return not model.head_kind.vocabulary or model.architecture != "decoder"
 
 
@@ -143,7 +142,10 @@ def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
 
 
 def _write_ends(folder: Path, words: tokenizers.Tokenizer, end_ids: Iterable[Any]) -> None:
-    """Add the end tokens `end_ids`, from other files, to the generation_config.json in a tokenizer's folder."""
+    """Write the tokens that end an answer to the generation_config.json in a tokenizer's folder.
+
+    They are those in this file, and `end_ids` from other files.
+    """
     content = read_json(folder / GENERATION)
     own = ids_of(content.get("eos_token_id"))
     every = list(dict.fromkeys([*(own or [words.eos_id]), *(i for ids in end_ids for i in ids_of(ids))]))

@@ -68,7 +68,7 @@ class Setup:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def batches(self) -> DeviceBatches:
-        """Return the object that shards batches over the mesh.
+        """Return a loader that shards batches over the mesh.
 
         Tokens stay in text order, even with context parallelism.
         """

@@ -82,7 +82,7 @@ def programs_of(
       platform: the platform to plan for, if it is not the platform of `devices`.
 
     Raises:
-      RequestError: If `plans` raises it.
+      RequestError: If a stage does not exist, or a mesh or a batch does not divide evenly.
     """
     names = [step.name for step in recipe.steps]
     for name in chosen:

@@ -74,7 +74,7 @@ def training_step(recipe: Recipe, stage: str) -> Step:
 
 
 def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
-    """Return the analytic model's setup of a stage's training step.
+    """Return the description of a stage's training step that the analytic model reads.
 
     The parameters are counted from the arrays of the stage.
     """

@@ -136,7 +136,7 @@ class RowMethods(TaskRecord):
             needed: Number of rows that will be read.
 
         Raises:
-            RequestError: If `rows` raises it, or if `needed` exceeds the number of rows times the allowed epochs
+            RequestError: If the data lacks a column, or if `needed` exceeds the number of rows times the allowed epochs
                 (`data.epochs`).
         """
         rows = self.rows(model, text.splits[split], tokenizer, replace(settings, target_len=text.target_len))

@@ -132,7 +132,10 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _amount(rows: Any) -> dict[str, Any]:
-    """Return {"tokens_an_epoch", "padding": fraction of the positions}; empty for rows of text pairs."""
+    """Return the number of tokens per epoch and the fraction of positions that are padding.
+
+    Return {} for rows of text pairs, which have no such counts.
+    """
     return {"tokens_an_epoch": rows.tokens, "padding": rows.waste} if hasattr(rows, "waste") else {}
 
 
