@@ -68,7 +68,7 @@ def test_answers_are_generated_as_in_training_unless_the_user_says_otherwise(sai
     config = MeasureConfig(**({"generation": said} if said else {}))
     found = runner.setup(config, None, Path("a"), manifest)  # pyright: ignore[reportArgumentType]
     assert found.generation == GenerationConfig(**expected)
-    older = SimpleNamespace(model=model, seq_len=8, truncate="", config={})
+    older = SimpleNamespace(model=model, seq_len=8, truncate="", config={}, generation={})
     assert runner.setup(config, None, Path("a"), older).generation == GenerationConfig(**said)  # pyright: ignore[reportArgumentType]
 
 
