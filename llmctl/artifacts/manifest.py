@@ -113,7 +113,10 @@ class Checksums(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Describe an artifact: all metadata, without the arrays. Reading a manifest does not need JAX."""
+    """Describe an artifact: all metadata, without the arrays. Reading a manifest does not need JAX.
+
+    An artifact is a model that a stage, such as pretrain or prune, has saved in a folder.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

@@ -36,7 +36,8 @@ def check_output(out: Path, *reads: Path, stage: str = "", replace: bool = False
     Args:
         out: Output folder.
         reads: Input folders of the stage.
-        stage: Kind of the stage that writes the artifact. It may replace an artifact of the same kind.
+        stage: Kind of the stage that writes the artifact, such as pretrain. An artifact of the same kind may be
+            replaced.
         replace: Whether to replace an artifact of any kind.
 
     Raises:
@@ -92,7 +93,7 @@ def save(
         params: Parameter tree. If `written` is given, a flat mapping {path: weight}, of which one weight at a time is
             in memory.
         model: Model config; its shapes are those of the parameters.
-        stage: Kind of the stage.
+        stage: Kind of the stage, such as pretrain or prune.
         key: Hash of everything that can change the stage's result.
         config: Resolved config of the stage.
         name: Name of the artifact; by default the folder's name.

@@ -247,9 +247,8 @@ def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
     """Complete nested settings that are only partly set, with the defaults that `cls` declares for them.
 
     If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
-    number of steps is 300. If the class of the nested settings has `deciding` fields, such as a preset, and the user
-    sets none of them, only these fields are completed. If the user sets one of them, nothing is completed, because the
-    preset determines the defaults of the other fields.
+    number of steps is 300. A field in `Config.deciding`, such as a preset, determines the other defaults itself. If the
+    class of the nested settings has such fields, only these are completed, and only if the user sets none of them.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():

@@ -19,8 +19,8 @@ Truncate = Literal["tail", "head_tail"]
 """Truncation of long texts: "tail" removes the end, "head_tail" removes the middle."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
-"""Canonical columns (llmctl's own column names) that contain text. The first of them that the data has determines a
-row's split by its text, so that all questions about a context are in the same split."""
+"""Canonical columns (llmctl's own column names) that contain text. If a row has several of them, the text in the first
+one determines the row's split, so that all questions about a context are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "choices", "answer", "messages", "tools")
 """All canonical columns (llmctl's own column names). In a row, `tokens` and `tags` are lists, and `answers` is {"text":
 [...], "answer_start": [...]}."""

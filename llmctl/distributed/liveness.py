@@ -228,7 +228,7 @@ def _sender_of(line: bytes, secret: str) -> int | None:
 
 
 def exit_together(code: int, line: str) -> None:
-    """End this process together with the other processes of the run.
+    """End this process together with the other processes of the command.
 
     With code 0, return when all processes have succeeded. With another code, or if another process fails, exit this
     process instead of returning.

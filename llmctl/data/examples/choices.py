@@ -24,7 +24,7 @@ def prefix(k: int) -> str:
 
 
 class ChoiceRows(ExampleRows):
-    """Build one row per multiple-choice question, with the model inputs for the prompt with each of the choices.
+    """Build one row per multiple-choice question, with the model inputs for the prompt and each choice.
 
     The inputs depend on the architecture. Decoders read the prompt and a choice as one text without `eos` at its end.
     Encoder-decoders read the prompt with the encoder, and a choice with the decoder. Encoders read the prompt and a

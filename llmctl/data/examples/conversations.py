@@ -22,7 +22,8 @@ and the number of the assistant's answers whose tokens could not be found."""
 
 
 class ConversationRows(ExampleRows):
-    """Build language-model rows of conversations: tokens, targets, weights, segments and positions [B, T].
+    """Build language-model rows of conversations: tokens, targets, weights, segments (1 at tokens, 0 at padding) and
+    positions [B, T].
 
     Messages after the assistant's last message are omitted. If a conversation is too long, its first exchanges are
     removed. An exchange is a user's message and all messages before the user's next message. System messages at the

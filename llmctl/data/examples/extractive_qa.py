@@ -36,7 +36,7 @@ class AnswerRows(ExampleRows):
 
     A row is the pair of question and context in the tokenizer's template. A long context is split into windows that
     overlap by half. A question longer than half a row is truncated. A batch has these int32 arrays:
-    - tokens, segments, positions [B, T]
+    - tokens, segments (1 at tokens, 0 at padding), positions [B, T]
     - types [B, T]: 0 for tokens before the context, 1 from the context on
     - among [B, T]: 1 for tokens at which an answer may begin or end: the context's tokens, and the first token of the
       row (for "no answer")

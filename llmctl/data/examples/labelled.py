@@ -53,8 +53,8 @@ class ExampleRows:
 class ClassificationRows(ExampleRows):
     """Build rows of texts with labels.
 
-    A batch has int32 tokens, segments and positions [B, T], and label: int32 class [B], float32 number [B], or uint8
-    set of classes [B, C].
+    A batch has int32 tokens, segments (1 at tokens, 0 at padding) and positions [B, T], and label: int32 class [B],
+    float32 number [B], or uint8 set of classes [B, C].
 
     A row is the text in the tokenizer's template, followed by padding. The default template is `bos` (if the tokenizer
     adds it), the text and `eos`. If the text is too long, its end (`tail`) or its middle (`head_tail`) is removed. The
@@ -298,6 +298,8 @@ def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
 
 def padded(rows: list[np.ndarray], width: int, pad: int, prefix: str = "") -> Batch:
     """Pad texts on the right, and return the arrays tokens, segments and positions, int32 [B, width].
+
+    Segments are 1 at tokens and 0 at padding. Positions are token indices in the text.
 
     Args:
         rows: Token ids of each text.

@@ -1,4 +1,4 @@
-"""Generate synthetic examples, to get the shapes and dtypes of a stage's rows without reading its data."""
+"""Generate synthetic examples, to get the shapes and dtypes of training rows without reading the data."""
 
 from __future__ import annotations
 
