@@ -19,8 +19,8 @@ def generate(
         list[Path] | None,
         typer.Option(
             metavar="DIR",
-            help="Adapter of ARTIFACT (repeatable). Several answer each prompt in turn; the line /adapter NAME of "
-            "standard input selects one.",
+            help="Adapter of ARTIFACT (repeatable). Several answer each prompt in turn. Prompts on standard input are "
+            "answered by the first, or the one that a line /adapter NAME selects.",
         ),
     ] = None,
     base: Annotated[
