@@ -2,7 +2,7 @@
 
 The backward pass recomputes the scores from queries and keys. This costs less memory traffic than saving the
 probabilities of every layer (FlashAttention; Dao et al., 2022, arXiv:2205.14135). Only q, k, v, the output and two
-numbers per row are saved.
+numbers per query and head are saved.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width.
 """

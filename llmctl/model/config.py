@@ -1,6 +1,6 @@
 """Define ModelConfig: the sizes and flags of a model, from which all array shapes are derived.
 
-The modules in `llmctl/model/families` define the flags and sizes of each family for the shared blocks.
+The modules in `llmctl/model/families` define the flags and sizes of each model family.
 """
 
 from __future__ import annotations

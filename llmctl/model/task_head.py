@@ -1,4 +1,4 @@
-"""Define task heads, which map hidden states of a stack to the outputs of a task.
+"""Define task heads, which map the final hidden states to the outputs of a task, such as logits of classes.
 
 Shapes: B batch, T sequence, D model width, C classes.
 """

@@ -1,10 +1,11 @@
 """Derive the connections between the matrices of a model from its ModelConfig: which module produces which input.
 
-Structured pruning needs the columns and rows of matrices that belong to a head or a neuron. SmoothQuant
+Structured pruning needs to know which columns and rows of matrices belong to a head or a neuron. SmoothQuant
 (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move scales from a matrix to the module before it, without changing the
-outputs. Rotations need the matrices that write to and read from the residual stream (QuaRot, arXiv:2404.00456).
+outputs. Rotations need to know which matrices write to and read from the residual stream (QuaRot, arXiv:2404.00456).
 
-Paths are those of the parameter tree without the last key: "decoder/blocks/attn/q" means both the kernel and the bias.
+Modules are given by their paths in the parameter tree, such as "decoder/blocks/attn/q", the query projection in all
+layers of the decoder.
 This module does not import JAX.
 """
 

@@ -2,7 +2,8 @@
 
 (Gemma Team, 2025, arXiv:2503.19786)
 
-Five local layers precede each global layer. Local and global layers have separate rotary bases.
+Five local layers (sliding-window attention) precede each global layer. Local and global layers have separate rotary
+bases.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Define a modern encoder: pre-norm RMSNorm, rotary positions, gated GELU, and global attention in every third layer.
 
-The other layers have local attention. The design follows ModernBERT (Warner et al., 2024, arXiv:2412.13663), built from
-the shared blocks. ModernBERT's own checkpoints cannot be imported, because their first layer has no norm.
+The other layers have local attention (a sliding window). The design follows ModernBERT (Warner et al., 2024,
+arXiv:2412.13663). Checkpoints of ModernBERT itself cannot be imported, because their first layer has no norm.
 """
 
 from __future__ import annotations

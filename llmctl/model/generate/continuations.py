@@ -1,4 +1,4 @@
-"""Generate continuations of text: streamed as they are generated, truncated at stop strings, and timed."""
+"""Generate continuations of prompts. They are streamed, truncated at stop strings, and timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode with several models that have arrays in common, such as a base and its adapters."""
+"""Generate text with several models that have arrays in common, such as one base model with several adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""List the programs of text generation for the cost model: the prefill of the cache, and one decoding step.
+"""List the compiled programs of text generation for the cost model of `llmctl plan`: prefill and one decoding step.
 
 The parameters are replicated on all devices, as in `llmctl generate`.
 """

@@ -1,6 +1,6 @@
 """Convert parameters to the form that decoding steps read fastest.
 
-Models that have arrays in common, such as adapters over one base, also have the converted arrays in common.
+If several models have arrays in common, such as the base of several LoRA adapters, each array is converted only once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Find the matrices of a model that pruning, quantization and adapters process.
 
-Norms, biases and position tables are not included. The matrices of all layers of a stack are one array [L, I, O].
+Norms, biases and position tables are not included. Layers are stacked: for example, the query matrices of all L decoder
+layers are one array [L, I, O].
 """
 
 from __future__ import annotations
