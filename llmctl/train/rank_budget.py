@@ -1,8 +1,9 @@
 """Allocate ranks to matrices by importance while training (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
-A triplet is a singular value with its two singular vectors. Its importance is the importance of the value plus the mean
-importance of each vector's entries. The importance of an entry is its smoothed sensitivity |w g| times the smoothed
-uncertainty of the sensitivity. As in the authors' code, w is the weight after the optimizer's step.
+A triplet is a singular value with its two singular vectors. The importance of a triplet is that of the value, plus the
+mean importance of each vector's entries. The importance of an entry is its sensitivity |w g| times the uncertainty of
+the sensitivity. Both are moving averages over the training steps. As in the authors' code, w is the weight after the
+optimizer's step.
 
 Shapes: L layers, I inputs, O outputs, R initial rank.
 """
@@ -24,7 +25,10 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Compute the budget: the number of triplets (see the module) that all matrices together may keep at a step."""
+    """Compute how many singular values all low-rank updates together may keep at a training step.
+
+    A triplet is a singular value with its two singular vectors.
+    """
 
     first: int
     """Number of triplets at the start."""
@@ -33,7 +37,7 @@ class Budget:
     start: int
     """Number of steps before triplets are removed."""
     settled: int
-    """Step from which the number of triplets is `last`. From then on the same triplets are kept."""
+    """Step from which the number of triplets is `last`. From then on, the kept triplets do not change."""
     interval: int
     """Number of steps between removals."""
 
@@ -46,9 +50,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocator:
-    """Set the singular values of the least important triplets to zero while `Svd` adapters are trained.
+    """Set the least important singular values of AdaLoRA's adapters to zero during training.
 
-    The methods `memory` and `after_step` are used as fields of a Job.
+    The methods `memory` and `after_step` are used as fields of a training job (`llmctl.train.job.Job`).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -60,7 +64,10 @@ class Allocator:
     """Decay of the moving average of uncertainties."""
 
     def memory(self, named: Named) -> State:
-        """Return the initial "memory" of the training state: averages of zero, and masks that keep all triplets."""
+        """Return the arrays that are kept between steps, before the first step.
+
+        They are moving averages, which are zero, and masks of the triplets to keep, which are all True.
+        """
         entries = {join(path, part): named[join(path, part)] for path in self.shapes for part in ("a", "b", "e")}
         return {
             "sensitivity": jax.tree.map(jnp.zeros_like, entries),
@@ -96,9 +103,9 @@ class Allocator:
         return out
 
     def choose(self, scores: Named, budget: jax.Array) -> dict[str, jax.Array]:
-        """Return masks [L, 1, R] of the triplets to keep, by path of the adapter.
+        """Return masks [L, 1, R] of the singular values to keep, by path of the adapter.
 
-        The `budget` most important triplets of all adapters together are kept.
+        The `budget` most important ones of all adapters together are kept.
         """
         importance = {path: self.importance(scores, path) for path in self.shapes}
         flat = jnp.concatenate([a.reshape(-1) for a in importance.values()])
@@ -110,7 +117,7 @@ class Allocator:
         return kept
 
     def importance(self, scores: Named, path: str) -> jax.Array:
-        """Return the importance [L, 1, R] of an adapter's triplets.
+        """Return the importance [L, 1, R] of each singular value of an adapter together with its singular vectors.
 
         Args:
           scores: importance of each entry of the adapters' arrays, by array name.

@@ -31,7 +31,7 @@ SHORT = {
     "input_wait": "wait",
     "memory_gib": "GiB",
 }
-"""Short names of metrics in the progress line."""
+"""Short names of metrics in the progress line, which shows the state of training in the terminal."""
 MEANINGS = {
     "gnorm": "norm of the gradient",
     "wait": "share of the time in which the devices wait for rows",
@@ -50,7 +50,7 @@ them.
 
 
 class Reporter:
-    """Log the metrics of one stage. Each call of `log` appends one line to `<work_dir>/log.jsonl`.
+    """Log the metrics of one training run. Each call of `log` appends one line to `<work_dir>/log.jsonl`.
 
     A Reporter is a context manager.
 
@@ -63,7 +63,7 @@ class Reporter:
     Args:
       work_dir: folder of the log; it is created if it is missing.
       total_steps: steps of the complete run, including those before `start`.
-      title: title of the bar, usually the stage's name.
+      title: title of the bar, usually the name of the command.
       tensorboard: whether to write events to `<work_dir>/tensorboard` too.
       start: step from which the run resumes; 0 starts a new log.
       lasting: folder for files that remain after `work_dir` is removed: TensorBoard events in `tensorboard/<title>`,
@@ -223,7 +223,7 @@ class Reporter:
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Remove the log's lines of steps after `step`, and an incomplete last line of a killed process."""
+    """Remove the log lines of all steps after `step`, and an incomplete last line that a killed process left."""
     if not log.exists():
         return
     kept = []

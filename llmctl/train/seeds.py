@@ -1,8 +1,8 @@
-"""Train a stage with several seeds, report the mean and deviation of its metrics, and keep the best result.
+"""Run a training command with several seeds, report the mean and deviation of its metrics, and keep the best result.
 
-The stage runs once per seed, each time in another folder. The result of a seed is therefore bit-identical to that of a
-stage with this seed alone. A finished seed is not trained again after an interruption, and the seed that was
-interrupted continues from its last checkpoint. Only the best result so far is kept.
+The command runs once per seed, each time in another folder. The result of a seed is therefore bit-identical to that of
+a run with this seed alone. After an interruption, finished seeds are not trained again, and the interrupted seed
+continues from its last checkpoint. Only the best result so far is kept.
 """
 
 from __future__ import annotations
@@ -28,27 +28,29 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FINISHED = "seeds.json"
-"""File with the metrics of the finished seeds, by seed, in the stage's temporary folder."""
+"""Name of the file with the metrics of the finished seeds, by seed. The file is in the run's temporary folder."""
 PREFIX = "validation_"
-"""Beginning of the names of validation metrics."""
+"""Beginning of the names of metrics that were computed on validation data."""
 
 Figures = dict[str, dict[str, Any]]
-"""Metrics of each finished seed, by seed (a str, because JSON has no other keys)."""
+"""Metrics of each finished seed: seed -> name of the metric -> value. The seed is a str, because JSON has no other
+keys.
+"""
 
 
 def run(
     config: Any, ctx: Context, once: Callable[[Any, Context], None], metric: Callable[[Manifest], str]
 ) -> dict[str, Any]:
-    """Run a stage once per seed, and copy the result with the best validation metric to `ctx.out`.
+    """Run a training command once per seed, and copy the result with the best validation metric to `ctx.out`.
 
     Args:
-      config: config of the stage. The seeds are `config.seed` and the following ones, `config.seeds` in all.
-      ctx: folders of the stage.
-      once: function (config with one seed, its folders) that runs the stage and saves its artifact.
-      metric: function from the manifest of a result to the name of the metric that selects the best.
+      config: config of the command. The seeds are `config.seed` and the following ones, `config.seeds` in all.
+      ctx: output folder and temporary folder of the command.
+      once: function (config with one seed, its folders) that trains and saves one model.
+      metric: function from the manifest of a saved model to the name of the metric that selects the best.
 
     Returns:
-      The summary of the metrics, as `summary` returns it. The artifact has it as its metric "seeds".
+      The summary of the metrics, as `summary` returns it. The copied result contains it as its metric "seeds".
     """
     found = processes.broadcast(lambda: _read(ctx.work / FINISHED))
     by, finished = found["by"], found["metrics"]
@@ -71,7 +73,10 @@ def run(
 
 
 def with_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics of a manifest with NaN for validation metrics that were not finite, which JSON stores as null."""
+    """Return the metrics of a saved model with NaN in place of None for validation metrics.
+
+    JSON has no NaN, so metrics that were not finite are stored as null.
+    """
     return {n: math.nan if v is None and n.startswith(PREFIX) else v for n, v in metrics.items()}
 
 
@@ -85,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _keep_best(ctx: Context, by: str, finished: Figures) -> None:
-    """Record the finished seeds, and remove the folders of all of them except the best."""
+    """Write the metrics of the finished seeds to disk, and remove the folders of all of them except the best."""
     draft = ctx.work / f"{FINISHED}.draft"
     draft.write_text(json.dumps({"by": by, "metrics": finished}))
     draft.replace(ctx.work / FINISHED)
@@ -96,7 +101,7 @@ def _keep_best(ctx: Context, by: str, finished: Figures) -> None:
 
 
 def best_of(finished: Figures, by: str) -> int:
-    """Return the seed with the best validation metric `by`; of equal ones, the lowest seed.
+    """Return the seed with the best validation metric `by`. If several are equal, return the lowest seed.
 
     >>> best_of({"4": {"validation_loss": 2.0}, "5": {"validation_loss": 1.0}, "6": {"validation_loss": 1.0}}, "loss")
     5
@@ -111,7 +116,7 @@ def best_of(finished: Figures, by: str) -> int:
 
 
 def summary(finished: Figures, by: str) -> dict[str, Any]:
-    """Return the mean, the sample standard deviation and the values of each validation metric.
+    """Return the mean, the sample standard deviation and the values of each validation metric over the seeds.
 
     >>> found = summary({"0": {"validation_loss": 1.0}, "1": {"validation_loss": 2.0}}, "loss")
     >>> found["best"], found["by"], found["seeds"], found["metrics"]["validation_loss"]["values"]
@@ -134,7 +139,7 @@ def summary(finished: Figures, by: str) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """Return a summary as a table, one row per metric."""
+    """Return the summary of several seeds (see `summary`) as a table with one row per metric."""
     from rich.table import Table
 
     made = Table(title=f"{len(found['seeds'])} seeds; the best by {found['by']} is seed {found['best']}")

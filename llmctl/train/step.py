@@ -1,12 +1,20 @@
-"""Build the training step of a job: a function from a training state to the next one, compiled once.
+"""Build the training step: a compiled function from a training state to the next one.
 
-The state is a dictionary: "params" (trained arrays by name), "optimizer", "step", "skipped" (consecutive bad steps) and
-"skips" (all bad steps). If weights are averaged, the state also contains "ema". If outliers are skipped, it contains
-"usual": running mean and variance of loss and gradient norm. If the job has a memory, it contains "memory". Arrays that
-are not trained are not in the state. All randomness is derived from (seed, step).
+The state is a dictionary:
 
-    runs = program(job, train, optim, mesh, seed) state = runs.begin(runs.named) state, metrics = runs.step(state,
-    (runs.fixed, job.constants), batch)
+- "params": the trained arrays, by name. Arrays that are not trained are not in the state.
+- "optimizer": the state of the optimizer.
+- "step": the number of finished steps.
+- "skipped" and "skips": the number of consecutive bad steps, and of all bad steps.
+- "ema": the moving average of the trained arrays, if `optim.ema` is set.
+- "usual": the running mean and variance of loss and gradient norm, if outliers are skipped.
+- "memory": further arrays that the job keeps between steps, if it has any (`Job.memory`).
+
+All randomness is derived from (seed, step).
+
+    runs = program(job, train, optim, mesh, seed)
+    state = runs.begin(runs.named)
+    state, metrics = runs.step(state, (runs.fixed, job.constants), batch)
 """
 
 from __future__ import annotations
@@ -29,21 +37,24 @@ from llmctl.train import optim
 from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 
 Fixed = tuple[Params, tuple[Any, ...]]
-"""Inputs that no step changes: (arrays that are not trained, constants of the job)."""
+"""Inputs that no step changes: (arrays that are not trained, other arrays that the loss reads, such as a teacher's)."""
 
 Inputs = tuple[Params, tuple[Any, ...], Any]
-"""Inputs of the loss in addition to the trained arrays: (arrays that are not trained, constants of the job, the state's
-"memory" or None if the loss does not read it)."""
+"""Inputs of the loss in addition to the trained arrays: (arrays that are not trained, other arrays that no step
+changes, arrays that are kept between steps or None).
+"""
 
 Memory = Callable[[Params], Any] | None
-"""Function from the trained arrays to the initial "memory" of the training state; None if the state has none
-(Job.memory)."""
+"""Function from the trained arrays to further arrays that are kept between steps (`Job.memory`); None if there are
+none.
+"""
 
 TOO_MANY_BAD = 20
-"""Number of consecutive bad steps that ends a run. Later steps change nothing, so the host may check the count less
-often."""
+"""Number of consecutive bad steps that ends a run. After this number, no step changes anything, so the host need not
+check the count at every step.
+"""
 SETTLED = 20
-"""Number of good steps before outliers are skipped. Until then the running mean and variance are unreliable."""
+"""Number of good steps after which outliers are skipped. Until then the running mean and variance are unreliable."""
 NEWEST = 0.02
 """Smallest weight of the newest step in the running mean and variance of loss and gradient norm."""
 STEADY = 0.02
@@ -60,7 +71,7 @@ OVERLAP = {
 
 
 def fresh(optimizer: Any, config: OptimConfig, named: Params, memory: Memory = None) -> State:
-    """Return the training state before the first step. `memory` is `Job.memory`."""
+    """Return the training state before the first step. `memory` creates the arrays that are kept between steps."""
 
     def zero() -> jax.Array:  # a buffer per counter, because the step donates each buffer of its input
         return jnp.zeros((), jnp.int32)
@@ -80,7 +91,8 @@ def state_shardings(
 ) -> State:
     """Return the sharding of each array of a training state, in the state's structure.
 
-    Moments, averages and memory are sharded like their parameters. Counters are replicated.
+    The optimizer's moments, moving averages and other arrays that are kept between steps are sharded like the
+    parameters of the same name. Counters are replicated.
     """
     params = {name: a.sharding for name, a in named.items()}
     replicated = meshes.replicated(mesh)
@@ -93,17 +105,19 @@ def state_shardings(
 
 @dataclass(frozen=True)
 class Program:
-    """Store the compiled functions of a job and their inputs.
+    """Store the compiled functions of a training run and their inputs.
 
-    The state is sharded over the mesh and donated at every step.
+    The training state is sharded over the mesh and donated at every step.
     """
 
     step: Any
-    """Compiled function (state, (fixed, constants), batch) -> (state, metrics)."""
+    """Compiled function (state, (fixed, constants), batch) -> (state, metrics). `constants` are those of the Job."""
     begin: Any
     """Compiled function (trained arrays) -> first state. The arrays are donated."""
     named: Params
-    """Trained arrays by name, in float32. The parent may store bfloat16, in which small updates would round to zero."""
+    """Trained arrays by name, in float32. In bfloat16, as a saved model may have them, small updates would round to
+    zero.
+    """
     fixed: Params
     """Arrays that are not trained, by name."""
     state: State
@@ -111,7 +125,7 @@ class Program:
 
 
 def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.sharding.Mesh, seed: int) -> Program:
-    """Return the compiled functions of a job. Each function is traced and compiled at its first call.
+    """Return the compiled functions of a training job. Each function is traced and compiled at its first call.
 
     The arrays of the job may be abstract, and the devices of the mesh need not be attached.
     """
@@ -146,7 +160,10 @@ def _master(a: Any) -> Any:
 
 
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
-    """Return (step function, optimizer). The step is (state, (fixed, constants), batch) -> (state, metrics)."""
+    """Return (step function, optimizer). The step function is (state, (fixed, constants), batch) -> (state, metrics).
+
+    `fixed` has the arrays of the model that are not trained, and `constants` has those of the Job.
+    """
     trained = split(job)[0]
     starts = {name: s for name in trained if np.any((s := job.starts(name)) > 0)}
     optimizer = optim.build(config, train.steps, trained, starts)
@@ -203,7 +220,7 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
 
 
 def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums]]:
-    """Return a function (trained arrays, inputs, batch, key) -> (gradients by name, sums of the loss) over the batch.
+    """Return a function (trained arrays, other inputs, batch, key) -> (gradients by name, metric sums) over the batch.
 
     If `train.accumulate` is above 1, the function adds the gradients of the microbatches.
     """
@@ -258,10 +275,10 @@ def clip(grads: Params, norm: Any, limit: float) -> Params:
 
 
 def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
-    """Return `new` with zeros at the zeros of `old`, in the arrays named in `held`.
+    """Return the arrays `new` after a step, with zeros where `old` has zeros, in the arrays named in `held`.
 
-    Pruned weights therefore stay pruned. If all parameters of a bottleneck adapter are zero in a layer, its zeros come
-    from initialization, because the layer was frozen. They are not held.
+    Pruned weights therefore stay pruned. Bottleneck adapters are an exception: if all parameters of an adapter are zero
+    in a layer, it was never trained because the layer was frozen. These zeros may change.
     """
 
     def mask(name: str) -> jax.Array:
@@ -274,7 +291,7 @@ def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
 
 
 def freeze_layers(updates: Params, layers: int) -> Params:
-    """Return the updates with zeros for the embeddings and for the first `layers` layers of every stack.
+    """Return the updates with zeros for the embeddings, and for the first `layers` layers of encoder and decoder.
 
     If `layers` is 0, nothing is frozen.
     """
@@ -292,7 +309,10 @@ def freeze_layers(updates: Params, layers: int) -> Params:
 def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Params:
     """Return the updates with zeros for arrays, or layers of arrays, whose training has not started yet.
 
-    Training starts after `starts` updates (see Job). `count` is the number of updates so far.
+    Args:
+      updates: updates of the trained arrays, by name.
+      starts: number of updates after which the training of an array starts, by name; or one number per layer.
+      count: number of updates so far.
     """
     return {n: jnp.where(count >= starts[n], u, 0) if n in starts else u for n, u in updates.items()}
 

@@ -1,4 +1,4 @@
-"""Prepare a parent for a task: keep its head if it fits, otherwise create a new head and print a message."""
+"""Prepare a model to be finetuned for a task: keep its head if it fits the task, otherwise create a new head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmctl.model.head_kinds import HEAD_KINDS
 
 
 def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
-    """Return the reason why the task needs a new head, or "" if it can use the parent's head."""
+    """Return the reason why the task needs a new head, or "" if it can use the head that the model has."""
     task, cfg = TASKS[config.task], base.model
     if HEAD_KINDS[task.head_for(cfg)].vocabulary:
         return ""
@@ -31,7 +31,10 @@ def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
 
 
 def notices(config: Any, base: Artifact, labels: list[str], model: ModelConfig) -> list[str]:
-    """Return messages about a new head, its pooling, and exports; `model` is the config with that head."""
+    """Return messages for the user about a new head, its pooling, and formats to which the model cannot be exported.
+
+    `model` is the config of the model with the new head.
+    """
     exports = architectures.notice(model, base.model)
     pooling = prompt_hint(model) or pooling_hint(config, base, model)
     lines = (notice(config, base, labels), prefix_notice(base.model, model), pooling, exports)
@@ -46,7 +49,10 @@ def notice(config: Any, base: Artifact, labels: list[str]) -> str:
 
 
 def prefix_notice(parent: ModelConfig, model: ModelConfig) -> str:
-    """Return a message if the model lacks the decoder that the parent's trained prefix belongs to, otherwise ""."""
+    """Return a message if the decoder is dropped and has a prefix that was trained (prefix tuning), otherwise "".
+
+    `parent` is the config before finetuning, and `model` is that of the finetuned model.
+    """
     if parent.architecture == model.architecture or not parent.prefix_tokens:
         return ""
     return "the task needs the encoder alone; the decoder is dropped, and its trained prefix with it"
@@ -70,8 +76,9 @@ def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
     """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
     The message is returned if the first token is pooled by default, but was not trained as a summary of the text. For
-    example, a small BERT was pretrained only on masked tokens. It classified 67% of the examples correctly with its
-    first token, and 78% with the mean. A next-sentence objective trains the first token and its pooler.
+    example, a small BERT was pretrained only on masked tokens. Pooled at its first token, it classified 67% of the
+    examples correctly; with the mean of all tokens, 78%. A next-sentence objective trains the first token and its
+    pooler.
     """
     kind = HEAD_KINDS[model.head]
     if kind.vocabulary or kind.per_token or model.pooling != "first" or config.pooling or base.model.head == model.head:
@@ -82,9 +89,9 @@ def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
 
 
 def with_head(config: Any, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return (config, parameters) of the parent with a head for the task.
+    """Return (config, parameters) of a saved model with a head for the task.
 
-    If the parent's head does not fit, a new head replaces it.
+    If the head of the model does not fit the task, a new head replaces it.
     """
     cfg, params, task = base.model, dict(base.params), TASKS[config.task]
     if HEAD_KINDS[task.head_for(cfg)].vocabulary:

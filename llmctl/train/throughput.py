@@ -1,4 +1,4 @@
-"""Measure the training loop: tokens per second, input wait, memory, and the fraction of the peak performance."""
+"""Measure the training loop: tokens per second, time spent waiting for input, memory, and model FLOPs utilization."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from llmctl.distributed import hardware
 from llmctl.distributed.mesh import Device
 
 SIDE = 1536
-"""Number of rows and columns of the matrices that are multiplied to measure a CPU. The product reaches full speed and
-takes 0.1 s on two cores."""
+"""Number of rows and columns of the matrices that are multiplied to measure the speed of a CPU. This size reaches full
+speed, and takes 0.1 s on two cores.
+"""
 
 
 class Timer:
@@ -48,14 +49,14 @@ class Timer:
     def read(self, waited: float, flops: float = 0.0, peak: float | None = None) -> dict[str, float]:
         """Return the metrics of the interval by name, and start a new interval. Without steps the dictionary is empty.
 
-        Call it when the results of the last step are on the host, because steps are dispatched asynchronously.
+        Call this method when the results of the last step are on the host, because steps are dispatched asynchronously.
 
         Args:
           waited: seconds spent waiting for input since training began.
           flops: floating-point operations per token.
-          peak: peak performance of all devices together, in operations per second. If it is given, "mfu" is the
-            fraction of the peak that the model's own operations reach (Chowdhery et al., 2022, arXiv:2204.02311,
-            appendix B). Operations on padding and recomputation do not count.
+          peak: peak performance of all devices together, in operations per second. If it is given, the result contains
+            "mfu": the fraction of the peak that the model's own operations reach (Chowdhery et al., 2022,
+            arXiv:2204.02311, appendix B). Operations on padding and recomputation do not count.
         """
         wait, self.waited = waited - self.waited, waited
         if not self.steps:
@@ -73,9 +74,9 @@ class Timer:
 def peak(devices: list[Device], cache: Path) -> float | None:
     """Return the peak performance of all `devices` together, in operations per second; None if the chip is unknown.
 
-    For accelerators it is the bfloat16 figure of the hardware table. CPU devices share the cores of the machine, so
-    their number does not matter. The CPU's performance is measured once with a float32 matrix product. The figure is
-    stored in the file `cache`.
+    For accelerators, this is the bfloat16 figure in `llmctl`'s table of hardware. For CPUs, the speed of a float32
+    matrix product is measured once and stored in the file `cache`. The number of CPU devices does not matter, because
+    they share the cores of the machine.
     """
     if devices[0].platform != "cpu":
         one = hardware.of_kind(devices[0].device_kind)

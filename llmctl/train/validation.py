@@ -15,7 +15,9 @@ from llmctl.model.losses import Loss
 from llmctl.train import preemption
 
 Further = Callable[[dict[str, Any], Callable[[], None]], dict[str, float]]
-"""Function (parameters, function that raises StopRequested if the run has to stop) -> further metrics by name."""
+"""Function (parameters, check_stop) -> further metrics by name. `check_stop` is a function that raises StopRequested if
+the run has to stop.
+"""
 
 
 class Validation:
@@ -23,8 +25,9 @@ class Validation:
 
     Each metric is a weighted mean over the rows. The computation is compiled once.
 
-    The function `further` returns more metrics by name. Its arguments are the parameters and a function `check_stop`,
-    which `further` calls often. `check_stop` raises `preemption.StopRequested` if the run has to stop.
+    The function `further`, if given, computes more metrics. Its arguments are the parameters and a function
+    `check_stop`, which `further` must call often. `check_stop` raises `preemption.StopRequested` if the run has to
+    stop.
     """
 
     def __init__(

@@ -41,11 +41,12 @@ class Prefix(Method):
     settings = ("prefix",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that the settings fit a prefix.
+        """Check the config as Method.check does, and that the settings and the model fit a prefix.
 
         Raises:
-          RequestError: If layers are frozen, the prefix leaves too few positions for texts, or Method.check fails. Also
-            if `prefix.projection` is set, and the model already has a prefix or `prefix.deviation` is set too.
+          RequestError: If layers are frozen, the prefix leaves too few positions for texts, or the model is a decoder with
+            relative positions. Also if `prefix.projection` is set, and the model already has a prefix or `prefix.deviation`
+            is set too. Also if Method.check fails.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
@@ -78,8 +79,7 @@ class Prefix(Method):
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
         """Return the config of the model with the prefix. If the model already has a prefix, it is trained further.
 
-        The prefix takes the first positions, so texts can be shorter only. With relative positions, their length does
-        not change.
+        The prefix takes the first positions, so fewer remain for texts. With relative positions, texts lose none.
 
         Raises:
           RequestError: If an existing prefix has another length.
@@ -97,7 +97,9 @@ class Prefix(Method):
         return model.model_copy(update={"prefix_tokens": tokens, "max_seq_len": room})
 
     def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
-        """Check that a row has one text, if the model has relative positions: they count from the start of a row.
+        """Check that each training row has only one text, if the model has relative positions.
+
+        The distance to the prefix is counted from the start of the row, and would be wrong for a second text.
 
         Raises:
           RequestError: If rows are packed from several texts.

@@ -1,1 +1,1 @@
-"""Finetune robustly, with any task: adversarial training on embeddings, and regularization."""
+"""Finetune robustly, for any task: adversarial perturbations of the embeddings, and regularization."""

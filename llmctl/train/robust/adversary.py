@@ -1,8 +1,8 @@
-"""Define the interface of adversarial methods: their settings, their loss, and its cost.
+"""Define the interface of adversarial training methods: their settings, their loss, and its cost.
 
-A new method is a subclass whose instance is registered in `llmctl.train.robust.registry`. Most methods override
-`passes`. A method calls the function `pull` as often as it needs. Each call runs one forward and backward pass with a
-given perturbation:
+A new method is a subclass of `Adversary`. An instance of the subclass is registered in `llmctl.train.robust.registry`.
+Most methods override `passes`, which gets a function `pull`. Each call of `pull` runs one forward and backward pass
+with a given perturbation of the embeddings:
 
     class Noise(Adversary):
         name = "noise"
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 class Adversary:
-    """Define an adversarial method. By default, `passes` computes the task's loss on perturbed rows.
+    """Define an adversarial training method. By default, `passes` computes the task's loss on perturbed rows.
+
+    A row is a token sequence of the batch.
 
     Example:
       >>> from llmctl.train.robust.registry import ADVERSARIES
@@ -45,9 +47,9 @@ class Adversary:
     name: ClassVar[str]
     """Name in the registry."""
     reads: ClassVar[Mapping[str, Any]]
-    """Default value of each setting that the method reads."""
+    """The settings that the method reads, with their default values."""
     compares: ClassVar[bool] = False
-    """Whether the loss compares outputs of two passes. Not every task defines such a comparison."""
+    """Whether the loss compares the outputs of two forward passes. Not every task supports this."""
 
     def options(self, config: Any) -> dict[str, Any]:
         """Return the value of each setting that the method reads: the one in `config`, or the default."""
@@ -71,13 +73,14 @@ class Adversary:
         raise NotImplementedError
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return ((sum of losses, sums), gradients of the trained arrays) of one batch.
+        """Return ((sum of losses, metric sums), gradients of the trained arrays) of one batch.
 
         Args:
           search: computes the next perturbation from the gradient of the last one.
           begin: perturbation [B, T, D] before the first step. The perturbation is zero if the method has no setting
               `start`.
-          pull: function from a perturbation to ((sum of losses, sums), gradients, gradient of the perturbation).
+          pull: function from a perturbation to ((sum of losses, metric sums), gradients of the trained arrays, gradient
+              of the perturbation).
         """
         raise NotImplementedError
 
@@ -86,17 +89,17 @@ class Adversary:
 
         Args:
           config: the section `adversarial` of the settings.
-          problem: parts of the task's loss, for methods that compare outputs.
-          own: loss of the task.
+          problem: the task's loss in parts, for methods that compare outputs.
+          own: loss of the task as one function.
         """
         from llmctl.train.robust import one_pass
 
         return one_pass.wrapped(own, self.passes, self.options(config), problem)
 
     def memory(self, config: Any) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """Return a function from the trained arrays to the initial arrays that the loss keeps between steps, by name.
+        """Return a function that creates the arrays which the loss keeps between steps; None if the loss keeps none.
 
-        Return None if the loss keeps none.
+        The function gets the trained arrays before the first step, and returns the arrays to keep, by name.
         """
         return None
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Fgm(Adversary):
-    """Perturb each row by epsilon * g / |g|, where g is the gradient of its loss with respect to its embeddings.
+    """Perturb the embeddings of each row by epsilon * g / |g|, where g is the loss's gradient for these embeddings.
 
     A training step needs two forward and backward passes.
     """
@@ -23,7 +23,7 @@ class Fgm(Adversary):
     reads = {"epsilon": 0.02, "norm": "l2", "weight": 0.5}
 
     def check(self, config: Any) -> None:
-        """Check the settings as Adversary.check does, and that the weight of perturbed rows is at most 1."""
+        """Check the settings as Adversary.check does, and that the weight of the perturbed rows' loss is at most 1."""
         super().check(config)
         check_share(config)
 
@@ -42,12 +42,14 @@ class Fgm(Adversary):
 
 
 def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any], sums: Any) -> tuple[Found, Any]:
-    """Return ((loss, sums), gradients), where loss and gradients are (1 - weight) * clean + weight * perturbed.
+    """Return ((loss, metric sums), gradients) of clean and perturbed rows together.
+
+    Loss and gradients are (1 - weight) * clean + weight * perturbed.
 
     Args:
-        weight: Weight of the perturbed batch, from 0 to 1.
-        clean: ((loss, metric sums), gradients) of the clean batch.
-        perturbed: ((loss, metric sums), gradients) of the perturbed batch.
+        weight: Weight of the perturbed rows, from 0 to 1.
+        clean: ((loss, metric sums), gradients) of the clean rows.
+        perturbed: ((loss, metric sums), gradients) of the perturbed rows.
         sums: Metric sums of the result.
     """
     import jax
@@ -60,7 +62,7 @@ def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any],
 
 
 def check_share(config: Any) -> None:
-    """Check that the weight of perturbed rows is at most 1.
+    """Check that the weight of the perturbed rows' loss is at most 1.
 
     Raises:
       ValueError: If it is above 1.

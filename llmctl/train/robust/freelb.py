@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FreeLb(Adversary):
-    """Use each pass of the ascent twice: for the gradients of the weights, and for the next perturbation.
+    """Perturb embeddings by steps of gradient ascent on the loss. Each step also adds to the gradients of the weights.
 
     K steps therefore cost K forward and backward passes. Dropout is the same in all steps of a batch, as in the paper.
     """
@@ -27,7 +27,7 @@ class FreeLb(Adversary):
         return float(self.options(config)["steps"])
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return the means of losses, sums and gradients over the ascent steps."""
+        """Return the means of losses, metric sums and gradients over the ascent steps."""
         import jax
         import jax.numpy as jnp
 

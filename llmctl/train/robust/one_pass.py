@@ -1,9 +1,9 @@
-"""Compute the gradients of weights and of a perturbation in one backward pass.
+"""Compute the gradients of the weights and of a perturbation in one backward pass.
 
 An adversarial method needs the gradient of the loss with respect to the perturbation before it can compute the next
-loss. If an ordinary loss function computed these gradients, differentiating that function would repeat every pass.
-Therefore the forward rule of a custom derivative runs the passes. It stores the gradients of the weights for the
-backward rule, as `chunked_loss` does.
+loss. JAX would run every pass again if it differentiated a loss function that computes such gradients itself. This
+module therefore defines a custom derivative (`jax.custom_vjp`). The forward rule runs the passes, and stores the
+gradients of the weights. The backward rule returns them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,27 @@ from llmctl.train.robust.problem import Problem
 
 Tree = Any
 Found = tuple[jax.Array, Sums]
-"""Result of a loss: (sum of losses, sums by metric name)."""
+"""Result of a loss: (sum of losses, metric sums by name)."""
 Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
-"""Function that runs one forward and backward pass with a perturbation [B, T, D]. It returns ((sum of losses, sums),
-gradients of the trained arrays, gradient of the perturbation)."""
+"""Function that runs one forward and backward pass with a perturbation [B, T, D]. It returns ((sum of losses, metric
+sums), gradients of the trained arrays, gradient of the perturbation).
+"""
 Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
-"""Function (search, initial perturbation, pull) -> ((sum of losses, sums), gradients), as `Adversary.passes`."""
+"""Function (search, initial perturbation, pull) -> ((sum of losses, metric sums), gradients), as `Adversary.passes`."""
 
 START = 0x0F
 """Number that is folded into the dropout key to get the random key of the initial perturbation."""
 
 
 def wrapped(own: Loss, method: Passes, options: dict[str, Any], problem: Problem) -> Loss:
-    """Return a loss that runs an adversarial method's passes on the loss `own`. `options` has the method's settings."""
+    """Return the loss of an adversarial method, made from the loss `own` of the task.
+
+    Args:
+      own: loss of the task, without perturbations.
+      method: function `passes` of the adversarial method.
+      options: the method's settings, by name.
+      problem: parts of the task's loss.
+    """
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, **more: Any) -> Found:
         def at(trained: Tree, offset_BTD: jax.Array, rest: Tree) -> Found:
@@ -59,11 +67,12 @@ def with_gradients(
     trained: Tree,
     rest: Tree,
 ) -> Found:
-    """Return the (sum of losses, sums) of `passes`. Differentiating it gives the gradients that `passes` returns.
+    """Return (sum of losses, metric sums) of `passes`, with the gradients that `passes` returns as the derivative.
 
     Args:
-      loss: (trained, perturbation, rest) -> (sum of losses, sums).
-      passes: (pull, trained, rest) -> ((sum of losses, sums), gradients). The function calls `pull`.
+      loss: (trained, perturbation, rest) -> (sum of losses, metric sums).
+      passes: (pull, trained, rest) -> ((sum of losses, metric sums), gradients). The function calls `pull` for each
+        forward and backward pass of `loss`.
       trained: arrays that may be differentiated. Gradients are computed only of those that the caller differentiates.
       rest: other arguments of the loss; they have no gradients.
     """

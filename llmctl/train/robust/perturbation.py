@@ -1,6 +1,7 @@
 """Perturb token embeddings: add perturbations to a batch, measure their size, and search for harmful ones.
 
-Padding is never perturbed. Norms and steps are per row, so a row's result does not depend on other rows of its batch.
+Padding is never perturbed. Norms and steps are per row (sequence), so a row's result does not depend on other rows of
+its batch.
 
 Shapes: B rows, T tokens per row, D model width.
 """
@@ -23,16 +24,16 @@ TINY = 1e-30
 
 
 class Site(NamedTuple):
-    """Describe the embeddings that are perturbed: the encoder's if the model has one, otherwise the decoder's."""
+    """Describe the embeddings of a batch that are perturbed: the encoder's if there is one, otherwise the decoder's."""
 
     name: str
-    """Key of the perturbation in the batch."""
+    """Name of the perturbation among the arrays of a batch. The model adds this array to its token embeddings."""
     mask_BT1: jax.Array
     """1 at tokens, 0 at padding."""
     tokens_BT: jax.Array
     width: int
     entries_B11: jax.Array
-    """Number of perturbed entries per row: its tokens times the model width."""
+    """Number of perturbed entries per row: the row's number of tokens times the model width."""
 
     def uniform(self, key: jax.Array) -> jax.Array:
         """Sample a perturbation [B, T, D] with entries uniform in [-1, 1], and zero at padding."""
@@ -44,7 +45,7 @@ class Site(NamedTuple):
         return self.constrained(jnp.zeros((*self.tokens_BT.shape, self.width)))
 
     def constrained(self, offset_BTD: jax.Array) -> jax.Array:
-        """Return the perturbation, sharded like the embeddings."""
+        """Return the perturbation with the sharding of the embeddings."""
         return meshes.constrain(offset_BTD, "batch", "seq", "act_embed")
 
     def added(self, batch: Batch, offset_BTD: jax.Array) -> Batch:
@@ -63,7 +64,7 @@ class Site(NamedTuple):
 
 
 def site(cfg: ModelConfig, batch: Batch) -> Site:
-    """Return the Site of a batch."""
+    """Return a description of the embeddings that are perturbed in a batch."""
     side = "encoder_" if cfg.encoder_layers else ""
     mask_BT1 = (batch[f"{side}segments"] > 0).astype(jnp.float32)[..., None]
     entries_B11 = jnp.maximum(jnp.sum(mask_BT1, axis=(1, 2), keepdims=True), 1) * cfg.d_model
@@ -74,7 +75,8 @@ def site(cfg: ModelConfig, batch: Batch) -> Site:
 class Search:
     """Search for a perturbation that increases the loss, by gradient ascent within a ball around the embeddings.
 
-    `epsilon`, `step_size` and `start` are relative to the size of the row's embeddings (`Site.size`).
+    `epsilon`, `step_size` and `start` are relative to the size of a row's embeddings: to their Euclidean norm for "l2",
+    or to the root mean square of their entries for "linf".
     """
 
     mask_BT1: Any
@@ -88,7 +90,7 @@ class Search:
     start: float = 0.0
     """Maximum norm of the random perturbation before the first step; 0 starts from zero."""
     weight: float = 1.0
-    """Setting `weight` of the method. Each method uses it in its own way."""
+    """The setting `weight` of the adversarial method. The search does not read it."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
@@ -110,7 +112,10 @@ class Search:
         return at.uniform(key) * (side_B11 / jnp.sqrt(at.entries_B11) if self.norm == "l2" else side_B11)
 
     def ascend(self, offset_BTD: jax.Array, rises_BTD: jax.Array) -> jax.Array:
-        """Return the perturbation after a step along the loss's gradient `rises_BTD`, projected onto the ball."""
+        """Return the perturbation after one step along `rises_BTD`, the gradient of the loss.
+
+        The result is projected onto the ball.
+        """
         rises_BTD = rises_BTD.astype(jnp.float32) * self.mask_BT1
         if self.norm == "linf":
             moved_BTD = offset_BTD + self.step_size * self.size_B11 * jnp.sign(rises_BTD)

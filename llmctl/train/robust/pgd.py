@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class Pgd(Adversary):
-    """Search from a random perturbation, projecting each step onto the ball of radius epsilon.
+    """Search for a perturbation by several gradient steps, and train on the rows with the last perturbation.
 
-    The loss is computed at the last perturbation.
+    The first perturbation is random. Each step is projected onto the ball of radius epsilon.
     """
 
     name = "pgd"
     reads = {"epsilon": 0.02, "norm": "l2", "steps": 3, "step_size": 0.01, "start": 0.02, "weight": 1.0}
 
     def check(self, config: Any) -> None:
-        """Check the settings as Adversary.check does, and that the weight of perturbed rows is at most 1."""
+        """Check the settings as Adversary.check does, and that the weight of the perturbed rows' loss is at most 1."""
         super().check(config)
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """Return the cost as Adversary.cost does.
+        """Return the FLOPs of a training step with the method, divided by those of a step without it.
 
         A search step costs 2/3 of a training step, because it needs no gradients of the weights.
         """

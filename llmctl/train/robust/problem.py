@@ -1,4 +1,4 @@
-"""Split a task's training loss into its parts, for methods that compare the outputs of several passes."""
+"""Split a task's training loss into its parts, for methods that compare the outputs of several forward passes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llmctl.model.losses import Sums
 from llmctl.model.transformer import Batch, Params
 
 States = tuple[Params, jax.Array]
-"""Result of a forward pass: (parameters, hidden states [B, T, D] that the output head reads)."""
+"""Result of a forward pass: (parameters, hidden states [B, T, D] that the output head of the model reads)."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Compute a task's training loss in parts: prepare the batch, run the network, compute the loss."""
+    """Compute a task's training loss in three parts: prepare the batch, run the network, compute the loss."""
 
     task: Task
     model: ModelConfig
@@ -31,35 +31,38 @@ class Problem:
     remat: str = "none"
     """Activations that the backward pass recomputes, as `train.remat`."""
     prepare: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
-    """Function (batch, key) -> batch that adds noise on embeddings and class weights, as the settings require."""
+    """Function (batch, key) -> batch that adds the configured class weights, and the configured noise on embeddings."""
 
     def batch(self, batch: Batch, key: jax.Array) -> Batch:
-        """Return the batch that the network reads, after `prepare`."""
+        """Apply `prepare` to a batch, and return the arrays that the network reads."""
         return self.task.model_inputs(self.prepare(batch, key))
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        """Run the network with dropout on a result of `Problem.batch`, and return the hidden states [B, T, D]."""
+        """Run the network with dropout, and return the hidden states [B, T, D].
+
+        `batch` is a result of `Problem.batch`.
+        """
         return functional.hidden(
             self.model, params, batch, train=True, rng=key, dtype=self.options.dtype, remat=self.remat
         )
 
     def loss(self, states: States, batch: Batch) -> tuple[jax.Array, Sums]:
-        """Return (sum of losses, sums by metric name) of a forward pass."""
+        """Return (sum of losses, metric sums by name) of the outputs of a forward pass."""
         params, x_BTD = states
         return self.task.loss(self.model, params, x_BTD, batch, self.options)
 
     def divergence(self, one: States, other: States, batch: Batch) -> jax.Array:
-        """Return the symmetric divergence between the outputs of two passes.
+        """Return the symmetric divergence between the outputs of two forward passes.
 
         The divergence is summed over the same tokens or examples as the loss.
         """
         return self.task.divergence((self.model, *one), (self.model, *other), batch, self.options.dtype)
 
     def check(self, setting: str) -> None:
-        """Check that the task's outputs can be compared.
+        """Check that the task defines a divergence between two outputs. `setting` is the name of the setting in errors.
 
         Raises:
-          RequestError: If the task computes its loss in another way, or defines no divergence.
+          RequestError: If the task has a loss function that cannot be split into parts, or defines no divergence.
         """
         own = type(self.task)
         compares = own.divergence is not Task.divergence or own.soft_score is not Task.soft_score

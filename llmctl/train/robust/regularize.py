@@ -1,4 +1,4 @@
-"""Regularize finetuning: noise on embeddings, R-Drop, the parent's weights (L2-SP, Mixout), class weights.
+"""Regularize finetuning: noise on embeddings, R-Drop, a pull to the initial weights (L2-SP, Mixout), class weights.
 
 Shapes: B rows, T tokens per row, D model width, C classes.
 """
@@ -31,19 +31,18 @@ MIXED = 0x31
 
 
 def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
-    """Sample uniform noise [B, T, D] of at most alpha / sqrt(T * D) per entry (NEFTune; Jain et al., 2023).
+    """Sample uniform noise [B, T, D] of at most alpha / sqrt(T * D) per entry.
 
-    T is the number of tokens of the row, without padding (arXiv:2310.05914).
+    (NEFTune; Jain et al., 2023, arXiv:2310.05914.) In this limit, T is the number of tokens of the row without padding.
     """
     return where.uniform(jax.random.fold_in(key, NOISE)) * (alpha / jnp.sqrt(where.entries_B11))
 
 
 def r_drop(problem: Problem, alpha: float) -> Loss:
-    """Return the loss function of R-Drop: the mean loss of two passes, plus alpha times their divergence.
+    """Return the loss function of R-Drop (Liang et al., 2021, arXiv:2106.14448).
 
-    The passes have different dropout. The divergence compares their outputs.
-
-    (Liang et al., 2021, arXiv:2106.14448). The paper adds the losses of both passes, so its alpha is twice this one.
+    The batch passes through the network twice, with different dropout. The loss is the mean of both losses, plus alpha
+    times the divergence between the outputs. The paper adds both losses, so its alpha is twice this one.
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, **_: Any) -> tuple[jax.Array, Sums]:
@@ -56,11 +55,10 @@ def r_drop(problem: Problem, alpha: float) -> Loss:
 
 
 def toward_start(own: Loss, factor: float) -> Loss:
-    """Return the loss function `own` + factor / 2 * (squared distance between the weights and the parent's weights).
+    """Return a loss function that also penalizes the distance from the weights before finetuning.
 
-    The parent's weights are in the state's memory as "start".
-
-    (L2-SP; Li et al., 2018, arXiv:1802.01483)
+    The loss is `own` + factor / 2 * (squared distance). The training state keeps the weights before finetuning in its
+    entry "memory", under the name "start". (L2-SP; Li et al., 2018, arXiv:1802.01483)
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any, **more: Any) -> Any:
@@ -73,13 +71,11 @@ def toward_start(own: Loss, factor: float) -> Loss:
 
 
 def mixout(own: Loss, rate: float) -> Loss:
-    """Return the loss function `own` of weights that are partly replaced by the parent's weights.
+    """Return the loss function `own` of weights that are partly replaced by the weights before finetuning.
 
-    Each weight is replaced with probability `rate`. The others are w0 + (w - w0) / (1 - rate), for the weight w and the
-    parent's weight w0. The expected value is therefore w. With w0 = 0 this is dropout of the weights. The parent's
-    weights are in the state's memory as "start".
-
-    (Lee et al., 2020, arXiv:1909.11299)
+    Each weight w is replaced by its value w0 before finetuning, with probability `rate`. The others become w0 + (w -
+    w0) / (1 - rate), so the expected value is w. With w0 = 0 this is dropout of the weights. The training state keeps
+    w0 in its entry "memory", under the name "start". (Lee et al., 2020, arXiv:1909.11299)
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any, **more: Any) -> Any:
@@ -94,7 +90,7 @@ def mixout(own: Loss, rate: float) -> Loss:
 
 
 def from_parent(names: Collection[str], params: Params) -> list[str]:
-    """Return the names, among `names`, of arrays that come from the parent.
+    """Return those of the `names` whose arrays existed before finetuning.
 
     These are all except adapters, trained prompts and prefixes, and the task's head.
     """

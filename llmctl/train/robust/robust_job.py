@@ -1,4 +1,4 @@
-"""Apply the sections `adversarial` and `regularize` of a stage's settings to its training job.
+"""Add the settings `adversarial` and `regularize` to the training job of a finetuning.
 
     learner = robust_job.attached(config, learner, counts)
 
@@ -6,9 +6,9 @@ The loss is built in this order:
 
 1. The batch gets noise on embeddings, and class weights.
 2. The task's loss is computed, or the loss of two passes (R-Drop).
-3. The adversarial method wraps this loss.
-4. The parent's weights are mixed into those that this loss reads (Mixout).
-5. The distance from the parent's weights is added.
+3. The adversarial method computes this loss on perturbed rows.
+4. Mixout replaces some of the weights that the loss reads by those before finetuning.
+5. A penalty on the distance from the weights before finetuning is added (L2-SP).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 Kept = tuple[Callable[[Params], dict[str, Any]], Callable[[dict[str, Any], Params, jax.Array], dict[str, Any]]]
-"""Two functions for arrays that a job keeps between steps: (trained arrays) -> initial arrays by name, and (memory,
-trained arrays, step) -> the arrays after a step.
+"""Two functions for arrays that are kept between steps. The first returns the initial arrays by name, from the trained
+arrays. The second returns the arrays after a step, from (kept arrays, trained arrays, step).
 """
 
 
@@ -47,7 +47,7 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
 
     Args:
       config: config of the stage, with `adversarial`, `regularize` and `train`.
-      learner: the model, the task and the finetuning method.
+      learner: the model, the task and the finetuning method, from which the training job is made.
       counts: number of training examples of each class, for `class_weights = "balanced"`. Empty means equal numbers.
 
     Raises:
@@ -82,7 +82,7 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
 
 
 def check_classes(asks: Any, task: Task) -> None:
-    """Check that the task has classes if a setting needs them.
+    """Check that the task has classes, if the settings `asks` give classes different weights or sampling rates.
 
     Raises:
       RequestError: If `class_weights` or `balance` does not suit the task, or both would balance the classes.
@@ -113,7 +113,10 @@ def _preparation(
 
 
 def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
-    """Return the job with the loss, the memory and the FLOPs per token that the sections require."""
+    """Return the job with the loss of the sections `adversarial` and `regularize`.
+
+    The arrays that this loss keeps between steps and its FLOPs per token are set too.
+    """
     asks, factor, plain = config.regularize, 1.0, job.loss
 
     def prepared(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any = None, **more: Any) -> Any:
@@ -152,9 +155,9 @@ def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
 
 
 def remembering(job: Job, kept: Sequence[Kept]) -> Job:
-    """Return the job with further entries in the state's "memory". The loss of the job reads these entries.
+    """Return the job with further arrays that are kept between steps, and that the loss reads.
 
-    Entries that the job had before do not change.
+    They are added to the entry "memory" of the training state. Arrays that the job kept before do not change.
     """
 
     def memory(named: Params) -> dict[str, Any]:

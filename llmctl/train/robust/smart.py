@@ -47,26 +47,27 @@ class Smart(Adversary):
     def check(self, config: Any) -> None:
         """Check the settings as Adversary.check does, and that `start` is above 0.
 
-        At a perturbation of zero both outputs are equal, the divergence is minimal, and its gradient is zero.
+        If the first perturbation were zero, the outputs for clean and perturbed rows would be equal. The divergence
+        would then be minimal and its gradient zero, so the search could not start.
         """
         super().check(config)
         if not self.options(config)["start"]:
             raise ValueError("start: method 'smart' needs one above 0, where the divergence has a gradient")
 
     def cost(self, config: Any) -> float:
-        """Return the cost as Adversary.cost does.
+        """Return the FLOPs of a training step with the method, divided by those of a step without it.
 
-        The cost is 2 for the passes of clean and of perturbed rows, 2/3 per search step, and 1/3 for the averaged
-        weights.
+        This is 2 for the passes of clean and of perturbed rows, plus 2/3 per search step, and plus 1/3 if the moving
+        average of the weights is used.
         """
         options = self.options(config)
         return 2 + options["steps"] * 2 / 3 + bool(options["proximal"]) / 3
 
     def loss(self, config: Any, problem: Problem, own: Loss) -> Loss:
-        """Return the training loss as Adversary.loss does.
+        """Return the training loss: the task's loss on clean rows, and the two divergences.
 
-        The loss is computed by the parts in `problem` instead of `own`, so that the outputs for clean rows are computed
-        once.
+        The loss is computed from the parts in `problem` instead of `own`, so that the outputs for clean rows are
+        computed only once.
         """
         import jax
 
