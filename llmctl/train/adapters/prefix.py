@@ -44,9 +44,9 @@ class Prefix(Method):
         """Check the config as Method.check does, and that the settings and the model fit a prefix.
 
         Raises:
-          RequestError: If layers are frozen, the prefix leaves too few positions for texts, or the model is a decoder with
-            relative positions. Also if `prefix.projection` is set, and the model already has a prefix or `prefix.deviation`
-            is set too. Also if Method.check fails.
+          RequestError: If layers are frozen, the prefix leaves too few positions for texts, or the model is a decoder
+            with relative positions. Also if `prefix.projection` is set, and the model already has a prefix or
+            `prefix.deviation` is set too. Also if Method.check fails.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
