@@ -73,11 +73,11 @@ def abstract_result(
 
 
 def masters(params: Params, trains: Callable[[str], bool] = lambda _: True) -> Params:
-    """Return abstract parameters with the dtypes that training saves: float32 for trained floating-point arrays.
+    """Return the shapes of parameters with the dtypes that training saves: float32 for trained floating-point arrays.
 
     Args:
-        params: Abstract parameters.
-        trains: Function from an array's name to whether it is trained. By default, all are.
+        params: Parameters as `jax.ShapeDtypeStruct`s.
+        trains: Function that returns whether the array with a given name is trained. By default, all arrays are.
     """
     arrays = {
         name: a.update(dtype=jnp.dtype("float32")) if trains(name) and jnp.issubdtype(a.dtype, jnp.floating) else a

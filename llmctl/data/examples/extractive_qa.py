@@ -34,8 +34,9 @@ class Window(NamedTuple):
 class AnswerRows(ExampleRows):
     """Build rows for extractive question answering. Each row has a question and one window of its context.
 
-    A row is the pair of question and context in the tokenizer's template. A long context is split into windows that
-    overlap by half. A question longer than half a row is truncated. A batch has these int32 arrays:
+    A row is the question and the context, with the tokenizer's special tokens around and between them. A long context
+    is split into windows that overlap by half. A question longer than half a row is truncated. A batch has these int32
+    arrays:
     - tokens, segments (1 at tokens, 0 at padding), positions [B, T]
     - types [B, T]: 0 for tokens before the context, 1 from the context on
     - among [B, T]: 1 for tokens at which an answer may begin or end: the context's tokens, and the first token of the

@@ -56,9 +56,9 @@ class ClassificationRows(ExampleRows):
     A batch has int32 tokens, segments (1 at tokens, 0 at padding) and positions [B, T], and label: int32 class [B],
     float32 number [B], or uint8 set of classes [B, C].
 
-    A row is the text in the tokenizer's template, followed by padding. The default template is `bos` (if the tokenizer
-    adds it), the text and `eos`. If the text is too long, its end (`tail`) or its middle (`head_tail`) is removed. The
-    special tokens of the template are never removed.
+    A row is the text with the tokenizer's special tokens around it, followed by padding. By default, `bos` comes before
+    the text (if the tokenizer adds it), and `eos` after it. If the text is too long, its end (`tail`) or its middle
+    (`head_tail`) is removed. The special tokens are never removed.
 
     If the data has a column "pair", the row continues with that text and another `eos`. The batch then also has types
     [B, T], which are 1 for this second part. If both texts together are too long, the longer one is truncated first,
@@ -203,8 +203,8 @@ class SequencePairRows(ExampleRows):
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle in every epoch.
             target_len: Maximum number of tokens per completion; 0 uses `seq_len`.
-            full_completions: Whether to keep all completions complete. The longest one then determines the decoder's
-                length.
+            full_completions: Whether completions are never truncated. The longest completion then determines the length
+                of decoder rows.
             predict_eos: Whether the loss includes the `eos` after a completion.
             column: Column that contains the completions.
 

@@ -21,9 +21,9 @@ class TagRows(ExampleRows):
     """Build rows of labeled words.
 
     A batch has tokens, segments (1 at tokens, 0 at padding), positions and targets, int32 [B, T], and weights, float32
-    [B, T]. The words of an example are joined by spaces, inserted into the tokenizer's template, and padded. The label
-    of a word is the target at its first token, with weight 1. All other positions have weight 0. If a row is too long,
-    its end is truncated.
+    [B, T]. The words of an example are joined by spaces. The row is this text with the tokenizer's special tokens
+    around it, followed by padding. The label of a word is the target at its first token, with weight 1. All other
+    positions have weight 0. If a row is too long, its end is truncated.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):

@@ -1,7 +1,7 @@
 """Mix rows of several sources in proportion to their weights.
 
 The mixture is divided into blocks of `BLOCK` rows. As long as no source is exhausted, all blocks have the same number
-of rows from each source.
+of rows from each source. A source is exhausted when all rows of its maximum number of epochs are used.
 
 Shapes: S sources, B rows.
 """
@@ -25,16 +25,16 @@ up to rounding and at least one."""
 
 @dataclass(frozen=True)
 class Phase:
-    """Describe a phase of a mixture, in which no source is exhausted before the end.
+    """Describe a phase of a mixture: consecutive rows during which no source is used up.
 
     A mixture is divided into blocks of `BLOCK` rows. All blocks of a phase have the same number of rows from each
-    source. When a source is exhausted, the next phase begins, without that source.
+    source. When the allowed epochs of a source are used up, the next phase begins, without that source.
     """
 
     start: int
     """Number of the phase's first row in the mixture."""
     blocks: float
-    """Number of blocks in this phase; infinite if no source is exhausted at its end."""
+    """Number of blocks in this phase; infinite for a last phase whose sources have unlimited epochs."""
     counts: np.ndarray
     """Number of rows of each source per block, int64 [S]."""
     done: np.ndarray
@@ -78,9 +78,9 @@ class MixedRows:
         self.tokens = sum(s.tokens for s in sources)
         """Number of tokens in one epoch of every source."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
-        """Fraction of positions that are padding, averaged over the sources by their weights."""
+        """Fraction of positions that are padding: the average over the sources, weighted as in the mixture."""
         self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
-        """Fraction of rows with a next-sentence label, averaged over the sources by their weights."""
+        """Fraction of rows with a next-sentence label: the average over the sources, weighted as in the mixture."""
 
     def __len__(self) -> int:
         """Return the number of rows in one epoch of every source."""

@@ -39,15 +39,17 @@ class PairRows:
 
     Four rows combine two passages of different documents: each A with its own B, then each A with the other B. Each A
     has the same masked tokens in both of its rows, and so has each B. Every passage therefore has both labels equally
-    often within four rows. A or B alone therefore does not predict the label. Otherwise, a small network fits random
-    correlations between one of them and the label for thousands of steps, before it compares A with B.
+    often within four rows. A alone, or B alone, thus does not predict the label. If pairs were independent, a small
+    network would fit random correlations between A or B and the label for thousands of steps, before it compares A with
+    B.
 
-    Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. Exactly half of
-    the labeled rows of each group (2 * GROUP rows) have next_label 0. If a passage has no partner, it has two rows `bos
-    A eos B eos` with next_label -1 (no label). If it has no sentence boundary, these rows are `bos A eos`.
+    Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. In each group,
+    exactly half of the rows with a label have next_label 0. If a passage has no partner, it has two rows `bos A eos B
+    eos` with next_label -1 (no label). If it has no sentence boundary, these rows are `bos A eos`.
 
     A document of n tokens has about n / T passages per epoch. Each passage has two rows. The offset of a passage in its
-    document is sampled again in every epoch. Rows are endless, and `len(rows)` is the number of rows per epoch.
+    document is sampled again in every epoch. Rows exist for all row numbers, because epochs follow one another without
+    end. `len(rows)` is the number of rows per epoch.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
     Returns:
         The arrays tokens, targets, segments and positions, int32 [B, T], weights, float32 [B, T] (1 at chosen
         positions), and places, int32 [B, P]. `places` contains the positions of the chosen tokens, ascending, and then
-        positions with weight 0. P is `rate` * T rounded up to a multiple of 8.
+        other positions to fill the array. P is `rate` * T rounded up to a multiple of 8.
     """
     tokens_BT, T = packed.tokens, packed.tokens.shape[1]
     ordinary_BT = (packed.segments > 0) & ~words.special[tokens_BT]
