@@ -108,7 +108,7 @@ def share(
 
     Args:
         cfg: Config of the model.
-        segments_BT: Segment of each token: the number of its text among those packed into a sequence; 0 is padding.
+        segments_BT: Segment of each token: the number of the packed text that it belongs to; 0 is padding.
         positions_BT: Position of each token in its segment.
         causal: Whether tokens attend to earlier tokens only.
         cached_BS: Segment of the token at each position of the key-value cache; None without a cache.

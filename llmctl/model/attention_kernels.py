@@ -74,7 +74,7 @@ def attend(
         k_BSGK: Keys.
         v_BSGK: Values.
         mask_BTS: Whether a query may attend to a key; None for ring attention.
-        shared: Inputs that all layers share.
+        shared: Inputs that all layers share, such as masks.
         local: Whether this layer has the sliding window, a bool scalar.
         cfg: Config of the model.
         cross: Whether keys and values come from the encoder's output.
@@ -171,7 +171,7 @@ def splash(
         q_BTHK: Queries.
         k_BTGK: Keys.
         v_BTGK: Values.
-        segments_BT: Segment of each token; 0 is padding.
+        segments_BT: Number of the packed text that each token belongs to; 0 is padding.
         local: Whether this layer has the sliding window, a bool scalar.
         cfg: Config of the model.
         causal: Whether tokens attend to earlier tokens only.

@@ -117,7 +117,7 @@ def chunked(
     Args:
         fn: Function that computes the loss of one chunk.
         vocab: Size of the vocabulary, which determines the length of a chunk.
-        head: Parameters of the head.
+        head: Parameters of the output head.
         constants: Further arguments of `fn` that are not differentiated.
         x_BTD: Hidden states.
         aligned: Tree of arrays [B, T, ...] with one value per token, such as targets and weights.

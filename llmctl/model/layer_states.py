@@ -30,7 +30,7 @@ def run(
     """Run a stack of layers, and return the outputs of the last layer and of selected layers.
 
     Args:
-        layer: The layer function.
+        layer: Function that applies one layer (see `Layer`).
         params: Layer parameters with a leading axis of layers [L, ...].
         own: Further inputs that differ per layer, such as dropout keys, with the same leading axis.
         x_BTD: Input of the first layer.

@@ -84,7 +84,7 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
     parameters therefore accumulate locally. They are summed over the replicas once, after the last iteration.
 
     Args:
-        layer: The layer function.
+        layer: Function that applies one layer (see `Layer`).
         params: Layer parameters with a leading axis of layers [L, ...].
         own: Further inputs that differ per layer, such as dropout keys, with the same leading axis.
         x_BTD: Input of the first layer.
@@ -116,7 +116,7 @@ def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shar
     """Run the layers of one stage on all microbatches of a data-parallel replica.
 
     Args:
-        layer: The layer function.
+        layer: Function that applies one layer (see `Layer`).
         P: Number of stages.
         M: Number of microbatches.
         layers: Parameters and per-layer inputs of this stage.

@@ -64,14 +64,14 @@ def attend(
 ) -> jax.Array:
     """Compute attention over sharded sequences whose tokens are in the zig-zag order of the module docstring.
 
-    A token attends only to tokens of its segment, which is one of the texts that are packed into a sequence.
+    If several texts are packed into a sequence, a token attends only to tokens of the same text.
 
     Args:
         q_BTHK: Queries.
         k_BSGK: Keys of the same tokens, or of the encoder's output.
         v_BSGK: Values of the tokens of `k_BSGK`.
-        segments_BT: Segment of each query; 0 is padding.
-        segments_BS: Segment of each key; 0 is padding.
+        segments_BT: Number of the packed text that each query belongs to; 0 is padding.
+        segments_BS: Number of the packed text that each key belongs to; 0 is padding.
         cfg: Config with the score scale, soft cap and window.
         causal: Whether tokens attend to earlier tokens only.
         local: Whether this layer has the sliding window.

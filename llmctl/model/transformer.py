@@ -54,7 +54,7 @@ class Block(nn.Module):
 
         Args:
             x_BTD: Input.
-            shared: Inputs that all layers share.
+            shared: Inputs that all layers share, such as masks.
             local: Whether this layer has the sliding window, a bool scalar.
             key: Random key for dropout; None disables dropout.
         """

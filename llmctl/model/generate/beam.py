@@ -166,7 +166,7 @@ class BeamSearch:
         Args:
             served: Parameters, converted for decoding (`served.served`).
             x_BD: Hidden states [B * W, D] of the last token of each live beam.
-            search: State of the search.
+            search: State of the beam search.
             ends_E: End tokens.
             max_new: Maximum number of new tokens, int32 scalar.
             candidates: Number of candidates C per prompt.

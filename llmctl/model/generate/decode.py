@@ -126,7 +126,7 @@ class Decoder:
             seed: Seed of the sampling.
             first: Index of the first prompt among all prompts that share the seed.
             chunk: Number of tokens per yield, after a first yield of one token.
-            stopped_B: Array bool [B], in which the caller may set an element between two chunks to end that row.
+            stopped_B: Array bool [B]. The caller may set an element to true between two chunks, which ends that row.
 
         Yields:
             New tokens int32 [B, n]. The generator stops when all rows have ended or after `max_new` tokens. It may be
