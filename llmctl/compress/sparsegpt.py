@@ -66,7 +66,7 @@ def factor(gram_II: jax.Array, damping: jax.Array | float) -> Factor:
     """
     inputs = len(gram_II)
     diagonal_I = jnp.diagonal(gram_II)
-    live_I = diagonal_I > 0  # false for NaN
+    live_I = diagonal_I != 0  # true for NaN, which the decomposition then reports as a failure
     mean = jnp.sum(jnp.where(live_I, diagonal_I, 0.0)) / jnp.maximum(live_I.sum(), 1)
     mean = jnp.where(mean > 0, mean, 1.0)
     gram_II = jnp.where(live_I[:, None] & live_I[None, :], gram_II, 0.0)
@@ -193,7 +193,8 @@ def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array
     others = real_I.reshape(blocks, -1).sum(axis=1) * zero_IO.shape[1] - zeros
     missing = jnp.maximum(count - zeros.sum(), 0)
     share = jnp.cumsum(others) / jnp.maximum(others.sum(), 1)
-    until = jnp.round(share * missing).astype(jnp.int32).at[-1].set(missing)
+    until = jnp.round(share * missing).astype(jnp.int32)
+    until = jnp.minimum(until, missing).at[-1].set(missing)  # float32 rounds integers above 2^24, also upwards
     return zeros + jnp.diff(until, prepend=0)
 
 

@@ -134,6 +134,24 @@ def test_hessians_that_are_not_positive_definite_fall_back():
     np.testing.assert_array_equal(got, np.where(score > np.median(score), w, 0))
 
 
+def test_inputs_that_are_nan_are_not_taken_for_dead_inputs():
+    """An input that overflowed for one token makes a row and a column NaN; the other inputs keep their norms."""
+    gram, w = layer(uneven=0.0)
+    gram[3] = gram[:, 3] = np.nan
+    got, attempts = sparsegpt.prune(w, gram, w.size // 2, pattern=Pattern(0.5), block=24)
+    score = np.abs(w) * np.where(np.arange(24) == 3, 1, np.sqrt(np.diag(gram)))[:, None]
+    assert attempts == sparsegpt.ATTEMPTS and "no inverse" in sparsegpt.fallback(int(attempts), 0.01)
+    np.testing.assert_array_equal(got, np.where(score > np.median(score), w, 0))
+
+
+def test_blocks_of_more_than_2_to_the_24_weights_get_exact_quotas():
+    """float32 rounds 2^24 + 3 up. Only the first of the two blocks has weights that are not zero yet."""
+    size = 2**24 + 3
+    zero_IO = jnp.zeros((2, size), bool).at[1].set(True)
+    quotas = sparsegpt._quotas(zero_IO, jnp.ones(2, bool), 2, 2 * size)
+    assert quotas.tolist() == [size, size]
+
+
 def test_the_factor_is_that_of_the_inverse():
     gram, _ = layer()
     upper, _, _ = sparsegpt.factor(jnp.asarray(gram), 0.01)
