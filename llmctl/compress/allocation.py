@@ -35,7 +35,8 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
     """Return the sparsity of each layer. The more outliers a layer has, the fewer of its weights become zero.
 
     (OWL; Yin et al., 2023, arXiv:2310.05175.) The fraction of kept weights grows linearly with the fraction of
-    outliers. The highest and the lowest sparsity differ by 2 * `spread`.
+    outliers. The highest and the lowest sparsity differ by 2 * `spread`. One layer can therefore differ from `sparsity`
+    by nearly 2 * `spread`, and this must be less than both `sparsity` and 1 - `sparsity`.
 
     >>> owl(np.array([0.0, 1.0, 3.0]), np.ones(3), 0.5, 0.15).round(3).tolist()
     [0.633, 0.533, 0.333]

@@ -26,7 +26,8 @@ class Allocation:
 
     name: AllocationName = "uniform"
     spread: float = 0.08
-    """Half the difference between the highest and the lowest sparsity of a layer (OWL's lambda)."""
+    """For owl, half the difference between the highest and the lowest sparsity of a layer (OWL's lambda). For
+    sensitivity, the largest difference between the sparsity of a layer and that of the model."""
     outlier: float = 5.0
     """Score from which a weight is an outlier, as a multiple of the layer's mean score (OWL's M)."""
 

@@ -67,10 +67,10 @@ class Config(CalibrationConfig, StageConfig):
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
     """Method. structured: remove heads, neurons and layers. All other methods set single weights to zero. sparsegpt:
-    choose zeros by the Hessian, and let the kept weights compensate for them. All others prune the lowest scores, and
-    leave kept weights unchanged. magnitude: absolute value. wanda: absolute value times the norm of the inputs. ria:
-    share of the weights of its input and output, times the root of that norm. taylor, fisher: scores from the loss's
-    gradient. random: random scores."""
+    choose zeros by the Hessian, and let the kept weights compensate for them. All others prune the lowest scores;
+    without repair, kept weights do not change. magnitude: absolute value. wanda: absolute value times the norm of the
+    inputs. ria: share of the weights of its input and output, times the root of that norm. taylor, fisher: scores from
+    the loss's gradient. random: random scores."""
     heads: float = Field(default=0.0, ge=0)
     """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
@@ -96,7 +96,7 @@ class Config(CalibrationConfig, StageConfig):
     """Method structured: fraction of the layers to remove."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Methods for single weights: fraction of each matrix to set to zero. For wanda, it is a fraction of each output's
-    inputs."""
+    inputs. With an allocation other than uniform, it is the fraction of all matrices together."""
     pattern: str = "unstructured"
     """Methods for single weights: pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N
     of every M inputs; N and M determine the sparsity."""
@@ -112,7 +112,8 @@ class Config(CalibrationConfig, StageConfig):
     owl: lower for layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden
     states more. The sparsity of the model is exact."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
-    """Allocations owl and sensitivity: half the difference between the highest and the lowest sparsity of a layer."""
+    """Allocations owl and sensitivity. owl: half the difference between the highest and the lowest sparsity of a layer.
+    sensitivity: largest difference between the sparsity of a layer and that of the model."""
     outlier: float = Field(default=5.0, gt=0)
     """Allocation owl: score from which a weight is an outlier, as a multiple of the layer's mean score by wanda."""
 
@@ -169,7 +170,8 @@ class Config(CalibrationConfig, StageConfig):
         """Raise a ValueError if the allocation does not fit the other settings."""
         stray = {"uniform": {"outlier", "spread"}, "sensitivity": {"outlier"}, "owl": set[str]()}[self.allocation]
         if stray := sorted(self.model_fields_set & stray):
-            raise ValueError(f"{', '.join(stray)}: not for allocation {self.allocation!r}; set allocation to 'owl'")
+            instead = "'owl'" if "outlier" in stray else "'owl' or 'sensitivity'"
+            raise ValueError(f"{', '.join(stray)}: not for allocation {self.allocation!r}; set allocation to {instead}")
         if self.allocation == "uniform":
             return
         if self.pattern != "unstructured":
@@ -177,6 +179,8 @@ class Config(CalibrationConfig, StageConfig):
                 f"allocation {self.allocation!r} is for unstructured pruning; pattern {self.pattern} has one sparsity"
             )
         room = min(sparsity, 1 - sparsity)
+        if self.allocation == "owl":
+            room /= 2  # a layer can differ from the mean by nearly 2 * spread, if all others are at the other end
         if self.spread >= room:
             raise ValueError(f"spread {self.spread:g} is too large for sparsity {sparsity:g}; say less than {room:g}")
 
