@@ -115,6 +115,9 @@ def split(job: Job) -> tuple[Params, Params]:
 
 
 def joined(job: Job, named: Params) -> Params:
-    """Return the parameters to validate and to save, as a tree. `named` has all arrays of the job by name."""
+    """Return the parameters to validate and to save, as a tree of the model's parameters.
+
+    `named` has all arrays of the job by name.
+    """
     extra = {n: named[f"{EXTRA}{n}"] for n in job.extra}
     return job.result(weights.rebuild(job.params, named), extra)

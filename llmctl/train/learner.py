@@ -88,7 +88,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
     """Return the Job (description of a training run) for a model and its rows.
 
     Args:
-      config: the stage's config. Only the section `train` is read.
+      config: config of the training command. Only the section `train` is read.
       learner: the model and its task.
       rows: training rows.
       validate: function from parameters to metrics.
@@ -117,7 +117,7 @@ def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
     no log lines.
 
     Raises:
-      RequestError: If the data settings also limit the epochs, or the sources have fewer rows than the steps read.
+      RequestError: If the data settings also limit the epochs, or the data has fewer rows than all steps need.
     """
     settings = with_steps(config.train, len(rows))
     if not config.train.epochs:
@@ -143,7 +143,7 @@ def run(
     """Train a model and return its parameters, their metrics, and the object that computed the metrics.
 
     Args:
-      config: the stage's config, with `title`, `seed`, `train` and `optim`.
+      config: config of the training command, with `title`, `seed`, `train` and `optim`.
       ctx: folders of checkpoints and the log.
       mesh: the devices.
       learner: the model and its task.

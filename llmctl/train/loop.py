@@ -136,7 +136,7 @@ def _evaluated(state: State) -> Params:
 
 
 class _Loop:
-    """Run the training steps of a job, from the step after the restored checkpoint to the last one."""
+    """Run the training steps after the restored checkpoint, up to the last one."""
 
     peak: float | None = None
     profile: Profile
@@ -222,7 +222,7 @@ class _Loop:
         return state, meta
 
     def raise_if_stopped(self, done: int | None = None) -> None:
-        """Raise Interrupted if the run is to stop. Call this after the checkpoint was written."""
+        """Raise Interrupted if the run has to stop. Call this after the checkpoint was written."""
         if self.stop.requested(now=True):
             where = f"at step {done}" if done else "after the last step"
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")

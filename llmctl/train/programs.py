@@ -24,7 +24,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
     """Return the training step as a Program: a function that JAX can trace and compile, with abstract arguments.
 
     Args:
-      config: the stage's config, with `seed`, `train` and `optim`.
+      config: config of the training command, with `seed`, `train` and `optim`.
       learner: the model to train, with abstract arrays.
       rows: training rows. Only the shapes of the first row are used.
       mesh: the devices.

@@ -150,7 +150,7 @@ def program(job: Job, train: TrainConfig, config: OptimConfig, mesh: jax.shardin
 
 @contextlib.contextmanager
 def context(mesh: jax.sharding.Mesh, train: TrainConfig) -> Iterator[None]:
-    """Set the mesh, the attention kernel and the microbatches that the model reads while a step is traced."""
+    """Set what the model reads while a step is traced: mesh, attention kernel and number of microbatches."""
     with meshes.use(mesh), attention_kernels.use(train.attention), pipeline_parallel.use(train.microbatches):
         yield
 
@@ -320,8 +320,8 @@ def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Para
 def average(old: Params, new: Params, step: Any, decay: float) -> Params:
     """Return the exponential moving average of the weights after `step` + 1 updates.
 
-    The decay at update n is min(decay, (1 + n) / (10 + n)). The decay is small at first, so that initial weights have
-    little influence in a short run.
+    The decay at update n is min(decay, (1 + n) / (10 + n)). At the start of training it is small, so that initial
+    weights have little influence in a short run.
     """
     n = step.astype(jnp.float32) + 1
     share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 PROJECTION = 2
-"""Number that is folded into the random key of the stage to get the key of the projection network."""
+"""Number that is folded into the random key of a run to get the key of the network that computes the prefix."""
 
 
 class Prefix(Method):

@@ -1,4 +1,4 @@
-"""Define the settings of the finetuning methods. Each class is a section of the stage `finetune`."""
+"""Define the settings of the finetuning methods. Each class is a section of the config of `llmctl finetune`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class LoraConfig(Settings):
     alpha: float = Field(default=16.0, gt=0)
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
-    """Matrices that get an adapter. In the blocks: q, k, v, o, gate, up, down. Outside the blocks: lm_head (output
-    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the blocks, except those of
-    bottleneck adapters."""
+    """Matrices that get an adapter. In the layers: q, k, v, o, gate, up, down. Outside the layers: lm_head (output
+    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the layers, except those of
+    bottleneck adapters.
+    """
     rslora: bool = False
     """Scale updates by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast as low ranks
     (rsLoRA)."""
@@ -99,7 +100,8 @@ class PrefixConfig(Settings):
     """Number of trained keys and values before every text, per layer. Texts begin at this position."""
     projection: int = Field(default=0, ge=0)
     """Inner width of a two-layer network that computes all keys and values from trained vectors during training. The
-    artifact contains only the outputs of the network. 0 trains the keys and values themselves."""
+    saved model contains only the outputs of the network. 0 trains the keys and values themselves.
+    """
     deviation: float = Field(default=0.02, gt=0)
     """Standard deviation of new keys and values; PEFT uses 1. It has no effect with a projection."""
 
@@ -110,8 +112,9 @@ class TrainedConfig(Settings):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     last_layers: int = Field(default=0, ge=0)
-    """Number of last layers of each stack to train. Earlier layers and the embeddings are frozen. 0 trains all
-    layers."""
+    """Number of last layers of the encoder and of the decoder to train. Earlier layers and the embeddings are frozen. 0
+    trains all layers.
+    """
     patterns: list[str] = []
     """Patterns of the names of the parameters to train, such as norm or attn/*/bias, for method full. A pattern matches
     any part of a name. The task's head is always trained. Empty trains all parameters."""
@@ -121,7 +124,8 @@ class TrainedConfig(Settings):
     head_rate: float = Field(default=1.0, gt=0)
     """Factor on the learning rate of the task's head. Other parameters are not affected."""
     unfreeze_every: float = Field(default=0.0, ge=0)
-    """Number of steps after which one more layer of each stack is trained (gradual unfreezing). At first only the
-    task's head is trained, then the layers from the last to the first, then the embeddings. A value below 1 is a
-    fraction of all steps. train.patience also counts validations before all layers are trained. 0 trains all layers
-    from the start."""
+    """Number of steps after which one more layer of the encoder and of the decoder is trained (gradual unfreezing). At
+    first only the task's head is trained, then the layers from the last to the first, then the embeddings. A value
+    below 1 is a fraction of all steps. train.patience also counts validations before all layers are trained. 0 trains
+    all layers from the start.
+    """

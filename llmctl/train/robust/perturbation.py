@@ -94,7 +94,7 @@ class Search:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:
-        """Return the search with a method's settings.
+        """Return the search for perturbations with the settings `options` of an adversarial method.
 
         If the method has no setting `step_size`, the step size is `epsilon`.
         """

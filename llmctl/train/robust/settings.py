@@ -1,4 +1,4 @@
-"""Define the settings of robust finetuning. Each class is a section of the stage `finetune`."""
+"""Define the settings of robust finetuning. Each class is a section of the config of `llmctl finetune`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Keep outputs similar under perturbation and from step to step (SMART; Jiang et al., 2020, arXiv:1911.03437).
 
-Two terms are added to the loss of clean rows:
+Two terms are added to the loss of clean (not perturbed) rows:
 
 - the divergence between the outputs for clean and for perturbed rows, maximized over the perturbation
 - the divergence between the outputs of the weights and of their moving average (Bregman proximal point)
