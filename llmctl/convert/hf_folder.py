@@ -288,7 +288,7 @@ def config_of(
         labels: Class names.
         tokens: Ids of special tokens ("bos_token_id", …).
         dtype: Name of the dtype of the weights.
-        fitted: Values that the task fitted, such as thresholds.
+        fitted: Values that were fitted on validation data after training, such as thresholds.
 
     Raises:
         RequestError: If the family's format cannot express this config.

@@ -59,7 +59,7 @@ class Slot:
     shape: tuple[int, ...]
     """Shape of one layer of the parameter, in llmctl's layout."""
     first: int
-    """Index of the first output in the tensor that belongs to the parameter; above 0 only in fused tensors."""
+    """Index of the tensor's first output that belongs to the parameter; 0 unless the tensor is fused."""
     transposed: bool
 
 
@@ -85,8 +85,8 @@ def tensor_layouts(cfg: ModelConfig, bridge: Bridge, head: Head, bare: bool = Fa
 
     Args:
         cfg: Config of the model.
-        bridge: Bridge of the model's family.
-        head: Head of the bridge.
+        bridge: Conversion of the config and tensor names of the model's family.
+        head: Conversion of the model's output head.
         bare: Whether to omit the prefix of the names, such as "bert.", as transformers does for models without a head.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Evaluate artifacts: tasks, metrics, speed measurements and reports."""
+"""Evaluate artifacts (saved models): tasks, metrics, speed measurements and reports."""

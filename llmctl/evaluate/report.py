@@ -95,7 +95,8 @@ def headline(result: Result) -> str:
 def protocols(results: Sequence[Result]) -> list[str]:
     """Return a line "task: protocol" for each distinct protocol of the results.
 
-    Metrics are comparable only if they were measured with the same protocol.
+    A protocol describes a measurement, such as its split and truncation. Metrics are comparable only if they were
+    measured with the same protocol.
     """
     return list(dict.fromkeys(f"{r['task']}: {r['protocol']}" for r in results))
 

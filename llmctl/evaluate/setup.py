@@ -87,7 +87,7 @@ class Measured:
     batched: Callable[[], object] = field(repr=False)
     """Function that runs the model on one batch and blocks until it is done."""
     units: dict[str, int]
-    """Number of units in one batch, by the name of the throughput metric, such as {"examples_per_second": 32}."""
+    """What one batch contains, by the name of the throughput metric: {"examples_per_second": 32} means 32 examples."""
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
     """(true labels, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task
     returns none."""

@@ -29,7 +29,7 @@ class Timing:
         return float(np.percentile(self.seconds, 90))
 
     def rate(self, units: float) -> float:
-        """Return the throughput at the median time, in units per second. One call processes `units` units."""
+        """Return the throughput per second at the median time, if one call processes `units` items, such as tokens."""
         return units / self.p50
 
 

@@ -1,5 +1,7 @@
 """Read and validate a recipe: shared settings and an ordered list of stages.
 
+Each stage writes an artifact, a folder with a model or with the results of an evaluation.
+
 The recipe is validated before any stage runs. If a setting has values in several places, the last place in this list
 applies: the default in the config class, the recipe's shared settings, the stage's table, `--set`, the flags of a
 stage's command.

@@ -49,7 +49,7 @@ class Span(Task):
     peft_type = "QUESTION_ANS"
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> AnswerRows:
-        """Return rows of one question and one window of its context each."""
+        """Return rows with a question and a window of its context each; a long context has several windows."""
         return AnswerRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def reading_rows(
@@ -93,7 +93,7 @@ class Span(Task):
     def new_rows(
         self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
     ) -> AnswerRows:
-        """Return rows of one question and one window of its context each, for new rows of the user."""
+        """Tokenize the questions of the user: one row per question and window of its context."""
         return AnswerRows(new_examples(rows, ("context", "question")), tokenizer, seq_len, shuffle=False)
 
     def prediction(self, y: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
@@ -144,7 +144,7 @@ class Span(Task):
 
 
 def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select the best span of each of N questions among the best spans of its context's windows.
+    """Select the best span for each of N questions from the best spans in the windows of its context.
 
     Returns:
       (score of the best span [N], lowest score of no answer [N], first character and last character + 1 of the span [N,
