@@ -20,7 +20,7 @@ Layer = dict[str, Any]
 
 
 def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
-    """Return the compiled functions (observe, advance) for the layers of a stack.
+    """Return the compiled functions (observe, advance) for the layers of the encoder or the decoder.
 
     `observe` runs the unchanged layer and collects statistics. `advance` runs the changed layer and measures its error.
     """
@@ -41,7 +41,7 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
         """Run one batch through the unchanged layer.
 
         Returns:
-          (output, updated statistics, sums for the block influence as returned by `_influence`).
+          (output, updated statistics, the two sums of `_influence` from which the block influence is computed).
         """
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}

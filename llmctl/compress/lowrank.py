@@ -1,4 +1,4 @@
-"""Merge the low-rank adapters of a finetuned artifact into its matrices before compression.
+"""Merge low-rank adapters (LoRA) into the matrices of a model before it is compressed.
 
 Merging is refused if it would undo an earlier quantization or pruning.
 """

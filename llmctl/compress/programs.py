@@ -219,7 +219,7 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return the abstract parameters with as many layers per stack as `model` has."""
+    """Return the abstract parameters with as many layers in the encoder and the decoder as `model` has."""
     out = dict(params)
     for stack in functional.stacks(model):
         depth = functional.depth(model, stack)
@@ -240,7 +240,7 @@ def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tre
 
 
 def layer_of(params: Tree, stack: str) -> Tree:
-    """Return the abstract arrays of one layer of a stack."""
+    """Return the abstract arrays of one layer of the encoder or the decoder."""
 
     def one(a: Any) -> Any:
         spec = a.sharding.spec

@@ -38,7 +38,10 @@ def counted(params: dict[str, Any]) -> list[Record]:
 
 
 def errors(layers: Sequence[Record]) -> dict[str, list[float]]:
-    """Return the relative output errors of the layers by stack; an empty dictionary if no error was measured."""
+    """Return the relative output errors of the layers: {"encoder" or "decoder": errors}.
+
+    The dictionary is empty if no error was measured.
+    """
     measured = [layer for layer in layers if "error" in layer]
     stacks = dict.fromkeys(layer["stack"] for layer in measured)
     return {stack: [layer["error"] for layer in measured if layer["stack"] == stack] for stack in stacks}

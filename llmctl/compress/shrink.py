@@ -159,10 +159,10 @@ def cut(
 
 
 def columns(units: np.ndarray, width: int) -> np.ndarray:
-    """Return the indices of the columns that belong to heads or neurons.
+    """Return the indices of the columns that belong to some heads or neurons.
 
     Args:
-      units: indices [..., N] of heads or neurons.
+      units: indices [..., N] of the heads or neurons.
       width: number of columns per head or neuron.
 
     Returns:

@@ -212,8 +212,8 @@ def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 def shardings(state: Any, params: dict[str, NamedSharding], shapes: Named, replicated: NamedSharding) -> Any:
     """Return the sharding of each array in an optimizer's state. Moments are sharded like their parameters.
 
-    An array belongs to the parameter whose name is on its path. Adafactor's row and column statistics are sharded like
-    their parameter without the averaged axis. Counters are replicated.
+    An array of the state belongs to the parameter whose name is in the array's path. Adafactor's row and column
+    statistics are sharded like their parameter without the averaged axis. Counters are replicated.
 
     Args:
       state: the optimizer's state, as arrays or their shapes.

@@ -38,7 +38,7 @@ class Profile:
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """End the trace if `step` is its last step. Call this after each step is dispatched.
+        """End the trace if `step` is the last step to trace. Call this after each step is dispatched.
 
         At the end of the trace, the method waits for `results`.
         """

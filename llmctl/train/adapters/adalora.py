@@ -26,18 +26,18 @@ DEVIATION = 0.02
 
 
 class AdaLora(Method):
-    """Train low-rank updates with a shared rank budget, and the task's head."""
+    """Train low-rank updates of matrices, whose ranks share a budget, and the task's head."""
 
     name = "adalora"
     settings = ("lora", "adalora", "merge")
     adapts = True
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that no setting contradicts AdaLoRA's choice of ranks.
+        """Check the config as Method.check does, and that all settings suit AdaLoRA, which chooses the ranks itself.
 
         Raises:
-          RequestError: If a setting fixes the rank or the scale of single matrices, a setting freezes layers, or
-              Method.check fails.
+          RequestError: If a LoRA setting is used that AdaLoRA does not support (such as `lora.rank_pattern`), a setting
+            freezes layers, or Method.check fails.
         """
         of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
         given = config.lora.model_fields_set & of_lora
@@ -56,7 +56,7 @@ class AdaLora(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with an adapter around each target matrix, sharded over `mesh`.
+        """Return the parameters with an adapter around each matrix of `lora.targets`, sharded over `mesh`.
 
         The adapter (`Svd`) has the form of a singular value decomposition. The singular values are initialized to zero,
         so the model's outputs do not change.

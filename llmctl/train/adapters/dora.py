@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class Dora(Lora):
-    """Train low-rank pairs, magnitudes and the task's head."""
+    """Train low-rank adapters, the magnitudes of the adapted matrices, and the task's head."""
 
     name = "dora"
 
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with a DoRA adapter around each target matrix, sharded over `mesh`.
+        """Return the parameters with a DoRA adapter around each matrix of `lora.targets`, sharded over `mesh`.
 
-        The magnitudes are initialized to the magnitudes of the matrices, so the model's outputs do not change.
+        The magnitudes are initialized to those of the matrices, so the model's outputs do not change.
         """
         from llmctl.model import weights
 

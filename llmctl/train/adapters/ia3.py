@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
-"""For each matrix that gets factors, whether the factors multiply its outputs or its inputs."""
+"""Names of the matrices that get factors, and whether the factors multiply their outputs or their inputs."""
 
 
 class Ia3(Method):

@@ -32,10 +32,10 @@ def attach(
 ) -> Params:
     """Return the parameters with a low-rank pair for each target matrix: `a` [..., I, R] and `b` [..., R, O].
 
-    I is the number of inputs of the matrix, O of its outputs, and R is the rank. `a` is initialized by Kaiming's
-    uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code. `b` is zero, so the model's outputs do
-    not change. For the token embeddings, `a` is zero and `b` is normally distributed, as in PEFT, because each token
-    reads one row of `a`.
+    The pair adds scale * a @ b to the matrix [..., I, O], which has I inputs and O outputs; R is the rank. `a` is
+    initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code. `b` is zero,
+    so the model's outputs do not change. For the token embeddings, `a` is zero and `b` is normally distributed, as in
+    PEFT, because each token reads one row of `a`.
 
     Args:
       cfg: config of the model.
@@ -90,7 +90,7 @@ def check_rank(params: Params, lora: LoraConfig) -> None:
 
 
 class Lora(Method):
-    """Train low-rank pairs and the task's head."""
+    """Train low-rank adapters (two matrices whose product is added to a frozen matrix) and the task's head."""
 
     name = "lora"
     settings = ("lora", "merge")
@@ -99,7 +99,7 @@ class Lora(Method):
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with a low-rank pair around each target matrix, sharded over `mesh`."""
+        """Return the parameters with a low-rank adapter around each matrix of `lora.targets`, sharded over `mesh`."""
         return attach(model, params, config.lora, key, mesh)
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
@@ -128,8 +128,9 @@ class Lora(Method):
     def rate(self, config: Any, name: str) -> float:
         """Return the factor on an array's learning rate.
 
-        In LoRA+, the second matrix `b` of each pair has the factor `lora.plus_ratio`. All other arrays have the factor
-        1. So does `b` of the token embeddings, because there `a` starts with zeros instead of `b`.
+        In LoRA+, the second matrix `b` of each adapter has the factor `lora.plus_ratio`, and all other arrays have 1.
+        An exception is the adapter of the token embeddings, whose `b` has 1 too: there `a` starts with zeros instead of
+        `b`.
         """
         from llmctl.model import weights
 
