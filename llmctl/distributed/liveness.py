@@ -35,8 +35,8 @@ class _Run:
         self.index, self.count = index, count
         self.connections: dict[int, socket.socket] = {}
         self.ended: set[int] = set()
-        """Indices of processes that sent the message with their exit code. When their connections close, they are not
-        reported as dead."""
+        """Indices of processes that have sent their exit code. If the connection of such a process closes, the process
+        is not reported as dead."""
         self.failed = False
         self.ending = threading.Lock()
         self.all_succeeded = threading.Event()
@@ -74,7 +74,7 @@ class _Run:
             self.all_succeeded.set()
 
     def handle_disconnect(self, sender: int) -> None:
-        """Report process `sender` as dead if its connection closed before it sent the message with its exit code."""
+        """Report process `sender` as dead if its connection closed before the process had sent its exit code."""
         if not (self.all_succeeded.is_set() or sender in self.ended):
             self.schedule_exit(
                 {"from": sender, "code": 1, "line": f"died or cannot be reached; {RESUME}", "dead": True}
@@ -114,7 +114,7 @@ class _Run:
         os._exit(code)  # skips libraries' exit handlers, which would wait for lost processes
 
     def wait_for_others(self) -> None:
-        """Wait until all connections are closed, for at most 2 * GRACE seconds, because another process may hang."""
+        """Wait until all connections are closed, but at most 2 * GRACE seconds, in case another process hangs."""
         deadline = time.monotonic() + 2 * GRACE
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -111,8 +111,8 @@ def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = Fals
         path: Path of the lock file.
         what: Name of the locked object, for the error message.
         shared: Whether several processes may take the lock with shared=True at the same time.
-        own_folder: Whether only llmctl uses the file's folder. If so, it is removed when empty, even if another process
-            created it.
+        own_folder: Whether only llmctl uses the file's folder. If so, the folder is removed when it is empty, even if
+            another process created it.
 
     Raises:
         RequestError: If another process has the lock, the file or its folder is a link, or the file cannot be created.

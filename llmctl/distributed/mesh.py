@@ -50,7 +50,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
 }
-"""Sharding rules: logical axis name -> mesh axes. To change a layout, change a row of this table."""
+"""Sharding rules: logical axis name -> mesh axes. A logical axis name, such as "embed", describes a dimension of an
+array. To change a layout, change a row of this table."""
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
