@@ -72,7 +72,7 @@ def library() -> Any:
 
 
 def inspect(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
-    """Describe the model in a GGUF file. Its tensors are dequantized when they are read.
+    """Describe the model in a GGUF file. Quantized tensors are dequantized when they are read.
 
     Args:
         file: The file.

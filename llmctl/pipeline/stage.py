@@ -11,8 +11,8 @@ A stage is one module:
     def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
         ...  # optional: the programs that `llmctl plan` compiles, and the artifact of the stage
 
-`base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. A stage
-without `programs` compiles nothing in a plan. Its arrays then have the shapes of its parent's arrays.
+`base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. If a stage
+does not define `programs`, a plan assumes that it compiles nothing and that its arrays have its parent's shapes.
 """
 
 from __future__ import annotations

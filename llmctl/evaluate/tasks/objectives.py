@@ -109,7 +109,7 @@ def sliding(
     """Measure a decoder's perplexity on documents with sliding windows.
 
     Args:
-        task: Task of the artifact. Its `scorer` is the program whose speed is measured.
+        task: Task of the artifact. The speed of the program that `task.scorer` returns is measured.
         artifact: The decoder.
         held: The split of the data, for the description of the measurement.
         setup: Context, stride, batch size and dtype.

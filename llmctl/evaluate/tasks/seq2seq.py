@@ -48,8 +48,8 @@ class SequenceToSequence(Completions):
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
         """Return a function (parameters, check_stop) -> metrics of generated answers, for validation during training.
 
-        It answers at most `generation.examples` validation prompts, and calls `check_stop()` before each batch. This
-        function raises an exception if training must stop.
+        The function answers at most `generation.examples` validation prompts. Before each batch, it calls
+        `check_stop()`, so that training can stop.
 
         Raises:
             RequestError: If the packages of the metrics are missing, or the answers leave no room for a prompt.

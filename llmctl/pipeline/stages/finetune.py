@@ -1,6 +1,6 @@
 """Define the stage `finetune`, which trains a pretrained model for a task.
 
-It trains all parameters, the layers above frozen ones, or adapters.
+The stage trains all parameters, only the layers above frozen ones, or adapters.
 """
 
 from __future__ import annotations
