@@ -73,9 +73,9 @@ def toward_start(own: Loss, factor: float) -> Loss:
 def mixout(own: Loss, rate: float) -> Loss:
     """Return the loss function `own` of weights that are partly replaced by the weights before finetuning.
 
-    Each weight w is replaced by its value w0 before finetuning, with probability `rate`. The others become w0 + (w -
-    w0) / (1 - rate), so the expected value is w. With w0 = 0 this is dropout of the weights. The training state keeps
-    w0 in its entry "memory", under the name "start". (Lee et al., 2020, arXiv:1909.11299)
+    Each weight w is replaced by its value w0 before finetuning, with probability `rate`. The other weights become w0 +
+    (w - w0) / (1 - rate). The expected value is therefore w. With w0 = 0 this is dropout of the weights. The training
+    state keeps w0 in its entry "memory", under the name "start". (Lee et al., 2020, arXiv:1909.11299)
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any, **more: Any) -> Any:

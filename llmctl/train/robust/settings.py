@@ -67,8 +67,9 @@ class AdversarialConfig(Settings):
     Default: 0.5 for fgm, 1 for pgd. For method smart: factor of the divergence between the outputs of clean and
     perturbed rows. Default: 2."""
     proximal: Annotated[float, Field(ge=0)] | None = None
-    """Factor of the divergence between the outputs of the weights and of their moving average, for method smart.
-    Default: 2."""
+    """Factor of the divergence between the outputs with the current weights and with their moving average, for method
+    smart. Default: 2.
+    """
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the moving average of the weights, for method smart. In the first tenth of the steps, it is at most
     0.99. Default: 0.999."""
@@ -100,13 +101,14 @@ class RegularizeConfig(Settings):
     embeddings. 5 is usual. 0 disables it.
     """
     l2_start: float = Field(default=0.0, ge=0)
-    """Factor of half the squared distance between the weights and the parent's weights (L2-SP), without the task's
-    head. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
+    """Factor of half the squared distance between the weights and the weights before finetuning (L2-SP), without the
+    task's head. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
     """
     mixout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability with which each weight is replaced by the parent's weight in a training step (Mixout), without the
-    task's head. 0.1 to 0.9 are usual, in place of dropout. Only for methods that train the parent's weights. 0 disables
-    it."""
+    """Probability with which each weight is replaced by its value before finetuning in a training step (Mixout),
+    without the task's head. 0.1 to 0.9 are usual, in place of dropout. Only for methods that train the weights of the
+    finetuned model. 0 disables it.
+    """
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
     """Weight of the examples of each class in the loss, such as {"rare" = 5.0}. Other classes have weight 1. balanced:
     weights inversely proportional to the number of training examples of the class."""
