@@ -16,13 +16,17 @@ import jax.numpy as jnp
 
 STEPS = 16
 """Number of conjugate-gradient steps."""
+ROUNDING = 1e-6
+"""Rounding error of an output's squared error in float32, as a fraction of the sum of its terms' absolute values."""
 
 
 @partial(jax.jit, static_argnames=("steps",))
 def repair(original_IO: jax.Array, pruned_IO: jax.Array, gram_II: jax.Array, *, steps: int = STEPS) -> jax.Array:
     """Return the pruned matrix with new values for its nonzero weights.
 
-    The error of an output never increases: if rounding would increase it, the output keeps its weights.
+    The error of an output never increases. An output keeps its weights unless its error decreases by more than the
+    rounding error of the comparison. This error is large if the inputs are nearly collinear, because the terms of
+    the squared error then cancel.
 
     Args:
       original_IO: the matrix before pruning, whose outputs are the target.
@@ -53,11 +57,14 @@ def repair(original_IO: jax.Array, pruned_IO: jax.Array, gram_II: jax.Array, *, 
     state = start_IO, residual_IO, scaled_IO, jnp.sum(residual_IO * scaled_IO, axis=0)
     repaired_IO = jax.lax.fori_loop(0, steps, step, state)[0].astype(dtype).astype(jnp.float32)
 
-    def error(w_IO: jax.Array) -> jax.Array:
+    def error(w_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
         lost_IO = w_IO - original_IO
-        return jnp.sum(lost_IO * times_gram(lost_IO), axis=0)
+        size_IO = jnp.abs(lost_IO)
+        terms_O = jnp.sum(size_IO * jnp.matmul(jnp.abs(gram_II), size_IO), axis=0)
+        return jnp.sum(lost_IO * times_gram(lost_IO), axis=0), ROUNDING * terms_O
 
-    better_O = error(repaired_IO) < error(start_IO)  # false for NaN
+    (new_O, new_bound_O), (old_O, old_bound_O) = error(repaired_IO), error(start_IO)
+    better_O = new_O + new_bound_O < old_O - old_bound_O  # false for NaN
     return jnp.where(better_O, repaired_IO, start_IO).astype(dtype)
 
 

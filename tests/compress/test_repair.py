@@ -51,6 +51,21 @@ def test_a_solution_of_sparsegpt_gains_too(layer):
     assert errors(gram, w, got).sum() < errors(gram, w, solved).sum()
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nearly_collinear_inputs_make_no_output_worse(seed):
+    """Three large inputs are nearly multiples of one another, so the terms of the squared error cancel in float32."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(300, 32))
+    x[:, 0] *= 1e3
+    x[:, 1] = x[:, 0] + 0.3 * rng.normal(size=300)
+    x[:, 2] = -0.7 * x[:, 0] + 0.3 * rng.normal(size=300)
+    gram, w = (x.T @ x).astype(np.float32), rng.normal(size=(32, 240)).astype(np.float32)
+    solved, _ = sparsegpt.prune(w, gram, w.size // 2, pattern=Pattern(0.5))
+    got = repair(w, solved, gram)
+    before, after = (np.sum((x @ (np.asarray(v, float) - w)) ** 2, axis=0) for v in (solved, got))
+    assert np.all(after <= before) and after.sum() < before.sum()
+
+
 def test_dead_inputs_and_a_lost_output_stay(layer):
     _, gram, w, mask = layer
     gram = gram.copy()
