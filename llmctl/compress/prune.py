@@ -45,7 +45,8 @@ def mask(
       pattern: sparsity pattern.
       per: group within which scores compete in an unstructured pattern: the complete matrix, or each output's inputs.
       count: number of weights to prune in an unstructured pattern; by default the number that the pattern gives. If
-        this number cannot be the same for every output, the first outputs prune one more.
+        this number cannot be the same for every output, the first outputs prune one more. If scores compete per output,
+        an array [O] gives the number of each output.
 
     Raises:
       RequestError: If the M of an N:M pattern does not divide the inputs.
@@ -58,9 +59,39 @@ def mask(
         return _keep_highest(score_GMO, pattern.keep, axis=1).reshape(inputs, outputs)
     count = pattern.count(inputs, outputs, per) if count is None else count
     if per == "output":
-        each, more = count // outputs, count % outputs
-        return _keep_highest(score_IO, inputs - each - (jnp.arange(outputs) < more), axis=0)
+        each_O = count if jnp.ndim(count) else _shares(count, outputs)
+        return _keep_highest(score_IO, inputs - each_O, axis=0)
     return _keep_highest(score_IO.reshape(-1), inputs * outputs - count, axis=0).reshape(inputs, outputs)
+
+
+def _shares(count: jax.Array | int, outputs: int) -> jax.Array:
+    return count // outputs + (jnp.arange(outputs) < count % outputs)
+
+
+def _counts(w: Weight, count: int | None, per: Literal["matrix", "output"]) -> jax.Array | int | None:
+    """Return the argument `count` of `prune`: an array [O] if an output has more zeros than its share of `count`.
+
+    Zeros stay, so the other outputs prune fewer weights. The sum is `count`, or the number of zeros if that is larger.
+    """
+    if per == "matrix" or count is None:
+        return count
+    counts_O, exceeded = _with_zeros(weights.as_node(w).values(), count)
+    return counts_O if exceeded else count
+
+
+@jax.jit
+def _with_zeros(values_IO: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Return the number of weights to prune per output, and whether any output has more zeros than its share.
+
+    Zeros that are missing are distributed over the outputs with fewer zeros than their share, in proportion to the
+    difference.
+    """
+    zeros_O = jnp.sum(values_IO == 0, axis=0)
+    each_O = _shares(count, values_IO.shape[1])
+    until_O = jnp.cumsum(jnp.maximum(each_O - zeros_O, 0))
+    missing, share_O = jnp.maximum(count - jnp.sum(zeros_O), 0), until_O / jnp.maximum(until_O[-1], 1)
+    until_O = jnp.minimum(jnp.round(share_O * missing).astype(jnp.int32), missing).at[-1].set(missing)
+    return zeros_O + jnp.diff(until_O, prepend=0), jnp.any(zeros_O > each_O)
 
 
 def _keep_highest(score: jax.Array, keep: jax.Array | int, axis: int) -> jax.Array:
@@ -101,7 +132,7 @@ def prune(
       statistics: sums of squares of the matrix's inputs (`Moments`), if the score needs them.
       gradients: sums of the loss's gradient, if the score needs them.
       key: random key of this matrix; a fixed one by default.
-      count: number of zeros of an unstructured pattern; by default the number that the pattern gives.
+      count: number of zeros of an unstructured pattern; by default the number that the pattern gives (see `mask`).
       method: name of the score in `SCORES`.
       pattern: sparsity pattern.
     """
@@ -148,6 +179,7 @@ def prune_layer(
             count = None if method.pattern.of else method.pattern.count(inputs, outputs, method.per)
         else:
             count = counts[m.module]
+        count = _counts(m.weight, count, method.per)
         if method.hessian:
             new, found = _by_hessian(m.weight, known, own, _key(*at, m.module), count, method)
         else:
@@ -161,7 +193,12 @@ def prune_layer(
 
 
 def _by_hessian(
-    w: jax.Array, statistics: Any, gradients: Sums | None, key: jax.Array, count: int | None, method: SparseMethod
+    w: jax.Array,
+    statistics: Any,
+    gradients: Sums | None,
+    key: jax.Array,
+    count: jax.Array | int | None,
+    method: SparseMethod,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Prune one matrix by SparseGPT or with repair, which read the Gram matrix of its inputs.
 

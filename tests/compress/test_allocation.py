@@ -87,6 +87,19 @@ def test_a_count_is_met_exactly(method):
         assert int(jnp.sum(got == 0)) == count
 
 
+def test_a_count_is_met_exactly_if_outputs_have_uneven_numbers_of_zeros():
+    """After magnitude pruning, outputs of large weights have few zeros; no zero comes back."""
+    w = jax.random.normal(jax.random.key(0), (64, 31)) * jnp.exp(jax.random.normal(jax.random.key(1), (31,)))
+    once = prune(w, method="magnitude", pattern=Pattern(0.5))
+    stats = Moments(jnp.ones(64), jnp.array(1.0))
+    for count, expected in ((992, 992), (1126, 1126), (1900, 1900), (500, 992)):
+        method, layer = SparseMethod("wanda", Pattern(0.5)), {"mlp": {"up": {"kernel": once}}}
+        layer, notes = prune_layer(layer, {"mlp/up": stats}, method=method, counts={"mlp/up": count})
+        got = layer["mlp"]["up"]["kernel"]
+        assert int(jnp.sum(got == 0)) == notes["mlp/up"]["zeros"] == expected
+        assert not np.any(np.asarray(got)[np.asarray(once) == 0])
+
+
 def test_sparsegpt_with_repair_and_owl_of_an_encoder_decoder(tiny, make_rows):
     """Both stacks get their own numbers of zeros, and cross-attention reads the encoder's inputs."""
     change = {"architecture": "encoder_decoder", "encoder_layers": 2, "layers": 1, "positions": "relative"}
