@@ -53,12 +53,15 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
 
 
 def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
-    """Return the sparsity of each layer that minimizes the sum of the layers' errors.
+    """Return the sparsity of each layer, lower for layers whose error grows more with the sparsity.
 
     The error of a layer is measured at three sparsities, and interpolated linearly between them. The range of
-    sparsities therefore has two halves. If a layer's first half adds more error than its second half, both get the mean
-    of the two. Each layer starts at the lowest sparsity. Zeros are added in the halves with the least error per zero
-    first.
+    sparsities therefore has two halves. Each layer starts at the lowest sparsity. Zeros are added in the halves with
+    the least error per zero first. If halves have equal error per zero, all first halves precede all second halves,
+    and layers get zeros in proportion to their sizes. Layers with equal errors therefore get equal sparsities.
+
+    The result minimizes the sum of the errors if no layer's first half adds more error than its second half. If one
+    does, both of its halves get the mean of the two, so that the result is then an approximation.
 
     >>> by_sensitivity(np.array([[0.0, 1.0, 3.0], [0.0, 0.1, 0.3]]), np.ones(2), 0.5, 0.1).round(3).tolist()
     [0.4, 0.6]
@@ -71,12 +74,14 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
     costs = np.diff(errors, axis=1)
     concave = costs[:, 0] > costs[:, 1]
     costs[concave] = costs[concave].mean(axis=1, keepdims=True)
-    order = np.argsort((costs / sizes[:, None]).reshape(-1), kind="stable")
+    costs /= sizes[:, None]
     budget, zeros = spread * sizes.sum(), np.zeros(len(sizes))
-    for half in order:  # a layer's first half precedes its second one: it costs no more
-        taken = min(budget, spread * sizes[half // 2])
-        zeros[half // 2] += taken
-        budget -= taken
+    for cost in np.unique(costs):
+        for half in cost == costs.T:  # a layer's first half precedes its second one: it costs no more
+            room = spread * np.where(half, sizes, 0)
+            taken = min(budget, room.sum())
+            zeros += taken * room / max(room.sum(), 1e-30)
+            budget -= taken
     return sparsity - spread + zeros / sizes
 
 

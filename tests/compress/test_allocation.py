@@ -51,6 +51,15 @@ def test_the_scan_fills_the_cheapest_halves():
     assert np.average(larger, weights=[1, 1, 2]) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("errors", [[0.0, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 4.0], [0.0, 1.0, 4.0]])
+def test_layers_with_equal_errors_get_equal_sparsities(errors):
+    """Costs that are zero, linear, concave and convex; the sizes are equal."""
+    got = allocation.by_sensitivity(np.array([errors] * 4), np.full(4, 7), 0.5, 0.1)
+    np.testing.assert_allclose(got, [0.5] * 4)
+    one = np.array([[0.0, 0.1, 0.2], errors, errors]) + np.array([[0.0], [1.0], [1.0]])
+    assert np.ptp(allocation.by_sensitivity(one, np.ones(3), 0.5, 0.1)[1:]) < 1e-12
+
+
 def test_counts_add_up_and_hold_the_zeros_that_are_there(tiny, fresh):
     """Of one matrix nine tenths are zeros already."""
     sparse = {m.path: m.weight for m in matrices(fresh, "block")}
