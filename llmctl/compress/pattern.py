@@ -24,13 +24,13 @@ class Pattern:
     of: int = 0
 
     def count(self, inputs: int, outputs: int, per: Literal["matrix", "output"]) -> int:
-        """Return the number of zeros in a matrix. The fraction `sparsity` is rounded per matrix, or per output.
+        """Return the number of zeros in a matrix of an unstructured pattern.
+
+        The fraction `sparsity` is rounded per matrix, or per output.
 
         >>> Pattern(0.3).count(5, 3, "matrix"), Pattern(0.3).count(5, 3, "output")
         (4, 6)
         """
-        if self.of:
-            return inputs // self.of * (self.of - self.keep) * outputs
         return round(self.sparsity * inputs) * outputs if per == "output" else round(self.sparsity * inputs * outputs)
 
     @staticmethod

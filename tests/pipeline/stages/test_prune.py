@@ -105,7 +105,10 @@ def test_allocations_keep_the_total(artifacts, tmp_path, reviews, parent, method
     """Layers differ by no more than twice the spread, and the zeros of all are those that were asked for."""
     settings = {"data": reviews, "examples": 20, "sparsity": 0.4, "method": method, "allocation": allocation}
     made = run(artifacts, tmp_path, parent, **settings, spread=0.1)
-    shares = [layer["sparsity"] for layer in made.manifest.metrics["pruned_layers"]]
+    layers = made.manifest.metrics["pruned_layers"]
+    shares = [layer["sparsity"] for layer in layers]
+    matrices = [found for layer in layers for found in layer["matrices"].values()]
+    assert sum(m["zeros"] for m in matrices) == round(0.4 * sum(np.prod(m["shape"]) for m in matrices))
     assert 0.01 < max(shares) - min(shares) < 0.2 + 1e-3
     assert made.manifest.metrics["block_sparsity"] == pytest.approx(0.4, abs=1 / (3 * 16 * 24))
     assert (made.path / "log.jsonl").read_text().count("\n") == 3 + 3  # a line per layer of each walk
