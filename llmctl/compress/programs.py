@@ -219,7 +219,7 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return the abstract parameters with as many layers in the encoder and the decoder as `model` has."""
+    """Return `params`, which are shapes without values, with the numbers of layers of the config `model`."""
     out = dict(params)
     for stack in functional.stacks(model):
         depth = functional.depth(model, stack)

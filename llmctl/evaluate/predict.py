@@ -1,4 +1,4 @@
-"""Predict new rows with artifacts.
+"""Predict the labels, numbers, tags, answers or embeddings of new rows with saved models.
 
 A batch has rows of similar length, which are padded to one of a few lengths. Each length has one compiled program.
 

@@ -155,7 +155,7 @@ def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence
 
 
 def inputs(config: Any) -> list[Any]:
-    """Return the paths of the files that a config and its sections read, from their methods `inputs`."""
+    """Return the paths of the files that a stage's config and its sections name as inputs, such as a chat template."""
     return [path for section in sections(config) if hasattr(section, "inputs") for path in section.inputs()]
 
 

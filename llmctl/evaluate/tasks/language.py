@@ -208,7 +208,7 @@ class LanguageModel(Language):
         return TASKS[objective_rows.default(model.architecture, model.next_sentence)]
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Return rows from the task that `select_task` selects for the columns of the examples."""
+        """Return tokenized rows: of completions if the examples have the column "completion", otherwise of texts."""
         return self.select_task(model, examples.columns).rows(model, examples, tokenizer, settings)
 
     def stage_rows(

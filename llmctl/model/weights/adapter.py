@@ -91,7 +91,7 @@ class Adapter(Node):
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return this adapter with a base whose products do not quantize activations."""
+        """Return this adapter over a base that multiplies unquantized activations."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:

@@ -243,7 +243,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return (programs that calibrate the layers and prune the largest matrix, the pruned artifact)."""
+    """Return the programs that the stage compiles, and the pruned artifact as shapes without values. Nothing is run.
+
+    The programs calibrate the layers, and prune the largest matrix.
+    """
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs, prune, pruning_programs
     from llmctl.model import functional
