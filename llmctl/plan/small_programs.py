@@ -66,30 +66,38 @@ def layers(program: Program, work: Pass) -> Estimate:
     return temporaries, counts
 
 
-def _products(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
+def _products(statistics: Any, setup: Setup) -> dict[tuple[str, str], float]:
     """Return the number of elements of each Gram matrix that one device computes.
 
-    The keys are those of `_kept`.
+    Matrices that read the same input are counted once. The keys are those of `_input_of`.
     """
     found = {}
     for path, statistic in dict(statistics).items():
-        block, name = path.split("/")
-        inner, first = name in ("o", "down"), jax.tree.leaves(statistic)[0]
+        key, first = _input_of(path), jax.tree.leaves(statistic)[0]
         if first.ndim == 3:
-            found[block, inner] = first.size / (setup.size("tensor") if inner else 1)
+            found[key] = first.size / (setup.size("tensor") if key[1] == "inner" else 1)
     return found
 
 
-def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, bool], float]:
+def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, str], float]:
     """Return the number of elements per token, on one device, of each matrix input that has a statistic.
 
-    Matrices that read the same input are counted once. A key is (block, inner), and a block is attention or
-    feed-forward. `inner` is false for the input of the block, which q, k and v or gate and up read. It is true for the
-    input of the block's last matrix, `o` or `down`.
+    Matrices that read the same input are counted once. The keys are those of `_input_of`.
     """
     found = {}
     for path, statistic in dict(statistics).items():
-        block, name = path.split("/")
-        inner, first = name in ("o", "down"), jax.tree.leaves(statistic)[0]
-        found[block, inner] = math.prod(first.shape[:2]) / (setup.size("tensor") if inner else 1)
+        key, first = _input_of(path), jax.tree.leaves(statistic)[0]
+        found[key] = math.prod(first.shape[:2]) / (setup.size("tensor") if key[1] == "inner" else 1)
     return found
+
+
+def _input_of(path: str) -> tuple[str, str]:
+    """Return a key (block, input) that is equal for matrices with the same input, such as q, k and v of self-attention.
+
+    The input is "inner" for the last matrix of a block, `o` or `down`. It is "encoder" for the keys and values of
+    cross-attention, which read the encoder's outputs. Otherwise it is "outer", the input of the block.
+    """
+    block, name = path.split("/")
+    if name in ("o", "down"):
+        return block, "inner"
+    return block, "encoder" if block == "cross" and name in ("k", "v") else "outer"
