@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -275,8 +276,7 @@ class _Loop:
         if done < self.job.best_from:
             return meta
         value = found[self.metric]
-        better = meta["best"] is None or (value < meta["best"] if self.less else value > meta["best"])
-        if better:
+        if meta["best"] is None or improves(value, meta["best"], self.less):
             if self.keeps_best:
                 self.checkpoints.save_best(done, named)
             return {**meta, "best": value, "best_step": done, "bad": 0}
@@ -302,6 +302,15 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
     _check_batch(train, mesh)
     context_parallel.check(train.seq_len, mesh.shape["context"])
     functional.check_mesh(model, mesh)
+
+
+def improves(value: float, best: float, minimized: bool) -> bool:
+    """Return whether a metric's value is better than the best one so far. Every number is better than NaN.
+
+    >>> improves(0.5, 0.7, True), improves(9.0, math.nan, True), improves(math.nan, 0.7, False)
+    (True, True, False)
+    """
+    return (math.isnan(best) and not math.isnan(value)) or (value < best if minimized else value > best)
 
 
 def is_minimized(metric: str) -> bool:
