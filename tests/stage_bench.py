@@ -170,11 +170,16 @@ def state(found: Artifact, base: Path | None) -> State:
             kinds.add((str(q.array.qvalue.dtype), "*" if q.activations else ""))
     assert len(kinds) <= 1, kinds
     integers = "".join(f"{dtype}{grouped}{activations}" for dtype, activations in kinds)
+    quantized_adapters = any(
+        weights.as_node(w).is_integer
+        for path, w in weights.flatten(found.params).items()
+        if weights.parse(path).bottleneck
+    )
     return State(
         model.family, model.head, model.architecture, model.layers, model.heads, model.kv_heads, model.d_ff,
         integers, pairs, artifact.read_manifest(base).model.head if pairs and base else "",
-        adapter=model.adapter_size, prompt=model.prompt_tokens, prefix=model.prefix_tokens,
-        pruned=found.manifest.pruned, sparsity=zeros.sparsity(found.params),
+        adapter=model.adapter_size, adapter_integers=quantized_adapters, prompt=model.prompt_tokens,
+        prefix=model.prefix_tokens, pruned=found.manifest.pruned, sparsity=zeros.sparsity(found.params),
     )  # fmt: skip
 
 

@@ -39,6 +39,8 @@ class State:
     """Whether the tokenizer is one that was written by export and read by import."""
     adapter: int = 0
     """Width of the bottleneck adapters."""
+    adapter_integers: bool = False
+    """Whether the bottleneck adapters are quantized, because they were there before quantization."""
     prompt: int = 0
     """Length of the trained prompt."""
     prefix: int = 0
@@ -80,7 +82,8 @@ def after(operation: str, s: State) -> State:
     if operation == "depth":
         return replace(s, layers=1)
     if operation in QUANTIZE:
-        return replace(s, integers={"int8": "int8", "int4": "int4/", "W8A8": "int8*"}[operation])
+        integers = {"int8": "int8", "int4": "int4/", "W8A8": "int8*"}[operation]
+        return replace(s, integers=integers, adapter_integers=s.adapter > 0)
     return s
 
 
@@ -127,6 +130,8 @@ RULES = (
          "no other format holds it"),
     Rule("a trained prefix", ("export and import",), lambda s: s.prefix > 0, "has a trained prefix",
          "no other format holds it"),
+    Rule("quantized bottleneck adapters", ("houlsby",), lambda s: s.adapter_integers,
+         "has bottleneck adapters that are quantized", ""),
     Rule("bottleneck adapters", ("export and import",), lambda s: s.adapter > 0, "has bottleneck adapters",
          "no other format holds them"),
     Rule("a T5 with a task's head", ("export and import",), lambda s: s.family == "t5" and s.head != "lm",

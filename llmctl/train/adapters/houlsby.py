@@ -36,9 +36,18 @@ class Houlsby(Method):
         pruned weights and never change them.
 
         Raises:
-          RequestError: If a setting freezes layers of a pruned model that has no adapters yet, or Method.check fails.
+          RequestError: If the model's adapters are quantized, if a setting freezes layers of a pruned model that has no
+            adapters yet, or if Method.check fails.
         """
+        from llmctl.model import weights
+
         super().check(config, base)
+        old = {path: w for path, w in weights.flatten(base.params).items() if weights.parse(path).bottleneck}
+        if any(weights.as_node(w).is_integer for w in old.values()):
+            raise RequestError(
+                f"{base.path}: has bottleneck adapters that are quantized, and integers cannot be trained; train the "
+                "adapters before quantizing, or use method = 'lora' with merge = false"
+            )
         frozen = (
             "freeze_layers" if config.freeze_layers else "trained.last_layers" if config.trained.last_layers else ""
         )

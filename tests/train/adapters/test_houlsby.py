@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llmctl.compress.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.convert import architectures
@@ -139,6 +140,14 @@ def test_refusals():
         METHODS["houlsby"].network(finetune.Config(method="houlsby"), model("llama"))
     with pytest.raises(RequestError, match=r"the model has bottleneck adapters, which no other format holds"):
         architectures.of(cfg)
+    params = quantize(functional.init(cfg, jax.random.key(0)), scheme="int8")[0]
+    base = SimpleNamespace(
+        params=params, path="parent", model=cfg, manifest=SimpleNamespace(pruned=False, sparsity=0.0)
+    )
+    with pytest.raises(RequestError, match=r"parent: has bottleneck adapters that are quantized, and integers cannot"):
+        METHODS["houlsby"].check(finetune.Config(method="houlsby"), base)
+    floats = {p: w for p, w in weights.flatten(params).items() if not weights.parse(p).bottleneck}
+    METHODS["houlsby"].check(finetune.Config(method="houlsby"), SimpleNamespace(**vars(base) | {"params": floats}))
 
 
 def test_zeros_of_an_adapter_that_was_never_trained_are_no_mask():
