@@ -155,7 +155,7 @@ class DataConfig(SourceConfig):
     label_separator: str = ""
     """Separator of the labels of a set in one string, such as ","; empty accepts only lists."""
     unlabeled: Literal["refuse", "drop"] = "refuse"
-    """What to do if a row has no label: refuse the data, or drop the row. Missing labels are an empty cell, null, NaN,
+    """Treatment of rows without a label: refuse the data, or drop the row. Missing labels are an empty cell, null, NaN,
     and class -1 if data.classes does not list it."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""

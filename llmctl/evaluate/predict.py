@@ -25,11 +25,9 @@ from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.distributed import host_arrays
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.predict_text import TextPredictor
-from llmctl.evaluate.setup import prediction_length
+from llmctl.evaluate.setup import ROW, prediction_length
 from llmctl.evaluate.tasks.registry import of
 
-ROW = 16
-"""Host memory per token of a batch, in bytes: ids, segments and positions, and a copy of them during the transfer."""
 SHORTEST = 16
 """Smallest padded length in tokens. The others are larger powers of two, and the maximum sequence length."""
 

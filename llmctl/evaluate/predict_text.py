@@ -14,10 +14,11 @@ from typing import Any
 from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
+from llmctl.config.limits import check_memory
 from llmctl.data import chats
 from llmctl.data.source import Row
 from llmctl.data.tokenizers import loading as tokenizers
-from llmctl.evaluate.setup import prediction_length
+from llmctl.evaluate.setup import ROW, prediction_length
 from llmctl.evaluate.tasks.registry import of
 from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.evaluate.written_answers import Writer
@@ -63,6 +64,8 @@ class TextPredictor:
             raise RequestError(f"{path}: fills masks, which `llmctl generate` does; predict needs a task head")
         if not self.task.completes_prompts:
             raise RequestError(f"{path}: predict has no answers of task {self.task.name!r}; measure it with eval")
+        length = prediction_length(manifest, seq_len, path)
+        check_memory(batch_size * length * ROW, f"--batch-size {batch_size}: its rows", "take a smaller one")
         tuned = artifact.generation_settings(manifest)
         given = {name: value for name, value in (("max_new", max_new), ("beams", beams)) if value}
         self._tokenizer = tokenizers.load(found.tokenizer_dir)
@@ -70,7 +73,7 @@ class TextPredictor:
             model,
             self._tokenizer,
             GenerationConfig.of(tuned | given),
-            seq_len=prediction_length(manifest, seq_len, path),
+            seq_len=length,
             batch_size=batch_size,
             dtype=dtype,
             ends=end_ids(found.tokenizer_dir, self._tokenizer),

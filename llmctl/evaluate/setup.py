@@ -87,7 +87,7 @@ class Measured:
     batched: Callable[[], object] = field(repr=False)
     """Function that runs the model on one batch and blocks until it is done."""
     units: dict[str, int]
-    """What one batch contains, by the name of the throughput metric: {"examples_per_second": 32} means 32 examples."""
+    """Number of examples or tokens per batch, by the name of the throughput metric: {"examples_per_second": 32}."""
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
     """(true labels, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task
     returns none."""
@@ -119,6 +119,10 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
             f"{numbers_hint(classes, names)}"
         )
     return np.array([names.index(known[c]) for c in classes])
+
+
+ROW = 16
+"""Host memory per token of a batch, in bytes: ids, segments and positions, and a copy of them during the transfer."""
 
 
 def prediction_length(manifest: Manifest, seq_len: int, path: Path) -> int:

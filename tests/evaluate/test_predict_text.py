@@ -128,6 +128,8 @@ def test_what_cannot_answer_is_refused(save, capsys):
         ([lm, lm], "generated answers have no average; name one artifact"),
         ([lm, "--max-new", "96"], "leave no room within the model's longest sequence"),
         ([lm, "--seq-len", "97"], "--seq-len 97 is longer"),
+        ([lm, "--batch-size", "1000000000"], "--batch-size 1000000000: its rows"),
+        ([lm, "--probabilities"], "generates text, which has no classes"),
         ([str(save("choice", "llama-tiny"))], "predict has no answers of task 'choice'"),
         ([str(save("lm", "bert-tiny"))], "fills masks, which `llmctl generate` does"),
     ):
