@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl.compress import allocation, prune, repair, sparsegpt
+from llmctl.compress import allocation, error_feedback, prune, repair, sparsegpt
 from llmctl.compress.programs import Walk, layer_of, sharding_of
 from llmctl.compress.sparse_method import SparseMethod
 from llmctl.compress.statistics import moments
@@ -112,9 +112,9 @@ def _sparsegpt_cost(w: Tree) -> Cost:
     matrix's size.
     """
     inputs, outputs = w.shape
-    blocks = -(-inputs // sparsegpt.BLOCK)
+    blocks = -(-inputs // error_feedback.BLOCK)
     entries, square = inputs * outputs, inputs * inputs
-    moved = 4.0 * (12 * square + entries * (4 * blocks + 4 * min(sparsegpt.BLOCK, inputs)))
+    moved = 4.0 * (12 * square + entries * (4 * blocks + 4 * min(error_feedback.BLOCK, inputs)))
     return Cost(4.0 * (4 * square + 6 * entries), moved, {"float32": 2.0 * square * outputs})
 
 

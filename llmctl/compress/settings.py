@@ -13,6 +13,10 @@ from llmctl.config.base import Config
 from llmctl.config.settings import Dtype
 from llmctl.data.config import DataConfig, Split, Truncate
 
+DAMPING = 0.01
+"""Fraction of the mean diagonal entry that is added to a Hessian. The value is from the papers of GPTQ and SparseGPT.
+"""
+
 
 class CalibrationConfig(Config):
     """Set the calibration data of a compression command.

@@ -10,11 +10,10 @@ from typing import Literal
 
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES, Score
+from llmctl.compress.settings import DAMPING
 
 SPARSEGPT = "sparsegpt"
 """Name of SparseGPT, which chooses the zeros and changes the kept weights together (`llmctl.compress.sparsegpt`)."""
-DAMPING = 0.01
-"""Fraction of the mean diagonal entry that is added to SparseGPT's Hessian. The value is from the SparseGPT paper."""
 
 
 AllocationName = Literal["uniform", "owl", "sensitivity"]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.compress import sparsegpt
+from llmctl.compress import error_feedback, sparsegpt
 from llmctl.compress.pattern import Pattern
 
 BLOCK = 8
@@ -130,7 +130,7 @@ def test_hessians_that_are_not_positive_definite_fall_back():
     gram[2, 5] = gram[5, 2] = np.nan
     got, attempts = sparsegpt.prune(w, gram, w.size // 2, pattern=Pattern(0.5), block=24)
     score = np.abs(w) * np.sqrt(np.diag(gram))[:, None]
-    assert attempts == sparsegpt.ATTEMPTS
+    assert attempts == error_feedback.ATTEMPTS
     np.testing.assert_array_equal(got, np.where(score > np.median(score), w, 0))
 
 
@@ -140,7 +140,7 @@ def test_inputs_that_are_nan_are_not_taken_for_dead_inputs():
     gram[3] = gram[:, 3] = np.nan
     got, attempts = sparsegpt.prune(w, gram, w.size // 2, pattern=Pattern(0.5), block=24)
     score = np.abs(w) * np.where(np.arange(24) == 3, 1, np.sqrt(np.diag(gram)))[:, None]
-    assert attempts == sparsegpt.ATTEMPTS and "no inverse" in sparsegpt.fallback(int(attempts), 0.01)
+    assert attempts == error_feedback.ATTEMPTS and "no inverse" in sparsegpt.fallback(int(attempts), 0.01)
     np.testing.assert_array_equal(got, np.where(score > np.median(score), w, 0))
 
 
@@ -154,6 +154,6 @@ def test_blocks_of_more_than_2_to_the_24_weights_get_exact_quotas():
 
 def test_the_factor_is_that_of_the_inverse():
     gram, _ = layer()
-    upper, _, _ = sparsegpt.factor(jnp.asarray(gram), 0.01)
+    upper, _, _ = error_feedback.factor(jnp.asarray(gram), 0.01)
     inverse = np.linalg.inv(gram + 0.01 * np.mean(np.diag(gram)) * np.eye(24))
     np.testing.assert_allclose(np.asarray(upper).T @ upper, inverse, atol=1e-5 * np.abs(inverse).max())

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, Field, model_validator
 from llmctl.artifacts.workspace import Context
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
-from llmctl.compress.settings import CalibrationConfig
-from llmctl.compress.sparse_method import DAMPING, SPARSEGPT, Allocation, AllocationName, SparseMethod
+from llmctl.compress.settings import DAMPING, CalibrationConfig
+from llmctl.compress.sparse_method import SPARSEGPT, Allocation, AllocationName, SparseMethod
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
