@@ -24,6 +24,34 @@ def read(choices: Any, answer: Any) -> tuple[tuple[str, ...], int]:
     Raises:
         RequestError: If there are fewer than two different choices, or the answer is not one of them.
     """
+    texts, names = texts_of(choices)
+    letters = [chr(ord("A") + k) for k in range(len(texts))]
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        if names is not None and isinstance(answer, int):
+            answer = str(answer)
+        elif names is None and answer in range(len(texts)):
+            return texts, int(answer)
+    if isinstance(answer, str):
+        found = [[str(n) for n in names]] if names is not None else [list(texts), letters]
+        found += [list(texts)] if names is not None else [[str(k) for k in range(len(texts))]]
+        for known in found:
+            if known.count(answer) == 1:
+                return texts, known.index(answer)
+    known = (
+        ", ".join(map(str, names)) if names is not None else f"0 to {len(texts) - 1}, A to {letters[-1]}, or a choice"
+    )
+    raise RequestError(f"the answer {answer!r} is none of the choices ({known})")
+
+
+def texts_of(choices: Any) -> tuple[tuple[str, ...], list[Any] | None]:
+    """Return the texts of the choices, and their names if `choices` has names.
+
+    Args:
+        choices: List of texts, or {"text": texts, "label": names of the choices}.
+
+    Raises:
+        RequestError: If there are fewer than two different texts, or if the number of names differs.
+    """
     texts, names = choices, None
     if isinstance(choices, dict):
         texts, names = choices.get("text"), choices.get("label")
@@ -33,19 +61,4 @@ def read(choices: Any, answer: Any) -> tuple[tuple[str, ...], int]:
         raise RequestError(f"needs at least two different choices, has {len(texts)}")
     if names is not None and (not isinstance(names, list) or len(names) != len(texts)):
         raise RequestError("choices must have one label per text")
-    letters = [chr(ord("A") + k) for k in range(len(texts))]
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        if names is not None and isinstance(answer, int):
-            answer = str(answer)
-        elif names is None and answer in range(len(texts)):
-            return tuple(texts), int(answer)
-    if isinstance(answer, str):
-        found = [[str(n) for n in names]] if names is not None else [list(texts), letters]
-        found += [list(texts)] if names is not None else [[str(k) for k in range(len(texts))]]
-        for known in found:
-            if known.count(answer) == 1:
-                return tuple(texts), known.index(answer)
-    known = (
-        ", ".join(map(str, names)) if names is not None else f"0 to {len(texts) - 1}, A to {letters[-1]}, or a choice"
-    )
-    raise RequestError(f"the answer {answer!r} is none of the choices ({known})")
+    return tuple(texts), names

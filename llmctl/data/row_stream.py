@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
+from llmctl.data import multiple_choice
 from llmctl.data.chats import NAMES
 from llmctl.data.config import COLUMNS, TEXT_COLUMNS, sentence_pair
 from llmctl.data.source import Row
@@ -216,7 +217,7 @@ def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row 
         where: Location of the row, for the error message.
     """
     out: Row = {}
-    for ours in (*TEXT_COLUMNS, "tokens", "tools", *NAMES):
+    for ours in (*TEXT_COLUMNS, "tokens", "choices", "tools", *NAMES):
         theirs = columns.get(ours, ours)
         value = row.get(theirs)
         if value is None:
@@ -231,6 +232,13 @@ def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row 
         if ours == "tokens":
             if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):
                 return RequestError(f"{where}: column {theirs!r} is not a list of words")
+        elif ours == "choices":
+            if not isinstance(value, (list, dict)) and ours not in columns:
+                continue  # another column of this name
+            try:
+                value = multiple_choice.texts_of(value)[0]
+            except RequestError as e:
+                return RequestError(f"{where}: column {theirs!r}: {e}")
         elif not isinstance(value, str):
             return RequestError(f"{where}: column {theirs!r} holds {type(value).__name__}, not text")
         try:

@@ -27,6 +27,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.predict_text import TextPredictor
 from llmctl.evaluate.setup import ROW, prediction_length
 from llmctl.evaluate.tasks.registry import of
+from llmctl.evaluate.tasks.rows import RowSettings
 
 SHORTEST = 16
 """Smallest padded length in tokens. The others are larger powers of two, and the maximum sequence length."""
@@ -52,9 +53,9 @@ class Predictor:
         found = source if isinstance(source, Artifact) else artifact.load(source, self.mesh)
         path = found.path
         self.manifest, self._params, self.task = found.manifest, found.params, of(found.manifest)
-        if found.model.head_kind.vocabulary:
+        if generates(found):
             raise RequestError(f"{path}: is a language model, which `llmctl generate` runs; predict needs a task head")
-        self._seq_len = prediction_length(self.manifest, seq_len, path)
+        self._model, self._seq_len = found.model, prediction_length(self.manifest, seq_len, path)
         self._size = -(-batch_size // self.mesh.size) * self.mesh.size
         check_memory(self._size * self._seq_len * ROW, f"--batch-size {batch_size}: its rows", "take a smaller one")
         self._tokenizer = tokenizers.load(found.tokenizer_dir)
@@ -66,13 +67,14 @@ class Predictor:
         The order is that of `rows`. Rows with a second text and rows without one run in separate batches. The
         prediction of a row therefore does not depend on the other rows.
         """
-        truncate, found = self.manifest.truncate or "tail", [None] * len(rows)
+        truncate, labels = self.manifest.truncate or "tail", tuple(self.manifest.labels)
+        settings, found = RowSettings(self._seq_len, truncate=truncate, labels=labels), [None] * len(rows)
         for paired in (False, True):
             index = [i for i, row in enumerate(rows) if ("pair" in row) == paired]
             if not index:
                 continue
             chosen = [rows[i] for i in index]
-            made = self.task.new_rows(chosen, self._tokenizer, self._seq_len, self.manifest.labels, truncate)
+            made = self.task.new_rows(self._model, chosen, self._tokenizer, settings)
             with meshes.use(self.mesh):
                 for i, prediction in zip(
                     index, self.task.predictions(len(chosen), made, self._outputs(made)), strict=True
@@ -83,7 +85,7 @@ class Predictor:
     def _outputs(self, rows: Any) -> Iterator[tuple[np.ndarray, dict[str, Any], Any]]:
         """Yield (row indices [B], host batch, outputs on the host) for batches of rows, the shortest rows first."""
         whole = rows.batch(np.arange(len(rows)))
-        length_N = (whole["segments"] > 0).sum(-1)
+        length_N = np.max([(a > 0).sum(-1) for name, a in whole.items() if name.endswith("segments")], axis=0)
         order_N = np.argsort(length_N, kind="stable")
         running = []
         for first in range(0, len(order_N), self._size):
@@ -93,7 +95,7 @@ class Predictor:
             # The last batch repeats a row, so that it runs in the same program.
             filled = {k: a[np.minimum(np.arange(self._size), len(index_B) - 1)] for k, a in batch.items()}
             placed = device_batches.place(
-                {k: filled[k] for k in self.task.reads if k in filled}, self.mesh, reading_order=True
+                {k: a for k, a in filled.items() if k in (self.task.reads or filled)}, self.mesh, reading_order=True
             )
             running.append((index_B, batch, self._step(self._params, placed)))
         for index_B, batch, found in running:
@@ -178,14 +180,19 @@ def predictor(
         RequestError: If an artifact cannot predict, if predictions of several cannot be averaged, or if settings of
             generated answers are given for a task head.
     """
-    writers = [found for found in loaded if found.model.head_kind.vocabulary]
-    if writers and len(loaded) > 1:
-        raise RequestError(f"{writers[0].path}: generated answers have no average; name one artifact")
-    if writers:
-        return TextPredictor(writers[0], batch_size, seq_len, dtype, max_new, beams)
+    generators = [found for found in loaded if generates(found)]
+    if generators and len(loaded) > 1:
+        raise RequestError(f"{generators[0].path}: generated answers have no average; name one artifact")
+    if generators:
+        return TextPredictor(generators[0], batch_size, seq_len, dtype, max_new, beams)
     if max_new or beams:
         raise RequestError(f"{loaded[0].path}: generates no text; leave --max-new and --beams out")
     return Ensemble([Predictor(found, batch_size, seq_len, dtype) for found in loaded])
+
+
+def generates(found: Artifact) -> bool:
+    """Return whether `predict` generates the artifact's answers, because its task completes prompts."""
+    return found.model.head_kind.vocabulary and of(found.manifest).completes_prompts
 
 
 def padded_length(length: int, longest: int) -> int:

@@ -62,8 +62,6 @@ class TextPredictor:
         self.task = of(manifest)
         if model.architecture == "encoder":
             raise RequestError(f"{path}: fills masks, which `llmctl generate` does; predict needs a task head")
-        if not self.task.completes_prompts:
-            raise RequestError(f"{path}: predict has no answers of task {self.task.name!r}; measure it with eval")
         length = prediction_length(manifest, seq_len, path)
         check_memory(batch_size * length * ROW, f"--batch-size {batch_size}: its rows", "take a smaller one")
         tuned = artifact.generation_settings(manifest)

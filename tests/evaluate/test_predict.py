@@ -16,6 +16,7 @@ from llmctl.data import row_stream
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.evaluate.predict import Ensemble, Predictor
 from llmctl.evaluate.tasks.registry import TASKS, of
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
@@ -58,9 +59,9 @@ def test_answers_equal_those_of_each_row_alone_at_full_length(save, task):
     model = Predictor(save(task), batch_size=8)
     together = model.predictions(rows)
     found = artifact.load(save(task))
-    step = of(found.manifest).prediction_step(found.model, "float32")
+    step, settings = of(found.manifest).prediction_step(found.model, "float32"), RowSettings(48, labels=tuple(LABELS))
     for row, prediction in zip(rows, together, strict=True):
-        made = model.task.new_rows([row], model._tokenizer, 48, found.manifest.labels, "tail")
+        made = model.task.new_rows(found.model, [row], model._tokenizer, settings)
         batch = made.batch(np.arange(len(made)))
         outputs = jax.tree.map(np.asarray, step(found.params, {k: batch[k] for k in model.task.reads if k in batch}))
         (alone,) = model.task.predictions(1, made, [(np.arange(len(made)), batch, outputs)])

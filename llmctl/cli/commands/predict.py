@@ -51,7 +51,7 @@ def predict(
     ] = 0,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
 ) -> None:
-    """Predict labels, numbers, tags, answers, texts or embeddings of new rows, in their order, one answer per row.
+    """Predict labels, numbers, tags, choices, texts or embeddings of new rows, in their order, one answer per row.
 
     A language model answers a prompt, or a conversation (messages, tools) with a chat template. A row that cannot be
     read is reported on standard error, and its answer has the field "error".
@@ -72,7 +72,7 @@ def predict(
     from llmctl.artifacts import adapters, artifact
     from llmctl.config.settings import MeshConfig
     from llmctl.distributed import mesh as meshes
-    from llmctl.evaluate.predict import predictor
+    from llmctl.evaluate.predict import generates, predictor
 
     bases = [base] if base else []
     adapters.check_bases(artifacts, bases)
@@ -83,7 +83,7 @@ def predict(
             stream, title = closing.enter_context(_opened(file)), str(file)
         loaded = list(artifact.load_each(artifacts, meshes.make(MeshConfig()), bases=bases))
         model = predictor(loaded, batch_size, seq_len, dtype, max_new, beams)
-        if probabilities and loaded[0].model.head_kind.vocabulary:
+        if probabilities and generates(loaded[0]):
             raise RequestError(f"{artifacts[0]}: generates text, which has no classes; leave --probabilities out")
         read = row_stream.rows(stream, title, kind, names)
         write = _writer(closing.enter_context(_output(out)), to, model.task.text_field)

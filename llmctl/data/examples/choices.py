@@ -127,3 +127,23 @@ class ChoiceRows(ExampleRows):
             rows.append(row)
             types_BT[b, : len(types)] = types
         return padded(rows, self._seq_len, self._tokenizer.pad_id) | {"types": types_BT}
+
+
+class SingleChoiceRows(ChoiceRows):
+    """Build one row per choice of each question, in the order of the questions.
+
+    A batch has, per row, the model inputs for a prompt and one of its choices, and `question`, the index of the
+    question, int32 [B].
+    """
+
+    def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, architecture: str, truncate: Truncate):
+        """Tokenize all prompts and choices; see `ChoiceRows` for the arguments and errors."""
+        super().__init__(examples, tokenizer, seq_len, architecture, truncate=truncate)
+        self._question_R = np.repeat(np.arange(len(examples), dtype=np.int32), self._count_N)
+        ExampleRows.__init__(self, len(self._question_R), seed=0, shuffle=False)
+
+    def _build(self, example_B: np.ndarray) -> Batch:
+        question_B = self._question_R[example_B]
+        choice_B = example_B - self._first_N[question_B]
+        pairs = zip(map(int, question_B), map(int, choice_B), strict=True)
+        return self._rows([(self._prompt(i), self._choice(i, k)) for i, k in pairs]) | {"question": question_B}

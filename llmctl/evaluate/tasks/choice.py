@@ -16,14 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.manifest import Manifest
 from llmctl.config.errors import RequestError
-from llmctl.data.examples.choices import ChoiceRows, prefix
+from llmctl.data.examples.choices import ChoiceRows, SingleChoiceRows, prefix
+from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate.metrics.calibration import softmax
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
+from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.evaluate.tasks.training import Network, Options
 from llmctl.model import functional
@@ -42,6 +46,8 @@ class Choice(Task):
     columns_read = columns
     reads = ()
     answers = False
+    asks = ("prompt", "choices")
+    text_field = "answer"
     peft_type = "FEATURE_EXTRACTION"
 
     def head_for(self, model: ModelConfig) -> str:
@@ -134,6 +140,41 @@ class Choice(Task):
             return jnp.stack([score_BK, tokens_R.reshape(allowed_BK.shape)], axis=-1)
 
         return scores
+
+    def new_rows(
+        self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings
+    ) -> SingleChoiceRows:
+        """Tokenize the questions of the user: one row per question and choice."""
+        questions = [{"prompt": row["prompt"], "choices": row["choices"], "answer": 0} for row in rows]
+        examples = new_examples(questions, self.columns)
+        return SingleChoiceRows(examples, tokenizer, settings.seq_len, model.architecture, settings.truncate)
+
+    def prediction_step(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled function (params, batch) -> scores of the batch's rows, float32 [R]."""
+
+        @jax.jit
+        def run(params: functional.Params, batch: Batch) -> jax.Array:
+            x_RTD = functional.hidden(model, params, batch, dtype=dtype)
+            return choice_scores(model, params, x_RTD, batch, dtype).astype(jnp.float32)
+
+        return run
+
+    def predictions(self, count: int, rows: SingleChoiceRows, outputs: Outputs) -> list[Any]:
+        """Return, for each question, the probability of each of its choices: the softmax of their scores, [K]."""
+        scores: list[dict[int, float]] = [{} for _ in range(count)]
+        for index_R, batch, score_R in outputs:
+            for i, question, score in zip(index_R, batch["question"], score_R, strict=True):
+                scores[question][int(i)] = float(score)
+        return [softmax(np.array([own[i] for i in sorted(own)])) for own in scores]
+
+    def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
+        """Return the index and the text of the most likely choice, and its probability among the choices.
+
+        If `every` is true, also return the probabilities of all choices, in their order.
+        """
+        best = int(prediction.argmax())
+        found = {"choice": best, "answer": row["choices"][best], "probability": short(prediction[best])}
+        return found | ({"probabilities": [short(p) for p in prediction]} if every else {})
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
         """Return the accuracy of selecting the choice with the highest score, and the accuracy of random guessing.

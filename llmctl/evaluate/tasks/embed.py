@@ -18,7 +18,6 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.errors import RequestError
-from llmctl.data.config import Truncate
 from llmctl.data.examples.text_pairs import TwoTextRows
 from llmctl.data.source import Row
 from llmctl.data.splits import Examples
@@ -113,11 +112,9 @@ class Embed(Task):
             taught / COSINE_TEMPERATURE, near / COSINE_TEMPERATURE, own, weight_B, temperature, hard, weight_B
         )
 
-    def new_rows(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
-    ) -> Any:
+    def new_rows(self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return rows of one text each for new rows of the user; a second text is ignored."""
-        return super().new_rows([{"text": row["text"]} for row in rows], tokenizer, seq_len, labels, truncate)
+        return super().new_rows(model, [{"text": row["text"]} for row in rows], tokenizer, settings)
 
     def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
         """Return {"embedding": unit vector as a list of D numbers}."""

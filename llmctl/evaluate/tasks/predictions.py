@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
-from llmctl.data.config import Truncate
 from llmctl.data.examples.labelled import ClassificationRows
 from llmctl.data.source import Row, Table
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
@@ -42,20 +42,18 @@ class Predicts:
     averages: ClassVar[bool] = True
     """Whether outputs of several artifacts may be averaged."""
 
-    def new_rows(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
-    ) -> Any:
+    def new_rows(self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return tokenized model inputs for new rows of the user.
 
         Args:
+            model: Config of the model.
             rows: New rows; either all of them have a second text ("pair"), or none.
             tokenizer: Tokenizer of the model.
-            seq_len: Maximum number of tokens per row.
-            labels: Class names of the artifact.
-            truncate: Truncation mode, which selects the part of a long text that is kept.
+            settings: Sequence length, truncation and class names.
         """
         columns = ("text", "pair") if "pair" in rows[0] else ("text",)
-        return ClassificationRows(new_examples(rows, columns), tokenizer, seq_len, truncate=truncate, shuffle=False)
+        examples, truncate = new_examples(rows, columns), settings.truncate
+        return ClassificationRows(examples, tokenizer, settings.seq_len, truncate=truncate, shuffle=False)
 
     def prediction_step(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> predictions for the rows, arrays [B, ...]."""

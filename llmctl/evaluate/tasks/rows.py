@@ -43,6 +43,8 @@ class RowSettings:
     """Truncation mode, which selects the part of a long text that is kept."""
     target_len: int = 0
     """Maximum number of tokens per completion, for encoder-decoders only. 0 uses `seq_len`."""
+    labels: tuple[str, ...] = ()
+    """Class names of the artifact, for new rows."""
     corpus: Callable[[Tokenizer], Corpus] | None = None
     """Function from a tokenizer to the cached tokens of the examples' texts. If it is None, the texts are tokenized."""
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact, Manifest
-from llmctl.data.config import Truncate
 from llmctl.data.examples.extractive_qa import AnswerRows
 from llmctl.data.source import Row
 from llmctl.data.splits import Examples
@@ -91,10 +90,10 @@ class Span(Task):
         return predict
 
     def new_rows(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
+        self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings
     ) -> AnswerRows:
         """Tokenize the questions of the user: one row per question and window of its context."""
-        return AnswerRows(new_examples(rows, ("context", "question")), tokenizer, seq_len, shuffle=False)
+        return AnswerRows(new_examples(rows, ("context", "question")), tokenizer, settings.seq_len, shuffle=False)
 
     def prediction(self, y: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
         """Return the best span of each row, as `best_span` does."""

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact, Manifest
-from llmctl.data.config import Truncate
 from llmctl.data.examples.token_labels import TagRows
 from llmctl.data.source import Row
 from llmctl.data.splits import Examples
@@ -75,16 +74,15 @@ class Tokens(Classify):
         """Return the batch with each word weighted by its class."""
         return batch | {"weights": batch["weights"] * weight_C[batch["targets"]]}
 
-    def new_rows(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, seq_len: int, labels: Sequence[str], truncate: Truncate
-    ) -> TagRows:
+    def new_rows(self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings) -> TagRows:
         """Return tokenized model inputs for new rows of the user.
 
         If a row has no column `tokens`, its text is split into words at white space.
         """
         words = [row.get("tokens") or row["text"].split() for row in rows]
-        filled = [{"tokens": w, "tags": [labels[0]] * len(w)} for w in words]
-        return TagRows(new_examples(filled, ("tokens", "tags"), tuple(labels)), tokenizer, seq_len, shuffle=False)
+        filled = [{"tokens": w, "tags": [settings.labels[0]] * len(w)} for w in words]
+        examples = new_examples(filled, ("tokens", "tags"), settings.labels)
+        return TagRows(examples, tokenizer, settings.seq_len, shuffle=False)
 
     def predictions(self, count: int, rows: TagRows, outputs: Outputs) -> list[Any]:
         """Return the class probabilities [W, C] of each row's words; NaN for words beyond the sequence length."""

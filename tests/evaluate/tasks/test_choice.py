@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
+from llmctl.cli.app import run
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.data import splits
@@ -129,3 +130,27 @@ def test_words_of_classes_are_measured_without_training(tmp_path):
     # All logits are zero, so the first word wins: "b" of class neg, a quarter of the reviews.
     assert found.metrics == {"accuracy": 0.25, "accuracy_per_token": 0.25, "baseline_accuracy": 0.5}
     assert "40 examples" in found.protocol
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_predict_gives_the_softmax_of_the_scores_of_each_question_alone(architecture, examples, tmp_path, capsys):
+    model = MODELS[architecture]
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
+    batch = batch_of(model, examples)
+    words = tmp_path / "words"
+    ByteTokenizer.new().save(words)
+    about = {"stage": "finetune", "key": "k", "config": {"train": {"seq_len": 24}, "truncate": "tail"}}
+    artifact.save(tmp_path / "model", params, model, task="choice", tokenizer_dir=words, **about)
+    rows = [{k: v for k, v in row.items() if k != "answer"} for row in ROWS]
+    rows[1]["choices"] = {"text": rows[1]["choices"], "label": ["A", "B"]}
+    rows.insert(2, {"prompt": "one choice", "choices": ["a"]})
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out, call = tmp_path / "out.jsonl", ["predict", str(tmp_path / "model"), "--file", str(tmp_path / "new.jsonl")]
+    assert run([*call, "--probabilities", "--batch-size", "4", "--out", str(out)]) == 0
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert "new.jsonl:3: column 'choices': needs at least two different choices" in answers.pop(2)["error"]
+    for b, (row, answer) in enumerate(zip(ROWS, answers, strict=True)):
+        scores = jnp.stack([alone(model, params, batch, b, k) for k in range(len(row["choices"]))])
+        np.testing.assert_allclose(answer["probabilities"], jax.nn.softmax(scores), rtol=2e-5, atol=1e-6)
+        assert answer["choice"] == scores.argmax() and answer["answer"] == row["choices"][answer["choice"]]
+    assert run([*call, "--beams", "2"]) == 2 and "generates no text" in capsys.readouterr().err
