@@ -5,6 +5,7 @@ An abstract array is a `jax.ShapeDtypeStruct`: a shape, a dtype and a sharding, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl.artifacts import artifact
+from llmctl.artifacts import artifact, sparse_storage
 from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.base import keyed
 from llmctl.model import functional, weights
@@ -33,6 +34,7 @@ def abstract_result(
     generation: dict[str, Any] | None = None,
     pruned: bool | None = None,
     stored: Callable[[str], bool] = lambda _: True,
+    sparsity: float | None = None,
 ) -> Artifact:
     """Return the artifact that a stage would save, with shapes and dtypes in place of arrays, and without digests.
 
@@ -47,9 +49,15 @@ def abstract_result(
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
         stored: Function that returns whether the saved folder contains the array with a given name. An adapter's folder
             contains only some arrays.
+        sparsity: Fraction of zeros, if the stage stores the pruned matrices in a sparse format. None: if those of
+            `base` are in a sparse format, they have the same fractions.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
+    pruned = (before is not None and before.pruned) if pruned is None else pruned
+    named = {name: a for name, a in weights.arrays(params).items() if stored(name)}
+    storage = _storage(params, base, sparsity) if pruned and len(named) == len(weights.arrays(params)) else {}
+    encoded = sum(sparse_storage.size(record, named[name].shape, named[name].dtype) for name, record in storage.items())
     manifest = Manifest(
         format=artifact.FORMAT,
         name=config.title,
@@ -61,15 +69,32 @@ def abstract_result(
         task=(before.task if before else "") if task is None else task,
         generation=artifact.generation_settings(before) if generation is None else generation,
         parameters=parameters,
-        bytes=bytes_of([a for name, a in weights.arrays(params).items() if stored(name)], whole=True),
+        bytes=bytes_of([a for name, a in named.items() if name not in storage], whole=True) + encoded,
         sparsity=0.0,
-        pruned=(before is not None and before.pruned) if pruned is None else pruned,
+        pruned=pruned,
+        storage=storage,
         bits=8 * bytes_of(params, whole=True) / parameters,
         digest="",
         weights={path: weights.describe(w) for path, w in weights.flatten(params).items()},
         **artifact.text_settings(keyed(config), before),
     )
     return Artifact(Path(config.title), manifest, params)
+
+
+def _storage(params: Params, base: Artifact | None, sparsity: float | None) -> dict[str, sparse_storage.Record]:
+    """Return the estimated records of the arrays in a sparse format, by name (see `abstract_result`)."""
+    arrays = weights.arrays(params)
+    before = weights.arrays(base.params) if base else {}
+    inherited = {
+        weights.parse(name).path: sparse_storage.nonzero(record, before[name].shape)
+        for name, record in (base.manifest.storage if base else {}).items()
+    }
+    records = {}
+    for name in sorted(weights.value_names(params)):
+        kept = inherited.get(weights.parse(name).path) if sparsity is None else 1 - sparsity
+        if kept is not None:
+            records[name] = {"format": sparse_storage.BITMASK, "values": round(kept * math.prod(arrays[name].shape))}
+    return records
 
 
 def masters(params: Params, trains: Callable[[str], bool] = lambda _: True) -> Params:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.artifacts import adapters, orbax_logging
+from llmctl.artifacts import adapters, array_store
 from llmctl.artifacts.fingerprint import digest
 from llmctl.artifacts.manifest import (
     ADVICE,
@@ -32,7 +32,7 @@ from llmctl.artifacts.manifest import (
     read_manifest,
     write_manifest,
 )
-from llmctl.artifacts.saving import check_output, generation_settings, plain, save, text_settings, versions
+from llmctl.artifacts.saving import check_output, generation_settings, save, text_settings, versions
 from llmctl.config import limits
 from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
@@ -129,16 +129,17 @@ def load(
     target = {name: weights.parts(w) for name, w in flat.items()}
     if base:
         target = adapters.selected(target, base.stored)
+    sparse = array_store.sparse_parts(there.path, target, about.storage)
     devices = sum((d.memory_stats() or {}).get("bytes_limit", 0) for d in jax.local_devices())
-    share = bytes_of(target, whole=True) // jax.process_count()
+    share = bytes_of(target, whole=True) // jax.process_count() + bytes_of(sparse, whole=True)
     limits.check_memory(share - devices, f"{path}: its arrays", "use more devices or processes")
     if not base:
-        arrays = _restore(there.path, target)
+        arrays = array_store.read(there.path, target, about.storage)
         params = {name: weights.assemble(about.weights[name], arrays[name]) for name in target}
         _check_digest(path, digest(params), about.digest)
         return replace(there, params=weights.unflatten(params))
     below = _base(there, mesh, bases, {} if loaded is None else loaded)
-    stored = adapters.names(_restore(there.path, target))
+    stored = adapters.names(array_store.read(there.path, target))
     _check_digest(path, digest(stored), base.stored_digest)
     return replace(there, params=adapters.composed(about, there.params, stored, below.params))
 
@@ -180,27 +181,6 @@ def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequenc
         yield replace(found, path=Path(path), manifest=manifest)
 
 
-def _restore(path: Path, target: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Read arrays of an artifact: {path of the weight: {name in the weight: array}}.
-
-    The arrays get the shapes, dtypes and shardings of `target`.
-    """
-    import orbax.checkpoint as ocp
-
-    from llmctl.model import weights
-
-    orbax_logging.silence_late_errors()
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(
-                (path / "params").absolute(), weights.unflatten({k: plain(v) for k, v in target.items()})
-            )
-    except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
-        raise RequestError(f"{path}: damaged (params: {_first(str(e))}); {ADVICE}") from e
-    arrays = {name: _lookup(tree, name) for name in target}
-    return {name: a if isinstance(a, dict) else {"": a} for name, a in arrays.items()}
-
-
 def _check_digest(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise RequestError(f"{path}: damaged (params: the digest differs from the manifest's); {ADVICE}")
@@ -236,7 +216,8 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
     except RequestError as e:
         raise RequestError(f"{path}: {name}: {e}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        raise RequestError(f"{path}: damaged (the record of {name}: {_first(str(e))}); {ADVICE}") from None
+        reason = array_store.first_line(str(e))
+        raise RequestError(f"{path}: damaged (the record of {name}: {reason}); {ADVICE}") from None
     _check_layers(path, manifest)
     _check_shapes(path, nodes, weights.flatten(functional.abstract(manifest.model)))
     return Artifact(path, manifest, functional.laid_out(manifest.model, weights.unflatten(nodes), mesh))
@@ -256,12 +237,6 @@ def _check_layers(path: Path, manifest: Manifest) -> None:
         raise RequestError(f"{path}: the model config has {layers:,} layers, and no array has so many; it is damaged")
 
 
-def _lookup(tree: Any, path: str) -> Any:
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
-
-
 def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
     """Check that the stored arrays have the names and shapes that the model config defines.
 
@@ -274,8 +249,3 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
         raise RequestError(
             f"{path}: parameters contradict the model config at {', '.join(odd[:4])}; the artifact is damaged"
         )
-
-
-def _first(text: str) -> str:
-    """Shorten an error message to one line of at most 200 characters, without the details that TensorStore appends."""
-    return " ".join(text.partition(". See full TensorStore details")[0].split())[:200]

@@ -38,12 +38,14 @@ from llmctl.model.config import ModelConfig
 FORMAT = 1
 """Version of the folder layout of artifacts that contain all of their arrays. If it changes, stages run again."""
 ADAPTER_FORMAT = 2
-"""Version of the folder layout of adapters. Artifacts of a later version are rejected."""
+"""Version of the folder layout of adapters."""
+SPARSE_FORMAT = 3
+"""Version of the folder layout of artifacts with sparse arrays. Artifacts of a later version are rejected."""
 
 NAME = "manifest.json"
 CONTENT = (
     *("family", "model", "labels", "task", "fitted", "pruned", "nonfinite", "digest", "tokenizer", "seq_len"),
-    *("truncate", "generation", "weights", "base"),
+    *("truncate", "generation", "weights", "base", "storage"),
 )
 """Manifest fields that can change predictions or the result of a later stage. The content digest covers them."""
 TOKENIZER = "tokenizer"
@@ -169,6 +171,9 @@ class Manifest(BaseModel):
     returned by `llmctl.model.weights.describe`."""
     base: Base | None = None
     """Base of an adapter, which contains only a part of the arrays; None if the artifact contains all of them."""
+    storage: dict[str, dict[str, Any]] = {}
+    """Arrays that are stored in a sparse format, by name, with the records of `llmctl.artifacts.sparse_storage`. All
+    other arrays are stored as they are in memory."""
     versions: dict[str, str] = {}
     checksums: Checksums | None = None
     """Checksums of the fields above and of the artifact's files. None if an earlier version of llmctl saved the
@@ -184,9 +189,9 @@ class Manifest(BaseModel):
         return value
 
     @model_serializer(mode="wrap")
-    def _without_base(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit `base` if it is None, so that the digests of artifacts that are no adapters stay as before."""
-        return {name: value for name, value in fields(self).items() if name != "base" or value is not None}
+    def _without_defaults(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `base` and `storage` if they are empty, so that the digests of other artifacts stay as before."""
+        return {name: value for name, value in fields(self).items() if value or name not in ("base", "storage")}
 
     @property
     def content(self) -> str:
@@ -228,7 +233,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and check the content digest of its fields.
 
     Raises:
-        RequestError: If there is no manifest, if it is damaged, if its format is later than `ADAPTER_FORMAT`, or if a
+        RequestError: If there is no manifest, if it is damaged, if its format is later than `SPARSE_FORMAT`, or if a
             link in the folder leads outside it.
     """
     content = _raw(path)
@@ -332,9 +337,9 @@ def _raw(path: Path) -> dict[str, Any]:
         version = content["format"]
     except (ValueError, KeyError, TypeError) as e:
         raise _damaged(path, e) from e
-    if isinstance(version, int) and version > ADAPTER_FORMAT:
+    if isinstance(version, int) and version > SPARSE_FORMAT:
         raise RequestError(
-            f"{path}: artifact format {version} is later than this llmctl reads ({ADAPTER_FORMAT}); upgrade llmctl"
+            f"{path}: artifact format {version} is later than this llmctl reads ({SPARSE_FORMAT}); upgrade llmctl"
         )
     return content
 

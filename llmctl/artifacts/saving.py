@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifacts import adapters
+from llmctl.artifacts import adapters, array_store, sparse_storage
 from llmctl.artifacts.atomic import size, writing
 from llmctl.artifacts.fingerprint import digest, manifest_fields
-from llmctl.artifacts.manifest import ADAPTER_FORMAT, FORMAT, Manifest, read_manifest, write_manifest
+from llmctl.artifacts.manifest import ADAPTER_FORMAT, FORMAT, SPARSE_FORMAT, Manifest, read_manifest, write_manifest
 from llmctl.config import containment
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.distributed import locks
@@ -82,6 +82,7 @@ def save(
     log: Path | None = None,
     written: Path | None = None,
     pruned: bool | None = None,
+    sparse: bool | None = None,
     rounded: bool = False,
     base: Mapping[str, Any] | None = None,
     allow_nonfinite: bool = False,
@@ -108,6 +109,8 @@ def save(
         written: Folder that contains the arrays in Orbax format; it is moved to `params/`.
         pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
             of zeros exceeds `fingerprint.PRUNED`.
+        sparse: Whether to store the pruned matrices in a sparse format (`llmctl.artifacts.sparse_storage`). By default,
+            if the parent's are.
         rounded: Whether the arrays are dequantized integers, which contain more zeros even without pruning.
         base: Parameters of the parent. If given, only arrays that the parent lacks are saved: the new artifact is an
             adapter, and the parent is its base model.
@@ -131,18 +134,22 @@ def save(
             raise WorkError(
                 f"{out}: {bad[0]}{more} would hold NaN or infinity; --allow-nonfinite saves it all the same"
             )
+        measured["pruned"] = (parent.pruned if parent else measured["pruned"]) if pruned is None else pruned
+        sparse = bool(parent and parent.storage) if sparse is None else sparse
         if written:
             shutil.move(written, draft / "params")
         else:
             stored = _new_arrays(out, flat, base)
-            _write_arrays(draft / "params", stored)
             if base and parent:
                 named = adapters.names(stored)
                 measured["base"] = adapters.base_record(parent, named, digest(named))
+            elif sparse and measured["pruned"]:
+                names = weights.value_names(weights.unflatten(flat))
+                stored, measured["storage"] = sparse_storage.encode_all(stored, names)
+            array_store.write(draft / "params", stored)
         like = parent if parent and parent.model.head == model.head else None
-        measured["pruned"] = (parent.pruned if parent else measured["pruned"]) if pruned is None else pruned
         manifest = Manifest(
-            format=ADAPTER_FORMAT if base else FORMAT,
+            format=SPARSE_FORMAT if measured.get("storage") else ADAPTER_FORMAT if base else FORMAT,
             name=name or out.name,
             stage=stage,
             key=key,
@@ -209,17 +216,6 @@ def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | No
     return stored
 
 
-def _write_arrays(folder: Path, arrays: Mapping[str, dict[str, Any]]) -> None:
-    """Write arrays {path of the weight: {name in the weight: array}} to a new folder in Orbax format."""
-    import orbax.checkpoint as ocp
-
-    from llmctl.model import weights
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), weights.unflatten({path: plain(parts) for path, parts in arrays.items()}))
-        checkpointer.wait_until_finished()
-
-
 def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
     """Return the manifest fields "seq_len" and "truncate", from the stage's config or else from the parent.
 
@@ -246,12 +242,3 @@ def generation_settings(manifest: Manifest | None) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that determine an artifact's content, by package name."""
     return {p: metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "qwix")}
-
-
-def plain(parts: dict[str, Any]) -> Any:
-    """Return the arrays of a weight in the structure that Orbax stores.
-
-    The result is the dict `parts` {name in the weight: array}. If the weight is a single plain array, the result is
-    this array.
-    """
-    return parts.get("", parts)

@@ -40,6 +40,7 @@ from llmctl.model.weights.matrices import (
     map_layer,
     matrices,
     per_layer,
+    value_names,
     zero_names,
 )
 from llmctl.model.weights.names import (
@@ -128,6 +129,7 @@ __all__ = [
     "transpose_matmul",
     "unflatten",
     "updated",
+    "value_names",
     "without_adapters",
     "zero_names",
 ]

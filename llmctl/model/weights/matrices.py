@@ -95,6 +95,12 @@ def layer_of(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda a: a[index], tree)
 
 
+def value_names(params: Params) -> frozenset[str]:
+    """Return the names of the arrays with the values of the matrices in layers, integers included."""
+    found = ((m.path, m.node.values_part) for m in matrices(params, "block"))
+    return frozenset(names.join(path, part) for path, part in found if part is not None)
+
+
 def zero_names(params: Params) -> frozenset[str]:
     """Return the names of the arrays in which pruning sets elements to zero.
 

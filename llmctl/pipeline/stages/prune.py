@@ -57,7 +57,7 @@ class Config(CalibrationConfig, StageConfig):
 
     added: ClassVar[frozenset[str]] = frozenset(
         {f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")}
-        | {"damping", "repair", "allocation", "spread", "outlier"}
+        | {"damping", "repair", "allocation", "spread", "outlier", "store"}
     )
     common: ClassVar[tuple[str, ...] | None] = (
         *("method", "keep_layers", "remove_layers", "keep_heads", "remove_heads", "keep_ffn", "remove_ffn"),
@@ -116,6 +116,9 @@ class Config(CalibrationConfig, StageConfig):
     sensitivity: largest difference between the sparsity of a layer and that of the model."""
     outlier: float = Field(default=5.0, gt=0)
     """Allocation owl: score from which a weight is an outlier, as a multiple of the layer's mean score by wanda."""
+    store: Literal["dense", "sparse"] = "dense"
+    """Methods for single weights: format of the pruned matrices on disk, also in later stages. sparse: store only
+    nonzero weights and their positions. In memory, matrices are dense."""
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +146,7 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="after")
     def _belongs(self) -> Config:
         structured = {"heads", "heads_by", "ffn", "multiple", "layers"}
-        zeros = {"sparsity", "pattern", "damping", "repair", "allocation", "spread", "outlier"}
+        zeros = {"sparsity", "pattern", "damping", "repair", "allocation", "spread", "outlier", "store"}
         other = zeros if self.method == STRUCTURED else structured
         if self.method != SPARSEGPT:
             other = other | {"damping"}
@@ -237,6 +240,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         parent=base.manifest,
         labels=base.manifest.labels,
         pruned=None if config.method == STRUCTURED else True,
+        sparse=True if config.store == "sparse" else None,
         metrics=found | {"parameters_before": base.manifest.parameters, "sparsity_before": base.manifest.sparsity},
         tokenizer_dir=base.tokenizer_dir,
     )
@@ -258,7 +262,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         prune.check(params, method)
         walk = _walk(config, base, mesh, bool(method.gradients)) if method.calibrated else None
         found = pruning_programs.pruning(base.model, params, method, mesh, walk)
-        return found, abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True)
+        zeros = method.pattern.sparsity if config.store == "sparse" else None
+        left = abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True, sparsity=zeros)
+        return found, left
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
     found = programs.structured_pruning(base.model, params, target, mesh, _walk(config, base, mesh))

@@ -53,6 +53,23 @@ def test_zeros_are_counted(artifacts, tmp_path, reviews, settings, share):
     assert made.manifest.parameters == artifact.read_manifest(artifacts / "lm").parameters
 
 
+@pytest.mark.parametrize("parent", ["lm", "encoder"])
+def test_sparse_storage_holds_the_same_model_and_lasts(artifacts, tmp_path, reviews, parent):
+    """Later stages read it on any mesh, and what they leave is stored in the same way."""
+    settings = {"method": "magnitude", "pattern": "2:4"}
+    dense = run(artifacts, tmp_path / "dense", parent, **settings).manifest
+    small = run(artifacts, tmp_path, parent, **settings, store="sparse").manifest
+    assert small.digest == dense.digest and small.weights == dense.weights and small.format == 3
+    assert all(record == {"format": "2:4"} for record in small.storage.values()) and not dense.storage
+    assert small.storage.keys() == {
+        m.path for m in weights.matrices(artifact.abstract(tmp_path / "out").params, "block")
+    }
+    for mesh in (MeshConfig(), MeshConfig(fsdp=4, tensor=2)):
+        quantize.run(quantize.Config(mesh=mesh), tmp_path / "out", Context(tmp_path / "int8", tmp_path, "key"))
+        made = artifact.load(tmp_path / "int8").manifest
+        assert {name.removesuffix(":qvalue") for name in made.storage} == small.storage.keys()
+
+
 @pytest.mark.parametrize(("method", "axes"), [
     ("wanda", {"data": 2, "fsdp": 2, "tensor": 2}), ("wanda", {"data": 2, "context": 2, "tensor": 2}),
     ("sparsegpt", {"data": 2, "fsdp": 2, "tensor": 2}),
@@ -159,6 +176,7 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"method": "wanda", "spread": 0.1}, "spread: not for allocation 'uniform'; set allocation to 'owl' or 'sens"),
     ({"method": "wanda", "allocation": "sensitivity", "outlier": 3.0}, "outlier: not for allocation 'sensitivity'"),
     ({"layers": 2, "allocation": "owl"}, "allocation: not for method 'structured'"),
+    ({"layers": 2, "store": "sparse"}, "store: not for method 'structured'"),
     ({"layers": 2, "repair": True}, "repair: not for method 'structured'; set method to another one"),
     ({}, "at least one of heads, ffn and layers"),
     ({"method": "wanda", "sparsity": 1.5}, "less than 1"),

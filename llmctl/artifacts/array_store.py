@@ -1,0 +1,114 @@
+"""Read and write the folder `params/` of an artifact, in Orbax format.
+
+The functions represent the arrays of a model as {path of the weight: {name in the weight: array}}. Pruned arrays may be
+stored in a sparse format (`llmctl.artifacts.sparse_storage`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmctl.artifacts import adapters, orbax_logging, sparse_storage
+from llmctl.artifacts.manifest import ADVICE
+from llmctl.config.errors import RequestError
+
+Arrays = Mapping[str, Mapping[str, Any]]
+
+
+def write(folder: Path, arrays: Arrays) -> None:
+    """Write arrays to a new folder."""
+    import orbax.checkpoint as ocp
+
+    from llmctl.model import weights
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), weights.unflatten({path: _plain(parts) for path, parts in arrays.items()}))
+        checkpointer.wait_until_finished()
+
+
+def sparse_parts(path: Path, target: Arrays, storage: Mapping[str, sparse_storage.Record]) -> dict[str, Any]:
+    """Return the parts of the arrays in a sparse format, as empty host arrays: {name of the array: parts}.
+
+    Args:
+        path: Folder of the artifact, for error messages.
+        target: Abstract arrays.
+        storage: Records of the manifest, by name of the array.
+
+    Raises:
+        RequestError: If a record does not describe an array of `target`.
+    """
+    named, found = adapters.names(target), {}
+    for name, record in storage.items():
+        try:
+            if name not in named:
+                raise ValueError("there is no such array")
+            found[name] = sparse_storage.stored(record, named[name].shape, named[name].dtype)
+        except ValueError as e:
+            raise RequestError(f"{path}: damaged (the storage of {name[:80]}: {e}); {ADVICE}") from None
+    return found
+
+
+def read(
+    path: Path, target: Arrays, storage: Mapping[str, sparse_storage.Record] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Read arrays of the artifact `path`. They get the shapes, dtypes and shardings of `target`.
+
+    Args:
+        path: Folder of the artifact.
+        target: Abstract arrays.
+        storage: Records of the arrays in a sparse format, by name.
+
+    Raises:
+        RequestError: If the folder is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    from llmctl.distributed import host_arrays
+    from llmctl.model import weights
+
+    orbax_logging.silence_late_errors()
+    sparse = sparse_parts(path, target, storage or {})
+    there = {
+        name: _plain({part: sparse.get(weights.join(name, part), a) for part, a in own.items()})
+        for name, own in target.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore((path / "params").absolute(), weights.unflatten(there))
+    except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
+        raise RequestError(f"{path}: damaged (params: {first_line(str(e))}); {ADVICE}") from e
+    out: dict[str, dict[str, Any]] = {}
+    for name, own in target.items():
+        found = _lookup(tree, name)
+        out[name] = {"": found} if "" in own else dict(found)
+        for part, a in own.items():
+            full = weights.join(name, part)
+            if storage and full in sparse:
+                try:
+                    dense = sparse_storage.decode(storage[full], out[name].pop(part), a.shape)
+                except ValueError as e:
+                    raise RequestError(f"{path}: damaged (params: {full}: {e}); {ADVICE}") from None
+                out[name][part] = host_arrays.put(dense, a.sharding)
+    return out
+
+
+def first_line(text: str) -> str:
+    """Shorten an error message to one line of at most 200 characters, without the details that TensorStore appends."""
+    return " ".join(text.partition(". See full TensorStore details")[0].split())[:200]
+
+
+def _plain(parts: dict[str, Any] | Mapping[str, Any]) -> Any:
+    """Return the arrays of a weight in the structure that Orbax stores.
+
+    The result is the dict `parts` {name in the weight: array}. If the weight is a single plain array, the result is
+    this array.
+    """
+    return parts.get("", parts)
+
+
+def _lookup(tree: Any, path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
