@@ -86,7 +86,7 @@ def main() -> None:
             began = resource.getrusage(resource.RUSAGE_SELF)
             llmctl(
                 "finetune", start, "--out", out, *DATA, "--method", method, *more, "--pooling", "mean", "--truncate",
-                "head_tail", "--dropout", 0.1, "--train.steps", given.steps, "--train.batch-size", 16,
+                "head_tail", "--dropout", 0, "--train.steps", given.steps, "--train.batch-size", 16,
                 "--train.seq-len", 256, "--train.eval-every", max(given.steps // 2, 1), "--train.eval-batches", 32,
                 "--optim.learning-rate", rate, "--optim.warmup", 20,
             )  # fmt: skip
