@@ -74,7 +74,7 @@ class Learner:
         return self.model if self.dropout is None else self.model.model_copy(update={"dropout": self.dropout})
 
     def options(self, train: TrainConfig) -> dict[str, Any]:
-        """Return the options of the training loss: the fields of `llmctl.evaluate.tasks.training.Options`, by name."""
+        """Return the options of the training loss: the fields of `llmctl.evaluate.tasks.losses.Options`, by name."""
         return {
             "dtype": jnp.dtype(train.dtype),
             "label_smoothing": train.label_smoothing,

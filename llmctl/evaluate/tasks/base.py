@@ -11,7 +11,7 @@ methods:
 
     TASK = Ordinal()
 
-The methods are defined in one file per caller: `record` (class attributes), `rows` (data), `training` (losses),
+The methods are defined in one file per caller: `record` (class attributes), `rows` (data), `losses`, `training`,
 `evaluation` (metrics), `predictions` (new rows) and `export` (other formats).
 """
 

@@ -27,9 +27,9 @@ from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
+from llmctl.evaluate.tasks.losses import Network, Options
 from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
-from llmctl.evaluate.tasks.training import Network, Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Loss, Sums, class_sums, only, row_weight, soft_class_sums

@@ -17,9 +17,9 @@ from llmctl.evaluate.metrics import calibration, classification
 from llmctl.evaluate.setup import Batch, Setup, answers, label_map
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import named, short
 from llmctl.evaluate.tasks.rows import KINDS
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums

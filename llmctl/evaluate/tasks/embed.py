@@ -27,9 +27,9 @@ from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import short
 from llmctl.evaluate.tasks.rows import RowSettings
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import (

@@ -1,7 +1,4 @@
-"""Define the shared losses of language-modelling tasks, and the task "lm", which selects one of these tasks.
-
-Shapes: B rows, T tokens per row, P predicted positions per row, D model width, V vocabulary.
-"""
+"""Define the base class of language-modelling tasks, and the task "lm", which selects one of these tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
@@ -20,21 +16,17 @@ from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.perplexity import row_nll
-from llmctl.evaluate.setup import Batch, Held, Measured, Setup, programs
+from llmctl.evaluate.setup import Held, Measured, Setup, programs
 from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.losses import TokenLosses
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.rows import RowSettings
-from llmctl.evaluate.tasks.training import Network, Options
-from llmctl.model import chunked_loss, functional
+from llmctl.model import chunked_loss
 from llmctl.model.config import ModelConfig
-from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
 
 
-class Language(Task):
-    """Train with cross-entropy over tokens, and over next-sentence labels if the model predicts them.
-
-    Subclasses define the rows.
-    """
+class Language(TokenLosses, Task):
+    """Train and evaluate language models. Subclasses define the rows."""
 
     head = "lm"
     architectures = ("decoder", "encoder", "encoder_decoder")
@@ -49,54 +41,6 @@ class Language(Task):
         """Return rows for calibration: the same as in training, without shuffling."""
         return self.rows(model, examples, tokenizer, settings)
 
-    def loss(
-        self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
-    ) -> tuple[jax.Array, Sums]:
-        """Return the summed cross-entropy at the predicted positions, and the metrics summed over the batch.
-
-        Logits are computed in chunks to save memory.
-        """
-        smoothing, z = options.label_smoothing, options.z_loss
-        head = functional.head_params(cfg, params)
-        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-        total, sums = chunked_loss.cross_entropy(
-            project(cfg, options.dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
-        )
-        found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
-        if not (cfg.next_sentence and "next_label" in batch):
-            return total, found
-        logits_B2 = functional.outputs(cfg, params, x_BTD, batch, options.dtype)
-        label_B = batch["next_label"]
-        follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
-        # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a row.
-        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
-
-    def soft_loss(
-        self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss, and the metrics summed over the batch.
-
-        The loss is (1 - hard) * KL divergence + hard * cross-entropy. It sums over tokens, and over
-        next-sentence labels if both networks predict them.
-        """
-        (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
-        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-        total, sums = chunked_loss.distillation(
-            project(cfg, dtype), functional.head_params(cfg, params), x_BPD,
-            project(teacher_cfg, dtype), functional.head_params(teacher_cfg, teacher_params),
-            predicted(batch, taught_BTE)[0], targets_BP, weights_BP, cfg.vocab_size, temperature, hard,
-        )  # fmt: skip
-        found = {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
-        if not (cfg.next_sentence and teacher_cfg.next_sentence and "next_label" in batch):
-            return total, found
-        soft_B2 = functional.outputs(teacher_cfg, teacher_params, taught_BTE, batch, dtype)
-        label_B = batch["next_label"]
-        follows, sums = soft_class_sums(
-            soft_B2, functional.outputs(cfg, params, x_BTD, batch, dtype), label_B,
-            row_weight(batch, label_B) * (label_B >= 0), temperature, hard,
-        )  # fmt: skip
-        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
-
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
         """Return a note on the difference between validation and the evaluation of perplexity, or "" if there is none.
 
@@ -105,16 +49,6 @@ class Language(Task):
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
             return ""
         return "validation also scores the end of each text, which eval leaves out; compare it with validations"
-
-    def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
-        """Return the symmetric divergence at the predicted positions, computed in chunks (see `Task.divergence`)."""
-        (cfg, params, x_BTD), (other_cfg, other_params, other_BTD) = one, other
-        x_BPD, _, weights_BP = predicted(batch, x_BTD)
-        heads = functional.head_params(cfg, params), functional.head_params(other_cfg, other_params)
-        other_BPD = predicted(batch, other_BTD)[0]
-        return chunked_loss.symmetric_divergence(
-            project(cfg, dtype), heads, x_BPD, other_BPD, weights_BP, cfg.vocab_size
-        )
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> scores.
@@ -130,25 +64,6 @@ class Language(Task):
     def peft_task_type(self, model: ModelConfig) -> str:
         """Return PEFT's `task_type` for a language model."""
         return "CAUSAL_LM" if model.architecture == "decoder" else super().peft_task_type(model)
-
-
-def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
-    """Return the function (result of `functional.head_params`, hidden states) -> logits, for the chunked losses."""
-    return lambda head, x: functional.head_logits(cfg, head, x, dtype)
-
-
-def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (hidden states, targets, weights) at the predicted positions.
-
-    If the batch has `places` [B, P], only these positions are predicted. The output projection then runs over P instead
-    of T tokens per row. In a small encoder, this projection costs more than all layers.
-    """
-    targets_BT, weights_BT = batch["targets"], batch["weights"]
-    if "places" not in batch:
-        return x_BTD, targets_BT, weights_BT
-    at_BP = batch["places"]
-    x_BPD = jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
-    return x_BPD, jnp.take_along_axis(targets_BT, at_BP, axis=1), jnp.take_along_axis(weights_BT, at_BP, axis=1)
 
 
 def scored(

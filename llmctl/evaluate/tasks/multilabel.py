@@ -24,8 +24,8 @@ from llmctl.evaluate.metrics.classification import Z_95, wilson_interval
 from llmctl.evaluate.setup import Batch, Held, Setup, answers, label_map
 from llmctl.evaluate.tasks.classify import Classify
 from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import named
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.hf_config import Keys

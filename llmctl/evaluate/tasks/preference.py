@@ -24,9 +24,9 @@ from llmctl.evaluate.setup import Batch, Held, Setup
 from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.language import Language
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.evaluate.tasks.settings import PreferenceConfig
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Loss, Sums, row_weight

@@ -16,8 +16,8 @@ from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import short
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, number_sums, row_weight, soft_number_sums

@@ -21,9 +21,9 @@ from llmctl.evaluate.metrics import squad
 from llmctl.evaluate.setup import READ, Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, only, row_weight, soft_class_sums

@@ -20,9 +20,9 @@ from llmctl.evaluate.metrics import classification, entities, entity_counts
 from llmctl.evaluate.setup import Batch, Held, Setup, label_map
 from llmctl.evaluate.tasks.classify import Classify
 from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import Outputs, named, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums, class_sums, soft_class_sums

@@ -327,7 +327,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     """
     import jax
 
-    from llmctl.evaluate.tasks.training import Options
+    from llmctl.evaluate.tasks.losses import Options
     from llmctl.model import weights
     from llmctl.train import learner, loop, task_head
     from llmctl.train.adapters import selection

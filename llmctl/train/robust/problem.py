@@ -9,7 +9,7 @@ import jax
 
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.training import Options
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.training import Options
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.model.config import ModelConfig
 from llmctl.model.transformer import Batch
 from llmctl.train.adapters.registry import METHODS

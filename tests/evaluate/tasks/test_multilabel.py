@@ -16,7 +16,7 @@ from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.tokenizers import loading
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks import multilabel
-from llmctl.evaluate.tasks.training import Options
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import distill, finetune, prune

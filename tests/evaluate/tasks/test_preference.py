@@ -11,11 +11,11 @@ from llmctl.data.config import DataConfig
 from llmctl.data.examples.preferences import PreferenceRows
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.evaluate.tasks.likelihoods import log_likelihood
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.preference import TASK, pair_loss
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.evaluate.tasks.settings import PreferenceConfig
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 

@@ -12,8 +12,8 @@ import pytest
 from llmctl.cli import app
 from llmctl.compress.schemes import SCHEMES
 from llmctl.config import registry
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.registry import TASKS
-from llmctl.evaluate.tasks.training import Options
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")

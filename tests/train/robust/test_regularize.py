@@ -9,8 +9,8 @@ import pytest
 
 from llmctl.config.errors import RequestError
 from llmctl.data.shuffle import Balanced
+from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.registry import TASKS
-from llmctl.evaluate.tasks.training import Options
 from llmctl.model import chunked_loss
 from llmctl.train.robust import perturbation, regularize
 from llmctl.train.robust.settings import RegularizeConfig

@@ -242,6 +242,6 @@ def test_what_would_do_nothing_is_refused(task, changes, error):
 def test_a_plain_stage_has_the_loss_of_its_task_and_a_robust_one_counts_its_passes():
     cfg = model("bert")
     plain = job_of(cfg)
-    assert plain.loss.__qualname__ == "TrainingMethods.loss_of.<locals>.loss" and not plain.reads_memory
+    assert plain.loss.__qualname__ == "Losses.loss_of.<locals>.loss" and not plain.reads_memory
     freelb = job_of(cfg, adversarial={"method": "freelb", "steps": 4}, regularize={"r_drop": 1.0})
     assert freelb.flops == 8 * plain.flops
