@@ -34,7 +34,14 @@ JAX_FREE = (
     *("data.config", "data.source", "data.sources", "train.run_log", "train.adapters"),
     *(f"train.robust.{name}" for name in ("settings", "registry", "adversary", "fgm", "pgd", "freelb", "smart")),
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry"),
-    *("compress.settings", "compress.scores", "compress.schemes", "compress.pattern", "model.wiring"),
+    *(
+        "compress.settings",
+        "compress.scores",
+        "compress.schemes",
+        "compress.pattern",
+        "compress.structured_method",
+        "model.wiring",
+    ),
 )
 """Modules (and all below a package) that import nothing heavy when they are imported."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "qwix", "tensorflow_datasets", "torch", "transformers"}

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl.compress import gradients, structured
+from llmctl.compress import gradients
 from llmctl.compress import quantize as rounding
 from llmctl.compress.layer_passes import empty, passes
 from llmctl.compress.layer_stack import putter
 from llmctl.compress.schemes import inputs_per_scale
 from llmctl.compress.sparse_method import SparseMethod
-from llmctl.compress.statistics import Collect, nothing
+from llmctl.compress.statistics import Collect
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.base import Task
 from llmctl.model import flops as cost
@@ -149,22 +149,6 @@ def sharding_of(w: Tree) -> Any:
     return jax.tree.leaves(w)[0].sharding
 
 
-def structured_pruning(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
-    """Return the programs that remove heads, neurons and layers, so that the model has the config `target`.
-
-    If layers are removed, the programs that measure the importance of layers are included. If heads or neurons are
-    removed, those that select heads and neurons layer by layer are included.
-    """
-    found: list[Program] = []
-    if structured.fewer_layers(model, target):
-        found += walk.programs(model, params, nothing, changes=False)
-    if structured.narrower(model, target):
-        depths = {"layers": target.layers, "encoder_layers": target.encoder_layers}
-        cut = model.model_copy(update=depths)
-        found += walk.programs(cut, _of_depth(cut, params, mesh), structured.collector(cut, target), changes=True)
-    return found
-
-
 def quantization(
     model: ModelConfig,
     params: Tree,
@@ -216,16 +200,6 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
     if not weights.adapted(params):
         return params
     return functional.laid_out(model, jax.eval_shape(weights.merge_adapters, params), mesh)
-
-
-def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return `params`, which are shapes without values, with the numbers of layers of the config `model`."""
-    out = dict(params)
-    for stack in functional.stacks(model):
-        depth = functional.depth(model, stack)
-        blocks = jax.tree.map(lambda a, n=depth: a.update(shape=(n, *a.shape[1:])), params[stack]["blocks"])
-        out[stack] = {**params[stack], "blocks": blocks}
-    return functional.laid_out(model, out, mesh)
 
 
 def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:

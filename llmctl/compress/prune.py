@@ -205,7 +205,7 @@ def _by_hessian(
     Return the pruned matrix, and JSON data about it: its errors, and the fallback if one was used. Every device of the
     mesh computes the complete matrix, so the result does not depend on the mesh.
     """
-    whole, gram_II = (_replicated(a) for a in (w, statistics.products[0]))
+    whole, gram_II = (replicated(a) for a in (w, statistics.products[0]))
     found: dict[str, Any] = {}
     if method.score is None:
         new, attempts = sparsegpt.prune(whole, gram_II, count or 0, method.damping, pattern=method.pattern)
@@ -213,14 +213,15 @@ def _by_hessian(
             found["fallback"] = sparsegpt.fallback(int(attempts), method.damping)
     else:
         new = prune(w, statistics, gradients, key, count, method=method.name, pattern=method.pattern)
-        new = _replicated(new)
+        new = replicated(new)
     if method.repair:
         found["error_before_repair"] = _error(gram_II, whole, new)
         new = repair(whole, new, gram_II)
     return new, found | {"error": _error(gram_II, whole, new)}
 
 
-def _replicated(a: jax.Array) -> jax.Array:
+def replicated(a: Any) -> Any:
+    """Return the arrays replicated on all devices of the current mesh; unchanged without a mesh."""
     current = mesh.current()
     return a if current is None else jax.device_put(a, mesh.replicated(current))
 

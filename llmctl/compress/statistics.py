@@ -26,6 +26,11 @@ class Statistic(Protocol):
         """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
         ...
 
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        ...
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["squares", "count"], meta_fields=[])
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Moments:
         """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
         x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
         return Moments(self.squares + jnp.sum(jnp.square(x_NI), axis=0), self.count + jnp.sum(real_N))
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.squares.size
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["products", "count"], meta_fields=[])
@@ -76,6 +86,74 @@ class Gram:
     def squares(self) -> jax.Array:
         """Return the sums of the squares [I], as `Moments` has them."""
         return jnp.diagonal(self.products, axis1=1, axis2=2).reshape(-1)
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.products.shape[0] * self.products.shape[1]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sums", "count"], meta_fields=["inputs"])
+@dataclass(frozen=True)
+class Norms:
+    """Sum the Euclidean norms [H] of H blocks of a matrix's inputs over tokens, and count the tokens.
+
+    If every input is a block of its own, the norms are absolute values.
+    """
+
+    sums: jax.Array
+    count: jax.Array
+    inputs: int
+
+    @staticmethod
+    def start(inputs: int, blocks: int) -> Norms:
+        """Return the statistic before any tokens are added."""
+        return Norms(jnp.zeros(blocks, jnp.float32), jnp.zeros((), jnp.float32), inputs)
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Norms:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
+        norm_NH = jnp.linalg.norm(x_NI.reshape(x_NI.shape[0], self.sums.shape[0], -1), axis=-1)
+        return Norms(self.sums + jnp.sum(norm_NH, axis=0), self.count + jnp.sum(real_N), self.inputs)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=[])
+@dataclass(frozen=True)
+class Totals:
+    """Sum a matrix's inputs [I] over tokens."""
+
+    sums: jax.Array
+
+    @staticmethod
+    def start(inputs: int) -> Totals:
+        """Return the statistic before any tokens are added."""
+        return Totals(jnp.zeros(inputs, jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Totals:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        return Totals(self.sums + jnp.sum(jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0), axis=0))
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.sums.size
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
+@dataclass(frozen=True)
+class Joined:
+    """Collect several statistics of the same inputs, by name."""
+
+    parts: dict[str, Any]
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Joined:
+        """Return the statistics with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        return Joined({name: part.fold(x_NI, real_N) for name, part in self.parts.items()})
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return next(iter(self.parts.values())).inputs
 
 
 Stats = dict[str, Any]

@@ -1,8 +1,8 @@
 """Prune attention heads, feed-forward neurons and layers, so that arrays become smaller (structured pruning).
 
 All layers of an encoder or decoder keep the same number of heads and neurons, because they are scanned. Each layer
-selects its own heads and neurons. The importance of a head or neuron is the norm of its contribution to the residual
-stream on the calibration data. The layers are processed in order. A removed head or neuron is first disabled by zero
+selects its own heads and neurons, by their importance (`llmctl.compress.importance`). The layers are processed in
+order. A removed head or neuron is first disabled by zero
 rows in the matrix that reads its output. Later layers therefore select by the inputs that they will have after pruning.
 The arrays are reduced at the end.
 
@@ -14,33 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.compress import prune
+from llmctl.compress import importance, prune
 from llmctl.compress.calibrate import Batch, LayerReport, Visit, walk
+from llmctl.compress.compensation import compensate
+from llmctl.compress.gates import Gates
 from llmctl.compress.layer_files import Saved
 from llmctl.compress.shrink import Kept, columns, cut, drop_layers
-from llmctl.compress.statistics import Collect, Gram, Moments, Statistic, nothing
+from llmctl.compress.statistics import Collect, Joined, Statistic, Stats, nothing
+from llmctl.compress.structured_method import StructuredMethod
 from llmctl.model import functional, hf_config, wiring
 from llmctl.model.config import ModelConfig
-from llmctl.model.weights import dense
 
 Progress = Callable[[LayerReport], None] | None
-
-
-def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
-    """Return ||X_h O_h||_F [H], each query head's contribution to the residual stream, for `o` [H*K, D]."""
-    heads, width, _ = gram.products.shape
-    o_HKD = o.astype(jnp.float32).reshape(heads, width, -1)
-    square_H = jnp.einsum("hkl,hkd,hld->h", gram.products, o_HKD, o_HKD)
-    return jnp.sqrt(jnp.maximum(square_H, 0.0))
-
-
-def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
-    """Return ||x_f||_2 * ||down_f||_2 [F], each neuron's contribution to the residual stream, for `down` [F, D]."""
-    return jnp.sqrt(stats.squares) * jnp.linalg.norm(down.astype(jnp.float32), axis=1)
 
 
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,28 +113,34 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
     return (target.heads, target.kv_heads, target.d_ff) != (cfg.heads, cfg.kv_heads, cfg.d_ff)
 
 
-def collector(cfg: ModelConfig, target: ModelConfig) -> Collect:
-    """Return the function that selects the statistics for pruning from `cfg` to `target` (see `Collect`).
+def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiring.Units]:
+    """Return which heads or neurons of a stack must be pruned, by the path of the matrix that reads them ("attn/o")."""
+    heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
+    found = {reader: u for u in wiring.units(cfg, stack) for reader in u.readers}
+    return {p: u for p, u in found.items() if (heads if u.name.endswith("/heads") else target.d_ff != cfg.d_ff)}
 
-    The statistics are Gram matrices to score heads, and sums of squares (`Moments`) to score neurons.
-    """
-    read = _read(cfg, target)
+
+def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = StructuredMethod()) -> Collect:
+    """Return the function that selects the statistics for pruning from `cfg` to `target` (see `Collect`)."""
+    read = {path: u for stack in wiring.stacks(cfg) for path, u in readers(cfg, target, stack).items()}
 
     def collect(path: str, inputs: int) -> Statistic | None:
         units = read.get(path)
-        if units is None:
-            return None
-        return Moments.start(inputs) if units.width == 1 else Gram.start(inputs, units.count)
+        return None if units is None else importance.statistic(method, inputs, units.count)
 
     return collect
 
 
-def _read(cfg: ModelConfig, target: ModelConfig) -> dict[str, wiring.Units]:
-    """Return which heads or neurons must be pruned, by the path of the matrix that reads them (such as "attn/o")."""
-    heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
-    found = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
-    neurons = {p for p, u in found.items() if not u.name.endswith("/heads")}
-    return {p: u for p, u in found.items() if (target.d_ff != cfg.d_ff if p in neurons else heads)}
+def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
+    """Return the number of heads or neurons by the path of the matrix that reads them, as `gates.accumulate` takes it.
+
+    Only those that must be pruned from `cfg` to `target` are included.
+    """
+    return {
+        f"{stack}/blocks/{path}/kernel": units.count
+        for stack in wiring.stacks(cfg)
+        for path, units in readers(cfg, target, stack).items()
+    }
 
 
 def prune_widths(
@@ -157,59 +151,80 @@ def prune_widths(
     progress: Progress = None,
     dtype: Any = jnp.float32,
     saved: Saved | None = None,
+    method: StructuredMethod = StructuredMethod(),
+    found: Gates | None = None,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
     """Reduce every layer to the heads, key/value heads and neurons of `target`. The layers' arrays are donated.
 
     Each layer selects its own heads and neurons. With relative positions, however, the layers of an encoder or decoder
     share one bias per head. All layers then keep the same self-attention heads, selected by scores that are normalized
-    per layer and summed. Finished layers and their selections are written to `saved`.
+    per layer and summed. Finished layers and their selections are written to `saved`. `found` has the derivatives that
+    the importance "taylor" reads.
 
     Returns:
-      The config, the parameters, and a report per layer.
+      The config, the parameters, and a report per layer. The notes of a report have the indices of the kept heads and
+      neurons, and under "importance" the scores of all.
     """
-    collect = collector(cfg, target)
+    collect = collector(cfg, target, method)
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
-    shared_bias = heads_change and cfg.positions == "relative"
-    common = _common_heads(cfg, params, batches, collect, dtype) if shared_bias else {}
+
+    def score(stack: str, index: int, layer: dict[str, Any], stats: Stats, path: str) -> np.ndarray:
+        own = (found or {}).get(f"{stack}/blocks/{path}/kernel")
+        units = readers(cfg, target, stack)[path]
+        own_N = None if own is None else own[index]
+        return importance.of_units(method, units, layer, stats.get(path), own_N, (stack, index))
+
+    common: dict[str, np.ndarray] = {}
+    if heads_change and cfg.positions == "relative":
+        _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
+        common = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}
+        for r in reports:  # scores sum to 1 in each layer, and are summed over the layers
+            scores = score(r.stack, r.layer, functional.layer_params(params, r.stack, r.layer), r.stats, "attn/o")
+            common[r.stack] += scores / max(float(scores.sum()), 1e-30)
 
     def change(visit: Visit) -> dict[str, Any]:
         out = {name: dict(part) for name, part in visit.layer.items()}
-        for path, stat in visit.stats.items():
+        for path, units in readers(cfg, target, visit.stack).items():
             part, name = path.split("/")
-            kernel = out[part][name]["kernel"]
-            if isinstance(stat, Gram):
-                own = part != "attn" or not common
-                scores = np.asarray(head_scores(stat, dense(kernel))) if own else common[visit.stack]
+            if part == "attn" and common:
+                scores = common[visit.stack]
+            else:
+                scores = score(visit.stack, visit.index, visit.layer, visit.stats, path)
+            if units.name.endswith("/heads"):
                 heads, groups = choose_heads(scores, cfg.kv_heads, target.kv_heads, target.heads)
                 visit.notes[f"{part}/heads"], visit.notes[f"{part}/groups"] = heads.tolist(), groups.tolist()
                 rows = columns(heads, cfg.head_dim)
             else:
-                rows = choose_neurons(np.asarray(neuron_scores(stat, dense(kernel))), target.d_ff)
+                rows = choose_neurons(scores, target.d_ff)
                 visit.notes[f"{part}/neurons"] = rows.tolist()
-            mask = np.zeros((kernel.shape[0], 1), bool)
-            mask[rows] = True
-            out[part][name] = {**out[part][name], "kernel": prune.apply(kernel, jnp.asarray(mask))}
+            visit.notes.setdefault("importance", {})[units.name] = [float(f"{x:.4g}") for x in scores]
+            out[part][name] = disable(out[part][name], rows, visit.stats.get(path), method)
         return out
 
     params, reports = walk(cfg, params, batches, collect, change, progress=progress, saved=saved, dtype=dtype)
     kept: Kept = {stack: {} for stack in functional.stacks(cfg)}
     for r in reports:
         for units, choice in r.notes.items():
-            kept[r.stack].setdefault(units, []).append(np.asarray(choice))
+            if units != "importance":
+                kept[r.stack].setdefault(units, []).append(np.asarray(choice))
     return (*cut(cfg, params, target, kept), reports)
 
 
-def _common_heads(
-    cfg: ModelConfig, params: dict[str, Any], batches: Sequence[Batch], collect: Collect, dtype: Any
-) -> dict[str, np.ndarray]:
-    """Return scores [H] of the self-attention heads, common to all layers: {"encoder" or "decoder": scores}.
+def disable(
+    dense: dict[str, Any], kept: np.ndarray, measured: Joined | None, method: StructuredMethod
+) -> dict[str, Any]:
+    """Return a dense layer that reads only the inputs `kept`: the rows of all others are zero.
 
-    Scores are normalized to sum 1 in each layer, and then summed over the layers.
+    If the method repairs, the kept rows and the bias get other values, by the statistics `measured`.
     """
-    _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
-    scores = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}
-    for r in reports:
-        o = functional.layer_params(params, r.stack, r.layer)["attn"]["o"]["kernel"]
-        score = np.asarray(head_scores(r.stats["attn/o"], dense(o)))
-        scores[r.stack] += score / max(float(score.sum()), 1e-30)
-    return scores
+    kernel = dense["kernel"]
+    if method.repair and measured is not None:
+        gram = measured.parts[importance.GRAM]
+        sums_I = measured.parts[importance.TOTALS].sums
+        read = (prune.replicated(a) for a in (kernel, dense.get("bias"), gram.products[0], sums_I, gram.count))
+        w_IO, bias_O, gram_II, sums_I, count = read
+        kernel, bias = compensate(w_IO, bias_O, kept, gram_II, sums_I, count)
+        return {**dense, "kernel": kernel} | ({} if bias is None else {"bias": bias})
+    mask = np.zeros((kernel.shape[0], 1), bool)
+    mask[kept] = True
+    return {**dense, "kernel": prune.apply(kernel, jnp.asarray(mask))}

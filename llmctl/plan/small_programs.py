@@ -6,7 +6,6 @@ with the program that XLA compiled.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -73,9 +72,9 @@ def _products(statistics: Any, setup: Setup) -> dict[tuple[str, str], float]:
     """
     found = {}
     for path, statistic in dict(statistics).items():
-        key, first = _input_of(path), jax.tree.leaves(statistic)[0]
-        if first.ndim == 3:
-            found[key] = first.size / (setup.size("tensor") if key[1] == "inner" else 1)
+        key, squares = _input_of(path), [a.size for a in jax.tree.leaves(statistic) if a.ndim == 3]
+        if squares:
+            found[key] = sum(squares) / (setup.size("tensor") if key[1] == "inner" else 1)
     return found
 
 
@@ -86,8 +85,8 @@ def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, str], float]:
     """
     found = {}
     for path, statistic in dict(statistics).items():
-        key, first = _input_of(path), jax.tree.leaves(statistic)[0]
-        found[key] = math.prod(first.shape[:2]) / (setup.size("tensor") if key[1] == "inner" else 1)
+        key = _input_of(path)
+        found[key] = statistic.inputs / (setup.size("tensor") if key[1] == "inner" else 1)
     return found
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl.compress.importance import head_scores, neuron_scores
 from llmctl.compress.layer_files import Saved
 from llmctl.compress.quantize import quantize
 from llmctl.compress.shrink import target
@@ -16,8 +17,6 @@ from llmctl.compress.structured import (
     choose_heads,
     choose_layers,
     choose_neurons,
-    head_scores,
-    neuron_scores,
     prune_layers,
     prune_widths,
 )
@@ -109,7 +108,7 @@ def test_an_interrupted_choice_of_widths_goes_on_at_its_layer(tiny, params, batc
 
     _, whole, reports = run()
     assert len({str(r.notes) for r in reports}) == 3 and reports[0].notes.keys() == {
-        "attn/heads", "attn/groups", "mlp/neurons"
+        "attn/heads", "attn/groups", "mlp/neurons", "importance"
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         run(saved=saved, progress=kill)

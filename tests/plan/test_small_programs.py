@@ -39,7 +39,7 @@ METHODS = {
     "wanda": "",
     "sparsegpt": 'repair = true\nallocation = "sensitivity"',
     "magnitude": "",
-    "structured": "layers = 0.5\nheads = 0.5",
+    "structured": 'layers = 0.5\nheads = 0.5\nffn = 0.5\nimportance = "activation"\nrepair = true',
 }
 
 

@@ -15,24 +15,20 @@ from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
 from llmctl.compress.settings import DAMPING, CalibrationConfig
 from llmctl.compress.sparse_method import SPARSEGPT, Allocation, AllocationName, SparseMethod
+from llmctl.compress.structured_method import ImportanceName, StructuredMethod
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
     from llmctl.compress.calibrate import LayerReport
-    from llmctl.compress.layer_files import Saved
     from llmctl.compress.programs import Walk
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
-
-    Pruned = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
 
 STRUCTURED = "structured"
@@ -57,7 +53,7 @@ class Config(CalibrationConfig, StageConfig):
 
     added: ClassVar[frozenset[str]] = frozenset(
         {f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")}
-        | {"damping", "repair", "allocation", "spread", "outlier", "store"}
+        | {"damping", "repair", "allocation", "spread", "outlier", "store", "importance"}
     )
     common: ClassVar[tuple[str, ...] | None] = (
         *("method", "keep_layers", "remove_layers", "keep_heads", "remove_heads", "keep_ffn", "remove_ffn"),
@@ -94,6 +90,10 @@ class Config(CalibrationConfig, StageConfig):
     """Method structured: number of layers to keep."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Method structured: fraction of the layers to remove."""
+    importance: ImportanceName = "contribution"
+    """Method structured: importance of a head or neuron; the lowest are removed. contribution: norm of its contribution
+    to the residual stream. activation: mean norm of its output. taylor: change of the loss without it, to first order.
+    magnitude: norm of its weights. random: random numbers. Layers are always selected by block influence."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Methods for single weights: fraction of each matrix to set to zero. For wanda, it is a fraction of each output's
     inputs. With an allocation other than uniform, it is the fraction of all matrices together."""
@@ -105,8 +105,8 @@ class Config(CalibrationConfig, StageConfig):
     inverse, the fraction is multiplied by 10, and the matrix is reported."""
 
     repair: bool = False
-    """Methods for single weights: after pruning, recompute the kept weights by least squares on the calibration
-    data."""
+    """After pruning, recompute the kept weights by least squares on the calibration data. Method structured: so that
+    the kept heads and neurons stand in for the removed ones."""
     allocation: AllocationName = "uniform"
     """Methods for single weights, with an unstructured pattern: sparsity of the layers. uniform: equal in all layers.
     owl: lower for layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden
@@ -145,8 +145,8 @@ class Config(CalibrationConfig, StageConfig):
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
-        structured = {"heads", "heads_by", "ffn", "multiple", "layers"}
-        zeros = {"sparsity", "pattern", "damping", "repair", "allocation", "spread", "outlier", "store"}
+        structured = {"heads", "heads_by", "ffn", "multiple", "layers", "importance"}
+        zeros = {"sparsity", "pattern", "damping", "allocation", "spread", "outlier", "store"}
         other = zeros if self.method == STRUCTURED else structured
         if self.method != SPARSEGPT:
             other = other | {"damping"}
@@ -160,6 +160,10 @@ class Config(CalibrationConfig, StageConfig):
                 "structured pruning needs at least one of heads, ffn and layers, such as keep_layers = 2 "
                 "(--keep-layers 2) or remove_ffn = 0.5"
             )
+        narrows = bool(self.heads or self.ffn)
+        stray = sorted({"importance", *(["repair"] if self.repair else [])} & self.model_fields_set)
+        if self.method == STRUCTURED and stray and not narrows:
+            raise ValueError(f"{', '.join(stray)}: for heads and ffn only; layers are selected by block influence")
         try:
             own = Pattern.parse(self.pattern, self.sparsity).sparsity
         except RequestError as e:
@@ -188,6 +192,11 @@ class Config(CalibrationConfig, StageConfig):
             raise ValueError(f"spread {self.spread:g} is too large for sparsity {sparsity:g}; say less than {room:g}")
 
     @property
+    def structure(self) -> StructuredMethod:
+        """Return the method that removes heads, neurons and layers."""
+        return StructuredMethod(self.importance, self.repair, self.seed)
+
+    @property
     def zeros(self) -> SparseMethod:
         """Return the method that sets single weights to zero."""
         allocation = Allocation(self.allocation, self.spread, self.outlier)
@@ -198,9 +207,10 @@ class Config(CalibrationConfig, StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Prune the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
-    from llmctl.compress import prune, prune_report, sparse_walk
+    from llmctl.compress import prune, prune_report, sparse_walk, structured_walk
     from llmctl.compress.layer_files import Saved
     from llmctl.compress.lowrank import merged
+    from llmctl.convert import architectures
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
     from llmctl.train import run_log
@@ -221,7 +231,12 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
         params, saved = merged(base, reporter.say), Saved(ctx.work / "layers")
         if config.method == STRUCTURED:
-            model, params, found = _structured(config, base, params, devices, saved, progress, reporter.say)
+            target = _target(config, base, params, devices)
+            for line in filter(None, (sizes(config, base.model, target), architectures.notice(target, base.model))):
+                reporter.say(line)
+            model, params, found = structured_walk.prune_structure(
+                config, base, params, target, config.structure, devices, saved=saved, progress=progress
+            )
         else:
             params, layers = sparse_walk.prune_weights(
                 config, base, params, config.zeros, devices, seed=config.seed, saved=saved, progress=progress
@@ -252,7 +267,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     The programs calibrate the layers, and prune the largest matrix.
     """
     from llmctl.artifacts import abstract_artifact
-    from llmctl.compress import programs, prune, pruning_programs
+    from llmctl.compress import programs, prune, pruning_programs, structured_programs
     from llmctl.model import functional
 
     base = required(config, base)
@@ -267,7 +282,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         return found, left
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
-    found = programs.structured_pruning(base.model, params, target, mesh, _walk(config, base, mesh))
+    method = config.structure
+    walk = _walk(config, base, mesh, method.gradients)
+    found = structured_programs.structured_pruning(base.model, params, target, method, mesh, walk)
     return found, abstract_artifact.abstract_result(config, small, target, base=base)
 
 
@@ -287,9 +304,10 @@ def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) 
     Raises:
       RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard them.
     """
-    from llmctl.compress import shrink
+    from llmctl.compress import shrink, structured_walk
     from llmctl.model import functional
 
+    structured_walk.check(base, params, config.structure)
     target = shrink.target(
         base.model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by,
         multiple=config.multiple,
@@ -311,43 +329,3 @@ def sizes(config: Config, before: ModelConfig, after: ModelConfig) -> str:
                 line += f", encoder {before.encoder_layers} → {after.encoder_layers}"
             parts.append(line)
     return "; ".join(parts)
-
-
-def _structured(
-    config: Config,
-    base: Artifact,
-    params: dict[str, Any],
-    devices: Any,
-    saved: Saved,
-    progress: Callable[[LayerReport], None],
-    say: Callable[[str], None],
-) -> Pruned:
-    """Prune layers first, then heads and neurons, and return the config, the parameters and the metrics.
-
-    The order ensures that heads and neurons are scored on the inputs of the remaining layers. Each of the
-    two steps runs the calibration data through the model. The step for heads and neurons saves each finished
-    layer, so that an interrupted run can resume. The step that selects layers starts again.
-    """
-    from llmctl.compress import calibration_data, structured
-    from llmctl.convert import architectures
-
-    model, target = base.model, _target(config, base, params, devices)
-    for line in filter(None, (sizes(config, model, target), architectures.notice(target, model))):
-        say(line)
-    batches = calibration_data.load(config, base, devices)
-    found: dict[str, Any] = {}
-    arguments = {"progress": progress, "dtype": config.dtype}
-    if structured.fewer_layers(model, target):
-        model, params, found["layers_kept"] = structured.prune_layers(model, params, batches, target, **arguments)
-    if structured.narrower(model, target):
-        model, params, reports = structured.prune_widths(model, params, batches, target, **arguments, saved=saved)
-        found["layer_error"] = _errors(reports)
-    return model, params, found
-
-
-def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
-    """Return the relative output error of each pruned layer, as lists for the encoder and the decoder.
-
-    The inputs of a layer come from the pruned layers before it.
-    """
-    return {s: [round(r.error, 6) for r in reports if r.stack == s] for s in dict.fromkeys(r.stack for r in reports)}

@@ -42,6 +42,32 @@ def test_structured_pruning_of_a_classifier(artifacts, tmp_path, reviews):
     assert (made.path / "log.jsonl").read_text().count("\n") == 3 + 2  # a line a layer of each walk
 
 
+def test_importance_by_gradients_and_repair(artifacts, tmp_path, reviews):
+    """Repair makes the error of the layers smaller, and what is kept and how important it was is in the metrics."""
+    settings = {"heads": 0.5, "ffn": 0.5, "data": reviews, "examples": 20, "importance": "taylor"}
+    cut, repaired = (
+        run(artifacts, tmp_path / str(repair), "classifier", repair=repair, **settings) for repair in (False, True)
+    )
+    errors = [made.manifest.metrics["layer_error"]["decoder"] for made in (cut, repaired)]
+    assert errors[1][0] < errors[0][0] and sum(errors[1]) < sum(errors[0])
+    units = repaired.manifest.metrics["units"]
+    assert [u["kept"]["mlp/neurons"] for u in units] == [
+        sorted(np.argsort(-np.array(u["importance"]["mlp/neurons"]), kind="stable")[:12].tolist()) for u in units
+    ]
+
+
+def test_repair_is_refused_over_zeros_and_integers(artifacts, tmp_path, reviews):
+    run(artifacts, tmp_path, "lm", method="magnitude")
+    (tmp_path / "out").rename(tmp_path / "sparse")
+    settings = {"ffn": 0.5, "repair": True, "data": reviews}
+    with pytest.raises(RequestError, match=r"is pruned \(50.0% zeros\), and repair would fill the zeros"):
+        run(tmp_path, tmp_path, "sparse", **settings)
+    quantize.run(quantize.Config(), artifacts / "lm", Context(tmp_path / "int8", tmp_path / "work", "key"))
+    with pytest.raises(RequestError, match="attn/k/kernel is quantized, and repair gives other values"):
+        run(tmp_path, tmp_path, "int8", **settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("settings", "share"), [
     ({"method": "wanda", "sparsity": 0.25}, 0.25), ({"method": "wanda", "pattern": "2:4"}, 0.5),
     ({"method": "magnitude", "sparsity": 0.75}, 0.75), ({"method": "magnitude", "pattern": "1:8"}, 0.875),
@@ -177,7 +203,9 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"method": "wanda", "allocation": "sensitivity", "outlier": 3.0}, "outlier: not for allocation 'sensitivity'"),
     ({"layers": 2, "allocation": "owl"}, "allocation: not for method 'structured'"),
     ({"layers": 2, "store": "sparse"}, "store: not for method 'structured'"),
-    ({"layers": 2, "repair": True}, "repair: not for method 'structured'; set method to another one"),
+    ({"layers": 2, "repair": True, "importance": "random"}, "importance, repair: for heads and ffn only; layers are"),
+    ({"method": "wanda", "importance": "random"}, "importance: not for method 'wanda'; set method to 'structured'"),
+    ({"heads": 2, "importance": "wanda"}, "'contribution', 'activation', 'taylor', 'magnitude' or 'random'"),
     ({}, "at least one of heads, ffn and layers"),
     ({"method": "wanda", "sparsity": 1.5}, "less than 1"),
     ({"method": "magnitude", "pattern": "4:2"}, "N < M"),

@@ -1,0 +1,111 @@
+"""Compute derivatives of the loss with respect to a factor on each head, neuron or hidden channel (its gate).
+
+The gate of a unit multiplies its output. The derivative at 1 is the sum of w * g over the weights w that read the unit,
+where g is the gradient of the loss. Its absolute value is the change of the loss, to first order, if the unit is
+removed (Molchanov et al., 2019, arXiv:1906.10771). The gate of a hidden channel multiplies one channel of a norm's
+output.
+
+Only the gradients of these matrices and norms are computed. Between batches, memory holds one number per unit.
+
+Shapes: L layers, N units, I inputs, O outputs, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.base import Task
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+Gates = dict[str, jax.Array]
+"""Sums over batches of the absolute derivatives [..., N], by the path of the matrix or of the norm's scale."""
+
+
+def accumulate(
+    task: Task,
+    cfg: ModelConfig,
+    params: Params,
+    batches: Sequence[dict[str, Any]],
+    units: Mapping[str, int],
+    dtype: Any = jnp.float32,
+) -> Gates:
+    """Sum the absolute derivatives over batches. The derivative of one batch is that of its total loss.
+
+    Args:
+      task: the task, whose loss is differentiated.
+      cfg: config of the model.
+      params: parameters of the model.
+      batches: training batches, with labels or targets.
+      units: number of units by the path of the matrix that reads them ("decoder/blocks/attn/o/kernel"), or of the scale
+          of the norm whose output channels are the units.
+      dtype: dtype of the computation.
+
+    Raises:
+      RequestError: If no batch has a label or target.
+    """
+    step, inner = adder(task, cfg, units, dtype), read(params, units)
+    totals = {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes(params, units).items()}
+    weight = 0.0
+    for batch in batches:
+        totals, more = step(inner, params, totals, batch)
+        weight += float(more)
+    if not weight:
+        raise RequestError("calibration has no labels or targets: the loss has no gradient")
+    return totals
+
+
+def read(params: Params, units: Mapping[str, int]) -> dict[str, jax.Array]:
+    """Return the dense weights whose gradients are needed: the matrices and norms in `units`, and biases of norms."""
+    flat = weights.flatten(params)
+    biases = [bias for path in units if (bias := _bias_of(path)) in flat]
+    return {path: weights.dense(flat[path]) for path in [*units, *biases]}
+
+
+def shapes(params: Params, units: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each sum: [layers, units], or [units] for a norm outside of the layers."""
+    flat = weights.flatten(params)
+    return {
+        path: (*weights.as_node(flat[path]).shape[: -1 if path.endswith("/scale") else -2], n)
+        for path, n in units.items()
+    }
+
+
+def adder(task: Task, cfg: ModelConfig, units: Mapping[str, int], dtype: Any) -> Any:
+    """Return a compiled function (weights of `read`, parameters, totals, batch) -> (totals, total weight of the loss).
+
+    The totals are donated.
+    """
+    loss = task.loss_of(cfg, dtype=dtype, remat="full")
+
+    def total(inner: dict[str, jax.Array], params: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        value, found = loss(weights.updated(params, inner), batch)
+        return value, found["weight"]
+
+    def gate(path: str, inner: dict[str, jax.Array], grads: dict[str, jax.Array]) -> jax.Array:
+        if not path.endswith("/scale"):
+            product = inner[path] * grads[path]
+            return jnp.sum(product.reshape(*product.shape[:-2], units[path], -1), axis=-1)
+        found = (inner[path] + cfg.norm_plus_one) * grads[path]
+        bias = _bias_of(path)
+        return found + inner[bias] * grads[bias] if bias in inner else found
+
+    @partial(jax.jit, donate_argnums=2)
+    def step(inner: dict[str, jax.Array], params: Params, totals: Gates, batch: dict[str, Any]) -> Any:
+        grads, weight = jax.grad(total, has_aux=True)(inner, params, batch)
+        return {path: a + jnp.abs(gate(path, inner, grads)) for path, a in totals.items()}, weight
+
+    return step
+
+
+def _bias_of(path: str) -> str:
+    """Return the path of a norm's bias, given that of its scale; empty for a matrix."""
+    return path.removesuffix("scale") + "bias" if path.endswith("/scale") else ""

@@ -1,0 +1,101 @@
+"""Describe the compiled functions of structured pruning, so that `llmctl plan` can estimate their cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llmctl.compress import compensation, gates, structured
+from llmctl.compress.programs import Walk, layer_of, sharding_of
+from llmctl.compress.statistics import nothing
+from llmctl.compress.structured_method import StructuredMethod
+from llmctl.distributed import mesh as meshes
+from llmctl.model import flops as cost
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.program import Cost, Program, Tree
+
+
+def structured_pruning(
+    model: ModelConfig, params: Tree, target: ModelConfig, method: StructuredMethod, mesh: Mesh, walk: Walk
+) -> list[Program]:
+    """Return the programs that remove heads, neurons and layers, so that the model has the config `target`.
+
+    If layers are removed, the programs that measure the importance of layers are included. If heads or neurons are
+    removed, those that select heads and neurons layer by layer are included.
+    """
+    found: list[Program] = []
+    if structured.fewer_layers(model, target):
+        found += walk.programs(model, params, nothing, changes=False)
+        model = model.model_copy(update={"layers": target.layers, "encoder_layers": target.encoder_layers})
+        params = _of_depth(model, params, mesh)
+    if structured.narrower(model, target):
+        found += walk.programs(model, params, structured.collector(model, target, method), changes=True)
+        found += [_gates(model, params, structured.gates(model, target), walk)] if method.gradients else []
+        found += [_compensation(model, params, target, found[0], mesh)] if method.repair else []
+    return found
+
+
+def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
+    """Return `params`, which are shapes without values, with the numbers of layers of the config `model`."""
+    out = dict(params)
+    for stack in functional.stacks(model):
+        depth = functional.depth(model, stack)
+        blocks = jax.tree.map(lambda a, n=depth: a.update(shape=(n, *a.shape[1:])), params[stack]["blocks"])
+        out[stack] = {**params[stack], "blocks": blocks}
+    return functional.laid_out(model, out, mesh)
+
+
+def _gates(model: ModelConfig, params: Tree, units: dict[str, int], walk: Walk) -> Program:
+    """Return the program that `llmctl.compress.gates.accumulate` runs per batch."""
+    batch, flat = dict(walk.batch), weights.flatten(params)
+    held = [] if params is walk.parent else [walk.parent]
+    size, seq_len = batch["tokens"].shape
+    whole = meshes.replicated(walk.mesh)
+    read = jax.eval_shape(lambda p: gates.read(p, units), params)
+    inner = {p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding_of(flat[p])) for p, a in read.items()}
+    sums = {p: jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for p, s in gates.shapes(params, units).items()}
+    copies = {p: a for p, a in inner.items() if not weights.is_plain(flat[p]) or flat[p].dtype != jnp.float32}
+
+    def trace() -> Any:
+        with meshes.use(walk.mesh):
+            return gates.adder(walk.task, model, units, jnp.dtype(walk.dtype)).trace(inner, params, sums, batch)
+
+    return Program(
+        "derivatives of the loss", model, walk.mesh, trace, flops=3 * cost.row(model, seq_len) * size,
+        tokens=size * seq_len, rows=size, seq_len=seq_len, dtype=walk.dtype, remat="full", steps=walk.batches,
+        parameters=[params, held, copies], batch=[batch] * walk.batches, cache=sums,
+        beside=[held, {p: flat[p] for p in copies}, [batch] * (walk.batches - 1)],
+    )  # fmt: skip
+
+
+def _compensation(model: ModelConfig, params: Tree, target: ModelConfig, walk: Program, mesh: Mesh) -> Program:
+    """Return the program that compensates the largest matrix, which stands for those of all layers.
+
+    The FLOPs of the Cholesky decomposition and of the triangular solves are not counted.
+    """
+    stack, whole = functional.stacks(model)[-1], meshes.replicated(mesh)
+    layer = layer_of(params, stack)
+    read = structured.readers(model, target, stack)
+    matrices = {m.module: m.weight for m in weights.layer_matrices(layer) if m.module in read}
+    name = max(matrices, key=lambda path: matrices[path].shape[0])
+    inputs, outputs = matrices[name].shape
+    kept = round(
+        inputs * (target.d_ff / model.d_ff if read[name].name == "mlp/neurons" else target.heads / model.heads)
+    )
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    w, gram, index = array(inputs, outputs), array(inputs, inputs), array(kept, dtype=jnp.int32)
+    takes = (w, index, array(inputs - kept, dtype=jnp.int32), gram, array(inputs), array(), array())
+    moved = 4.0 * (4 * inputs * inputs + 6 * inputs * outputs)
+    flops = 2.0 * inputs * (kept + 1) * outputs
+    return Program(
+        f"compensation of {name}", model, mesh, lambda: compensation.solve.trace(*takes, centered=True),
+        steps=functional.depth(model, stack), parameters=[walk.parameters, w], batch=[walk.batch], cache=[walk.cache],
+        beside=[walk.parameters, walk.batch, walk.cache], work=Cost(4.0 * inputs * inputs, moved, {"float32": flops}),
+    )  # fmt: skip
