@@ -126,6 +126,8 @@ class Bench:
             module, config = quantize, quantize.Config(**ROUNDED[operation])
         else:
             how = {} if operation == "finetune" else {"method": "lora", "lora": finetune.LoraConfig(rank=2)}
+            if operation == "sparsify":
+                how = {"sparsify": finetune.SparsifyConfig(sparsity=0.5)}
             how |= {"merge": False} if operation == "LoRA apart" else {}
             if operation == "houlsby":
                 how = {"method": "houlsby", "houlsby": finetune.HoulsbyConfig(size=ADAPTER)}

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-FINETUNE = ("finetune", "LoRA merged", "LoRA apart", "houlsby", "prompt", "prefix")
+FINETUNE = ("finetune", "sparsify", "LoRA merged", "LoRA apart", "houlsby", "prompt", "prefix")
 SCORES = ("magnitude", "wanda 2:4")
 PRUNE = (*SCORES, "structured", "depth")
 QUANTIZE = ("int8", "int4", "W8A8")
@@ -65,6 +65,7 @@ def after(operation: str, s: State) -> State:
     """Return the state of what the operation leaves. The sparsity is that of the method, where it decides it."""
     if operation in FINETUNE:
         new = replace(s, head=task(operation, s))
+        new = replace(new, pruned=True, sparsity=max(s.sparsity, 0.5)) if operation == "sparsify" else new
         if new.head == "classify" and s.architecture == "encoder_decoder":
             new = replace(new, architecture="encoder", prefix=0)  # the prefix is one of the decoder
         new = replace(new, adapter=ADAPTER) if operation == "houlsby" else new
@@ -104,8 +105,8 @@ class Rule:
 RULES = (
     Rule("unmerged LoRA", FINETUNE, lambda s: s.pairs, "has unmerged low-rank pairs",
          "an artifact has one set of low-rank pairs, so merge them first"),
-    Rule("integers", ("finetune", "LoRA merged"), lambda s: bool(s.integers), "is quantized, and integers cannot",
-         "integers cannot be trained, and unmerged LoRA beside them can"),
+    Rule("integers", ("finetune", "sparsify", "LoRA merged"), lambda s: bool(s.integers),
+         "is quantized, and integers cannot", "integers cannot be trained, and unmerged LoRA beside them can"),
     Rule("zeros", ("LoRA merged",), lambda s: s.pruned, "which merged low-rank pairs would fill",
          "merged pairs would fill the zeros; full finetuning keeps them"),
     Rule("a task's head", ("pretrain",), lambda s: s.head != "lm", "cannot be pretrained further",
@@ -123,7 +124,7 @@ RULES = (
          "integers are not rounded again, so quantize the artifact before"),
     Rule("integers with a scale per group", ("structured",), lambda s: "/" in s.integers and can_halve(s),
          "is quantized in groups", "a group of inputs that share a scale cannot be cut"),
-    Rule("as many zeros", ("magnitude",), lambda s: s.sparsity >= 0.5, "sparsity 0.5 changes nothing", ""),
+    Rule("as many zeros", ("magnitude", "sparsify"), lambda s: s.sparsity >= 0.5, "sparsity.* 0.5 changes nothing", ""),
     Rule("one head", ("structured",), lambda s: not can_halve(s), "nothing would be removed", ""),
     Rule("one layer", ("depth",), lambda s: s.layers == 1, "nothing would be removed", ""),
     Rule("a trained prompt", ("export and import",), lambda s: s.prompt > 0, "has a trained prompt",
@@ -155,7 +156,8 @@ def refusal(operation: str, s: State) -> Rule | None:
 
 
 GROUPS = {
-    "pretrain": ("pretrain",), "finetune": ("finetune",), "LoRA": ("LoRA merged",), "unmerged LoRA": ("LoRA apart",),
+    "pretrain": ("pretrain",), "finetune": ("finetune",), "prune in training": ("sparsify",),
+    "LoRA": ("LoRA merged",), "unmerged LoRA": ("LoRA apart",),
     "bottleneck adapters": ("houlsby",), "prompt tuning": ("prompt",), "prefix tuning": ("prefix",),
     "prune by score": SCORES, "prune parts": ("structured", "depth"), "distill": ("distill",),
     "quantize": QUANTIZE, "export, import": ("export and import",),

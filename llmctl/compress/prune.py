@@ -44,9 +44,9 @@ def mask(
       score_IO: scores; the lowest are pruned.
       pattern: sparsity pattern.
       per: group within which scores compete in an unstructured pattern: the complete matrix, or each output's inputs.
-      count: number of weights to prune in an unstructured pattern; by default the number that the pattern gives. If
-        this number cannot be the same for every output, the first outputs prune one more. If scores compete per output,
-        an array [O] gives the number of each output.
+      count: number of weights to prune; by default the number that the pattern gives. In an N:M pattern it is the
+        number per M inputs. If it cannot be the same for every output of an unstructured pattern, the first outputs
+        prune one more. If scores compete per output, an array [O] gives the number of each output.
 
     Raises:
       RequestError: If the M of an N:M pattern does not divide the inputs.
@@ -56,7 +56,8 @@ def mask(
         if inputs % pattern.of:
             raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide {inputs} inputs")
         score_GMO = score_IO.reshape(inputs // pattern.of, pattern.of, outputs)
-        return _keep_highest(score_GMO, pattern.keep, axis=1).reshape(inputs, outputs)
+        keep = pattern.keep if count is None else pattern.of - count
+        return _keep_highest(score_GMO, keep, axis=1).reshape(inputs, outputs)
     count = pattern.count(inputs, outputs, per) if count is None else count
     if per == "output":
         each_O = count if jnp.ndim(count) else _shares(count, outputs)

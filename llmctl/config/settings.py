@@ -9,6 +9,11 @@ from llmctl.config.base import Config
 Dtype = Literal["float32", "bfloat16"]
 
 
+def portion(amount: float, steps: int) -> int:
+    """Convert a setting to a number of steps. An `amount` below 1 is a fraction of all `steps`."""
+    return round(amount * steps) if amount < 1 else round(amount)
+
+
 class MeshConfig(Config):
     """Set the number of devices per mesh axis; -1 uses the remaining devices. At most one axis may be -1."""
 

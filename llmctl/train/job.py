@@ -83,14 +83,17 @@ class Job:
     """
     after_step: Callable[[State, jax.Array], State] | None = None
     """Function (state, step) -> state, applied after the optimizer as part of the compiled step. Examples are a pruning
-    schedule and a rank budget. `llmctl.train.step` describes the state, a dictionary. Here it also contains "gradients"
-    (by name, clipped), which the function only reads. `step` counts from 1. The function must be pure, and must keep
-    structure, shapes and dtypes. If a step is skipped, the result is discarded.
+    schedule and a rank budget. `llmctl.train.step` describes the state, a dictionary. Here it also contains three
+    entries that the function only reads, each by name: "gradients" (clipped), "dense_gradients" (the same, but not zero
+    for zeros that are held), and "before" (the trained arrays before the step). `step` counts from 1. The function must
+    be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is discarded.
     """
     memory: Callable[[Params], Any] | None = None
     """Function from the trained arrays to a tree of further arrays. They are kept between steps, as the entry "memory"
     of the training state. The function `after_step` reads and updates them. None means no such entry.
     """
+    state_metrics: Callable[[State], Sums] | None = None
+    """Function from the state after a step to further metrics of the step, such as the sparsity. They are logged."""
     reads_memory: bool = False
     """Whether the loss reads the arrays that `memory` keeps between steps. If true, the loss gets them as the keyword
     argument `memory`.

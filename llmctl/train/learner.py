@@ -19,7 +19,7 @@ from llmctl.evaluate.tasks.base import Task
 from llmctl.model import flops
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import COSINE_TEMPERATURE, Loss
-from llmctl.train import loop
+from llmctl.train import loop, sparsify
 from llmctl.train.validation import Further, Validation
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
     """Return the Job (description of a training run) for a model and its rows.
 
     Args:
-      config: config of the training command. Only the section `train` is read.
+      config: config of the training command. Only the sections `train` and `sparsify` are read.
       learner: the model and its task.
       rows: training rows.
       validate: function from parameters to metrics.
@@ -107,7 +107,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
         **learner.job_fields,
         **learner.step_fields(learner.params, steps),
     )
-    return learner.adapt_job(made, steps)
+    return learner.adapt_job(sparsify.attached(config.sparsify, made, steps), steps)
 
 
 def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
@@ -143,7 +143,7 @@ def run(
     """Train a model and return its parameters, their metrics, and the object that computed the metrics.
 
     Args:
-      config: config of the training command, with `title`, `seed`, `train` and `optim`.
+      config: config of the training command, with `title`, `seed`, `train`, `optim` and `sparsify`.
       ctx: folders of checkpoints and the log.
       mesh: the devices.
       learner: the model and its task.
@@ -171,7 +171,7 @@ def run(
     held_out = Validation(judge, unseen, settings.batch_size, settings.eval_batches, mesh, further)
     made = job(config, learner, rows, held_out, settings.steps)
     params, metrics = loop.fit(made, settings, config.optim, mesh, ctx, config.seed, config.title, about)
-    return params, metrics, held_out
+    return params, metrics | sparsify.result_metrics(config.sparsify, params), held_out
 
 
 def calibrated(

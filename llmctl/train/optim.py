@@ -19,18 +19,13 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llmctl.config.settings import OptimConfig
+from llmctl.config.settings import OptimConfig, portion
 from llmctl.model import weights
 
 Named = dict[str, Any]
 
 FACTORED_FROM = 128
 """Minimum length of both sides of a matrix for which Adafactor factors the second moments, as in the authors' code."""
-
-
-def portion(amount: float, steps: int) -> int:
-    """Convert a setting to a number of steps. An `amount` below 1 is a fraction of all `steps`."""
-    return round(amount * steps) if amount < 1 else round(amount)
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:

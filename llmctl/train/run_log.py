@@ -37,6 +37,7 @@ MEANINGS = {
     "wait": "share of the time in which the devices wait for rows",
     "mfu": "model FLOP/s as a share of the hardware's peak",
     "GiB": "peak memory",
+    "sparsity": "share of zeros in the matrices of the layers",
     "influence": "change of the hidden states by the layer, 0 if none",
     "layer_error": "change of the layer's output by the compression, relative",
 }

@@ -177,8 +177,8 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         grads, sums = gradients(old, (*fixed, state["memory"] if job.reads_memory else None), batch, key)
         weight = jnp.maximum(sums["weight"], 1e-9)
-        grads = {name: g.astype(jnp.float32) / weight for name, g in grads.items()}
-        grads = hold_zeros(old, grads, held)
+        dense = {name: g.astype(jnp.float32) / weight for name, g in grads.items()}
+        grads = hold_zeros(old, dense, held)
         grads = freeze_layers(grads, job.frozen_layers)
         grads = freeze_until(grads, starts, state["step"] - state["skips"])
         norm = optax.tree.norm(grads)
@@ -205,10 +205,11 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
         if "memory" in state:
             kept["memory"] = state["memory"]
         if job.after_step:
-            kept = job.after_step(kept | {"gradients": grads}, state["step"] + 1)
-            kept.pop("gradients")
+            read = {"gradients": grads, "dense_gradients": clip(dense, norm, config.clip), "before": old}
+            kept = {k: v for k, v in job.after_step(kept | read, state["step"] + 1).items() if k not in read}
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), kept, {k: state[k] for k in kept})
         metrics |= {"gradient_norm": norm, "learning_rate": jnp.asarray(rate(updated))}
+        metrics |= job.state_metrics(kept) if job.state_metrics else {}
         counters = {
             "step": state["step"] + 1,
             "skipped": jnp.where(stuck, state["skipped"], jnp.where(good, 0, state["skipped"] + 1)),

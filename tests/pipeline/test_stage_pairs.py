@@ -17,7 +17,7 @@ REPRESENTATIVE = (
         *("llama", "export and import", "pretrain", "LoRA merged", "wanda 2:4", "distill", "finetune", "structured"),
         *("depth", "int4", "LoRA apart", "export and import"),
     ),
-    ("llama", "export and import", "magnitude", "int8", "export and import"),
+    ("llama", "export and import", "sparsify", "int8", "export and import"),
     ("llama", "export and import", "W8A8", "magnitude", "houlsby", "prompt", "prefix", "depth"),
 )
 """Chains that are done, in which every operation is the first of a pair and the second of one."""

@@ -16,6 +16,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
 from llmctl.model.config import ModelConfig
 from llmctl.train import learner, loop
+from llmctl.train.sparsify_settings import SparsifyConfig
 
 ROOT = str(Path(llmctl.__file__).parent) + "/"
 SIZES = {"d_model": 32, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_ff": 48}
@@ -28,6 +29,7 @@ class Settings:
     """The part of a stage's config that the learner reads."""
 
     train = TRAIN
+    sparsify = SparsifyConfig()
 
 
 def test_a_training_step_runs_through_few_files(tmp_path):

@@ -18,6 +18,8 @@ from llmctl.data.class_names import numbers_hint
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
+from llmctl.train import sparsify_settings
+from llmctl.train.sparsify_settings import SparsifyConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -35,6 +37,7 @@ class Config(StageConfig):
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
+    added: ClassVar[frozenset[str]] = frozenset({"sparsify"})
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
@@ -55,6 +58,8 @@ class Config(StageConfig):
     """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
+    sparsify: SparsifyConfig = SparsifyConfig()
+    """Settings of pruning during training."""
 
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Config:
@@ -62,6 +67,7 @@ class Config(StageConfig):
             raise ValueError("there is no teacher; name an artifact with `teacher` (--teacher)")
         if self.train.label_smoothing or self.train.z_loss:
             raise ValueError("train.label_smoothing and train.z_loss are for training on labels; set them to 0")
+        sparsify_settings.check(self)
         return self
 
 
@@ -105,7 +111,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         task=teacher.manifest.task,
         fitted=learner.fitted(config, learns, params, held_out),
         generation=artifact.generation_settings(teacher.manifest),
-        pruned=None if student else False,
+        pruned=config.sparsify.pruned or (None if student else False),
         metrics=metrics | {"teacher": teacher.manifest.digest},
         tokenizer_dir=teacher.tokenizer_dir,
     )
@@ -127,7 +133,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     task, origin = teacher.manifest.task, student or teacher
     left = abstract_artifact.abstract_result(
         config, params, learns.model, base=origin, labels=labels, task=task,
-        generation=artifact.generation_settings(teacher.manifest), pruned=None if student else False,
+        generation=artifact.generation_settings(teacher.manifest),
+        pruned=config.sparsify.pruned or (None if student else False),
     )  # fmt: skip
     return [programs.train_step(config, learns, rows, mesh)], left
 
@@ -165,7 +172,7 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
     import jax.numpy as jnp
 
     from llmctl.evaluate.tasks.registry import of
-    from llmctl.train import learner, loop
+    from llmctl.train import learner, loop, sparsify
 
     model = _student_model(config, teacher, student)
     for reads in (model, teacher.model):
@@ -180,9 +187,11 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
         temperature=config.temperature,
         hard=config.hard,
     )
+    params = student.params if student else loop.initialize(model, config.seed, mesh)
+    sparsify.check(config.sparsify, params, student)
     return learner.Learner(
         model,
-        student.params if student else loop.initialize(model, config.seed, mesh),
+        params,
         task,
         config.dropout,
         loss,

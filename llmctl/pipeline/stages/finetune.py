@@ -21,6 +21,7 @@ from llmctl.data.config import DataConfig, Truncate
 from llmctl.evaluate.tasks.registry import TASKS, finetuned
 from llmctl.evaluate.tasks.settings import ChatConfig, GenerationConfig, PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
+from llmctl.train import sparsify_settings
 from llmctl.train.adapters.registry import METHODS, stray
 from llmctl.train.adapters.settings import (
     AdaLoraConfig,
@@ -31,6 +32,7 @@ from llmctl.train.adapters.settings import (
     TrainedConfig,
 )
 from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
+from llmctl.train.sparsify_settings import SparsifyConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -55,7 +57,7 @@ class Config(StageConfig):
     added: ClassVar[frozenset[str]] = frozenset(
         {
             "adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "prompt",
-            "prefix", "regularize", "seeds", "store", "trained",
+            "prefix", "regularize", "seeds", "sparsify", "store", "trained",
         }
     )  # fmt: skip
 
@@ -130,6 +132,8 @@ class Config(StageConfig):
     """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
+    sparsify: SparsifyConfig = SparsifyConfig()
+    """Settings of pruning during training, for method full."""
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
@@ -155,7 +159,29 @@ class Config(StageConfig):
                 "optim.spike: not with trained.unfreeze_every, because each unfrozen layer raises the gradient norm "
                 "and its steps would be skipped; leave one of them out"
             )
+        sparsify_settings.check(self)
+        self._check_sparsify()
         return self
+
+    def _check_sparsify(self) -> None:
+        """Raise a ValueError if weights would be pruned that are not trained, or that the loss does not read."""
+        if not self.sparsify.active:
+            return
+        if not METHODS[self.method].changes_base:
+            raise ValueError(
+                f"sparsify: not for method {self.method!r}, which freezes the matrices; use method = 'full', or the "
+                "stage prune"
+            )
+        frozen = {
+            "freeze_layers": self.freeze_layers,
+            **{f"trained.{k}": getattr(self.trained, k) for k in ("patterns", "last_layers", "unfreeze_every")},
+        }
+        if given := [name for name, value in frozen.items() if value]:
+            raise ValueError(f"{given[0]}: not with sparsify, which needs all matrices to be trained in every step")
+        if self.regularize.mixout:
+            raise ValueError(
+                "regularize.mixout: not with sparsify, because it mixes in the parent's weights, which are not zero"
+            )
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -241,6 +267,7 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
         task=config.task,
         fitted=learner.fitted(config, learns, params, held_out),
         generation=_generation(config),
+        pruned=config.sparsify.pruned,
         metrics=metrics,
         tokenizer_dir=tokenizer_dir,
         base=base.params if config.store == "adapter" else None,
@@ -269,6 +296,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     params = jax.eval_shape(weights.merge_adapters, params) if merges else params
     params = functional.laid_out(learns.model, params, mesh)
     about = {"base": base, "labels": labels, "task": config.task, "generation": _generation(config)}
+    about["pruned"] = config.sparsify.pruned
     if config.store == "adapter":
         theirs, trains = weights.arrays(base.params), learns.job_fields["trains"]
         about["stored"] = lambda name: trains(name) or (name not in theirs and ":base" not in name)
@@ -329,7 +357,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
 
     from llmctl.evaluate.tasks.losses import Options
     from llmctl.model import weights
-    from llmctl.train import learner, loop, task_head
+    from llmctl.train import learner, loop, sparsify, task_head
     from llmctl.train.adapters import selection
     from llmctl.train.robust import robust_job
 
@@ -343,6 +371,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     loop.check(base.model, config.train, mesh)
     model, params = task_head.with_head(config, base, labels, mesh)
     model = method.network(config, model)
+    sparsify.check(config.sparsify, params, base)
     params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
     if config.calibrate and not (task.calibrates and all(map(weights.is_plain, params["head"]["out"].values()))):
         raise RequestError("calibrate: needs task = 'classify' and a head of plain arrays; leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmctl.artifacts.workspace import Context
 from llmctl.config import checksums
@@ -14,6 +14,8 @@ from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
+from llmctl.train import sparsify_settings
+from llmctl.train.sparsify_settings import SparsifyConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -30,6 +32,7 @@ class Config(StageConfig):
     """Train a language model on raw text. With `from`, continue to train that artifact on other text."""
 
     common: ClassVar[tuple[str, ...] | None] = ("objective",)
+    added: ClassVar[frozenset[str]] = frozenset({"sparsify"})
     starts: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
@@ -57,6 +60,13 @@ class Config(StageConfig):
     """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and schedule."""
+    sparsify: SparsifyConfig = SparsifyConfig()
+    """Settings of pruning during training."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Config:
+        sparsify_settings.check(self)
+        return self
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -109,6 +119,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         params,
         learns.model,
         parent=base.manifest if base else None,
+        pruned=config.sparsify.pruned,
         metrics=metrics | blind | _amount(learn),
         tokenizer_dir=words,
     )
@@ -127,7 +138,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     text = synthetic.SyntheticText(config.data, columns, seq_len=config.train.seq_len)
     rows = _rows(config, learns.model, objective, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
-    left = abstract_artifact.abstract_result(config, params, learns.model, base=base)
+    left = abstract_artifact.abstract_result(config, params, learns.model, base=base, pruned=config.sparsify.pruned)
     return [programs.train_step(config, learns, rows, mesh)], left
 
 
@@ -170,7 +181,7 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
     The parameters are those of the parent. Without a parent, they are those of a new model with `vocab_size` tokens.
     """
     from llmctl.evaluate.tasks.registry import default
-    from llmctl.train import learner, loop
+    from llmctl.train import learner, loop, sparsify
 
     if base:
         model, params = base.model, base.params
@@ -178,6 +189,7 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
         answers = config.model.next_sentence and training_objective(config, None, mesh).name == "next_sentence"
         model = config.model.model_copy(update={"vocab_size": vocab_size, "next_sentence": answers})
         params = loop.initialize(model, config.seed, mesh)
+    sparsify.check(config.sparsify, params, base)
     return learner.Learner(
         model, params, default(model), job_fields={"holds_zeros": base.zeros.__contains__} if base else {}
     )

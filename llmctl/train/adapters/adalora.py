@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config.errors import RequestError
+from llmctl.config.settings import portion
 from llmctl.train.adapters import targets
 from llmctl.train.adapters.method import Method, Params
 
@@ -86,11 +87,11 @@ class AdaLora(Method):
           RequestError: If no step is left between `adalora.warmup` and `adalora.final`.
         """
         from llmctl.model import weights
-        from llmctl.train import optim, rank_budget
+        from llmctl.train import rank_budget
 
         settings = config.adalora
         shapes = {path: w.e.shape for path, w in weights.of_type(params, weights.Svd).items()}
-        start, final = (optim.portion(amount, steps) for amount in (settings.warmup, settings.final))
+        start, final = (portion(amount, steps) for amount in (settings.warmup, settings.final))
         settled = steps - max(final, 1)
         if settled <= start:
             raise RequestError(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmctl.config.errors import RequestError
+from llmctl.config.settings import portion
 from llmctl.train.adapters.method import Method, Params
 
 if TYPE_CHECKING:
@@ -76,7 +77,6 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
     Raises:
       RequestError: If `trained.unfreeze_every` leaves layers frozen to the end, or rounds to no step.
     """
-    from llmctl.train import optim
     from llmctl.train.job import NEVER
 
     settings, fields = config.trained, method.during(config, params, steps)
@@ -84,7 +84,7 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
         return fields
     levels, depth = _levels(model, params), _depth(model)
     last = settings.last_layers or (depth - config.freeze_layers if config.freeze_layers else depth + 1)
-    every = optim.portion(settings.unfreeze_every, steps) if settings.unfreeze_every else 0
+    every = portion(settings.unfreeze_every, steps) if settings.unfreeze_every else 0
     if settings.unfreeze_every and not every:
         raise RequestError(
             f"trained.unfreeze_every = {settings.unfreeze_every:g}: rounds to 0 of {steps:,} steps; choose a larger "
