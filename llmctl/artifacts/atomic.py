@@ -38,7 +38,7 @@ def check(out: Path, flag: str = "--out") -> None:
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
-"""Pattern of the error message of NumPy if the disk is full, so that an array was written only in part."""
+"""Pattern of NumPy's error message for an array that was written only in part, because the disk is full."""
 
 
 @contextlib.contextmanager

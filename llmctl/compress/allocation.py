@@ -55,13 +55,14 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
 def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
     """Return the sparsity of each layer, lower for layers whose error grows more with the sparsity.
 
-    The error of a layer is measured at three sparsities, and interpolated linearly between them. The range of
-    sparsities therefore has two halves. Each layer starts at the lowest sparsity. Zeros are added in the halves with
-    the least error per zero first. If halves have equal error per zero, all first halves precede all second halves,
-    and layers get zeros in proportion to their sizes. Layers with equal errors therefore get equal sparsities.
+    The error of a layer is measured at three sparsities: the lowest, the middle and the highest. Between them, it is
+    interpolated linearly. Every layer thus has two ranges of sparsity, each with a constant error per zero. All layers
+    start at the lowest sparsity. Then the ranges get zeros, those with the least error per zero first. Among ranges
+    with equal error per zero, lower ranges precede upper ones, and layers get zeros in proportion to their sizes.
+    Layers with equal errors therefore get equal sparsities.
 
-    The result minimizes the sum of the errors if no layer's first half adds more error than its second half. If one
-    does, both of its halves get the mean of the two, so that the result is then an approximation.
+    The result minimizes the sum of the errors if no layer's lower range adds more error than its upper range. If one
+    does, both of its ranges get the mean of the two errors, and the result is an approximation.
 
     >>> by_sensitivity(np.array([[0.0, 1.0, 3.0], [0.0, 0.1, 0.3]]), np.ones(2), 0.5, 0.1).round(3).tolist()
     [0.4, 0.6]

@@ -47,7 +47,7 @@ from llmctl.model.config import ModelConfig
 Batch = dict[str, Any]
 Layer = dict[str, Any]
 HEAD = "head"
-"""Value of the field `stack` for the output head, which belongs neither to the encoder nor to the decoder."""
+"""Value of `Visit.stack` for the output head, which belongs neither to the encoder nor to the decoder."""
 
 
 @dataclass(frozen=True)

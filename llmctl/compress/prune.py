@@ -70,9 +70,11 @@ def _shares(count: jax.Array | int, outputs: int) -> jax.Array:
 
 
 def _counts(w: Weight, count: int | None, per: Literal["matrix", "output"]) -> jax.Array | int | None:
-    """Return the argument `count` of `prune`: an array [O] if an output has more zeros than its share of `count`.
+    """Return the number of weights to prune in a matrix, in the form that `prune` expects as its argument `count`.
 
-    Zeros stay, so the other outputs prune fewer weights. The sum is `count`, or the number of zeros if that is larger.
+    It is `count` itself, unless each output prunes its own share and an output already has more zeros than its share.
+    Zeros stay, so the other outputs must then prune fewer weights. In this case, the result is an array [O] of the
+    numbers per output. Its sum is `count`, or the number of zeros if that is larger.
     """
     if per == "matrix" or count is None:
         return count
@@ -84,8 +86,8 @@ def _counts(w: Weight, count: int | None, per: Literal["matrix", "output"]) -> j
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Return the number of weights to prune per output, and whether any output has more zeros than its share.
 
-    Zeros that are missing are distributed over the outputs with fewer zeros than their share, in proportion to the
-    difference.
+    Further zeros are added until the matrix has `count`. Outputs with fewer zeros than their share get them, in
+    proportion to the number that they lack.
     """
     zeros_O = jnp.sum(values_IO == 0, axis=0)
     each_O = _shares(count, values_IO.shape[1])

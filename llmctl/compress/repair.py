@@ -17,7 +17,8 @@ import jax.numpy as jnp
 STEPS = 16
 """Number of conjugate-gradient steps."""
 ROUNDING = 1e-6
-"""Rounding error of an output's squared error in float32, as a fraction of the sum of its terms' absolute values."""
+"""Assumed rounding error when an output's squared error is computed in float32. It is a fraction of the sum of the
+absolute values that are added."""
 
 
 @partial(jax.jit, static_argnames=("steps",))

@@ -92,5 +92,5 @@ class SparseMethod:
 
     @property
     def title(self) -> str:
-        """Return the name, for messages, of the setting by which kept weights change: SparseGPT or repair."""
+        """Return the name of the setting that changes kept weights (SparseGPT or repair), for error messages."""
         return f"method {self.name!r}" if self.name == SPARSEGPT else "repair"

@@ -111,7 +111,7 @@ class Ensemble:
     window = 32
     """Number of batches that are predicted together. Their rows are sorted by length, to reduce padding."""
     remarks: tuple[str, ...] = ()
-    """Messages about truncated rows: always none here, unlike `TextPredictor.remarks`."""
+    """Log lines about truncated prompts, as in `TextPredictor`. Here they are always empty."""
 
     def __init__(self, members: Sequence[Predictor]):
         """Check that the predictions of the members can be averaged.

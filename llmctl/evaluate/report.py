@@ -75,7 +75,7 @@ def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 def headline(result: Result) -> str:
     """Return one line with the task and its quality metrics.
 
-    The 95 % interval and the baseline of a metric follow it, if they are known.
+    The 95 % interval and the baseline of a metric, if they are known, follow its value.
     """
     found = {k: v for k, v in result["metrics"].items() if v is not None}
     parts = []

@@ -9,7 +9,7 @@ Several texts may be packed into one sequence. Each text is a segment, numbered 
 segments. Segment 0 is padding. In these kernels, padding attends to padding; in plain XLA it attends to nothing. The
 outputs of padding are never used.
 
-Shapes: B batch, T sequence, H query heads, G key/value heads, K head width.
+Shapes: B batch, T sequence (queries), S keys, H query heads, G key/value heads, K head width.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ chunks. The output projection then takes three matrix products per chunk, instea
 On a mesh, every device processes its own rows and tokens. The sums are added over devices once, after the last chunk.
 The vocabulary stays sharded over the `tensor` axis: devices exchange a few numbers per token, never logits.
 
-Shapes: B batch, T sequence, c tokens per chunk, D model width, V vocabulary; b and t are the parts of B and T on one
-device.
+Shapes: B batch, T sequence, c tokens per chunk, D model width, E model width of a teacher, V vocabulary; b and t are
+the parts of B and T on one device.
 """
 
 from __future__ import annotations
@@ -312,9 +312,9 @@ def symmetric_divergence(
     weights_BT: jax.Array,
     vocab: int,
 ) -> jax.Array:
-    """Compute the weighted sum over tokens of (KL(p || q) + KL(q || p)) / 2 in nats, for two sets of hidden states.
+    """Compute the symmetric divergence (KL(p || q) + KL(q || p)) / 2 of two output distributions p and q, in nats.
 
-    The result is differentiable with respect to both.
+    The result is the weighted sum over tokens. It is differentiable with respect to the hidden states of both.
 
     Args:
         project: Output projection.

@@ -1,9 +1,9 @@
-"""Look up embeddings in a table whose columns are sharded over devices that also have different tokens.
+"""Look up embeddings if the same devices shard the columns of the table and the tokens.
 
 There are two methods. In the first, every device gathers the table. In the second, every device looks up its own
-columns for the tokens of all devices. In an all-to-all, every device then receives the other columns of its own tokens.
-The method that sends fewer bytes per device is used. Embeddings and gradients are sent in the compute dtype. Each
-device sums gradients in float32.
+columns for the tokens of all devices. An all-to-all then sends each device the missing columns of its own tokens. The
+method that sends fewer bytes per device is used. Embeddings and gradients are sent in the compute dtype. Each device
+sums gradients in float32.
 
 Shapes: V rows of the table, D width, B x T tokens; n devices shard the columns. On one device: N tokens [b, t], v rows,
 d columns.

@@ -6,7 +6,8 @@ step, `hidden` and `head_logits`, are defined in `llmctl.model.transformer`.
 
 A stack is the encoder or the decoder. The last stack is the decoder or, if there is none, the encoder.
 
-Shapes: B batch, T sequence, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of a matrix.
+Shapes: B batch, T sequence, S encoder tokens, D model width, V vocabulary, C classes, N tokens of a batch, I inputs of
+a matrix.
 """
 
 from __future__ import annotations
@@ -314,8 +315,9 @@ def cached_block(
         cfg: Config of the model.
         stack: Name of the stack, "encoder" or "decoder".
         layer: Parameters of the layer.
-        carry: Inputs of the layer. For the first layer, they are the result of `embed`. Its batch contains `slot`, the
-            cache position of the first token, and `cached_segments`, the segment of the token at each cache position.
+        carry: Inputs of the layer. For the first layer, they are the result of `embed`. The batch that `embed` gets
+            must contain `slot`, the cache position of the first token, and `cached_segments`, the segment of the token
+            at each cache position.
         index: Index of the layer in the stack.
         cache: Cache of this layer, {"attn": {"past_k", "past_v"}}.
         dtype: Dtype of the computation.

@@ -1,6 +1,7 @@
 """Define the layers that all families use: dense, norm, feed-forward, rotary positions, dropout, embeddings, LM head.
 
-Shapes: B batch, T sequence, D model width, F feed-forward width, K head width, I inputs, O outputs, V vocabulary.
+Shapes: B batch, T sequence, D model width, F feed-forward width, H heads, K head width, I inputs, O outputs, V
+vocabulary.
 """
 
 from __future__ import annotations

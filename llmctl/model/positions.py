@@ -16,11 +16,8 @@ from llmctl.model.config import ModelConfig
 def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, float]:
     """Scale rotary frequencies [K / 2] for longer contexts, by the method of `cfg.rope_scaling`.
 
-    The methods are linear, llama3 and yarn.
-
-    (YaRN; Peng et al., 2023, arXiv:2309.00071)
-
-    The keys of `rope_scaling` are already validated (`hf_config.wrong_scaling`).
+    The methods are linear, llama3 and yarn (YaRN; Peng et al., 2023, arXiv:2309.00071). The keys of `rope_scaling` must
+    be valid (see `hf_config.wrong_scaling`).
 
     Returns:
         The scaled frequencies [K / 2], and the factor by which the cosines and sines are multiplied.

@@ -94,7 +94,8 @@ class Block(nn.Module):
 def _may_use_kernels() -> bool:
     """Return True if attention may use fused kernels or ring attention.
 
-    On CPUs, it uses plain XLA only, if sequences are not sharded and no test requests kernels.
+    On CPUs, attention uses plain XLA. There the result is True only if sequences are sharded, or if a test requests
+    kernels.
     """
     on_cpu = meshes.device().platform == "cpu"
     return not on_cpu or meshes.splits_sequences() or attention_kernels.setting.get() == "interpret"

@@ -161,7 +161,7 @@ def _is_muon(name: str, a: Any) -> bool:
 def _muon_axes(named: Named) -> Named:
     """Return, for each array, the two axes that Muon orthogonalizes: the last two.
 
-    Arrays that another optimizer updates have optax's masked nodes in place of arrays. These are returned unchanged.
+    If another optimizer updates an array, optax puts a masked node in its place. Masked nodes are returned unchanged.
     """
     numbers = optax.contrib.MuonDimensionNumbers(1, 2)
     return {name: a if isinstance(a, optax.MaskedNode) else numbers for name, a in named.items()}

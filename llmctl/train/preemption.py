@@ -20,8 +20,8 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps after which the result of an exchange of stop requests between processes is read. The result has
-arrived by then, so reading does not wait.
+"""Number of steps between an exchange of stop requests and the reading of its result. The result has arrived by then,
+so reading does not wait.
 """
 
 

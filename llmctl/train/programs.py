@@ -62,7 +62,9 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
 
 
 def beside(step: Program, program: Program) -> Program:
-    """Return the validation program with the arrays of a training step added to the memory that it needs.
+    """Return a validation program whose memory also contains the arrays of a training step.
+
+    Validation runs during training, while parameters and optimizer state of the training step stay in memory.
 
     Args:
         step: The training step.

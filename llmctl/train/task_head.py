@@ -59,7 +59,9 @@ def prefix_notice(parent: ModelConfig, model: ModelConfig) -> str:
 
 
 def without_prefix(cfg: ModelConfig) -> dict[str, int]:
-    """Return the changed fields of a config without the trained prefix. The prefix took the first positions."""
+    """Return new values for the config's fields that change when the trained prefix is removed.
+
+    The positions that the prefix took become available to texts again."""
     room = 0 if cfg.positions in ("relative", "none") else cfg.prefix_tokens
     return {"prefix_tokens": 0, "max_seq_len": cfg.max_seq_len + room}
 

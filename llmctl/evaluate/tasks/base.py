@@ -11,8 +11,8 @@ methods:
 
     TASK = Ordinal()
 
-The methods are defined in one file per caller: `record` (class attributes), `rows` (data), `losses`, `training`,
-`evaluation` (metrics), `predictions` (new rows) and `export` (other formats).
+The methods are defined in one file per caller: `record` (class attributes), `rows` (data), `losses`, `training`
+(validation and checks), `evaluation` (metrics), `predictions` (new rows) and `export` (other formats).
 """
 
 from __future__ import annotations

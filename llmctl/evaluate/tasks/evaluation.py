@@ -22,8 +22,8 @@ Found = Iterable[tuple[Batch, Any]]
 Scored = (
     tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
 )
-"""Metrics by name; (true labels, predictions) of all examples, or None if the task returns none; and, if the task has
-any, the records of predictions.jsonl."""
+"""Tuple of metrics by name and of (true labels, predictions) of all examples; the second is None if the task returns
+none. A task that writes predictions.jsonl adds its records as a third element."""
 
 
 class EvaluationMethods(RowMethods):

@@ -20,7 +20,7 @@ from llmctl.model.losses import Sums
 
 
 def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
-    """Return a batch in which arrays [B, T] that differ in their name's prefix are merged to one array [B * K, T].
+    """Merge arrays [B, T] of a batch whose names differ only in a prefix into one array [B * K, T], for K prefixes.
 
     With the prefixes "" and "rejected_", for example, `tokens` and `rejected_tokens` become `tokens`. The K rows of
     each example follow one another. Arrays that exist only without prefix are returned unchanged.

@@ -32,7 +32,7 @@ class TextObjective(Language):
     Args:
         name: Name of the objective.
         title: Name of the task in results.
-        asked: Description of the targets, which results contain.
+        asked: Description of the targets, such as "15 % of the tokens masked", for the results.
     """
 
     def __init__(self, name: objective_rows.ObjectiveName, title: str, asked: str) -> None:

@@ -59,7 +59,7 @@ class Product:
     """8-bit type of the product in training, "int8" or "fp8"; empty means none. Only weights that are plain arrays use
     it."""
     axes: tuple[str, str] | None = None
-    """Names of the matrix's axes in the sharding rules, from which it is known how to gather a matrix under FSDP."""
+    """Names of the matrix's axes in the sharding rules. They determine how a matrix is gathered under FSDP."""
 
 
 def setting(*, default: Any = MISSING) -> Any:

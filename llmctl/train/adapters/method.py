@@ -46,7 +46,7 @@ class Method:
     name: ClassVar[str]
     """Name in the registry."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Fields of the config that this method reads, but not all methods read."""
+    """Names of the config's fields that this method reads. Fields that every method reads are not listed."""
     changes_base: ClassVar[bool] = False
     """Whether the method trains the matrices of the parent model. If so, it rejects quantized models."""
     adapts: ClassVar[bool] = False

@@ -9,7 +9,7 @@ parameters are frozen, and may be quantized.
 If `prefix.projection` is set, a network of two linear layers computes all keys and values from trained embeddings. This
 makes training more stable. The network exists only in training, and its parameters are not part of the model.
 
-Shapes: P vectors per layer, L layers, W = G * K width of all key heads, H inner width of the network.
+Shapes: P vectors per layer, L layers, W total width of all key heads, H inner width of the network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 PROJECTION = 2
-"""Number that is folded into the random key of a run to get the key of the network that computes the prefix."""
+"""Number that is folded into a run's random key. The result initializes the network that computes the prefix."""
 
 
 class Prefix(Method):
@@ -194,7 +194,7 @@ def projection(config: Any, params: Params) -> dict[str, jax.Array]:
 
 
 def projected(params: Params, extra: Params) -> Params:
-    """Return the parameters with the prefix that the network `extra` computes."""
+    """Return the parameters with the prefix computed by the network whose parameters are `extra`."""
     import jax.numpy as jnp
 
     from llmctl.model import weights
@@ -208,7 +208,7 @@ def projected(params: Params, extra: Params) -> Params:
 
 
 def vectors(params: Params) -> dict[str, jax.Array]:
-    """Return the keys and the values [L, P, W] of the prefix, by path and in this order."""
+    """Return {parameter path: array [L, P, W]} of the prefix: first the keys, then the values."""
     from llmctl.model import weights
 
     return {path: w for path, w in sorted(weights.flatten(params).items()) if weights.parse(path).prefix}

@@ -88,10 +88,10 @@ def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
 
 
 def check_pattern(params: Params, targets: Sequence[str], pattern: Iterable[str], setting: str) -> None:
-    """Check that every name in the setting `pattern` ({name: value}) is that of a matrix with an adapter.
+    """Check that every name in the setting `pattern` ({name: value}) is the name of a matrix that gets an adapter.
 
     Raises:
-      RequestError: If a name is that of no matrix, or of a matrix that gets no adapter.
+      RequestError: If no matrix has a name, or the matrix gets no adapter.
     """
     found = selected(params, targets)
     if missing := sorted({*pattern} - {m.name for m in found} - {m.module for m in found}):

@@ -29,7 +29,7 @@ class Problem:
     options: Options
     """Options of the task's loss."""
     remat: str = "none"
-    """Activations that the backward pass recomputes, as `train.remat`."""
+    """Rematerialization policy: which activations the backward pass recomputes (the value of `train.remat`)."""
     prepare: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
     """Function (batch, key) -> batch that adds the configured class weights, and the configured noise on embeddings."""
 
