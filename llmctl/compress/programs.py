@@ -8,7 +8,6 @@ replace the unchanged ones in the parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,15 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+<<<<<<< HEAD
 from llmctl.compress import gradients
 from llmctl.compress import quantize as rounding
+=======
+from llmctl.artifacts.artifact import Artifact
+from llmctl.compress import calibration_data, gradients, structured
+>>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
 from llmctl.compress.layer_passes import empty, passes
 from llmctl.compress.layer_stack import putter
-from llmctl.compress.schemes import inputs_per_scale
+from llmctl.compress.settings import CalibrationConfig
 from llmctl.compress.sparse_method import SparseMethod
 from llmctl.compress.statistics import Collect
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.registry import of
 from llmctl.model import flops as cost
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
@@ -51,7 +56,22 @@ class Walk:
     such as those with merged adapters.
     """
 
-    def programs(self, model: ModelConfig, params: Tree, collect: Collect, changes: bool) -> list[Program]:
+    @classmethod
+    def of(cls, config: CalibrationConfig, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
+        """Describe the walk of a compression command over an artifact with abstract arrays.
+
+        Args:
+          config: calibration settings.
+          base: the artifact.
+          mesh: the devices.
+          labels: whether batches contain labels or targets.
+        """
+        batch, batches = calibration_data.abstract(config, base, mesh, labels=labels)
+        return cls(batch, batches, config.dtype, of(base.manifest), mesh, base.params)
+
+    def programs(
+        self, model: ModelConfig, params: Tree, collect: Collect, changes: bool, after: Tree | None = None
+    ) -> list[Program]:
         """Return the programs that `llmctl.compress.calibrate.walk` runs per layer and batch.
 
         The layers are those of the decoder, or of the encoder if the model has no decoder.
@@ -61,6 +81,7 @@ class Walk:
           params: abstract parameters of the model.
           collect: function that selects the statistics (see `walk`).
           changes: whether the walk changes layers.
+          after: abstract parameters after the walk, if weights change their type, such as from dense to quantized.
         """
         mesh, batch, dtype = self.mesh, dict(self.batch), jnp.dtype(self.dtype)
         held = [] if params is self.parent else [self.parent]
@@ -81,6 +102,8 @@ class Walk:
             start = partial(functional.embed, model, dtype=dtype)
             carry = jax.tree.map(over_rows, jax.eval_shape(start, params, batch, memory))
             layer = layer_of(params, stack)
+            new = layer if after is None else layer_of(after, stack)
+            made = {} if after is None else _of_other_type(params, after, stack)
             fresh = empty(model, stack, layer, carry, collect, dtype)
         stats = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), fresh)
         look, advance = passes(model, stack, dtype)
@@ -95,19 +118,19 @@ class Walk:
                 with meshes.use(mesh):
                     return fn.trace(*takes)
 
-            layers, apart = ([layer], ()) if fn is look else ([layer, layer], stats)
+            layers, apart = ([layer], ()) if fn is look else ([layer, new], stats)
             return Program(
                 title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size,
-                seq_len=seq_len, dtype=str(dtype), steps=depth * self.batches, parameters=[params, held, layers],
-                batch=[(carry, batch)] * self.batches, cache=stats, beside=[params, held, waiting, apart],
+                seq_len=seq_len, dtype=str(dtype), steps=depth * self.batches, parameters=[params, held, made, layers],
+                batch=[(carry, batch)] * self.batches, cache=stats, beside=[params, held, made, waiting, apart],
                 work=Pass(layers=len(layers), attention="xla", statistics=stats if fn is look else {}),
             )  # fmt: skip
 
         title = "statistics of a layer" if changes else "influence of a layer"
         found = [program(title, look, (layer, index, carry, batch, stats))]
         if changes:
-            found.append(program("pass through a changed layer", advance, (layer, layer, index, carry, batch)))
-            found.append(_layer_write(found[0], params, held, stack, layer, index))
+            found.append(program("pass through a changed layer", advance, (layer, new, index, carry, batch)))
+            found.append(_layer_write(found[0], params, held, stack, new, index, made))
         return found
 
     def sums(self, params: Tree, method: SparseMethod) -> Tree:
@@ -149,6 +172,7 @@ def sharding_of(w: Tree) -> Any:
     return jax.tree.leaves(w)[0].sharding
 
 
+<<<<<<< HEAD
 def quantization(
     model: ModelConfig,
     params: Tree,
@@ -193,6 +217,22 @@ def quantization(
         work=Cost(float(bytes_of(integers[last])), 3.0 * bytes_of(w) + 2 * bytes_of(integers[last])),
     )  # fmt: skip
     return program, left
+=======
+def structured_pruning(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
+    """Return the programs that remove heads, neurons and layers, so that the model has the config `target`.
+
+    If layers are removed, the programs that measure the importance of layers are included. If heads or neurons are
+    removed, those that select heads and neurons layer by layer are included.
+    """
+    found: list[Program] = []
+    if structured.fewer_layers(model, target):
+        found += walk.programs(model, params, nothing, changes=False)
+    if structured.narrower(model, target):
+        depths = {"layers": target.layers, "encoder_layers": target.encoder_layers}
+        cut = model.model_copy(update=depths)
+        found += walk.programs(cut, _of_depth(cut, params, mesh), structured.collector(cut, target), changes=True)
+    return found
+>>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
 
 
 def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
@@ -202,14 +242,43 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
     return functional.laid_out(model, jax.eval_shape(weights.merge_adapters, params), mesh)
 
 
+<<<<<<< HEAD
 def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:
     """Return the program that writes one changed layer into the stacked parameters, in place."""
+=======
+def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
+    """Return `params`, which are shapes without values, with the numbers of layers of the config `model`."""
+    out = dict(params)
+    for stack in functional.stacks(model):
+        depth = functional.depth(model, stack)
+        blocks = jax.tree.map(lambda a, n=depth: a.update(shape=(n, *a.shape[1:])), params[stack]["blocks"])
+        out[stack] = {**params[stack], "blocks": blocks}
+    return functional.laid_out(model, out, mesh)
+
+
+def _of_other_type(params: Tree, after: Tree, stack: str) -> Tree:
+    """Return the stacked weights of `after` whose type differs from that in `params`, by path in the layer."""
+    old, new = (weights.flatten(tree[stack]["blocks"]) for tree in (params, after))
+    return {path: w for path, w in new.items() if jax.tree.structure(w) != jax.tree.structure(old[path])}
+
+
+def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any, made: Tree) -> Program:
+    """Return the program that writes one changed layer into the stacked parameters, in place.
+
+    If weights change their type (`made`), the program writes these weights into new stacked arrays.
+    """
+>>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
     blocks = params[stack]["blocks"]
     rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}
+    new, beside = layer, [rest, held, layer, walk.batch]
+    if made:
+        blocks, flat = made, weights.flatten(layer)
+        new = {path: flat[path] for path in made}
+        beside = [params, held, layer, walk.batch]
     return replace(
-        walk, title="changed layer put back", trace=lambda: putter(blocks).trace(blocks, layer, index), flops=0.0,
+        walk, title="changed layer put back", trace=lambda: putter(blocks).trace(blocks, new, index), flops=0.0,
         tokens=0, rows=0, seq_len=0, steps=functional.depth(walk.model, stack), parameters=[walk.parameters, layer],
-        cache=(), beside=[rest, held, layer, walk.batch], work=Cost(0.0, 2.0 * bytes_of(layer)),
+        cache=(), beside=beside, work=Cost(0.0, 2.0 * bytes_of(new)),
     )  # fmt: skip
 
 

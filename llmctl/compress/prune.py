@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.compress import sparsegpt
+from llmctl.compress.output_error import replicated, rounded_error
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.repair import repair
 from llmctl.compress.scores import SCORES
 from llmctl.compress.sparse_method import SparseMethod
 from llmctl.compress.statistics import Collect, Moments, grams, moments, nothing
 from llmctl.config.errors import RequestError
-from llmctl.distributed import mesh
 from llmctl.model import weights
 from llmctl.model.weights import Matrix, Weight
 
@@ -218,8 +218,9 @@ def _by_hessian(
         new = prune(w, statistics, gradients, key, count, method=method.name, pattern=method.pattern)
         new = replicated(new)
     if method.repair:
-        found["error_before_repair"] = _error(gram_II, whole, new)
+        found["error_before_repair"] = rounded_error(gram_II, whole, new)
         new = repair(whole, new, gram_II)
+<<<<<<< HEAD
     return new, found | {"error": _error(gram_II, whole, new)}
 
 
@@ -244,6 +245,9 @@ def output_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array) 
 
     whole = square(before_IO)
     return jnp.sqrt(square(lost_IO) / jnp.where(whole > 0, whole, 1.0))
+=======
+    return new, found | {"error": rounded_error(gram_II, whole, new)}
+>>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
 
 
 def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern, seed: int = 0) -> dict[str, Any]:

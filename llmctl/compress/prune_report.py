@@ -67,14 +67,19 @@ def table(layers: Sequence[Record]) -> Table:
         "layer": [f"{layer['stack']} {layer['layer']}" for layer in layers],
         "sparsity": [f"{layer['sparsity']:.2%}" for layer in layers],
         "output error": [f"{layer['error']:.4f}" if "error" in layer else "" for layer in layers],
-        "matrices' error": [_mean(layer, "error") for layer in layers],
-        "before repair": [_mean(layer, "error_before_repair") for layer in layers],
+        "matrices' error": [mean(layer, "error") for layer in layers],
+        "before repair": [mean(layer, "error_before_repair") for layer in layers],
         "fell back": [", ".join(p for p, m in layer["matrices"].items() if "fallback" in m) for layer in layers],
     }
-    shown = {title: cells for title, cells in columns.items() if any(cells)}
-    out = Table(title="pruned layers", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for title in shown:
-        out.add_column(title, justify="left" if title in ("layer", "fell back") else "right")
+    return layer_table("pruned layers", columns)
+
+
+def layer_table(title: str, columns: dict[str, list[str]]) -> Table:
+    """Return a table of cells by column title. A column without values is left out."""
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in shown:
+        out.add_column(name, justify="left" if name in ("layer", "fell back") else "right")
     for row in zip(*shown.values(), strict=True):
         out.add_row(*row)
     return out
@@ -87,6 +92,7 @@ def _record(stack: str, layer: int, matrices: dict[str, Any], measured: dict[str
     return {"stack": stack, "layer": layer, "sparsity": sparsity, **measured, "matrices": matrices}
 
 
-def _mean(layer: Record, name: str) -> str:
+def mean(layer: Record, name: str) -> str:
+    """Return the mean of a number over those matrices of a layer that have it, as text; empty if none has it."""
     values = [found[name] for found in layer["matrices"].values() if name in found]
     return f"{sum(values) / len(values):.4f}" if values else ""

@@ -1,5 +1,7 @@
 """Quantize weights without data: replace matrices by integers with scales, by a scheme of `llmctl.compress.schemes`.
 
+`llmctl.compress.quantize_walk` quantizes with calibration data.
+
 A matrix [..., I, O] has one scale per output, or one for every `group` inputs of an output. An embedding table [V, D]
 has one scale per row, or one for every `group` columns of a row. Leading axes (layers) always have their own scales.
 """
@@ -13,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmctl.compress import grids
+from llmctl.compress.grids import GRIDS
 from llmctl.compress.schemes import SCHEMES, inputs_per_scale
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
@@ -27,6 +31,7 @@ def quantize(
     embeddings: bool = False,
     head: bool = False,
     activations: str = "",
+    clip: bool = False,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Quantize the matrices of a parameter tree. Norms, biases and position tables do not change.
 
@@ -37,6 +42,7 @@ def quantize(
       embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
       head: whether to quantize the output projection, pooler and task head.
       activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).
+      clip: whether to search for the scales with the least squared error of the weights.
 
     Returns:
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
@@ -45,16 +51,24 @@ def quantize(
       RequestError: If a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
     """
     flat, group = flatten(params), inputs_per_scale(scheme, group)
-    chosen = dict(targets(flat, embeddings=embeddings, head=head))
-    for path, inputs in chosen.items():
-        check(path, flat[path], inputs, group)
     errors: dict[str, float] = {}
-    for path, inputs in chosen.items():
-        w = flat[path]
-        node, error = measured(w, scheme, inputs, group)
+    for path, inputs in chosen(flat, group, embeddings=embeddings, head=head).items():
+        node, error = measured(flat[path], scheme, inputs, group, clip)
         errors[path] = float(error)
         flat[path] = with_activations(node, inputs, activations)
     return unflatten(flat), errors
+
+
+def chosen(flat: dict[str, Any], group: int, *, embeddings: bool, head: bool) -> dict[str, int]:
+    """Return {path: axis of the inputs} of every weight that the settings select. `quantize` describes the arguments.
+
+    Raises:
+      RequestError: If a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
+    """
+    found = dict(targets(flat, embeddings=embeddings, head=head))
+    for path, inputs in found.items():
+        check(path, flat[path], inputs, group)
+    return found
 
 
 def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[tuple[str, int]]:
@@ -94,10 +108,10 @@ def with_activations(node: Node, inputs: int, activations: str) -> Node:
     return node.with_activations(activations) if activations and inputs != -1 else node
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def measured(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[Node, jax.Array]:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def measured(w: jax.Array, scheme: str, inputs: int, group: int, clip: bool = False) -> tuple[Node, jax.Array]:
     """Quantize one weight, and return (quantized weight, its relative error as a float32 scalar)."""
-    node = SCHEMES[scheme](w, inputs, group)
+    node = grids.clipped(w, GRIDS[scheme], inputs, group) if clip else SCHEMES[scheme](w, inputs, group)
     return node, relative_error(w, node)
 
 

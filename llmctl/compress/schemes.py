@@ -65,6 +65,14 @@ def inputs_per_scale(name: str, group: int) -> int:
     return group or getattr(SCHEMES[name], "group", 0)
 
 
+def has_grid(name: str) -> bool:
+    """Return whether calibrated methods and the clipping search can choose the rounded weights of a format.
+
+    They read the format's levels (`llmctl.compress.grids`), which formats of other packages do not provide.
+    """
+    return name in SCHEMES.own
+
+
 def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> Quantized:
     """Return the weight rounded to the nearest integers with their scales, symmetric around zero.
 

@@ -33,9 +33,12 @@ batch_size = 8
 
 [[stage]]
 kind = "quantize"
+QUANTIZE
 """
 H100 = topologies.find("h100:4")
+GPTQ = 'method = "gptq"\nformat = "int4"\nexamples = 16\nbatch_size = 8'
 METHODS = {
+    "gptq": GPTQ,
     "wanda": "",
     "sparsegpt": 'repair = true\nallocation = "sensitivity"',
     "magnitude": "",
@@ -48,8 +51,10 @@ def programs(request, tmp_path_factory):
     """By title: (model, compiled, counts of the compiled)."""
     method, more = request.param, METHODS[request.param]
     file = tmp_path_factory.mktemp("turns") / "turns.toml"
-    file.write_text(RECIPE.replace("METHOD", method).replace("MORE", more))
-    chosen = ["prune", "quantize"] if method == "wanda" else ["prune"]
+    prune, quantize = ("magnitude", more) if method == "gptq" else (method, "")
+    text = RECIPE.replace("METHOD", prune).replace("QUANTIZE", quantize)
+    file.write_text(text.replace("MORE", "" if quantize else more))
+    chosen = ["prune", "quantize"] if method == "wanda" else ["quantize"] if quantize else ["prune"]
     generate = "4x64x64" if method == "wanda" else ""
     built = planner.programs_of(recipe.read(file, None, []), jax.devices()[:4], chosen, generate)
     found = {}

@@ -63,8 +63,7 @@ class NormalFloat(Node):
         blocks = w.astype(jnp.float32).reshape(*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :])
         scale = jnp.max(jnp.abs(blocks), axis=axis + 1, keepdims=True)
         unit = blocks * (1 / jnp.where(scale == 0, 1.0, scale))
-        codes = sum((unit > bound).astype(jnp.int8) for bound in BOUNDS) - OFFSET
-        return cls(jnp.reshape(codes, shape).astype(jnp.int4), jnp.squeeze(scale, axis + 1))
+        return cls(jnp.reshape(codes(unit), shape), jnp.squeeze(scale, axis + 1))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """Return the weight as one dense array that has the shape `shape`."""
@@ -83,10 +82,18 @@ class NormalFloat(Node):
         return replace(self, codes=jnp.where(mask, self.codes, jnp.array(ZERO, jnp.int4)))
 
 
-def _values(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """Return LEVELS[code] * scale for all codes. Each scale belongs to a block of codes along one axis.
+def codes(unit: jax.Array) -> jax.Array:
+    """Return the stored codes of the levels nearest to each element, int4. The elements are weights over scales."""
+    above = jnp.zeros(unit.shape, jnp.int8)
+    for bound in BOUNDS:
+        above += unit > bound
+    return (above - OFFSET).astype(jnp.int4)
 
-    Each value is selected from LEVELS by the four bits of its code, one after the other. XLA vectorizes such
+
+def levels(codes: jax.Array) -> jax.Array:
+    """Return the level of each stored code, float32.
+
+    Each level is selected from LEVELS by the four bits of its code, one after the other. XLA vectorizes such
     selections, but not a lookup by index.
     """
     bits = codes.astype(jnp.int32) + OFFSET
@@ -94,6 +101,11 @@ def _values(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     for bit in range(4):
         is_set = (bits >> bit) & 1 == 1
         level = [jnp.where(is_set, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
+
+
+def _values(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Return LEVELS[code] * scale for all codes. Each scale belongs to a block of codes along one axis."""
     for axis, (size, blocks) in enumerate(zip(codes.shape, scale.shape, strict=True)):
         scale = jnp.repeat(scale, size // blocks, axis=axis) if size != blocks else scale
-    return (level[0] * scale.astype(jnp.float32)).astype(dtype)
+    return (levels(codes) * scale.astype(jnp.float32)).astype(dtype)

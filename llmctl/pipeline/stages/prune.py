@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
     from llmctl.artifacts.artifact import Artifact
     from llmctl.compress.calibrate import LayerReport
+<<<<<<< HEAD
     from llmctl.compress.programs import Walk
+=======
+    from llmctl.compress.layer_files import Saved
+>>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
 
@@ -275,27 +279,21 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     if config.method != STRUCTURED:
         method = config.zeros
         prune.check(params, method)
-        walk = _walk(config, base, mesh, bool(method.gradients)) if method.calibrated else None
+        walk = programs.Walk.of(config, base, mesh, bool(method.gradients)) if method.calibrated else None
         found = pruning_programs.pruning(base.model, params, method, mesh, walk)
         zeros = method.pattern.sparsity if config.store == "sparse" else None
         left = abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True, sparsity=zeros)
         return found, left
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
+<<<<<<< HEAD
     method = config.structure
     walk = _walk(config, base, mesh, method.gradients)
     found = structured_programs.structured_pruning(base.model, params, target, method, mesh, walk)
+=======
+    found = programs.structured_pruning(base.model, params, target, mesh, programs.Walk.of(config, base, mesh))
+>>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
     return found, abstract_artifact.abstract_result(config, small, target, base=base)
-
-
-def _walk(config: Config, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-    """Describe the calibration for `programs`: the shapes of batches and parameters, without data."""
-    from llmctl.compress import calibration_data
-    from llmctl.compress.programs import Walk
-    from llmctl.evaluate.tasks.registry import of
-
-    batch, batches = calibration_data.abstract(config, base, mesh, labels=labels)
-    return Walk(batch, batches, config.dtype, of(base.manifest), mesh, base.params)
 
 
 def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) -> ModelConfig:

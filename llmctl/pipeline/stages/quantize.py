@@ -1,6 +1,6 @@
 """Define the stage `quantize`, which replaces matrices by integers with scales.
 
-Matrix products are then computed with these integers.
+Matrix products are then computed with these integers. Some methods choose the integers by calibration data.
 """
 
 from __future__ import annotations
@@ -11,28 +11,39 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.compress.schemes import SCHEMES
+from llmctl.compress.quantize_method import MethodName, Quantization
+from llmctl.compress.schemes import SCHEMES, has_grid
+from llmctl.compress.settings import DAMPING, CalibrationConfig
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.compress.calibrate import LayerReport
     from llmctl.pipeline.stage import Programs
 
 SHORT = {"int8": 8, "int4": 4}
 """Formats that the setting `bits` selects, and the number of bits that selects each."""
+CALIBRATION = frozenset(CalibrationConfig.model_fields)
+"""Settings that only methods with calibration data read."""
+RTN = "rtn"
+"""Name of the method without calibration data."""
 
 
 def _scheme(name: str) -> str:
     return name and SCHEMES.check(name)
 
 
-class Config(StageConfig):
+class Config(CalibrationConfig, StageConfig):
     """Quantize the matrices, by default to int8, without data."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("bits", "format", "group", "embeddings", "head", "activations")
-    added: ClassVar[frozenset[str]] = frozenset({"format"})
+    common: ClassVar[tuple[str, ...] | None] = (
+        *("bits", "format", "group", "embeddings", "head", "activations", "method", "clip", "examples"),
+    )
+    added: ClassVar[frozenset[str]] = CALIBRATION | {
+        *("format", "method", "damping", "act_order", "static_groups", "clip"),
+    }
 
     kind: Literal["quantize"] = "quantize"
     bits: int = 8
@@ -49,15 +60,34 @@ class Config(StageConfig):
     """Also quantize the output projection and the task head."""
     activations: Literal["", "int8"] = ""
     """Also quantize the inputs of quantized matrices, with one scale per token (W8A8)."""
+    method: MethodName = RTN
+    """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
+    other, and let later weights compensate for the errors, by the Hessian of calibration data. Token embeddings are
+    always rounded to nearest."""
+    clip: bool = False
+    """Search for scales with the least squared error, which may clip the largest weights. Method rtn measures the error
+    of the weights, gptq that of the outputs."""
+    damping: float = Field(default=DAMPING, gt=0, le=1)
+    """Method gptq: fraction of the Hessian's mean diagonal entry to add to its diagonal. If a Hessian has no inverse,
+    the fraction is multiplied by 10, and the matrix is reported."""
+    act_order: bool = True
+    """Method gptq: round inputs with larger sums of squares first."""
+    static_groups: bool = True
+    """Method gptq with groups: use scales of the unchanged weights. If false, a group's scale is determined when its
+    first input is rounded; this requires act_order = false."""
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace `format` by `bits` if `bits` can select this format.
+        """Replace `format` by `bits` if `bits` can select this format, and omit settings of data that is not read.
 
-        A finished stage is therefore not repeated if only the form changes.
+        A finished stage is therefore not repeated if only the form changes, or if a recipe's shared settings name data.
         """
-        if not isinstance(given, dict) or (bits := SHORT.get(str(given.get("format", "")))) is None:
+        if not isinstance(given, dict):
+            return given
+        if given.get("method", RTN) == RTN:
+            given = {key: value for key, value in given.items() if key not in CALIBRATION}
+        if (bits := SHORT.get(str(given.get("format", "")))) is None:
             return given
         if given.get("bits", bits) != bits:
             raise ValueError(f"bits {given['bits']} contradicts format {given['format']}")
@@ -76,10 +106,33 @@ class Config(StageConfig):
             raise ValueError(f"bits {self.bits} has no meaning for format {self.format}")
         return self
 
+    @model_validator(mode="after")
+    def _belongs(self) -> Config:
+        told = self.model_fields_set
+        stray = sorted(told & {"damping", "act_order", "static_groups"})
+        if stray and self.method == RTN:
+            raise ValueError(f"{', '.join(stray)}: not for method {RTN!r}; set method to 'gptq'")
+        if (self.method != RTN or self.clip) and not has_grid(self.scheme_name):
+            what = "clip" if self.method == RTN else f"method {self.method!r}"
+            raise ValueError(f"{what}: not for format {self.scheme_name!r}, whose levels are not known; choose another")
+        if "static_groups" in told and not self.quantization.inputs:
+            raise ValueError("static_groups: only with groups; set group, such as 128")
+        if not self.static_groups and (self.act_order or self.clip):
+            other = "act_order" if self.act_order else "clip"
+            raise ValueError(f"static_groups = false: not with {other} = true; say {other} = false")
+        return self
+
     @property
     def scheme_name(self) -> str:
         """Return the name of the quantization scheme."""
         return self.format or f"int{self.bits}"
+
+    @property
+    def quantization(self) -> Quantization:
+        """Return the description of the quantization that `llmctl.compress` reads."""
+        names = ("group", "embeddings", "head", "activations", "method", "clip", "damping", "act_order")
+        given = {name: getattr(self, name) for name in (*names, "static_groups")}
+        return Quantization(self.scheme_name, **given)
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -90,15 +143,17 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
 
-    base = artifact.load(required(config, parent), mesh.make(config.mesh), bases=config.bases)
+    devices = mesh.make(config.mesh)
+    base = artifact.load(required(config, parent), devices, bases=config.bases)
 
     def say(text: str) -> None:
         console.say(f"{config.title}: {text}")
 
-    params, errors = quantize(
-        merged(base, say, requantizes=True),
-        **_quantize_arguments(config),
-    )
+    params, found = merged(base, say, requantizes=True), {}
+    if config.method == RTN:
+        params, errors = quantize(params, **config.quantization.rounding)
+    else:
+        params, errors, found = _calibrated(config, base, params, devices, ctx)
     worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN sorts as the largest
     say(f"{len(errors)} weights to {config.scheme_name}; largest relative error {errors[worst]:.2%} ({worst})")
     for line in left_out(params, base.manifest.parameters):
@@ -115,9 +170,45 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             "bits_before": base.manifest.bits,
             "bytes_before": base.manifest.bytes,
             "sparsity_before": base.manifest.sparsity,
+            **found,
         },
         tokenizer_dir=base.tokenizer_dir,
     )
+
+
+def _calibrated(
+    config: Config, base: Artifact, params: dict[str, Any], devices: Mesh, ctx: Context
+) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Quantize with calibration data, and report each layer.
+
+    Returns:
+      The parameters, the largest relative error of each weight by path, and the metrics of the layers.
+    """
+    from llmctl.compress import prune_report, quantize_report
+    from llmctl.compress.layer_files import Saved
+    from llmctl.compress.quantize_walk import quantize_layers
+    from llmctl.distributed import mesh
+    from llmctl.pipeline import console
+    from llmctl.train import run_log
+
+    total = base.model.layers + base.model.encoder_layers + config.head
+    with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
+        done = 0
+
+        def progress(report: LayerReport) -> None:
+            nonlocal done
+            done += 1
+            reporter.log(done, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
+
+        params, reports, errors = quantize_layers(
+            config, base, params, config.quantization, devices, saved=Saved(ctx.work / "layers"), progress=progress
+        )
+        layers = quantize_report.records(reports)
+        for line in prune_report.fallbacks(layers):
+            reporter.say(line)
+    console.note(quantize_report.table(layers))
+    found = {"quantized_layers": layers, "layer_error": prune_report.errors(layers)}
+    return params, quantize_report.weight_errors(layers) | errors, found
 
 
 def left_out(params: dict[str, Any], parameters: int) -> list[str]:
@@ -141,18 +232,13 @@ def left_out(params: dict[str, Any], parameters: int) -> list[str]:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return (the program that quantizes the largest weight, the quantized artifact)."""
+    """Return (the programs that calibrate the layers and quantize the largest weight, the quantized artifact)."""
     from llmctl.artifacts import abstract_artifact
-    from llmctl.compress import programs
+    from llmctl.compress import programs, quantization_programs
 
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)
+    walk = programs.Walk.of(config, base, mesh) if config.quantization.calibrated else None
     held = [] if params is base.params else [base.params]
-    found, small = programs.quantization(base.model, params, mesh, held, **_quantize_arguments(config))
-    return [found], abstract_artifact.abstract_result(config, small, base.model, base=base)
-
-
-def _quantize_arguments(config: Config) -> dict[str, Any]:
-    """Return the arguments of `llmctl.compress.quantize.quantize` that the config sets, by name."""
-    given = {name: getattr(config, name) for name in ("group", "embeddings", "head", "activations")}
-    return {"scheme": config.scheme_name, **given}
+    found, small = quantization_programs.quantization(base.model, params, mesh, held, config.quantization, walk)
+    return found, abstract_artifact.abstract_result(config, small, base.model, base=base)

@@ -1,0 +1,58 @@
+"""Describe how a model is quantized: the format, what is quantized, and the method that chooses the rounded weights.
+
+The module does not import JAX, so that settings can be checked early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmctl.compress.schemes import inputs_per_scale
+from llmctl.compress.settings import DAMPING
+
+MethodName = Literal["rtn", "gptq"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Describe how a model is quantized.
+
+    >>> Quantization("int4", group=128).calibrated, Quantization("nf4", method="gptq").inputs
+    (False, 64)
+    """
+
+    scheme: str
+    """Name of the format in `llmctl.compress.schemes.SCHEMES`."""
+    group: int = 0
+    """Inputs per scale that were asked for; 0 means the format's own number."""
+    embeddings: bool = False
+    """Whether the token embeddings are quantized."""
+    head: bool = False
+    """Whether the output projection, pooler and task head are quantized."""
+    activations: str = ""
+    """"int8" if products also quantize activations (W8A8)."""
+    method: MethodName = "rtn"
+    """rtn rounds every weight to the nearest level. gptq lets later weights compensate (`llmctl.compress.gptq`)."""
+    damping: float = DAMPING
+    act_order: bool = True
+    static_groups: bool = True
+    """The last three are arguments of `llmctl.compress.gptq.quantize`."""
+    clip: bool = False
+    """Whether to search for scales below that of the largest weight (`llmctl.compress.grids.scales`)."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether the method reads calibration data."""
+        return self.method != "rtn"
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs per scale; 0 for one scale per output."""
+        return inputs_per_scale(self.scheme, self.group)
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """Return the arguments of `llmctl.compress.quantize.quantize`."""
+        names = ("scheme", "group", "embeddings", "head", "activations", "clip")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,126 @@
+"""The quantize stage with calibration data: reports, resumed layers, meshes, keys and refusals."""
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from llmctl.artifacts import artifact
+from llmctl.artifacts.workspace import Context
+from llmctl.compress import gptq, quantize_walk
+from llmctl.config.base import keyed
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.model import weights
+from llmctl.pipeline.stages import prune
+from llmctl.pipeline.stages import quantize as stage
+
+
+def run(artifacts, tmp_path, parent, **settings):
+    (tmp_path / "work").mkdir(exist_ok=True, parents=True)
+    ctx = Context(tmp_path / "out", tmp_path / "work", "key")
+    stage.run(stage.Config(**settings), artifacts / parent, ctx)
+    return artifact.load(ctx.out)
+
+
+GPTQ = {"method": "gptq", "format": "int4", "examples": 20}
+
+
+@pytest.mark.parametrize("parent", ["classifier", "encoder"])
+def test_layers_are_reported(artifacts, tmp_path, reviews, parent, capsys):
+    made = run(artifacts, tmp_path, parent, **GPTQ, data=reviews, embeddings=True, head=True)
+    metrics, stack = made.manifest.metrics, "encoder" if parent == "encoder" else "decoder"
+    layers = metrics["quantized_layers"]
+    assert [(r["stack"], r["layer"]) for r in layers] == [*((stack, i) for i in range(3)), ("head", 0)]
+    assert metrics["layer_error"][stack] == [r["error"] for r in layers[:3]]
+    q = f"{stack}/blocks/attn/q/kernel"
+    assert metrics["weight_error"][q] == max(r["matrices"]["attn/q"]["weight_error"] for r in layers[:3])
+    assert not any("fallback" in found for r in layers for found in r["matrices"].values())
+    integers = {p for p, w in weights.flatten(made.params).items() if isinstance(w, weights.Quantized)}
+    assert integers == set(metrics["weight_error"]) and "embed/tokens" in integers
+    assert (made.path / "log.jsonl").read_text().count("\n") == 4
+    assert "fell back" not in capsys.readouterr().err
+
+
+def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews):
+    one = run(artifacts, tmp_path / "one", "lm", **GPTQ, data=reviews, group=8)
+    many = run(
+        artifacts, tmp_path / "many", "lm", **GPTQ, data=reviews, group=8,
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    )  # fmt: skip
+    for a, b in zip(*(weights.matrices(m.params, "block") for m in (one, many)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a.node.values(), int), np.asarray(b.node.values(), int))
+
+
+def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monkeypatch):
+    """Of three layers the first is done when the stage is killed; the others get the same bits when it runs again."""
+    whole = run(artifacts, tmp_path / "whole", "lm", **GPTQ, data=reviews)
+    quantize_layer, done = quantize_walk.quantize_layer, []
+
+    def killed(*args):
+        done.append(len(done))
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return quantize_layer(*args)
+
+    monkeypatch.setattr(quantize_walk, "quantize_layer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(artifacts, tmp_path / "killed", "lm", **GPTQ, data=reviews)
+    made = run(artifacts, tmp_path / "killed", "lm", **GPTQ, data=reviews)
+    assert len(done) == 4
+    assert made.manifest.digest == whole.manifest.digest and made.manifest.metrics == whole.manifest.metrics
+
+
+def test_zeros_of_a_pruned_parent_stay(artifacts, tmp_path, reviews):
+    (tmp_path / "work").mkdir()
+    pruning = prune.Config(method="magnitude", pattern="2:4")
+    prune.run(pruning, artifacts / "lm", Context(tmp_path / "sparse", tmp_path / "work", "key"))
+    made = run(tmp_path, tmp_path, "sparse", **GPTQ, data=reviews)
+    assert made.manifest.sparsity >= 0.5 and made.manifest.pruned
+    sparse = weights.flatten(artifact.load(tmp_path / "sparse").params)
+    for m in weights.matrices(made.params, "block"):
+        assert np.all(np.asarray(weights.dense(m.weight))[np.asarray(sparse[m.path]) == 0] == 0)
+
+
+def test_a_fallback_is_named(artifacts, tmp_path, reviews, monkeypatch, capsys):
+    solve = gptq.quantize
+    monkeypatch.setattr(gptq, "quantize", lambda *args, **settings: solve(*args, **settings)._replace(attempts=4))
+    made = run(artifacts, tmp_path, "lm", **GPTQ, data=reviews)
+    assert "no inverse" in made.manifest.metrics["quantized_layers"][2]["matrices"]["mlp/up"]["fallback"]
+    said = capsys.readouterr().err
+    assert "decoder layer 2, mlp/up: fell back to rounding to nearest: the Hessian has no inverse" in said
+
+
+def test_data_is_no_part_of_the_key_without_calibration(reviews):
+    """A recipe's shared data reached no quantize stage before methods read data."""
+    plain = keyed(stage.Config(bits=4))
+    assert keyed(stage.Config(bits=4, data=reviews, examples=3)) == plain
+    assert not {"method", "data", "examples", "clip", "damping"} & plain.keys()
+    assert keyed(stage.Config(method="gptq", bits=4, data=reviews))["data"]["path"] == reviews.path
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"damping": 0.1}, "damping: not for method 'rtn'; set method to 'gptq'"),
+    ({"method": "gptq", "static_groups": True}, "static_groups: only with groups"),
+    ({"method": "gptq", "group": 8, "static_groups": False}, "not with act_order = true"),
+    ({"method": "gptq", "group": 8, "static_groups": False, "act_order": False, "clip": True}, "not with clip = true"),
+    ({"method": "gtpq"}, "Input should be 'rtn' or 'gptq'"),
+])  # fmt: skip
+def test_settings_that_contradict_one_another(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        stage.Config(**settings)
+
+
+def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews):
+    with pytest.raises(RequestError, match="group 7 does not divide the 16 inputs of decoder/blocks/attn/k/kernel"):
+        run(artifacts, tmp_path, "lm", **GPTQ, data=reviews, group=7)
+    run(artifacts, tmp_path / "once", "lm", clip=True)
+    with pytest.raises(RequestError, match="quantized already"):
+        run(tmp_path / "once", tmp_path, "out", **GPTQ, data=reviews)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_clipping_search_lowers_the_error_of_weights(artifacts, tmp_path):
+    plain, clipped = (run(artifacts, tmp_path / str(c), "lm", bits=4, embeddings=True, clip=c) for c in (False, True))
+    errors = [m.manifest.metrics["weight_error"] for m in (plain, clipped)]
+    assert all(errors[1][path] < error for path, error in errors[0].items())
+    assert plain.manifest.bits == clipped.manifest.bits
