@@ -17,13 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-<<<<<<< HEAD
-from llmctl.compress import gradients
-from llmctl.compress import quantize as rounding
-=======
 from llmctl.artifacts.artifact import Artifact
-from llmctl.compress import calibration_data, gradients, structured
->>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
+from llmctl.compress import calibration_data, gradients
 from llmctl.compress.layer_passes import empty, passes
 from llmctl.compress.layer_stack import putter
 from llmctl.compress.settings import CalibrationConfig
@@ -172,88 +167,11 @@ def sharding_of(w: Tree) -> Any:
     return jax.tree.leaves(w)[0].sharding
 
 
-<<<<<<< HEAD
-def quantization(
-    model: ModelConfig,
-    params: Tree,
-    mesh: Mesh,
-    held: Tree,
-    *,
-    scheme: str,
-    group: int,
-    activations: str,
-    **which: bool,
-) -> tuple[Program, Tree]:
-    """Return the program that quantizes the largest weight, and the abstract parameters with all weights quantized.
-
-    Args:
-      model: config of the model.
-      params: abstract parameters of the model.
-      mesh: the devices.
-      held: further arrays that are in memory.
-      scheme, group, activations: see `llmctl.compress.quantize.quantize`.
-      which: `embeddings` and `head` (see `quantize`).
-    """
-    flat, group = weights.flatten(params), inputs_per_scale(scheme, group)
-    chosen = dict(rounding.targets(flat, embeddings=which["embeddings"], head=which["head"]))
-    for path, inputs in chosen.items():
-        rounding.check(path, flat[path], inputs, group)
-
-    def rounded(path: str, w: Any) -> Any:
-        node, _ = jax.eval_shape(lambda a: rounding.measured(a, scheme, chosen[path], group), w)
-        return rounding.with_activations(node, chosen[path], activations)
-
-    small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
-    left = functional.laid_out(model, weights.unflatten(small), mesh)
-    last = max(chosen, key=lambda path: math.prod(flat[path].shape))
-    w, integers = flat[last], weights.flatten(left)
-    rest = {path: w for path, w in flat.items() if path != last}
-    done = {path: q for path, q in integers.items() if path in chosen and path != last}
-    program = Program(
-        f"rounding of {last}", model, mesh,
-        lambda: rounding.measured.trace(w, scheme, chosen[last], group), steps=1,
-        parameters=[params, held, done], beside=[rest, held, done],
-        # Read for the scales, the integers and the error; the integers are written and read.
-        work=Cost(float(bytes_of(integers[last])), 3.0 * bytes_of(w) + 2 * bytes_of(integers[last])),
-    )  # fmt: skip
-    return program, left
-=======
-def structured_pruning(model: ModelConfig, params: Tree, target: ModelConfig, mesh: Mesh, walk: Walk) -> list[Program]:
-    """Return the programs that remove heads, neurons and layers, so that the model has the config `target`.
-
-    If layers are removed, the programs that measure the importance of layers are included. If heads or neurons are
-    removed, those that select heads and neurons layer by layer are included.
-    """
-    found: list[Program] = []
-    if structured.fewer_layers(model, target):
-        found += walk.programs(model, params, nothing, changes=False)
-    if structured.narrower(model, target):
-        depths = {"layers": target.layers, "encoder_layers": target.encoder_layers}
-        cut = model.model_copy(update=depths)
-        found += walk.programs(cut, _of_depth(cut, params, mesh), structured.collector(cut, target), changes=True)
-    return found
->>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
-
-
 def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
     """Return the abstract parameters with low-rank adapters merged, as `llmctl.compress.lowrank.merged` does."""
     if not weights.adapted(params):
         return params
     return functional.laid_out(model, jax.eval_shape(weights.merge_adapters, params), mesh)
-
-
-<<<<<<< HEAD
-def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any) -> Program:
-    """Return the program that writes one changed layer into the stacked parameters, in place."""
-=======
-def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return `params`, which are shapes without values, with the numbers of layers of the config `model`."""
-    out = dict(params)
-    for stack in functional.stacks(model):
-        depth = functional.depth(model, stack)
-        blocks = jax.tree.map(lambda a, n=depth: a.update(shape=(n, *a.shape[1:])), params[stack]["blocks"])
-        out[stack] = {**params[stack], "blocks": blocks}
-    return functional.laid_out(model, out, mesh)
 
 
 def _of_other_type(params: Tree, after: Tree, stack: str) -> Tree:
@@ -267,7 +185,6 @@ def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tre
 
     If weights change their type (`made`), the program writes these weights into new stacked arrays.
     """
->>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
     blocks = params[stack]["blocks"]
     rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}
     new, beside = layer, [rest, held, layer, walk.batch]

@@ -220,34 +220,7 @@ def _by_hessian(
     if method.repair:
         found["error_before_repair"] = rounded_error(gram_II, whole, new)
         new = repair(whole, new, gram_II)
-<<<<<<< HEAD
-    return new, found | {"error": _error(gram_II, whole, new)}
-
-
-def replicated(a: Any) -> Any:
-    """Return the arrays replicated on all devices of the current mesh; unchanged without a mesh."""
-    current = mesh.current()
-    return a if current is None else jax.device_put(a, mesh.replicated(current))
-
-
-def _error(gram_II: jax.Array, before: jax.Array, after: jax.Array) -> float:
-    return round(float(output_error(gram_II, before, after)), 6)
-
-
-@jax.jit
-def output_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array) -> jax.Array:
-    """Return ||X after - X before|| / ||X before|| in the Frobenius norm, from the Gram matrix of the inputs X."""
-    before_IO = before_IO.astype(jnp.float32)
-    lost_IO = after_IO.astype(jnp.float32) - before_IO
-
-    def square(w_IO: jax.Array) -> jax.Array:
-        return jnp.maximum(jnp.sum(w_IO * jnp.matmul(gram_II, w_IO, precision=jax.lax.Precision.HIGHEST)), 0.0)
-
-    whole = square(before_IO)
-    return jnp.sqrt(square(lost_IO) / jnp.where(whole > 0, whole, 1.0))
-=======
     return new, found | {"error": rounded_error(gram_II, whole, new)}
->>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
 
 
 def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern, seed: int = 0) -> dict[str, Any]:

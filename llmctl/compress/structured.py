@@ -22,6 +22,7 @@ from llmctl.compress.calibrate import Batch, LayerReport, Visit, walk
 from llmctl.compress.compensation import compensate
 from llmctl.compress.gates import Gates
 from llmctl.compress.layer_files import Saved
+from llmctl.compress.output_error import replicated
 from llmctl.compress.shrink import Kept, columns, cut, drop_layers
 from llmctl.compress.statistics import Collect, Joined, Statistic, Stats, nothing
 from llmctl.compress.structured_method import StructuredMethod
@@ -221,7 +222,7 @@ def disable(
     if method.repair and measured is not None:
         gram = measured.parts[importance.GRAM]
         sums_I = measured.parts[importance.TOTALS].sums
-        read = (prune.replicated(a) for a in (kernel, dense.get("bias"), gram.products[0], sums_I, gram.count))
+        read = (replicated(a) for a in (kernel, dense.get("bias"), gram.products[0], sums_I, gram.count))
         w_IO, bias_O, gram_II, sums_I, count = read
         kernel, bias = compensate(w_IO, bias_O, kept, gram_II, sums_I, count)
         return {**dense, "kernel": kernel} | ({} if bias is None else {"bias": bias})

@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
     from llmctl.artifacts.artifact import Artifact
     from llmctl.compress.calibrate import LayerReport
-<<<<<<< HEAD
-    from llmctl.compress.programs import Walk
-=======
-    from llmctl.compress.layer_files import Saved
->>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
 
@@ -286,13 +281,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         return found, left
     target = _target(config, base, params, mesh)
     small = functional.laid_out(target, functional.abstract(target), mesh)
-<<<<<<< HEAD
     method = config.structure
-    walk = _walk(config, base, mesh, method.gradients)
+    walk = programs.Walk.of(config, base, mesh, method.gradients)
     found = structured_programs.structured_pruning(base.model, params, target, method, mesh, walk)
-=======
-    found = programs.structured_pruning(base.model, params, target, mesh, programs.Walk.of(config, base, mesh))
->>>>>>> a11788a (quantize: method gptq on the calibration walk, and a clipping search for scales)
     return found, abstract_artifact.abstract_result(config, small, target, base=base)
 
 
