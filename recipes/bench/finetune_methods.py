@@ -56,9 +56,10 @@ def yardstick(out: Path) -> float | None:
         return None
 
     def rows(split: str) -> Iterator[tuple[str, str]]:
-        for line in (out / "splits" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            yield row["text"], str(row["label"])
+        with (out / "splits" / f"{split}.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                yield row["text"], str(row["label"])
 
     train, test = list(rows("train")), list(rows("test"))
     vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
