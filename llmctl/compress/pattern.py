@@ -15,38 +15,78 @@ from llmctl.config.errors import RequestError
 class Pattern:
     """Define a sparsity pattern: prune the fraction `sparsity`, or keep the `keep` best of every `of` inputs (N:M).
 
+    The fraction is one of single weights, or one of blocks of weights that are pruned together.
+
     >>> Pattern.parse("2:4", 0.5)
-    Pattern(sparsity=0.5, keep=2, of=4)
+    Pattern(sparsity=0.5, keep=2, of=4, block_inputs=1, block_outputs=1)
     """
 
     sparsity: float
     keep: int = 0
     of: int = 0
+    block_inputs: int = 1
+    """Number of consecutive inputs of a block."""
+    block_outputs: int = 1
+    """Number of consecutive outputs of a block."""
+
+    @property
+    def blocks(self) -> bool:
+        """Return whether blocks of more than one weight are pruned."""
+        return self.block_inputs * self.block_outputs > 1
 
     def count(self, inputs: int, outputs: int, per: Literal["matrix", "output"]) -> int:
-        """Return the number of zeros in a matrix of an unstructured pattern.
+        """Return the number of weights to prune in a matrix, or the number of blocks.
 
-        The fraction `sparsity` is rounded per matrix, or per output.
+        The fraction `sparsity` is rounded per matrix, or per output (of blocks: per block of outputs).
 
         >>> Pattern(0.3).count(5, 3, "matrix"), Pattern(0.3).count(5, 3, "output")
         (4, 6)
+        >>> Pattern.parse("4x2", 0.4).count(20, 6, "output")
+        6
         """
+        inputs, outputs = inputs // self.block_inputs, outputs // self.block_outputs
         return round(self.sparsity * inputs) * outputs if per == "output" else round(self.sparsity * inputs * outputs)
+
+    def check(self, inputs: int, outputs: int, path: str = "") -> None:
+        """Check that the pattern divides a matrix.
+
+        Args:
+          inputs, outputs: shape of the matrix.
+          path: path of the matrix, for the error message.
+
+        Raises:
+          RequestError: If the M of N:M does not divide the inputs, or blocks do not divide inputs and outputs.
+        """
+        named = f" of {path}" if path else ""
+        if self.of and inputs % self.of:
+            which = f"the {inputs} inputs{named}" if path else f"{inputs} inputs"
+            raise RequestError(f"pattern {self.keep}:{self.of} does not divide {which}")
+        if inputs % self.block_inputs or outputs % self.block_outputs:
+            raise RequestError(
+                f"pattern {self.block_inputs}x{self.block_outputs} does not divide the {inputs} inputs and {outputs} "
+                f"outputs{named}"
+            )
 
     @staticmethod
     def parse(text: str, sparsity: float) -> Pattern:
-        """Return the Pattern for "unstructured" with its sparsity (0 < s < 1), or for "N:M" (keep N of M inputs).
+        """Return the Pattern for "unstructured", "AxB" (blocks of A inputs and B outputs) or "N:M" (keep N of M).
 
-        An N:M pattern implies its sparsity, so the argument `sparsity` is not used.
+        The first two have the sparsity 0 < s < 1. An N:M pattern implies its sparsity, so the argument `sparsity` is
+        not used.
 
         Raises:
-          RequestError: If the text is neither of the two, or the sparsity is out of range.
+          RequestError: If the text is none of them, or the sparsity is out of range.
         """
-        if text == "unstructured":
+        a, cross, b = text.partition("x")
+        blocks = bool(cross) and a.isdecimal() and b.isdecimal() and int(a) * int(b) > 1
+        if text == "unstructured" or blocks:
             if not 0 < sparsity < 1:
                 raise RequestError(f"sparsity {sparsity} is outside 0 < sparsity < 1")
-            return Pattern(sparsity)
+            return Pattern(sparsity, block_inputs=int(a), block_outputs=int(b)) if blocks else Pattern(sparsity)
         n, colon, m = text.partition(":")
         if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-            raise RequestError(f'pattern {text!r} is not known; write "unstructured" or N:M with N < M, such as "2:4"')
+            raise RequestError(
+                f'pattern {text!r} is not known; write "unstructured", N:M with N < M, such as "2:4", or the inputs x '
+                'outputs of a block, such as "128x1"'
+            )
         return Pattern(1 - int(n) / int(m), int(n), int(m))

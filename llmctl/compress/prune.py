@@ -10,16 +10,17 @@ Shapes: I inputs, O outputs of one layer's matrix.
 from __future__ import annotations
 
 import itertools
-import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llmctl.compress import sparsegpt
+from llmctl.compress import block_pattern, sparsegpt
+from llmctl.compress.gradients import Gradients, of_layer
+from llmctl.compress.masks import counts_with_zeros, mask
 from llmctl.compress.output_error import replicated, rounded_error
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.repair import repair
@@ -31,80 +32,6 @@ from llmctl.model import weights
 from llmctl.model.weights import Matrix, Weight
 
 Sums = Mapping[str, jax.Array]
-
-
-def mask(
-    score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"], count: jax.Array | int | None = None
-) -> jax.Array:
-    """Return a mask [I, O] that is True for every weight to keep.
-
-    If scores are equal, the first is pruned first.
-
-    Args:
-      score_IO: scores; the lowest are pruned.
-      pattern: sparsity pattern.
-      per: group within which scores compete in an unstructured pattern: the complete matrix, or each output's inputs.
-      count: number of weights to prune; by default the number that the pattern gives. In an N:M pattern it is the
-        number per M inputs. If it cannot be the same for every output of an unstructured pattern, the first outputs
-        prune one more. If scores compete per output, an array [O] gives the number of each output.
-
-    Raises:
-      RequestError: If the M of an N:M pattern does not divide the inputs.
-    """
-    inputs, outputs = score_IO.shape
-    if pattern.of:
-        if inputs % pattern.of:
-            raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide {inputs} inputs")
-        score_GMO = score_IO.reshape(inputs // pattern.of, pattern.of, outputs)
-        keep = pattern.keep if count is None else pattern.of - count
-        return _keep_highest(score_GMO, keep, axis=1).reshape(inputs, outputs)
-    count = pattern.count(inputs, outputs, per) if count is None else count
-    if per == "output":
-        each_O = count if jnp.ndim(count) else _shares(count, outputs)
-        return _keep_highest(score_IO, inputs - each_O, axis=0)
-    return _keep_highest(score_IO.reshape(-1), inputs * outputs - count, axis=0).reshape(inputs, outputs)
-
-
-def _shares(count: jax.Array | int, outputs: int) -> jax.Array:
-    return count // outputs + (jnp.arange(outputs) < count % outputs)
-
-
-def _counts(w: Weight, count: int | None, per: Literal["matrix", "output"]) -> jax.Array | int | None:
-    """Return the number of weights to prune in a matrix, in the form that `prune` expects as its argument `count`.
-
-    It is `count` itself, unless each output prunes its own share and an output already has more zeros than its share.
-    Zeros stay, so the other outputs must then prune fewer weights. In this case, the result is an array [O] of the
-    numbers per output. Its sum is `count`, or the number of zeros if that is larger.
-    """
-    if per == "matrix" or count is None:
-        return count
-    counts_O, exceeded = _with_zeros(weights.as_node(w).values(), count)
-    return counts_O if exceeded else count
-
-
-@jax.jit
-def _with_zeros(values_IO: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Return the number of weights to prune per output, and whether any output has more zeros than its share.
-
-    Further zeros are added until the matrix has `count`. Outputs with fewer zeros than their share get them, in
-    proportion to the number that they lack.
-    """
-    zeros_O = jnp.sum(values_IO == 0, axis=0)
-    each_O = _shares(count, values_IO.shape[1])
-    until_O = jnp.cumsum(jnp.maximum(each_O - zeros_O, 0))
-    missing, share_O = jnp.maximum(count - jnp.sum(zeros_O), 0), until_O / jnp.maximum(until_O[-1], 1)
-    until_O = jnp.minimum(jnp.round(share_O * missing).astype(jnp.int32), missing).at[-1].set(missing)
-    return zeros_O + jnp.diff(until_O, prepend=0), jnp.any(zeros_O > each_O)
-
-
-def _keep_highest(score: jax.Array, keep: jax.Array | int, axis: int) -> jax.Array:
-    """Return a boolean mask of the shape of `score`, True at the `keep` highest scores along `axis`.
-
-    The mask is computed from ranks, so that equal scores do not change the number of kept weights.
-    """
-    order = jnp.argsort(score, axis=axis, stable=True)
-    rank = jnp.argsort(order, axis=axis)
-    return rank >= score.shape[axis] - keep
 
 
 def apply(w: Weight, mask_IO: jax.Array) -> Weight:
@@ -128,23 +55,31 @@ def prune(
 ) -> Weight:
     """Return one matrix [I, O] with the lowest-scored weights set to zero.
 
-    Weights that are already zero are pruned first, so they count towards the sparsity.
+    Weights that are already zero are pruned first, so they count towards the sparsity. In a block pattern, blocks of
+    zeros do.
 
     Args:
       w: the matrix.
       statistics: sums of squares of the matrix's inputs (`Moments`), if the score needs them.
       gradients: sums of the loss's gradient, if the score needs them.
       key: random key of this matrix; a fixed one by default.
-      count: number of zeros of an unstructured pattern; by default the number that the pattern gives (see `mask`).
+      count: number of weights or blocks to prune; by default the number that the pattern gives (see `mask`).
       method: name of the score in `SCORES`.
       pattern: sparsity pattern.
     """
-    chosen, weights_IO = SCORES[method], weights.dense(w)
-    score_IO = chosen.calculate_scores(
+    score_IO = _scores(w, statistics, gradients, key, method)
+    return apply(w, mask(score_IO, pattern, SCORES[method].per, count))
+
+
+def _scores(
+    w: Weight, statistics: Moments | None, gradients: Sums | None, key: jax.Array | None, method: str
+) -> jax.Array:
+    """Return the scores [I, O] of a matrix, -infinity for weights that are already zero."""
+    weights_IO = weights.dense(w)
+    score_IO = SCORES[method].calculate_scores(
         weights_IO, statistics, gradients or {}, jax.random.key(0) if key is None else key
     )
-    score_IO = jnp.where(weights_IO == 0, -jnp.inf, score_IO)  # scores may be negative, or 0 for inputs that are 0
-    return apply(w, mask(score_IO, pattern, chosen.per, count))
+    return jnp.where(weights_IO == 0, -jnp.inf, score_IO)  # scores may be negative, or 0 for inputs that are 0
 
 
 def prune_layer(
@@ -165,8 +100,8 @@ def prune_layer(
       gradients: sums of the loss's gradient by the same paths, if the method needs them.
       method: the method.
       at: (seed, stack, index of the layer), from which the random key of every matrix is derived.
-      counts: number of zeros of each matrix by its path, in an unstructured pattern; by default the numbers that the
-        pattern gives.
+      counts: number of weights or blocks to prune of each matrix by its path; by default the numbers that the pattern
+        gives.
 
     Returns:
       The pruned layer, and JSON data about each matrix by its path: `shape`, `zeros` (their number), `error` (the
@@ -182,7 +117,7 @@ def prune_layer(
             count = None if method.pattern.of else method.pattern.count(inputs, outputs, method.per)
         else:
             count = counts[m.module]
-        count = _counts(m.weight, count, method.per)
+        count = counts_with_zeros(m.weight, count, method)
         if method.hessian:
             new, found = _by_hessian(m.weight, known, own, _key(*at, m.module), count, method)
         else:
@@ -223,18 +158,63 @@ def _by_hessian(
     return new, found | {"error": rounded_error(gram_II, whole, new)}
 
 
-def prune_uncalibrated(params: dict[str, Any], *, method: str, pattern: Pattern, seed: int = 0) -> dict[str, Any]:
+def prune_uncalibrated(
+    params: dict[str, Any],
+    *,
+    method: str,
+    pattern: Pattern,
+    seed: int = 0,
+    counts: Mapping[tuple[str, int], Mapping[str, int]] | None = None,
+) -> dict[str, Any]:
     """Return the parameters with every matrix of the layers pruned, by a score that reads no data.
 
     Each layer of a stacked matrix [layers, I, O] is pruned separately.
+
+    Args:
+      params: parameters of the model.
+      method: name of the score.
+      pattern: sparsity pattern.
+      seed: seed of the random keys.
+      counts: number of weights or blocks to prune, by (stack, index of the layer) and path of the matrix; by default
+        the numbers that the pattern gives.
     """
     changed = {}
     for m in weights.matrices(params, "block"):
-        keys = (_key(seed, m.stack, i, m.module) for i in itertools.count())
-        changed[m.path] = weights.per_layer(
-            m.weight, lambda w, keys=keys: prune(w, key=next(keys), method=method, pattern=pattern)
-        )
+        indices = itertools.count()
+
+        def one(w: Weight, m: Matrix = m, indices: Iterator[int] = indices) -> Weight:
+            i = next(indices)
+            count = counts[m.stack, i][m.module] if counts else None
+            return prune(w, None, None, _key(seed, m.stack, i, m.module), count, method=method, pattern=pattern)
+
+        changed[m.path] = weights.per_layer(m.weight, one)
     return weights.updated(params, changed)
+
+
+@partial(jax.jit, static_argnames=("method", "pattern"))
+def block_scores(
+    w: Weight, gradients: Sums | None, key: jax.Array | None, *, method: str, pattern: Pattern
+) -> jax.Array:
+    """Return the scores of a matrix's weights [I, O], or of its blocks in a block pattern, -infinity for zeros."""
+    return block_pattern.total_scores(_scores(w, None, gradients, key, method), pattern)
+
+
+def scored(
+    params: dict[str, Any], method: SparseMethod, gradients: Gradients | None = None, seed: int = 0
+) -> Iterator[tuple[tuple[str, int], str, jax.Array]]:
+    """Yield (stack, index) and path of every matrix of the layers, with the scores of its weights or blocks.
+
+    Args:
+      params: parameters of the model.
+      method: the pruning method. Its score must not read inputs.
+      gradients: sums of the loss's gradients, if the score needs them.
+      seed: seed of the random keys.
+    """
+    for m in weights.matrices(params, "block"):
+        for i in range(m.weight.shape[0]):
+            own = of_layer(gradients or {}, m.stack, i).get(m.module)
+            w, key = weights.layer_of(m.weight, i), _key(seed, m.stack, i, m.module)
+            yield (m.stack, i), m.module, block_scores(w, own, key, method=method.name, pattern=method.pattern)
 
 
 def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
@@ -251,8 +231,8 @@ def check(params: dict[str, Any], method: SparseMethod) -> None:
     """Check that a method fits the matrices of the layers.
 
     Raises:
-      RequestError: If an N:M pattern does not divide the inputs of a matrix, or the sparsity would prune no weight at
-        all. Also if the method changes the values of kept weights, and a matrix is quantized.
+      RequestError: If the pattern does not divide a matrix, or the sparsity would prune no weight or block at all.
+        Also if the method changes the values of kept weights, and a matrix is quantized.
     """
     largest, pattern, per = 1, method.pattern, method.per
     for m in weights.matrices(params, "block"):
@@ -261,21 +241,29 @@ def check(params: dict[str, Any], method: SparseMethod) -> None:
                 f"{m.path} is quantized, and {method.title} gives other values to the weights that it keeps; prune it "
                 "by a score such as wanda, or prune the artifact that was quantized"
             )
-        inputs = m.weight.shape[m.inputs]
-        largest = max(largest, inputs if per == "output" else math.prod(m.weight.shape[-2:]))
-        if pattern.of and inputs % pattern.of:
-            raise RequestError(f"pattern {pattern.keep}:{pattern.of} does not divide the {inputs} inputs of {m.path}")
+        inputs, outputs = m.weight.shape[-2:]
+        pattern.check(inputs, outputs, m.path)
+        rows, columns = inputs // pattern.block_inputs, outputs // pattern.block_outputs
+        largest = max(largest, rows if per == "output" else rows * columns)
     if not pattern.of and not round(pattern.sparsity * largest):
+        what = "block" if pattern.blocks else "weight"
         raise RequestError(
-            f"sparsity {pattern.sparsity:g} rounds to no weight of {largest:,}; say at least {1 / largest:.2g}"
+            f"sparsity {pattern.sparsity:g} rounds to no {what} of {largest:,}; say at least {1 / largest:.2g}"
         )
 
 
-def sparsity(params: dict[str, Any]) -> float:
-    """Return the fraction of exact zeros among the entries of the layers' matrices."""
+def sparsity(params: dict[str, Any], pattern: Pattern | None = None) -> float:
+    """Return the fraction of exact zeros among the entries of the layers' matrices.
+
+    Args:
+      params: parameters of the model.
+      pattern: if it is a block pattern, return the fraction of blocks that are zero.
+    """
     zeros = entries = 0
     for m in weights.matrices(params, "block"):
-        values = m.node.values()
-        zeros += int(jnp.sum(values == 0))
-        entries += values.size
+        zero = m.node.values() == 0
+        if pattern and pattern.blocks:
+            zero = jax.vmap(partial(block_pattern.all_true, pattern=pattern))(zero)
+        zeros += int(jnp.sum(zero))
+        entries += zero.size
     return zeros / max(entries, 1)

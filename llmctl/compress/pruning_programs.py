@@ -46,7 +46,7 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
     batch, cache = [one.batch for one in found[:1]], [one.cache for one in found[:1]]
     found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
     found += [walk.gradients(model, params, method)] if walk and method.gradients else []
-    found += _allocation(model, params, method, walk) if walk and not method.allocation.uniform else []
+    found += _allocation(model, params, method, walk) if walk and method.allocation.calibrated else []
     others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
     pattern = method.pattern
     common = Program(
@@ -54,6 +54,11 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
         steps=model.layers, parameters=[held, w], batch=batch, cache=[cache, sums, own],
         beside=[held, batch, others, sums], work=_mask_cost(w, method),
     )  # fmt: skip
+    if method.allocation.name == "global":
+        found.append(replace(
+            common, title=f"scores in {name}", steps=2 * model.layers, work=_score_cost(w, method),
+            trace=lambda: prune.block_scores.trace(w, own, None, method=method.name, pattern=pattern),
+        ))  # fmt: skip
     if stats is None or not method.hessian:
         return [*found, common]
     # Every device computes these in full.
@@ -130,16 +135,28 @@ def _repair_cost(w: Tree) -> Cost:
     return Cost(4.0 * (5 * entries + square), moved, {"float32": 2.0 * square * outputs * products})
 
 
+def _score_cost(w: Tree, method: SparseMethod) -> Cost:
+    """Return the cost of computing a matrix's scores, float32, and in a block pattern the sums of its blocks."""
+    leaf, pattern = jax.tree.leaves(w)[0], method.pattern
+    entries = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    sums = entries / (pattern.block_inputs * pattern.block_outputs) if pattern.blocks else 0.0
+    return Cost(4.0 * (entries + sums), 4.0 * (2 * entries + sums))
+
+
 def _mask_cost(w: Tree, method: SparseMethod) -> Cost:
     """Return the cost of computing a mask from a matrix's scores. The computation sorts the scores twice.
 
     Each sort also moves the positions of the scores. If the scores of a complete matrix compete, every device gathers
-    and sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write.
+    and sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write. In a
+    block pattern, the sums of the blocks are sorted, and the scores and the mask are two more passes.
     """
-    leaf = jax.tree.leaves(w)[0]
-    everywhere = method.per == "matrix" and not method.pattern.of
-    own = math.prod(leaf.sharding.shard_shape(leaf.shape))
-    entries, payload = (leaf.size, 4.0 * leaf.size) if everywhere else (own, 0.0)
+    leaf, pattern = jax.tree.leaves(w)[0], method.pattern
+    everywhere = method.per == "matrix" and not pattern.of
+    own, weights_each = math.prod(leaf.sharding.shard_shape(leaf.shape)), pattern.block_inputs * pattern.block_outputs
+    whole = leaf.size / weights_each
+    entries, payload = (whole, 4.0 * whole) if everywhere else (own / weights_each, 0.0)
     sent = payload * (1 - own / leaf.size)
     gathers = (Gather(",".join(meshes.axes_of(leaf.sharding.spec)), sent, payload),) if sent else ()
-    return Cost(16.0 * entries + bytes_of(w), 14 * 4.0 * entries, gathers=gathers)
+    expanded = 12.0 * own if pattern.blocks else 0.0
+    held = 12.0 if pattern.blocks else 16.0  # the scores themselves are not kept
+    return Cost(held * entries + bytes_of(w), 14 * 4.0 * entries + expanded, gathers=gathers)

@@ -16,12 +16,15 @@ SPARSEGPT = "sparsegpt"
 """Name of SparseGPT, which chooses the zeros and changes the kept weights together (`llmctl.compress.sparsegpt`)."""
 
 
-AllocationName = Literal["uniform", "owl", "sensitivity"]
+AllocationName = Literal["uniform", "owl", "sensitivity", "global"]
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Describe how the zeros of an unstructured pattern are distributed over layers (`llmctl.compress.allocation`)."""
+    """Describe how zeros are distributed over layers (`compress.allocation`, `compress.global_threshold`).
+
+    The name is "uniform", "owl", "sensitivity", or "global" if the weights of all matrices compete.
+    """
 
     name: AllocationName = "uniform"
     spread: float = 0.08
@@ -34,6 +37,19 @@ class Allocation:
     def uniform(self) -> bool:
         """Return whether all layers have the same sparsity."""
         return self.name == "uniform"
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether the allocation reads calibration data."""
+        return self.name in ("owl", "sensitivity")
+
+
+def comparable() -> list[str]:
+    """Return the names of the scores that are comparable between matrices, which the allocation "global" needs.
+
+    Scores that read the inputs of a matrix are not: each matrix has other inputs.
+    """
+    return [name for name in SCORES if (score := SCORES[name]).per == "matrix" and not score.statistics]
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class SparseMethod:
     @property
     def calibrated(self) -> bool:
         """Return whether the method reads calibration data."""
-        return self.hessian or self.moments or bool(self.gradients) or not self.allocation.uniform
+        return self.hessian or self.moments or bool(self.gradients) or self.allocation.calibrated
 
     @property
     def title(self) -> str:

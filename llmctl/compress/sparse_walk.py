@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.compress import allocation, calibration_data, gradients, prune, prune_report
+from llmctl.compress import allocation, calibration_data, global_threshold, gradients, prune, prune_report
 from llmctl.compress.calibrate import LayerReport, Visit, walk
 from llmctl.compress.layer_files import Saved
 from llmctl.compress.settings import CalibrationConfig
@@ -51,21 +51,27 @@ def prune_weights(
     """
     pattern = method.pattern
     prune.check(params, method)
-    before = prune.sparsity(params)
+    before = prune.sparsity(params, pattern)
     if not pattern.of and before >= pattern.sparsity:
+        what = "blocks of zeros" if pattern.blocks else "zeros"
         raise RequestError(
-            f"{base.path}: its matrices are {before:.1%} zeros already; sparsity {pattern.sparsity} changes nothing"
+            f"{base.path}: its matrices are {before:.1%} {what} already; sparsity {pattern.sparsity} changes nothing"
         )
+    compete = method.allocation.name == "global"
+    counts: allocation.Counts | None = None
     if not method.calibrated:
-        params = prune.prune_uncalibrated(params, method=method.name, pattern=pattern, seed=seed)
+        if compete:
+            counts = global_threshold.counts(lambda: prune.scored(params, method, seed=seed), pattern.sparsity)
+        params = prune.prune_uncalibrated(params, method=method.name, pattern=pattern, seed=seed, counts=counts)
         return params, prune_report.counted(params)
     model, dtype = base.model, config.dtype
     batches = calibration_data.load(config, base, mesh, labels=bool(method.gradients))
     sums = None
     if method.gradients:
         sums = gradients.accumulate(of(base.manifest), model, params, batches, method.gradients, dtype)
-    counts: allocation.Counts | None = None
-    if not method.allocation.uniform:
+    if compete:
+        counts = global_threshold.counts(lambda: prune.scored(params, method, sums, seed), pattern.sparsity)
+    elif not method.allocation.uniform:
         counts = allocation.allocate(
             model, params, batches, method, gradients=sums, seed=seed, progress=progress, dtype=dtype
         )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmctl.compress import error_feedback
+from llmctl.compress import block_pattern, error_feedback
 from llmctl.compress.error_feedback import BLOCK, compensate, factor
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.settings import DAMPING
@@ -43,27 +43,28 @@ def prune(
 ) -> Solution:
     """Return the matrix with `count` zeros (or the zeros of an N:M pattern), and changed values of the kept weights.
 
-    Weights that are zero stay zero and count towards the sparsity. In an unstructured pattern, every block prunes the
-    same fraction of its nonzero weights.
+    Weights that are zero stay zero and count towards the sparsity. In an unstructured pattern, every block of inputs
+    prunes the same fraction of its nonzero weights; in a block pattern, of its nonzero blocks.
 
     Args:
       w_IO: the matrix.
       gram_II: Gram matrix of the inputs, float32.
-      count: number of zeros of an unstructured pattern.
+      count: number of weights or blocks to prune, except in an N:M pattern.
       damping: fraction of the Hessian's mean diagonal entry that is added to its diagonal.
       pattern: sparsity pattern.
-      block: number of inputs per block; rounded up to a multiple of the M of an N:M pattern.
+      block: number of inputs per block; rounded up to a multiple of the M of an N:M pattern, or of a block's inputs.
     """
     dtype = w_IO.dtype
     w_IO = w_IO.astype(jnp.float32)
     inputs = len(w_IO)
     upper_II, live_I, attempts = factor(gram_II, damping)
-    size = min(-(-block // (pattern.of or 1)) * (pattern.of or 1), inputs)
+    unit = pattern.of or pattern.block_inputs
+    size = min(-(-block // unit) * unit, inputs)
     blocks = -(-inputs // size)
     spare = blocks * size - inputs
     real_I, live_I = jnp.arange(blocks * size) < inputs, jnp.pad(live_I, (0, spare))
     zero_IO = jnp.pad(w_IO == 0, ((0, spare), (0, 0)))
-    quotas = _quotas(zero_IO, real_I, blocks, count)
+    quotas = _quotas(block_pattern.all_true(zero_IO, pattern), real_I[:: pattern.block_inputs], blocks, count)
     group = pattern.of or size
 
     def one_block(
@@ -81,7 +82,9 @@ def prune(
             if pattern.of:
                 lowest = _lowest(score, pattern.of - pattern.keep)
             else:
+                score = block_pattern.total_scores(score, pattern)
                 lowest = _lowest(score.reshape(-1, 1), quotas[block.index]).reshape(score.shape)
+                lowest = block_pattern.expand(lowest, pattern)
             lowest |= take(zero_SO)
             pruned_SO = jax.lax.dynamic_update_slice_in_dim(pruned_SO, lowest, first, axis=0)
 
@@ -109,7 +112,7 @@ def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array
     """Return the number of zeros in each block of inputs. The sum is `count`, or the existing zeros if they are more.
 
     Existing zeros stay. Further zeros are distributed over the blocks in proportion to each block's number of nonzero
-    weights.
+    weights. In a block pattern, an entry is a block of weights.
     """
     zeros = zero_IO.reshape(blocks, -1).sum(axis=1)
     others = real_I.reshape(blocks, -1).sum(axis=1) * zero_IO.shape[1] - zeros

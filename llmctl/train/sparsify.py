@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.compress import prune
+from llmctl.compress.masks import mask
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.sparse_method import SparseMethod
 from llmctl.config.errors import RequestError, WorkError
@@ -165,7 +166,7 @@ class Sparsifier:
         # float32 cannot represent all counts of large matrices, so the last count is not computed.
         count = jnp.where(fraction >= 1, final, jnp.round(fraction * final).astype(jnp.int32))
         # One layer at a time, because sorting needs several arrays of the size of its operand.
-        return jax.lax.map(lambda score_IO: prune.mask(score_IO, pattern, "matrix", count), score_LIO)
+        return jax.lax.map(lambda score_IO: mask(score_IO, pattern, "matrix", count), score_LIO)
 
 
 def _sparsity(named: Named) -> jax.Array:
@@ -259,6 +260,7 @@ def _least(pattern: Pattern, params: Params) -> float:
     for m in weights.matrices(params, "block"):
         layers, inputs, outputs = m.weight.shape
         each = inputs // pattern.of * (pattern.of - pattern.keep) * outputs if pattern.of else None
-        zeros += layers * (pattern.count(inputs, outputs, "matrix") if each is None else each)
+        blocks = pattern.count(inputs, outputs, "matrix")
+        zeros += layers * (blocks * pattern.block_inputs * pattern.block_outputs if each is None else each)
         entries += layers * inputs * outputs
     return zeros / max(entries, 1)

@@ -36,7 +36,7 @@ class SparsifyConfig(Config):
     step end. It needs 8 more bytes per weight."""
     pattern: str = "unstructured"
     """Pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N of every M inputs; N and M
-    determine the sparsity."""
+    determine the sparsity. AxB, such as 128x1: blocks of A inputs and B outputs."""
     start: float = Field(default=0.0, ge=0)
     """Schedules cubic and constant: step after which weights become zero. A value below 1 is a fraction of all
     steps."""

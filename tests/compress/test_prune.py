@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import qwix
 
+from llmctl.compress import global_threshold
 from llmctl.compress.calibrate import walk
+from llmctl.compress.masks import mask
 from llmctl.compress.pattern import Pattern
-from llmctl.compress.prune import apply, check, mask, prune, prune_layer, prune_uncalibrated, sparsity
+from llmctl.compress.prune import apply, check, prune, prune_layer, prune_uncalibrated, scored, sparsity
 from llmctl.compress.scores import SCORES, Score
-from llmctl.compress.sparse_method import SparseMethod
+from llmctl.compress.sparse_method import Allocation, SparseMethod
 from llmctl.compress.statistics import Moments, moments
 from llmctl.config.errors import RequestError
 from llmctl.model.weights import LowRank, Quantized, dense, flatten
@@ -178,3 +180,98 @@ def test_a_sparsity_that_rounds_to_no_weight():
         check(params, SparseMethod("sparsegpt", Pattern(1e-9)))
     with pytest.raises(RequestError, match=r"rounds to no weight of 8; say at least 0.12"):
         check(params, SparseMethod("wanda", Pattern(1 / 32)))
+
+
+def in_blocks(a, rows, columns, reduce):
+    """One number per block, block by block."""
+    inputs, outputs = a.shape
+    return np.array(
+        [[reduce(a[i : i + rows, o : o + columns]) for o in range(0, outputs, columns)] for i in range(0, inputs, rows)]
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 5), (4, 2), (24, 1)], ids=str)
+@pytest.mark.parametrize(("method", "per"), [("magnitude", "matrix"), ("wanda", "output")])
+def test_block_masks_equal_a_numpy_reference(method, per, shape):
+    """The blocks with the lowest sums go, within the matrix, or within each block of outputs. Integers keep theirs."""
+    rng = np.random.default_rng(0)
+    w, squares = rng.normal(size=(24, 10)).astype(np.float32), rng.random(24).astype(np.float32)
+    score = np.abs(w) * (np.sqrt(squares)[:, None] if method == "wanda" else 1)
+    total = in_blocks(score, *shape, np.sum)
+    flat = total if per == "output" else total.reshape(-1, 1)
+    count = round(0.4 * len(flat))
+    gone = (np.argsort(np.argsort(flat, axis=0, kind="stable"), axis=0) < count).reshape(total.shape)
+    expected = np.kron(~gone, np.ones(shape, bool))
+    pattern = Pattern.parse(f"{shape[0]}x{shape[1]}", 0.4)
+    assert pattern.count(24, 10, per) == gone.sum()
+    stats = Moments(jnp.asarray(squares), jnp.array(1.0))
+    assert kept(prune(jnp.asarray(w), stats, method=method, pattern=pattern)) == expected.tolist()
+    q = Quantized(qwix.quantize(jnp.asarray(w), "int8", channelwise_axes=[1]))
+    got = prune(q, stats, method=method, pattern=pattern)
+    blocks = in_blocks(np.asarray(got.array.qvalue), *shape, np.any)
+    np.testing.assert_array_equal(got.array.qvalue, np.where(np.kron(blocks, np.ones(shape, bool)), q.array.qvalue, 0))
+    assert (~blocks).sum() == gone.sum()
+
+
+@pytest.mark.parametrize(("method", "per"), [("magnitude", "matrix"), ("wanda", "output")])
+def test_blocks_of_zeros_stay_and_count(method, per):
+    """A block counts as zero only if all of its weights are; single zeros have no score."""
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(16, 6)).astype(np.float32)
+    w[:8, 0] = w[4:8, 1] = w[0, 2] = 0
+    layer = {"attn": {"q": {"kernel": jnp.asarray(w)}}}
+    stats = {"attn/q": Moments(jnp.ones(16), jnp.array(1.0))}
+    pattern = Pattern.parse("4x1", 0.25)
+    new, notes = prune_layer(layer, stats, method=SparseMethod(method, pattern))
+    got = np.asarray(new["attn"]["q"]["kernel"])
+    zero = in_blocks(got == 0, 4, 1, np.all)
+    assert zero.sum() == 6 and zero[:2, 0].all() and zero[1, 1] and not np.any((w == 0) & (got != 0))
+    assert per == "matrix" or (zero.sum(axis=0) <= [2, 1, 1, 1, 1, 1]).all()
+    assert notes["attn/q"]["zeros"] == 4 * 6 + (got[0, 2] == 0 and not zero[0, 2])
+    assert sparsity({"decoder": {"blocks": {"q": {"kernel": got[None]}}}}, pattern) == 0.25
+
+
+def test_blocks_that_do_not_divide_or_round_to_none():
+    params = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 6))}}}}}
+    check(params, SparseMethod("magnitude", Pattern.parse("4x2", 0.5)))
+    with pytest.raises(RequestError, match=r"4x4 does not divide the 8 inputs and 6 outputs of decoder/blocks/attn/q/"):
+        check(params, SparseMethod("magnitude", Pattern.parse("4x4", 0.5)))
+    with pytest.raises(RequestError, match=r"sparsity 0.2 rounds to no block of 2; say at least 0.5"):
+        check(params, SparseMethod("wanda", Pattern.parse("4x2", 0.2)))
+    for text in ("1x1", "0x4", "4x", "axb", "4x4x4", "-1x4"):
+        with pytest.raises(RequestError, match='such as "128x1"'):
+            Pattern.parse(text, 0.5)
+    with pytest.raises(RequestError, match="outside"):
+        Pattern.parse("4x1", 1.0)
+
+
+def test_one_threshold_for_all_matrices():
+    """As many weights go as round(sparsity * all), those with the lowest scores of the model; zeros stay and count."""
+    rng = np.random.default_rng(2)
+    blocks = {n: rng.normal(size=(3, 8, o)).astype(np.float32) * s for n, o, s in (("q", 6, 1.0), ("up", 4, 2.0))}
+    blocks["up"][1, :, 0] = 0
+    params = {"decoder": {"blocks": {n: {"kernel": jnp.asarray(a)} for n, a in blocks.items()}}}
+    for text, (rows, columns) in (("unstructured", (1, 1)), ("4x2", (4, 2))):
+        method = SparseMethod("magnitude", Pattern.parse(text, 0.4), allocation=Allocation("global"))
+        counts = global_threshold.counts(lambda method=method: scored(params, method), 0.4)
+        new = prune_uncalibrated(params, method="magnitude", pattern=method.pattern, counts=counts)["decoder"]["blocks"]
+        scores = {n: np.stack([in_blocks(np.abs(w), rows, columns, np.sum) for w in a]) for n, a in blocks.items()}
+        every = np.sort(np.concatenate([s.ravel() for s in scores.values()]))
+        last = every[round(0.4 * every.size) - 1]
+        for n, a in blocks.items():
+            expected = np.kron(scores[n] > last, np.ones((1, rows, columns), bool)) * a
+            np.testing.assert_array_equal(new[n]["kernel"], expected)
+        assert sum(sum(c.values()) for c in counts.values()) == round(0.4 * every.size)
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.3, 0.5, 0.999])
+def test_the_threshold_is_exact_with_ties_and_infinities(sparsity):
+    rng = np.random.default_rng(0)
+    decimals = 1 if sparsity == 0.5 else 6
+    places = [(("decoder", i), m) for i in (0, 1) for m in "ab"]
+    found = [(*at, rng.normal(size=(13, 7)).round(decimals).astype(np.float32)) for at in places]
+    found[1][2][:3] = -np.inf
+    got = [n for one in global_threshold.counts(lambda: found, sparsity).values() for n in one.values()]
+    order = np.argsort(np.concatenate([s.ravel() for _, _, s in found]), kind="stable")
+    lowest = order[: round(sparsity * 4 * 91)]
+    assert got == np.bincount(lowest // 91, minlength=4).tolist()

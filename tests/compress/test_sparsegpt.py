@@ -22,7 +22,10 @@ def reference(w, gram, pattern, damping=0.01, block=BLOCK):
         pruned = np.zeros(w1.shape, bool)
         if not pattern.of:
             score = w1**2 / np.diag(inverse) ** 2
-            pruned = score <= np.sort(score.ravel())[int(score.size * pattern.sparsity) - 1]
+            a, b = pattern.block_inputs, pattern.block_outputs
+            total = score.reshape(len(w) // b, b, -1, a).sum(axis=(1, 3))
+            lowest = total <= np.sort(total.ravel())[int(total.size * pattern.sparsity) - 1]
+            pruned = np.kron(lowest, np.ones((b, a), bool))
         for i in range(last - first):
             if pattern.of and i % pattern.of == 0:
                 score = w1[:, i : i + pattern.of] ** 2 / np.diag(inverse)[i : i + pattern.of] ** 2
@@ -50,11 +53,12 @@ def error(gram, w, new):
     return float(np.sum(lost * (gram.astype(float) @ lost)))
 
 
-@pytest.mark.parametrize("text", ["unstructured", "2:4", "1:4"])
+@pytest.mark.parametrize("text", ["unstructured", "2:4", "1:4", "4x1", "2x5", "8x1"])
 def test_weights_equal_a_reference(text):
     gram, w = layer()
     pattern = Pattern.parse(text, 0.5)
-    got, attempts = sparsegpt.prune(w, gram, w.size // 2, pattern=pattern, block=BLOCK)
+    count = pattern.count(*w.shape, "matrix")
+    got, attempts = sparsegpt.prune(w, gram, count, pattern=pattern, block=BLOCK)
     expected = reference(w, gram, pattern)
     np.testing.assert_array_equal(np.asarray(got) == 0, expected == 0)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -67,6 +71,15 @@ def test_the_last_block_may_be_smaller_and_the_count_is_exact():
         got, _ = sparsegpt.prune(w, gram, count, pattern=Pattern(0.5), block=BLOCK)
         assert np.sum(np.asarray(got) == 0) == count
     np.testing.assert_array_equal(sparsegpt.prune(w, gram, 0, pattern=Pattern(0.5), block=BLOCK)[0], w)
+
+
+def test_blocks_of_zeros_stay_and_count_and_blocks_may_be_larger():
+    gram, w = layer()
+    w[:12, :4] = 0
+    pattern = Pattern.parse("12x2", 0.4)  # 2 x 5 blocks, of which 2 are zero; more inputs than `block`
+    got, _ = sparsegpt.prune(w, gram, 4, pattern=pattern, block=BLOCK)
+    zero = (np.asarray(got) == 0).reshape(2, 12, 5, 2).all(axis=(1, 3))
+    assert zero.sum() == 4 and zero[0, :2].all() and (np.asarray(got) == 0).sum() == 4 * 24
 
 
 def test_zeros_stay_zeros_and_count():

@@ -41,7 +41,7 @@ METHODS = {
     "gptq": GPTQ,
     "wanda": "",
     "sparsegpt": 'repair = true\nallocation = "sensitivity"',
-    "magnitude": "",
+    "magnitude": 'pattern = "4x1"\nallocation = "global"',
     "structured": 'layers = 0.5\nheads = 0.5\nffn = 0.5\nimportance = "activation"\nrepair = true',
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_training import TRAIN, Rows, digest, fit, job_of, losses
 
-from llmctl.compress import prune
+from llmctl.compress import masks
 from llmctl.compress.pattern import Pattern
 from llmctl.config.base import keyed, validate
 from llmctl.config.errors import RequestError, WorkError
@@ -93,7 +93,17 @@ def test_an_n_m_pattern_is_reached_in_steps():
     for fraction, kept in ((0.2, 4), (0.5, 3), (0.7, 3), (0.8, 2), (1.0, 2)):
         mask = np.asarray(made.mask(score, jnp.float32(fraction)))
         assert set(mask.reshape(2, 4, 3).sum(axis=1).ravel()) == {kept}
-    np.testing.assert_array_equal(mask[0], prune.mask(score[0], Pattern.parse("2:4", 0.5), "matrix"))
+    np.testing.assert_array_equal(mask[0], masks.mask(score[0], Pattern.parse("2:4", 0.5), "matrix"))
+
+
+def test_blocks_are_pruned_whole_in_steps():
+    made = Sparsifier((NAME,), Pattern.parse("4x1", 0.5), Schedule("cubic", 0, 4, 1))
+    score = jnp.asarray(np.random.default_rng(1).random((1, 8, 3)), jnp.float32)
+    order = np.argsort(score.reshape(2, 4, 3).sum(axis=1).ravel())
+    for fraction, gone in ((0.2, 1), (0.6, 2), (1.0, 3)):
+        mask = np.asarray(made.mask(score, jnp.float32(fraction))).reshape(2, 4, 3)
+        expected = ~np.isin(np.arange(6), order[:gone]).reshape(2, 3)
+        np.testing.assert_array_equal(mask, np.repeat(expected[:, None], 4, axis=1))
 
 
 ASKED = {

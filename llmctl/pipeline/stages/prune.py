@@ -14,7 +14,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
 from llmctl.compress.settings import DAMPING, CalibrationConfig
-from llmctl.compress.sparse_method import SPARSEGPT, Allocation, AllocationName, SparseMethod
+from llmctl.compress.sparse_method import SPARSEGPT, Allocation, AllocationName, SparseMethod, comparable
 from llmctl.compress.structured_method import ImportanceName, StructuredMethod
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
@@ -98,7 +98,8 @@ class Config(CalibrationConfig, StageConfig):
     inputs. With an allocation other than uniform, it is the fraction of all matrices together."""
     pattern: str = "unstructured"
     """Methods for single weights: pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N
-    of every M inputs; N and M determine the sparsity."""
+    of every M inputs; N and M determine the sparsity. AxB, such as 128x1: prune blocks of A inputs and B outputs, by
+    the sum of their scores."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
     """Method sparsegpt: fraction of the Hessian's mean diagonal entry to add to its diagonal. If a Hessian has no
     inverse, the fraction is multiplied by 10, and the matrix is reported."""
@@ -107,9 +108,9 @@ class Config(CalibrationConfig, StageConfig):
     """After pruning, recompute the kept weights by least squares on the calibration data. Method structured: so that
     the kept heads and neurons stand in for the removed ones."""
     allocation: AllocationName = "uniform"
-    """Methods for single weights, with an unstructured pattern: sparsity of the layers. uniform: equal in all layers.
-    owl: lower for layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden
-    states more. The sparsity of the model is exact."""
+    """Methods for single weights, except with N:M: sparsity of the layers. uniform: equal in all layers. owl: lower for
+    layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden states more. global:
+    the lowest scores of the complete model are pruned. The sparsity of the model is exact."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
     """Allocations owl and sensitivity. owl: half the difference between the highest and the lowest sparsity of a layer.
     sensitivity: largest difference between the sparsity of a layer and that of the model."""
@@ -174,15 +175,29 @@ class Config(CalibrationConfig, StageConfig):
 
     def _check_allocation(self, sparsity: float) -> None:
         """Raise a ValueError if the allocation does not fit the other settings."""
-        stray = {"uniform": {"outlier", "spread"}, "sensitivity": {"outlier"}, "owl": set[str]()}[self.allocation]
+        none, both = set[str](), {"outlier", "spread"}
+        stray = {"uniform": both, "global": both, "sensitivity": {"outlier"}, "owl": none}[self.allocation]
         if stray := sorted(self.model_fields_set & stray):
             instead = "'owl'" if "outlier" in stray else "'owl' or 'sensitivity'"
             raise ValueError(f"{', '.join(stray)}: not for allocation {self.allocation!r}; set allocation to {instead}")
         if self.allocation == "uniform":
             return
-        if self.pattern != "unstructured":
+        pattern = Pattern.parse(self.pattern, self.sparsity)
+        if pattern.of:
             raise ValueError(
                 f"allocation {self.allocation!r} is for unstructured pruning; pattern {self.pattern} has one sparsity"
+            )
+        if self.allocation == "global":
+            if self.method not in (known := comparable()):
+                raise ValueError(
+                    f"allocation 'global' compares the scores of all matrices, and those of {self.method!r} are "
+                    f"comparable within a matrix only; set method to one of {', '.join(known)}"
+                )
+            return
+        if pattern.blocks:
+            raise ValueError(
+                f"allocation {self.allocation!r} is for unstructured pruning; with pattern {self.pattern}, set "
+                "allocation to 'uniform' or 'global'"
             )
         room = min(sparsity, 1 - sparsity)
         if self.allocation == "owl":

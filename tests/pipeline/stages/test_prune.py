@@ -96,6 +96,28 @@ def test_sparse_storage_holds_the_same_model_and_lasts(artifacts, tmp_path, revi
         assert {name.removesuffix(":qvalue") for name in made.storage} == small.storage.keys()
 
 
+@pytest.mark.parametrize(("parent", "settings", "least"), [
+    ("lm", {"method": "magnitude", "pattern": "4x1", "allocation": "global", "repair": True}, 0.5),
+    ("encoder", {"method": "wanda", "pattern": "4x2"}, 0.5),
+    ("classifier", {"method": "fisher", "allocation": "global", "sparsity": 0.3}, 0.3),
+    ("lm", {"method": "sparsegpt", "pattern": "8x1"}, 0.5),
+])  # fmt: skip
+def test_blocks_and_one_threshold(artifacts, tmp_path, reviews, parent, settings, least):
+    """The sparsity of the model is exact; 8 devices choose the same zeros."""
+    one = run(artifacts, tmp_path / "one", parent, data=reviews, examples=24, **settings)
+    assert one.manifest.metrics["block_sparsity"] == pytest.approx(least, abs=1e-3)
+    if settings.get("allocation"):
+        assert len({layer["sparsity"] for layer in one.manifest.metrics["pruned_layers"]}) > 1
+    many = run(
+        artifacts, tmp_path / "many", parent, data=reviews, examples=24, mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        **settings,
+    )  # fmt: skip
+    different = total = 0
+    for a, b in zip(*(weights.flatten(m.params).values() for m in (one, many)), strict=True):
+        different, total = different + np.sum((np.asarray(a) != 0) != (np.asarray(b) != 0)), total + a.size
+    assert different <= (0.001 * total if settings["method"] == "fisher" else 0)
+
+
 @pytest.mark.parametrize(("method", "axes"), [
     ("wanda", {"data": 2, "fsdp": 2, "tensor": 2}), ("wanda", {"data": 2, "context": 2, "tensor": 2}),
     ("sparsegpt", {"data": 2, "fsdp": 2, "tensor": 2}),
@@ -199,6 +221,11 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"method": "wanda", "allocation": "owl", "sparsity": 0.05}, "spread 0.08 is too large for sparsity 0.05"),
     ({"method": "wanda", "allocation": "owl", "sparsity": 0.9}, "too large for sparsity 0.9; say less than 0.05"),
     ({"method": "wanda", "allocation": "sensitivity", "spread": 0.1, "sparsity": 0.9}, "too large .* less than 0.1"),
+    ({"method": "wanda", "allocation": "owl", "pattern": "8x1"}, "with pattern 8x1, set allocation to 'uniform' or"),
+    ({"method": "magnitude", "allocation": "global", "pattern": "2:4"}, "'global' is for unstructured pruning"),
+    ({"method": "magnitude", "allocation": "global", "spread": 0.1}, "spread: not for allocation 'global'"),
+    ({"method": "wanda", "allocation": "global"}, "those of 'wanda' are comparable within a matrix only; set"),
+    ({"method": "sparsegpt", "allocation": "global"}, "one of magnitude, taylor, fisher, random"),
     ({"method": "wanda", "spread": 0.1}, "spread: not for allocation 'uniform'; set allocation to 'owl' or 'sens"),
     ({"method": "wanda", "allocation": "sensitivity", "outlier": 3.0}, "outlier: not for allocation 'sensitivity'"),
     ({"layers": 2, "allocation": "owl"}, "allocation: not for method 'structured'"),
