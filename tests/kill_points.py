@@ -76,7 +76,7 @@ def child(place, command, out, kill_at=0):
 
 def content(folder):
     """What a command left, without what differs between equal runs (compressed bytes, dates, the place)."""
-    from llmctl.artifacts.manifest import read_manifest
+    from llmctl.artifacts.manifest_file import read_manifest
 
     if (folder / "manifest.json").exists():
         made = read_manifest(folder)

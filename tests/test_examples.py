@@ -13,7 +13,7 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 PACKAGE = Path(llmctl.__file__).parent
-OWN = {f"llmctl.artifacts.{name}" for name in ("artifact", "manifest", "integrity", "saving")}
+OWN = {f"llmctl.artifacts.{name}" for name in ("artifact", "manifest_file", "integrity", "saving")}
 """Modules whose examples read a saved artifact, in a test of their own."""
 MODULES = sorted(
     {

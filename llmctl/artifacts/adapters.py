@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifacts.manifest import ADVICE, NAME, Base, Manifest, read_manifest
+from llmctl.artifacts.manifest import NAME, Base, Manifest
+from llmctl.artifacts.manifest_file import ADVICE, read_manifest
 from llmctl.config.errors import RequestError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.artifacts import adapters, orbax_logging, sparse_storage
-from llmctl.artifacts.manifest import ADVICE
+from llmctl.artifacts.manifest_file import ADVICE
 from llmctl.config.errors import RequestError
 
 Arrays = Mapping[str, Mapping[str, Any]]

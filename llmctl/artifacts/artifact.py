@@ -22,16 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import adapters, array_store
 from llmctl.artifacts.fingerprint import digest
-from llmctl.artifacts.manifest import (
-    ADVICE,
-    FORMAT,
-    Manifest,
-    Parent,
-    damaged_files,
-    listed,
-    read_manifest,
-    write_manifest,
-)
+from llmctl.artifacts.manifest import FORMAT, Manifest, Parent
+from llmctl.artifacts.manifest_file import ADVICE, damaged_files, listed, read_manifest, write_manifest
 from llmctl.artifacts.saving import check_output, generation_settings, save, text_settings, versions
 from llmctl.config import limits
 from llmctl.config.errors import RequestError

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from llmctl.artifacts import adapters, artifact
 from llmctl.artifacts.atomic import size
-from llmctl.artifacts.manifest import NAME, Manifest, damaged_fields, damaged_files, listed, read_manifest
+from llmctl.artifacts.manifest import NAME, Manifest
+from llmctl.artifacts.manifest_file import damaged_fields, damaged_files, listed, read_manifest
 from llmctl.config.errors import LlmctlError, RequestError
 
 OLDER = "saved by an earlier llmctl, so only its arrays and its tokenizer are checked"

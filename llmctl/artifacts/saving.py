@@ -17,7 +17,8 @@ from typing import Any
 from llmctl.artifacts import adapters, array_store, sparse_storage
 from llmctl.artifacts.atomic import size, writing
 from llmctl.artifacts.fingerprint import digest, manifest_fields
-from llmctl.artifacts.manifest import ADAPTER_FORMAT, FORMAT, SPARSE_FORMAT, Manifest, read_manifest, write_manifest
+from llmctl.artifacts.manifest import ADAPTER_FORMAT, FORMAT, SPARSE_FORMAT, Manifest
+from llmctl.artifacts.manifest_file import read_manifest, write_manifest
 from llmctl.config import containment
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.distributed import locks

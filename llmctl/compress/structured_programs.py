@@ -40,7 +40,7 @@ def structured_pruning(
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
-    """Return `params`, which are shapes without values, with the numbers of layers of the config `model`."""
+    """Return abstract parameters in which each stack has as many layers as in the config `model`."""
     out = dict(params)
     for stack in functional.stacks(model):
         depth = functional.depth(model, stack)

@@ -110,9 +110,9 @@ def inspect(file: Path, drop: tuple[str, ...] = ()) -> folders.Found:
 def _biases(back: dict[str, Tensor]) -> dict[str, bool]:
     """Return the config keys for the biases of a Llama model, such as {"attention_bias": True}.
 
-    llama.cpp uses any biases that are in the file. transformers has biases either on all of queries, keys, values and
-    output, or on none of them. The same holds for the feed-forward layer. If a file has only some of them, the others
-    are added as zeros to `back`, the tensors by their transformers names.
+    llama.cpp uses the biases that are in the file. In transformers, either all or none of queries, keys, values and
+    output have biases. The same holds for the matrices of the feed-forward layer. If a file has only some of these
+    biases, the others are added to `back` as zeros. `back` has the tensors by their names in transformers.
     """
     ends = {
         "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -166,8 +166,8 @@ def answers_there(
     `parity.answers` describes the layout.
 
     Rows of a classifier are padded as the written tokenizer pads them. Other rows run one by one. If `adapter` is
-    given, PEFT loads it onto the model. If the adapter is a trained prompt, `prompt` is the number of its vectors,
-    because the model also has an output for each of them. In an encoder-decoder, which has none, `prompt` is 0.
+    given, PEFT loads it onto the model. If the adapter is a trained prompt, `prompt` is the number of its vectors. The
+    model then also has an output for each vector. In an encoder-decoder it has no such outputs, and `prompt` is 0.
 
     Raises:
         WorkError: If transformers cannot load the model, or finds that weights are missing.

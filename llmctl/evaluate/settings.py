@@ -40,7 +40,7 @@ class MeasureConfig(Config):
     repeats: int = Field(default=15, ge=1)
     """Number of rounds in the speed measurement."""
     generation: GenerationConfig = GenerationConfig()
-    """Task seq2seq: answers to generate."""
+    """Settings of generated answers, for task seq2seq."""
     tasks: list[str] = []
     """Tasks to measure each artifact on, such as masked and next_sentence; empty uses the task of its training."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import artifact, integrity
-from llmctl.artifacts.manifest import ADVICE, listed
+from llmctl.artifacts.manifest_file import ADVICE, listed
 from llmctl.artifacts.workspace import Context
 from llmctl.config import containment, limits
 from llmctl.config.base import Config, hint, keyed

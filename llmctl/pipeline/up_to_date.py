@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import artifact, integrity
-from llmctl.artifacts.manifest import listed
+from llmctl.artifacts.manifest_file import listed
 from llmctl.config.base import keyed
 from llmctl.config.errors import LlmctlError
 from llmctl.pipeline.recipe import MANIFEST

@@ -23,10 +23,7 @@ and collectives."""
 
 
 def described(cost: Cost) -> Estimate:
-    """Convert the cost that a stage declares for one of its programs to an estimate as the compiler's reports give it.
-
-    Both hold the numbers of operations and bytes, and the collectives.
-    """
+    """Convert the cost that a stage declares for one of its programs to an `Estimate`."""
     gathers = [Collective("all-gather", g.sent, g.axes, 1, 0, g.payload) for g in cost.gathers]
     types = dict(cost.flops_by_type)
     return cost.temporaries, Counts(sum(types.values()), cost.moved, gathers, types)

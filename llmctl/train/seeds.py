@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmctl.artifacts import saving
-from llmctl.artifacts.manifest import Manifest, read_manifest
+from llmctl.artifacts.manifest import Manifest
+from llmctl.artifacts.manifest_file import read_manifest
 from llmctl.artifacts.workspace import Context
 from llmctl.config.base import keyed
 from llmctl.distributed import processes

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.artifacts.manifest import listed
+from llmctl.artifacts.manifest_file import listed
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures
 from llmctl.evaluate.tasks.registry import TASKS, of

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import abstract_artifact, artifact, integrity
-from llmctl.artifacts.manifest import CONTENT, Manifest, damaged_fields
+from llmctl.artifacts.manifest import CONTENT, Manifest
+from llmctl.artifacts.manifest_file import damaged_fields
 from llmctl.config import checksums
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer

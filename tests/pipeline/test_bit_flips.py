@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact, integrity
-from llmctl.artifacts.manifest import CONTENT, damaged_fields, read_manifest
+from llmctl.artifacts.manifest import CONTENT
+from llmctl.artifacts.manifest_file import damaged_fields, read_manifest
 from llmctl.compress.layer_files import Saved
 from llmctl.config.errors import LlmctlError
 from llmctl.convert.partial_save import Stream

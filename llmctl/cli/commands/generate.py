@@ -76,7 +76,7 @@ def generate(
     texts = None if chat else _texts(prompt or [], file)
 
     from llmctl.artifacts import adapters
-    from llmctl.artifacts.manifest import read_manifest
+    from llmctl.artifacts.manifest_file import read_manifest
     from llmctl.cli import generation
     from llmctl.model.generate.beam import Beams
     from llmctl.model.generate.chat import read_conversation

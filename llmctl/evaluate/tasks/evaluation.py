@@ -22,8 +22,8 @@ Found = Iterable[tuple[Batch, Any]]
 Scored = (
     tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
 )
-"""Tuple of metrics by name and of (true labels, predictions) of all examples; the second is None if the task returns
-none. A task that writes predictions.jsonl adds its records as a third element."""
+"""Result of `metrics`, a tuple: the metrics by name; (true labels, predictions) of all examples, or None if the task
+returns none; the records of predictions.jsonl, only if the task writes them."""
 
 
 class EvaluationMethods(RowMethods):

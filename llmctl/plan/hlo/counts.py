@@ -206,7 +206,7 @@ class _Counter:
 
 
 def _summed(kind: str, axis: str, n: int, input_bytes: float, hidden: bool) -> _Tally:
-    """Return the numbers of bytes that one execution of a collective operation transfers and overlaps.
+    """Return the bytes that one execution of a collective transfers, and how many of them overlap with computation.
 
     Args:
       kind: kind of the collective (see `Collective`).

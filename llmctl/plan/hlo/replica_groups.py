@@ -23,7 +23,7 @@ def group_of(i: Instruction, devices: int) -> list[int]:
 
     Args:
       i: a collective.
-      devices: number of devices of the program. If `i` names no group, all of them form one.
+      devices: number of devices of the program. If `i` lists no groups, all devices form one group.
     """
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", i.attributes):
         return _connected([(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])])
