@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmctl.model import chunked_loss
+from llmctl.model import chunked_divergence, chunked_loss
 from llmctl.model.transformer import Batch
 
 Sums = dict[str, jax.Array]
@@ -97,7 +97,7 @@ def soft_class_sums(
 ) -> tuple[jax.Array, Sums]:
     """Return a classifier's distillation loss: the weighted sum of (1 - hard) * KL divergence + hard * cross-entropy.
 
-    `chunked_loss.divergence` defines the KL divergence between teacher and student.
+    `chunked_divergence.divergence` defines the KL divergence between teacher and student.
 
     Args:
         teacher_BC: Logits of the teacher.
@@ -113,7 +113,7 @@ def soft_class_sums(
         defines, and "kl", the KL divergence.
     """
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
-    kl = jnp.sum(chunked_loss.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
+    kl = jnp.sum(chunked_divergence.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
     return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
 
 

@@ -10,6 +10,7 @@ import pytest
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.model import chunked_loss
+from llmctl.model.chunked_divergence import distillation
 
 B, T, D, V = 3, 8, 5, 11
 
@@ -73,11 +74,11 @@ def test_distillation_gradients_and_identity(given):
         return jnp.sum((0.75 * 4.0 * jnp.sum(jnp.exp(t) * (t - s), -1) + 0.25 * nll) * weights)
 
     def ours(head):
-        return chunked_loss.distillation(project, head, x, project, teacher, x, *args, temperature=2.0, hard=0.25)[0]
+        return distillation(project, head, x, project, teacher, x, *args, temperature=2.0, hard=0.25)[0]
 
     want, got = (jax.value_and_grad(f)(head) for f in (plain, ours))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), want, got)
-    _, sums = chunked_loss.distillation(project, head, x, project, head, x, *args, temperature=2.0, hard=0.0)
+    _, sums = distillation(project, head, x, project, head, x, *args, temperature=2.0, hard=0.0)
     np.testing.assert_allclose(sums["kl"], 0.0, atol=1e-5)
 
 
@@ -114,7 +115,7 @@ def test_a_split_vocabulary_stays_split(axes, kind, monkeypatch):
         if kind == "labels":
             return chunked_loss.cross_entropy(product, head, x, targets, weights, v, 0.1, 1e-3)
         teacher = jax.tree.map(lambda a: a * 0.5, head)
-        return chunked_loss.distillation(product, head, x, product, teacher, x, targets, weights, v, 2.0, 0.25)
+        return distillation(product, head, x, product, teacher, x, targets, weights, v, 2.0, 0.25)
 
     step = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
     want = jax.jit(step)(head, x, targets, weights)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.record import TaskRecord
-from llmctl.model import chunked_loss, functional
+from llmctl.model import chunked_divergence, chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import COSINE_TEMPERATURE, Loss, Sums, class_sums, row_weight, soft_class_sums
 
@@ -188,7 +188,7 @@ class TokenLosses(Losses):
         """
         (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-        total, sums = chunked_loss.distillation(
+        total, sums = chunked_divergence.distillation(
             project(cfg, dtype), functional.head_params(cfg, params), x_BPD,
             project(teacher_cfg, dtype), functional.head_params(teacher_cfg, teacher_params),
             predicted(batch, taught_BTE)[0], targets_BP, weights_BP, cfg.vocab_size, temperature, hard,
@@ -210,7 +210,7 @@ class TokenLosses(Losses):
         x_BPD, _, weights_BP = predicted(batch, x_BTD)
         heads = functional.head_params(cfg, params), functional.head_params(other_cfg, other_params)
         other_BPD = predicted(batch, other_BTD)[0]
-        return chunked_loss.symmetric_divergence(
+        return chunked_divergence.symmetric_divergence(
             project(cfg, dtype), heads, x_BPD, other_BPD, weights_BP, cfg.vocab_size
         )
 

@@ -26,7 +26,7 @@ from llmctl.evaluate.tasks.classify import Classify
 from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import named
-from llmctl.model import chunked_loss, functional
+from llmctl.model import chunked_divergence, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.hf_config import Keys
 from llmctl.model.losses import Sums, row_weight
@@ -79,7 +79,7 @@ class MultiLabel(Classify):
         """
         nll, sums = self.score(y, batch, Options())
         taught_BC2, predicted_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))
-        kl_BC = chunked_loss.divergence(taught_BC2, predicted_BC2, temperature)
+        kl_BC = chunked_divergence.divergence(taught_BC2, predicted_BC2, temperature)
         kl = jnp.sum(jnp.mean(kl_BC, axis=-1) * row_weight(batch, y))
         return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
 

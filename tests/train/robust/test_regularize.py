@@ -11,7 +11,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.shuffle import Balanced
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.registry import TASKS
-from llmctl.model import chunked_loss
+from llmctl.model import chunked_divergence
 from llmctl.train.robust import perturbation, regularize
 from llmctl.train.robust.settings import RegularizeConfig
 
@@ -80,7 +80,7 @@ def test_a_vocabulary_is_compared_in_chunks_with_gradients_in_both_sides():
         return jnp.sum(((jnp.exp(p) - jnp.exp(q)) * (p - q)).sum(-1) / 2 * weights)
 
     def chunked(heads, x, other):
-        return chunked_loss.symmetric_divergence(project, heads, x, other, weights, 7)
+        return chunked_divergence.symmetric_divergence(project, heads, x, other, weights, 7)
 
     one, two = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(heads, x, other) for f in (chunked, dense))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)
