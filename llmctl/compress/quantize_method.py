@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llmctl.compress.schemes import inputs_per_scale
 from llmctl.compress.settings import DAMPING
 
-MethodName = Literal["rtn", "gptq"]
+MethodName = Literal["rtn", "gptq", "awq", "awq+gptq"]
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,44 @@ class Quantization:
     activations: str = ""
     """"int8" if products also quantize activations (W8A8)."""
     method: MethodName = "rtn"
-    """rtn rounds every weight to the nearest level. gptq lets later weights compensate (`llmctl.compress.gptq`)."""
+    """rtn rounds every weight to the nearest level. gptq lets later weights compensate (`llmctl.compress.gptq`). awq
+    scales inputs (`llmctl.compress.input_scales`) and clips before the weights are rounded, awq+gptq before GPTQ."""
     damping: float = DAMPING
     act_order: bool = True
     static_groups: bool = True
     """The last three are arguments of `llmctl.compress.gptq.quantize`."""
     clip: bool = False
-    """Whether to search for scales below that of the largest weight (`llmctl.compress.grids.scales`)."""
+    """Whether to search for scales below that of the largest weight (`llmctl.compress.grids.scales`). AWQ always does.
+    """
+    smooth: bool = False
+    """Whether SmoothQuant moves outliers from activations to weights."""
+    alpha: float = 0.5
+    """Migration strength of SmoothQuant."""
 
     @property
     def calibrated(self) -> bool:
         """Return whether the method reads calibration data."""
+        return self.hessian or self.smooth
+
+    @property
+    def hessian(self) -> bool:
+        """Return whether the method reads each matrix's Gram matrix."""
         return self.method != "rtn"
+
+    @property
+    def solves(self) -> bool:
+        """Return whether later weights compensate for rounding errors (GPTQ)."""
+        return self.method.endswith("gptq")
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Return whether AWQ scales the inputs of matrices."""
+        return self.method.startswith("awq")
+
+    @property
+    def clips(self) -> bool:
+        """Return whether scales are searched for."""
+        return self.clip or self.scales_inputs
 
     @property
     def inputs(self) -> int:

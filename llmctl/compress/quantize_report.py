@@ -36,6 +36,19 @@ def weight_errors(layers: Sequence[Record]) -> dict[str, float]:
     return found
 
 
+def unscaled(layers: Sequence[Record]) -> list[str]:
+    """Return one line per stack with the matrices whose inputs could not be scaled."""
+    found: dict[str, dict[str, None]] = {}
+    for layer in layers:
+        for path, matrix in layer["matrices"].items():
+            if "unscaled" in matrix:
+                found.setdefault(layer["stack"], {})[path] = None
+    return [
+        f"{stack}: no scales for {', '.join(paths)}, because no norm or matrix before them can take the scales"
+        for stack, paths in found.items()
+    ]
+
+
 def table(layers: Sequence[Record]) -> Table:
     """Return a table with one row per layer. The errors of matrices are means over the layer's matrices."""
     columns: dict[str, list[Any]] = {

@@ -156,6 +156,29 @@ class Joined:
         return next(iter(self.parts.values())).inputs
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["peaks"], meta_fields=[])
+@dataclass(frozen=True)
+class Peaks:
+    """Collect the largest magnitude [I] of each of a matrix's inputs."""
+
+    peaks: jax.Array
+
+    @staticmethod
+    def start(inputs: int) -> Peaks:
+        """Return the statistic before any tokens are added."""
+        return Peaks(jnp.zeros(inputs, jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Peaks:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        x_NI = jnp.where(real_N[:, None], jnp.abs(x_NI.astype(jnp.float32)), 0.0)
+        return Peaks(jnp.maximum(self.peaks, jnp.max(x_NI, axis=0)))
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.peaks.shape[-1]
+
+
 Stats = dict[str, Any]
 """Statistics of one layer, by path of the matrix ("attn/q", "mlp/down")."""
 

@@ -39,6 +39,7 @@ H100 = topologies.find("h100:4")
 GPTQ = 'method = "gptq"\nformat = "int4"\nexamples = 16\nbatch_size = 8'
 METHODS = {
     "gptq": GPTQ,
+    "awq": GPTQ.replace("gptq", "awq") + "\ngroup = 64",
     "wanda": "",
     "sparsegpt": 'repair = true\nallocation = "sensitivity"',
     "magnitude": 'pattern = "4x1"\nallocation = "global"',
@@ -51,7 +52,7 @@ def programs(request, tmp_path_factory):
     """By title: (model, compiled, counts of the compiled)."""
     method, more = request.param, METHODS[request.param]
     file = tmp_path_factory.mktemp("turns") / "turns.toml"
-    prune, quantize = ("magnitude", more) if method == "gptq" else (method, "")
+    prune, quantize = ("magnitude", more) if "examples" in more else (method, "")
     text = RECIPE.replace("METHOD", prune).replace("QUANTIZE", quantize)
     file.write_text(text.replace("MORE", "" if quantize else more))
     chosen = ["prune", "quantize"] if method == "wanda" else ["quantize"] if quantize else ["prune"]

@@ -39,10 +39,10 @@ class Config(CalibrationConfig, StageConfig):
     """Quantize the matrices, by default to int8, without data."""
 
     common: ClassVar[tuple[str, ...] | None] = (
-        *("bits", "format", "group", "embeddings", "head", "activations", "method", "clip", "examples"),
+        *("bits", "format", "group", "embeddings", "head", "activations", "method", "clip", "smooth", "examples"),
     )
     added: ClassVar[frozenset[str]] = CALIBRATION | {
-        *("format", "method", "damping", "act_order", "static_groups", "clip"),
+        *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha"),
     }
 
     kind: Literal["quantize"] = "quantize"
@@ -62,11 +62,17 @@ class Config(CalibrationConfig, StageConfig):
     """Also quantize the inputs of quantized matrices, with one scale per token (W8A8)."""
     method: MethodName = RTN
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
-    other, and let later weights compensate for the errors, by the Hessian of calibration data. Token embeddings are
-    always rounded to nearest."""
+    other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
+    matrices by their magnitude in calibration data, clip, and round to nearest. awq+gptq: the scales of awq, then gptq.
+    Token embeddings are always rounded to nearest."""
     clip: bool = False
     """Search for scales with the least squared error, which may clip the largest weights. Method rtn measures the error
-    of the weights, gptq that of the outputs."""
+    of the weights, the others that of the outputs. Method awq always searches."""
+    smooth: bool = False
+    """Divide activations by scales that the weights before them take over (SmoothQuant). Outliers of activations then
+    have less effect. Requires calibration data and activations = "int8"."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Migration strength of `smooth`: 0 scales by the weights alone, 1 by the activations alone."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
     """Method gptq: fraction of the Hessian's mean diagonal entry to add to its diagonal. If a Hessian has no inverse,
     the fraction is multiplied by 10, and the matrix is reported."""
@@ -85,7 +91,7 @@ class Config(CalibrationConfig, StageConfig):
         """
         if not isinstance(given, dict):
             return given
-        if given.get("method", RTN) == RTN:
+        if given.get("method", RTN) == RTN and not given.get("smooth"):
             given = {key: value for key, value in given.items() if key not in CALIBRATION}
         if (bits := SHORT.get(str(given.get("format", "")))) is None:
             return given
@@ -109,17 +115,24 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="after")
     def _belongs(self) -> Config:
         told = self.model_fields_set
+        method = self.quantization
         stray = sorted(told & {"damping", "act_order", "static_groups"})
-        if stray and self.method == RTN:
-            raise ValueError(f"{', '.join(stray)}: not for method {RTN!r}; set method to 'gptq'")
-        if (self.method != RTN or self.clip) and not has_grid(self.scheme_name):
-            what = "clip" if self.method == RTN else f"method {self.method!r}"
+        if stray and not method.solves:
+            raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to 'gptq'")
+        if "alpha" in told and not self.smooth:
+            raise ValueError("alpha: only with smooth = true")
+        if self.smooth and not self.activations:
+            raise ValueError("smooth: only with quantized activations; set activations = 'int8'")
+        if self.smooth and method.scales_inputs:
+            raise ValueError(f"smooth: not with method {self.method!r}, which scales the same inputs")
+        if (method.calibrated or self.clip) and not has_grid(self.scheme_name):
+            what = f"method {self.method!r}" if self.method != RTN else "smooth" if self.smooth else "clip"
             raise ValueError(f"{what}: not for format {self.scheme_name!r}, whose levels are not known; choose another")
-        if "static_groups" in told and not self.quantization.inputs:
+        if "static_groups" in told and not method.inputs:
             raise ValueError("static_groups: only with groups; set group, such as 128")
-        if not self.static_groups and (self.act_order or self.clip):
-            other = "act_order" if self.act_order else "clip"
-            raise ValueError(f"static_groups = false: not with {other} = true; say {other} = false")
+        if not self.static_groups and (self.act_order or method.clips):
+            other = "act_order = true" if self.act_order else "clip = true" if self.clip else f"method {self.method!r}"
+            raise ValueError(f"static_groups = false: not with {other}")
         return self
 
     @property
@@ -130,8 +143,8 @@ class Config(CalibrationConfig, StageConfig):
     @property
     def quantization(self) -> Quantization:
         """Return the description of the quantization that `llmctl.compress` reads."""
-        names = ("group", "embeddings", "head", "activations", "method", "clip", "damping", "act_order")
-        given = {name: getattr(self, name) for name in (*names, "static_groups")}
+        names = ("group", "embeddings", "head", "activations", "method", "clip", "smooth", "alpha", "damping")
+        given = {name: getattr(self, name) for name in (*names, "act_order", "static_groups")}
         return Quantization(self.scheme_name, **given)
 
 
@@ -150,7 +163,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         console.say(f"{config.title}: {text}")
 
     params, found = merged(base, say, requantizes=True), {}
-    if config.method == RTN:
+    if not config.quantization.calibrated:
         params, errors = quantize(params, **config.quantization.rounding)
     else:
         params, errors, found = _calibrated(config, base, params, devices, ctx)
@@ -204,7 +217,7 @@ def _calibrated(
             config, base, params, config.quantization, devices, saved=Saved(ctx.work / "layers"), progress=progress
         )
         layers = quantize_report.records(reports)
-        for line in prune_report.fallbacks(layers):
+        for line in (*prune_report.fallbacks(layers), *quantize_report.unscaled(layers)):
             reporter.say(line)
     console.note(quantize_report.table(layers))
     found = {"quantized_layers": layers, "layer_error": prune_report.errors(layers)}

@@ -81,6 +81,23 @@ def test_zeros_of_a_pruned_parent_stay(artifacts, tmp_path, reviews):
         assert np.all(np.asarray(weights.dense(m.weight))[np.asarray(sparse[m.path]) == 0] == 0)
 
 
+def test_matrices_without_a_producer_are_named(artifacts, tmp_path, reviews, capsys):
+    """The norms of a post-norm encoder feed the residual stream too, and gelu is between the feed-forward matrices."""
+    made = run(artifacts, tmp_path, "encoder", method="awq+gptq", format="int4", examples=20, data=reviews)
+    layer = made.manifest.metrics["quantized_layers"][0]["matrices"]
+    assert {path for path, found in layer.items() if "unscaled" not in found} == {"attn/o"}
+    assert 0 <= layer["attn/o"]["exponent"] <= 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "encoder: no scales for attn/k, attn/q, attn/v, mlp/down, mlp/up" in said
+
+
+def test_smoothing_reads_data_also_for_rounding(artifacts, tmp_path, reviews):
+    made = run(artifacts, tmp_path, "lm", activations="int8", smooth=True, alpha=0.6, examples=20, data=reviews)
+    assert len(made.manifest.metrics["quantized_layers"]) == 3
+    config = stage.Config(activations="int8", smooth=True, data=reviews)
+    assert keyed(config)["data"]["path"] == reviews.path and config.alpha == 0.5
+
+
 def test_a_fallback_is_named(artifacts, tmp_path, reviews, monkeypatch, capsys):
     solve = gptq.quantize
     monkeypatch.setattr(gptq, "quantize", lambda *args, **settings: solve(*args, **settings)._replace(attempts=4))
@@ -103,7 +120,11 @@ def test_data_is_no_part_of_the_key_without_calibration(reviews):
     ({"method": "gptq", "static_groups": True}, "static_groups: only with groups"),
     ({"method": "gptq", "group": 8, "static_groups": False}, "not with act_order = true"),
     ({"method": "gptq", "group": 8, "static_groups": False, "act_order": False, "clip": True}, "not with clip = true"),
-    ({"method": "gtpq"}, "Input should be 'rtn' or 'gptq'"),
+    ({"method": "gtpq"}, "Input should be 'rtn', 'gptq', 'awq'"),
+    ({"method": "awq", "damping": 0.1}, "damping: not for method 'awq'; set method to 'gptq'"),
+    ({"method": "awq", "activations": "int8", "smooth": True}, "smooth: not with method 'awq'"),
+    ({"smooth": True}, "smooth: only with quantized activations"),
+    ({"alpha": 0.2}, "alpha: only with smooth = true"),
 ])  # fmt: skip
 def test_settings_that_contradict_one_another(settings, message):
     with pytest.raises(ValidationError, match=message):
