@@ -26,7 +26,7 @@ from llmctl.compress.output_error import replicated
 from llmctl.compress.shrink import Kept, columns, cut, drop_layers
 from llmctl.compress.statistics import Collect, Joined, Statistic, Stats, nothing
 from llmctl.compress.structured_method import StructuredMethod
-from llmctl.model import functional, hf_config, wiring
+from llmctl.model import functional, wiring
 from llmctl.model.config import ModelConfig
 
 Progress = Callable[[LayerReport], None] | None
@@ -99,7 +99,7 @@ def prune_layers(
     kept: dict[str, list[int]] = {}
     for stack in functional.stacks(cfg):
         influence = [r.influence for r in reports if r.stack == stack]
-        kinds = hf_config.local_layers(cfg, len(influence))
+        kinds = cfg.local_layers(len(influence))
         kept[stack] = choose_layers(influence, functional.depth(target, stack), kinds)
     return (*drop_layers(cfg, params, kept), kept)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig, families, family
-from llmctl.model.hf_config import Bridge, Head
+from llmctl.model.hf_names import Bridge, Head
 
 
 def bridges() -> dict[str, tuple[str, Bridge]]:

@@ -22,7 +22,8 @@ from llmctl.evaluate.tasks import registry
 from llmctl.evaluate.tasks.base import Task
 from llmctl.model.config import ModelConfig, family
 from llmctl.model.head_kinds import HEAD_KINDS
-from llmctl.model.hf_config import Bridge, Fields, Head, Keys
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge, Head
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000

@@ -27,7 +27,7 @@ from llmctl.config.errors import RequestError
 from llmctl.convert.lazy_tensors import Tensor, Tensors, common, listed
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
-from llmctl.model.hf_config import Bridge, Head
+from llmctl.model.hf_names import Bridge, Head
 
 
 @dataclass(frozen=True)

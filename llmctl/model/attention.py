@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
-from llmctl.model import hf_config, kv_cache
+from llmctl.model import kv_cache
 from llmctl.model.attention_xla import Keys, attend, attend_to_parts
 from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
@@ -138,7 +138,7 @@ def share(
 
 def local_layers(cfg: ModelConfig, layers: int) -> jax.Array:
     """Return whether each layer has local attention (a sliding window), bool [L]."""
-    return jnp.asarray(hf_config.local_layers(cfg, layers) if cfg.window else [False] * layers)
+    return jnp.asarray(cfg.local_layers(layers) if cfg.window else [False] * layers)
 
 
 class Attention(nn.Module):

@@ -202,6 +202,18 @@ class ModelConfig(Config):
         bare = self.prefix_tokens and self.encoder_layers and stack == "encoder"
         return self.model_copy(update={"prefix_tokens": 0}) if bare else self
 
+    def local_layers(self, layers: int) -> list[bool]:
+        """Return whether each of `layers` layers has local attention (a sliding window).
+
+        If `window` is 0, no layer is local. If `window_layers` is set, these layers are local. Otherwise, all layers
+        are local except the last of every `window_every` layers; if `window_every` is 1, all layers are local.
+        """
+        if not self.window:
+            return [False] * layers
+        if self.window_layers:
+            return [i in self.window_layers for i in range(layers)]
+        return [self.window_every == 1 or (i + 1) % self.window_every != 0 for i in range(layers)]
+
     def has_adapter(self, part: str) -> bool:
         """Return True if the sublayer `part` ("attn", "cross" or "mlp") of each layer has a bottleneck adapter."""
         return self.adapter_size > 0 and (part == "mlp" or self.adapter_form == "sequential")

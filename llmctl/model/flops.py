@@ -7,7 +7,6 @@ allows are counted.
 
 from __future__ import annotations
 
-from llmctl.model import hf_config
 from llmctl.model.config import ModelConfig
 
 
@@ -51,7 +50,7 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
         matrices = cfg.d_model * cfg.head_width
     total = 2.0 * matrices * (length if predicted is None else predicted)
     causal = cfg.architecture != "encoder"
-    local = sum(hf_config.local_layers(cfg, cfg.layers))
+    local = sum(cfg.local_layers(cfg.layers))
     pairs = length * (
         local * _mean_keys(length, cfg.window, causal) + (cfg.layers - local) * _mean_keys(length, 0, causal)
     )

@@ -1,21 +1,12 @@
-"""Convert tensor names and the keys of config.json between llmctl and Hugging Face. Arrays are not converted here.
+"""Convert the keys of config.json between llmctl and Hugging Face.
 
-A name map is a table {parameter path: Hugging Face tensor name}. "{}" in a name is replaced by the layer index, because
-llmctl stacks the arrays of all layers on axis 0. Matrices of llmctl are [in, out]. Those of Hugging Face are [out, in],
-if the family does not declare otherwise. In some checkpoints, one tensor "name" contains the query, key and value
-matrices, concatenated along the output axis. Then "name#0" is the query matrix, "name#1" the key matrix, and "name#2"
-the value matrix.
-
-Example:
-    >>> linear({"attn/q": "q_proj"})
-    {'attn/q/kernel': 'q_proj.weight', 'attn/q/bias': 'q_proj.bias'}
+Each family (`llmctl.model.families`) converts its own keys with these functions. `hf_names` has the names of tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from llmctl.config.errors import RequestError
@@ -23,94 +14,6 @@ from llmctl.config.limits import LAYERS
 
 Fields = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Head:
-    """Describe one output head of a family: its class in `transformers`, and the names of its tensors."""
-
-    architecture: str
-    names: Mapping[str, str] = field(default_factory=dict)
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that this class implies, with their values. Import sets them, and export requires them."""
-    prefix: str = ""
-    """Prefix of the network's tensor names in this class, if it differs from the family's prefix."""
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """Describe how the config and the tensor names of a model family are converted from and to Hugging Face's."""
-
-    model_type: str
-    prefix: str
-    """Prefix of the tensor names of the network without heads. Files of models without a head omit the prefix."""
-    names: Callable[[Any], Mapping[str, str]]
-    """Function from a ModelConfig to {parameter path: Hugging Face tensor name}, for the network without heads."""
-    heads: Mapping[str, Head]
-    """Heads by name. "lm+next_sentence" is a language model that also has the next-sentence head."""
-    from_config: Callable[[Keys], Fields]
-    """Function from the keys of a config.json to the fields of ModelConfig that the family's flags do not set."""
-    to_config: Callable[[Any], Fields]
-    """Function from a ModelConfig to the keys of config.json. It raises RequestError if the format does not support a
-    field."""
-    buffers: tuple[str, ...] = ()
-    """Regular expressions for the names of tensors that are not parameters, and are ignored on import."""
-    copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that some files contain in addition to an equal tensor: {name: name of the equal tensor}."""
-    in_out: str = ""
-    """Regular expression for the names of matrices that Hugging Face stores as [in, out], as llmctl does."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Outdated names of tensors or classes that are accepted on import: {outdated name: current name}."""
-
-    def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
-        """Return {parameter path: Hugging Face tensor name} for all parameters of a model with this head.
-
-        Args:
-            cfg: ModelConfig of the model.
-            head: Head of the model.
-            bare: Whether to omit the prefix of the network's tensor names.
-        """
-        prefix = "" if bare else head.prefix or self.prefix
-        return {ours: prefix + theirs for ours, theirs in self.names(cfg).items()} | dict(head.names)
-
-
-def blocks(ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, str]:
-    """Add the prefix `ours` to each parameter path, and the prefix `theirs` to each Hugging Face tensor name.
-
-    `table` is {parameter path: Hugging Face tensor name}.
-    """
-    return {f"{ours}/{k}": f"{theirs}.{v}" for k, v in table.items()}
-
-
-def linear(table: Mapping[str, str]) -> dict[str, str]:
-    """Return {parameter path: Hugging Face tensor name} for the kernels and biases of linear layers.
-
-    `table` is {path of the layer: Hugging Face name of the layer}.
-    """
-    return {
-        f"{ours}/{ours_leaf}": _part(theirs, theirs_leaf)
-        for ours, theirs in table.items()
-        for ours_leaf, theirs_leaf in (("kernel", "weight"), ("bias", "bias"))
-    }
-
-
-def norm(table: Mapping[str, str]) -> dict[str, str]:
-    """Return {parameter path: Hugging Face tensor name} for the scales and biases of norms.
-
-    `table` is {path of the norm: Hugging Face name of the norm}.
-    """
-    return {
-        f"{ours}/{ours_leaf}": f"{theirs}.{theirs_leaf}"
-        for ours, theirs in table.items()
-        for ours_leaf, theirs_leaf in (("scale", "weight"), ("bias", "bias"))
-    }
-
-
-def _part(name: str, leaf: str) -> str:
-    stem, hash_, part = name.partition("#")
-    return f"{stem}.{leaf}{hash_}{part}"
-
-
-# --- configs ---------------------------------------------------------------------------------------------------------
 
 IRRELEVANT = frozenset({
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
@@ -340,20 +243,7 @@ def windows_to_keys(cfg: Any) -> list[str]:
 
     An entry is "sliding_attention" for a layer with local attention, and "full_attention" for any other layer.
     """
-    return ["sliding_attention" if local else "full_attention" for local in local_layers(cfg, cfg.layers)]
-
-
-def local_layers(cfg: Any, layers: int) -> list[bool]:
-    """Return whether each of `layers` layers has local attention (a sliding window), by the fields of ModelConfig.
-
-    If `window` is 0, no layer is local. If `window_layers` is set, these layers are local. Otherwise, all layers are
-    local except the last of every `window_every` layers; if `window_every` is 1, all layers are local.
-    """
-    if not cfg.window:
-        return [False] * layers
-    if cfg.window_layers:
-        return [i in cfg.window_layers for i in range(layers)]
-    return [cfg.window_every == 1 or (i + 1) % cfg.window_every != 0 for i in range(layers)]
+    return ["sliding_attention" if local else "full_attention" for local in cfg.local_layers(cfg.layers)]
 
 
 def refuse(cfg: Any, what: str, **needed: Any) -> None:

@@ -83,10 +83,10 @@ class Job:
     """
     after_step: Callable[[State, jax.Array], State] | None = None
     """Function (state, step) -> state, applied after the optimizer as part of the compiled step. Examples are a pruning
-    schedule and a rank budget. `llmctl.train.step` describes the state, a dictionary. Here it also contains three
-    entries that the function only reads, each by name: "gradients" (clipped), "dense_gradients" (the same, but not zero
-    for zeros that are held), and "before" (the trained arrays before the step). `step` counts from 1. The function must
-    be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is discarded.
+    schedule and a rank budget. `llmctl.train.training_state` describes the state (a dictionary). Here it also contains
+    three entries that the function only reads, each by name: "gradients" (clipped), "dense_gradients" (the same, but
+    not zero for zeros that are held), and "before" (the trained arrays before the step). `step` counts from 1. The
+    function must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is discarded.
     """
     memory: Callable[[Params], Any] | None = None
     """Function from the trained arrays to a tree of further arrays. They are kept between steps, as the entry "memory"

@@ -31,7 +31,8 @@ from llmctl.train.checkpoints import Checkpoints
 from llmctl.train.job import Batch, Job, Params, State, Sums, joined, split
 from llmctl.train.profiling import Profile
 from llmctl.train.run_log import Reporter
-from llmctl.train.step import TOO_MANY_BAD, context, make_step, program, state_shardings
+from llmctl.train.step import TOO_MANY_BAD, context, make_step, program
+from llmctl.train.training_state import state_shardings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,16 +1,6 @@
 """Build the training step: a compiled function from a training state to the next one.
 
-The state is a dictionary:
-
-- "params": the trained arrays, by name. Arrays that are not trained are not in the state.
-- "optimizer": the state of the optimizer.
-- "step": the number of finished steps.
-- "skipped" and "skips": the number of consecutive bad steps, and of all bad steps.
-- "ema": the moving average of the trained arrays, if `optim.ema` is set.
-- "usual": the running mean and variance of loss and gradient norm, if outliers are skipped.
-- "memory": further arrays that the job keeps between steps, if it has any (`Job.memory`).
-
-All randomness is derived from (seed, step).
+`training_state` describes the state. All randomness is derived from (seed, step).
 
     runs = program(job, train, optim, mesh, seed)
     state = runs.begin(runs.named)
@@ -35,6 +25,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.model import attention_kernels, chunked_loss, pipeline_parallel, quantized_matmul, weights
 from llmctl.train import optim
 from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
+from llmctl.train.training_state import fresh, state_shardings
 
 Fixed = tuple[Params, tuple[Any, ...]]
 """Inputs that no step changes: (arrays that are not trained, other arrays that the loss reads, such as a teacher's)."""
@@ -42,11 +33,6 @@ Fixed = tuple[Params, tuple[Any, ...]]
 Inputs = tuple[Params, tuple[Any, ...], Any]
 """Inputs of the loss in addition to the trained arrays: (arrays that are not trained, other arrays that no step
 changes, arrays that are kept between steps or None).
-"""
-
-Memory = Callable[[Params], Any] | None
-"""Function from the trained arrays to further arrays that are kept between steps (`Job.memory`); None if there are
-none.
 """
 
 TOO_MANY_BAD = 20
@@ -68,39 +54,6 @@ OVERLAP = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
 }
 """Options of the TPU compiler that overlap collectives with matrix products. By default only few kinds of TPU do so."""
-
-
-def fresh(optimizer: Any, config: OptimConfig, named: Params, memory: Memory = None) -> State:
-    """Return the training state before the first step. `memory` creates the arrays that are kept between steps."""
-
-    def zero() -> jax.Array:  # a buffer per counter, because the step donates each buffer of its input
-        return jnp.zeros((), jnp.int32)
-
-    state = {"params": named, "optimizer": optimizer.init(named), "step": zero(), "skipped": zero(), "skips": zero()}
-    if config.ema:
-        state["ema"] = jax.tree.map(jnp.copy, named)
-    if config.spike:
-        state["usual"] = {"mean": jnp.zeros(2), "variance": jnp.zeros(2), "count": zero()}
-    if memory:
-        state["memory"] = memory(named)
-    return state
-
-
-def state_shardings(
-    optimizer: Any, config: OptimConfig, named: Params, mesh: jax.sharding.Mesh, memory: Memory = None
-) -> State:
-    """Return the sharding of each array of a training state, in the state's structure.
-
-    The optimizer's moments, moving averages and other arrays that are kept between steps are sharded like the
-    parameters of the same name. Counters are replicated.
-    """
-    params = {name: a.sharding for name, a in named.items()}
-    replicated = meshes.replicated(mesh)
-    shapes = jax.eval_shape(lambda n: fresh(optimizer, config, n, memory), named)
-    found = jax.tree.map(lambda _: replicated, shapes)
-    found |= {key: params for key in ("params", "ema") if key in found}
-    parts = {key: shapes[key] for key in ("optimizer", "memory") if key in shapes}
-    return found | optim.shardings(parts, params, shapes["params"], replicated)
 
 
 @dataclass(frozen=True)

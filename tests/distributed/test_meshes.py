@@ -16,7 +16,8 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
 from llmctl.model.config import ModelConfig
 from llmctl.train import loop
-from llmctl.train.step import fresh, split
+from llmctl.train.step import split
+from llmctl.train.training_state import fresh
 
 SIZES = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_ff": 48, "vocab_size": 64}
 FAMILIES = {

@@ -15,7 +15,8 @@ from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional
 from llmctl.model import quantized_matmul as tm
 from llmctl.model.config import ModelConfig
-from llmctl.train.step import Job, fresh, make_step, split
+from llmctl.train.step import Job, make_step, split
+from llmctl.train.training_state import fresh
 
 DIMS = (((1,), (0,)), ((), ()))
 

@@ -15,7 +15,7 @@ from llmctl.model.chunked_loss import CHUNK_BYTES
 from llmctl.model.config import ModelConfig
 from llmctl.plan import analytic_counts, analytic_memory, modelled, topologies
 from llmctl.plan.hlo import counts
-from llmctl.train import step
+from llmctl.train import step, training_state
 
 MODEL = ModelConfig(
     family="llama", d_model=128, layers=3, heads=4, kv_heads=2, head_dim=32, d_ff=384, vocab_size=512, tied=False
@@ -60,8 +60,8 @@ def test_the_state_is_what_the_step_holds(name, optimizer):
     job = step.Job(params=params, loss=default(model).loss_of(model), rows=None, validate=lambda _: {})
     named, _ = step.split(job)
     _, made = step.make_step(job, TrainConfig(), config, 0)
-    lies = step.state_shardings(made, config, named, mesh)
-    shapes = jax.eval_shape(partial(step.fresh, made, config), named)
+    lies = training_state.state_shardings(made, config, named, mesh)
+    shapes = jax.eval_shape(partial(training_state.fresh, made, config), named)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
     found = analytic_memory.estimate(setup(model, optim=optimizer))
     assert found.parameters == pytest.approx(sum(map(size, jax.tree.leaves(state["params"]))), rel=0.02)
@@ -95,8 +95,8 @@ def compiled(remat, mesh_sizes, accumulate=1):
     )
     named, fixed = step.split(job)
     fn, made = step.make_step(job, train, OptimConfig(), 0)
-    lies = step.state_shardings(made, OptimConfig(), named, mesh)
-    shapes = jax.eval_shape(partial(step.fresh, made, OptimConfig()), named)
+    lies = training_state.state_shardings(made, OptimConfig(), named, mesh)
+    shapes = jax.eval_shape(partial(training_state.fresh, made, OptimConfig()), named)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
     types = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
     batch = {n: jax.ShapeDtypeStruct((8, 64), t, sharding=meshes.batch_sharding(mesh, 2)) for n, t in types.items()}

@@ -14,7 +14,7 @@ from llmctl.model import attention_kernels, functional
 from llmctl.model.config import ModelConfig
 from llmctl.plan import analytic_counts, analytic_memory, topologies
 from llmctl.plan.hlo import counts as hlo
-from llmctl.train import step
+from llmctl.train import step, training_state
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
@@ -54,8 +54,8 @@ def found(request, uncached):
         job = step.Job(params=params, loss=loss, rows=None, validate=lambda _: {})
         named, fixed = step.split(job)
         fn, made = step.make_step(job, train, OptimConfig(), 0)
-        lies = step.state_shardings(made, OptimConfig(), named, mesh)
-        shapes = jax.eval_shape(partial(step.fresh, made, OptimConfig()), named)
+        lies = training_state.state_shardings(made, OptimConfig(), named, mesh)
+        shapes = jax.eval_shape(partial(training_state.fresh, made, OptimConfig()), named)
         state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies)
         types = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
         batch = {

@@ -20,7 +20,8 @@ from llmctl.train import loop
 from llmctl.train.adapters import lora
 from llmctl.train.adapters.settings import LoraConfig
 from llmctl.train.checkpoints import Checkpoints
-from llmctl.train.step import fresh, split
+from llmctl.train.step import split
+from llmctl.train.training_state import fresh
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.metrics.base import METRICS, Metric
 from llmctl.train import loop
 from llmctl.train.job import split
-from llmctl.train.step import SETTLED, TOO_MANY_BAD, fresh, make_step, program
+from llmctl.train.step import SETTLED, TOO_MANY_BAD, make_step, program
+from llmctl.train.training_state import fresh
 from llmctl.train.validation import Validation
 
 D = 4

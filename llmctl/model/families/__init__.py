@@ -4,7 +4,7 @@ Each module of this folder defines the family with the module's name, by three v
 
 - `FLAGS`: fields of ModelConfig that all sizes of the family share.
 - `SIZES`: fields of ModelConfig for each named preset.
-- `BRIDGE`: a `hf_config.Bridge`, if checkpoints of this family exist in the Hugging Face format.
+- `BRIDGE`: a `hf_names.Bridge`, if checkpoints of this family exist in the Hugging Face format.
 
 Example:
     >>> from llmctl.model.config import family

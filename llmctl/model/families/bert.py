@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import hf_config
-from llmctl.model.hf_config import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config, hf_names
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge, Head
 
 FLAGS: Fields = {
     "architecture": "encoder", "norm": "layer", "norm_position": "post", "norm_eps": 1e-12, "activation": "gelu",
@@ -95,19 +96,19 @@ def names_of(cfg: Any) -> Fields:
         "embed/tokens": "embeddings.word_embeddings.weight",
         "embed/positions": "embeddings.position_embeddings.weight",
         "embed/types": "embeddings.token_type_embeddings.weight",
-        **hf_config.norm({"embed/norm": "embeddings.LayerNorm"}),
-        **hf_config.blocks("encoder/blocks", "encoder.layer.{}", hf_config.linear(MATRICES) | hf_config.norm(NORMS)),
+        **hf_names.norm({"embed/norm": "embeddings.LayerNorm"}),
+        **hf_names.blocks("encoder/blocks", "encoder.layer.{}", hf_names.linear(MATRICES) | hf_names.norm(NORMS)),
     }
 
 
 MASKED = {
-    **hf_config.linear({"lm_head/transform": "cls.predictions.transform.dense"}),
-    **hf_config.norm({"lm_head/norm": "cls.predictions.transform.LayerNorm"}),
+    **hf_names.linear({"lm_head/transform": "cls.predictions.transform.dense"}),
+    **hf_names.norm({"lm_head/norm": "cls.predictions.transform.LayerNorm"}),
     "lm_head/bias": "cls.predictions.bias",
     "lm_head/kernel": "cls.predictions.decoder.weight",
 }
-POOLER = hf_config.linear({"head/pooler": "bert.pooler.dense"})
-OUT = hf_config.linear({"head/out": "classifier"})
+POOLER = hf_names.linear({"head/pooler": "bert.pooler.dense"})
+OUT = hf_names.linear({"head/out": "classifier"})
 NO_LM: Fields = {"head_transform": False, "next_sentence": False}
 
 BRIDGE = Bridge(
@@ -117,15 +118,15 @@ BRIDGE = Bridge(
     {
         "lm": Head("BertForMaskedLM", MASKED, {"pooler": False, "next_sentence": False}),
         "lm+next_sentence": Head(
-            "BertForPreTraining", MASKED | POOLER | hf_config.linear({"head/out": "cls.seq_relationship"})
+            "BertForPreTraining", MASKED | POOLER | hf_names.linear({"head/out": "cls.seq_relationship"})
         ),
         "classify": Head("BertForSequenceClassification", POOLER | OUT, {"pooler": True, "pooling": "first", **NO_LM}),
         "regress": Head("BertForSequenceClassification", POOLER | OUT, {"pooler": True, "pooling": "first", **NO_LM}),
         "tokens": Head("BertForTokenClassification", OUT, {"pooler": False, **NO_LM}),
         "span": Head(
-            "BertForQuestionAnswering", hf_config.linear({"head/out": "qa_outputs"}), {"pooler": False, **NO_LM}
+            "BertForQuestionAnswering", hf_names.linear({"head/out": "qa_outputs"}), {"pooler": False, **NO_LM}
         ),
-        "embed": Head("BertModel", hf_config.linear({"head/pooler": "pooler.dense"}), {"pooler": True, **NO_LM}),
+        "embed": Head("BertModel", hf_names.linear({"head/pooler": "pooler.dense"}), {"pooler": True, **NO_LM}),
     },
     from_config,
     to_config,

@@ -10,7 +10,8 @@ from typing import Any
 from llmctl.config.errors import RequestError
 from llmctl.model import hf_config
 from llmctl.model.families import llama
-from llmctl.model.hf_config import Bridge, Fields, Keys
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge
 
 FLAGS = {
     **llama.FLAGS, "norm_position": "sandwich", "norm_plus_one": True, "norm_eps": 1e-6, "activation": "gelu_tanh",

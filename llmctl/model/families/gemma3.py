@@ -12,7 +12,8 @@ from typing import Any
 
 from llmctl.model import hf_config
 from llmctl.model.families import gemma2, llama
-from llmctl.model.hf_config import Bridge, Fields, Keys
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge
 
 FLAGS = {
     **gemma2.FLAGS, "attn_softcap": 0.0, "final_softcap": 0.0, "qk_norm": True, "window": 1024, "window_every": 6,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import hf_config
-from llmctl.model.hf_config import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config, hf_names
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge, Head
 
 FLAGS: Fields = {
     "architecture": "decoder", "norm": "layer", "activation": "gelu_tanh", "gated": False, "positions": "learned",
@@ -85,12 +86,12 @@ def to_config(cfg: Any) -> Fields:
 
 def names_of(cfg: Any) -> Fields:
     """Return the map {parameter name: Hugging Face tensor name}, which is the same for every config."""
-    layer = hf_config.linear(MATRICES) | hf_config.norm({"attn_norm": "ln_1", "mlp_norm": "ln_2"})
+    layer = hf_names.linear(MATRICES) | hf_names.norm({"attn_norm": "ln_1", "mlp_norm": "ln_2"})
     return {
         "embed/tokens": "wte.weight",
         "embed/positions": "wpe.weight",
-        **hf_config.blocks("decoder/blocks", "h.{}", layer),
-        **hf_config.norm({"decoder/norm": "ln_f"}),
+        **hf_names.blocks("decoder/blocks", "h.{}", layer),
+        **hf_names.norm({"decoder/norm": "ln_f"}),
     }
 
 
@@ -104,8 +105,8 @@ BRIDGE = Bridge(
         "lm": Head("GPT2LMHeadModel", {"lm_head/kernel": "lm_head.weight"}),
         "classify": Head("GPT2ForSequenceClassification", SCORE, {"head_bias": False, "pooling": "last"}),
         "regress": Head("GPT2ForSequenceClassification", SCORE, {"head_bias": False, "pooling": "last"}),
-        "tokens": Head("GPT2ForTokenClassification", hf_config.linear({"head/out": "classifier"}), {"head_bias": True}),
-        "span": Head("GPT2ForQuestionAnswering", hf_config.linear({"head/out": "qa_outputs"}), {"head_bias": True}),
+        "tokens": Head("GPT2ForTokenClassification", hf_names.linear({"head/out": "classifier"}), {"head_bias": True}),
+        "span": Head("GPT2ForQuestionAnswering", hf_names.linear({"head/out": "qa_outputs"}), {"head_bias": True}),
         "embed": Head("GPT2Model"),
     },
     from_config,

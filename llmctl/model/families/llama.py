@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import hf_config
-from llmctl.model.hf_config import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config, hf_names
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge, Head
 
 FLAGS: Fields = {
     "architecture": "decoder", "norm": "rms", "activation": "silu", "gated": True, "positions": "rope",
@@ -82,10 +83,10 @@ def body(norms: dict[str, str]) -> dict[str, str]:
     Args:
         norms: Map of the norms in one layer, {parameter name: Hugging Face name}.
     """
-    layer = hf_config.linear(MATRICES) | hf_config.norm(norms)
+    layer = hf_names.linear(MATRICES) | hf_names.norm(norms)
     return {
         "embed/tokens": "embed_tokens.weight",
-        **hf_config.blocks("decoder/blocks", "layers.{}", layer),
+        **hf_names.blocks("decoder/blocks", "layers.{}", layer),
         "decoder/norm/scale": "norm.weight",
     }
 
@@ -99,7 +100,7 @@ def heads(name: str, model: str = "", qa_prefix: str = "") -> dict[str, Head]:
         qa_prefix: Prefix of the network's tensor names in the question-answering class; empty if `transformers` has no
             such class.
     """
-    outputs = hf_config.linear({"head/out": "qa_outputs"})
+    outputs = hf_names.linear({"head/out": "qa_outputs"})
     spans = {"span": Head(f"{name}ForQuestionAnswering", outputs, {"head_bias": True}, qa_prefix)} if qa_prefix else {}
     score = {"head/out/kernel": "score.weight", "head/out/bias": "score.bias"}
     return {

@@ -6,7 +6,8 @@ from typing import Any
 
 from llmctl.model import hf_config
 from llmctl.model.families import llama
-from llmctl.model.hf_config import Bridge, Fields, Keys
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge
 
 FLAGS = {**llama.FLAGS, "tied": False}
 

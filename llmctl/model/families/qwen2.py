@@ -6,7 +6,8 @@ from typing import Any
 
 from llmctl.model import hf_config
 from llmctl.model.families import llama
-from llmctl.model.hf_config import Bridge, Fields, Keys
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge
 
 FLAGS = {**llama.FLAGS, "qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
 
@@ -45,7 +46,7 @@ def shared_from_keys(keys: Keys) -> Fields:
 
 def shared_to_keys(cfg: Any) -> Fields:
     """Convert a ModelConfig to those keys of config.json that Qwen2 and Qwen3 share; inverse of `shared_from_keys`."""
-    first = next((i for i, local in enumerate(hf_config.local_layers(cfg, cfg.layers)) if local), cfg.layers)
+    first = next((i for i, local in enumerate(cfg.local_layers(cfg.layers)) if local), cfg.layers)
     return {
         **llama.sizes_to_keys(cfg),
         **hf_config.rope_to_keys(cfg),

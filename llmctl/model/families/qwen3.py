@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmctl.model.families import llama, qwen2
-from llmctl.model.hf_config import Bridge, Fields, Keys
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge
 
 FLAGS = {**llama.FLAGS, "qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
 

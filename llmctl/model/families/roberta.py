@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import hf_config
+from llmctl.model import hf_config, hf_names
 from llmctl.model.families import bert
-from llmctl.model.hf_config import Bridge, Fields, Head, Keys
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge, Head
 
 FLAGS: Fields = {
     **bert.FLAGS, "norm_eps": 1e-5, "token_types": 1, "pooler": False, "next_sentence": False, "position_offset": 2,
@@ -48,12 +49,12 @@ def to_config(cfg: Any) -> Fields:
 
 
 MASKED = {
-    **hf_config.linear({"lm_head/transform": "lm_head.dense"}),
-    **hf_config.norm({"lm_head/norm": "lm_head.layer_norm"}),
+    **hf_names.linear({"lm_head/transform": "lm_head.dense"}),
+    **hf_names.norm({"lm_head/norm": "lm_head.layer_norm"}),
     "lm_head/bias": "lm_head.bias",
     "lm_head/kernel": "lm_head.decoder.weight",
 }
-PAIR = hf_config.linear({"head/pooler": "classifier.dense", "head/out": "classifier.out_proj"})
+PAIR = hf_names.linear({"head/pooler": "classifier.dense", "head/out": "classifier.out_proj"})
 OUT, NO_LM = bert.OUT, bert.NO_LM
 
 BRIDGE = Bridge(
@@ -66,9 +67,9 @@ BRIDGE = Bridge(
         "regress": Head("RobertaForSequenceClassification", PAIR, {"pooler": True, "pooling": "first", **NO_LM}),
         "tokens": Head("RobertaForTokenClassification", OUT, {"pooler": False, **NO_LM}),
         "span": Head(
-            "RobertaForQuestionAnswering", hf_config.linear({"head/out": "qa_outputs"}), {"pooler": False, **NO_LM}
+            "RobertaForQuestionAnswering", hf_names.linear({"head/out": "qa_outputs"}), {"pooler": False, **NO_LM}
         ),
-        "embed": Head("RobertaModel", hf_config.linear({"head/pooler": "pooler.dense"}), {"pooler": True, **NO_LM}),
+        "embed": Head("RobertaModel", hf_names.linear({"head/pooler": "pooler.dense"}), {"pooler": True, **NO_LM}),
     },
     from_config,
     to_config,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmctl.model import hf_config
-from llmctl.model.hf_config import Bridge, Fields, Head, Keys
+from llmctl.model import hf_config, hf_names
+from llmctl.model.hf_config import Fields, Keys
+from llmctl.model.hf_names import Bridge, Head
 
 FLAGS: Fields = {
     "architecture": "encoder_decoder", "norm": "rms", "norm_eps": 1e-6, "activation": "relu", "gated": False,
@@ -107,7 +108,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def _attention(ours: str, theirs: str) -> dict[str, str]:
-    return hf_config.linear({f"{ours}/{x}": f"{theirs}.{x}" for x in "qkvo"})
+    return hf_names.linear({f"{ours}/{x}": f"{theirs}.{x}" for x in "qkvo"})
 
 
 def names_of(cfg: Any) -> Fields:
@@ -120,17 +121,17 @@ def names_of(cfg: Any) -> Fields:
     def stack(name: str, mlp: int) -> dict[str, str]:
         layer = {
             **_attention("attn", "layer.0.SelfAttention"),
-            **hf_config.norm({"attn_norm": "layer.0.layer_norm"}),
-            **hf_config.linear({f"mlp/{k}": f"layer.{mlp}.DenseReluDense.{v}" for k, v in wi.items()}),
-            **hf_config.norm({"mlp_norm": f"layer.{mlp}.layer_norm"}),
+            **hf_names.norm({"attn_norm": "layer.0.layer_norm"}),
+            **hf_names.linear({f"mlp/{k}": f"layer.{mlp}.DenseReluDense.{v}" for k, v in wi.items()}),
+            **hf_names.norm({"mlp_norm": f"layer.{mlp}.layer_norm"}),
         }
         if name == "decoder":
-            layer |= _attention("cross", "layer.1.EncDecAttention") | hf_config.norm(
+            layer |= _attention("cross", "layer.1.EncDecAttention") | hf_names.norm(
                 {"cross_norm": "layer.1.layer_norm"}
             )
         return {
-            **hf_config.blocks(f"{name}/blocks", f"{name}.block.{{}}", layer),
-            **hf_config.norm({f"{name}/norm": f"{name}.final_layer_norm"}),
+            **hf_names.blocks(f"{name}/blocks", f"{name}.block.{{}}", layer),
+            **hf_names.norm({f"{name}/norm": f"{name}.final_layer_norm"}),
             f"{name}/relative_bias/table": f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         }
 
@@ -148,7 +149,7 @@ BRIDGE = Bridge(
     names_of,
     {
         "lm": Head("T5ForConditionalGeneration", {"lm_head/kernel": "lm_head.weight"}, BOTH),
-        "tokens": Head(TAGGER, hf_config.linear({"head/out": "classifier"}), ALONE, prefix="transformer."),
+        "tokens": Head(TAGGER, hf_names.linear({"head/out": "classifier"}), ALONE, prefix="transformer."),
         "embed": Head(ENCODER, {}, ALONE),
     },
     from_config,

@@ -18,7 +18,8 @@ from llmctl.train import task_head
 from llmctl.train.adapters import selection
 from llmctl.train.adapters.registry import METHODS
 from llmctl.train.job import Job, split
-from llmctl.train.step import fresh, make_step
+from llmctl.train.step import make_step
+from llmctl.train.training_state import fresh
 
 LAYERS = 3
 MODEL = SimpleNamespace(layers=LAYERS, encoder_layers=0, family="toy")
