@@ -1,5 +1,7 @@
 """Convert quantized linear layers to and from the compressed-tensors format, which vLLM and transformers read.
 
+Pruned layers that are not quantized have formats of their own (`llmctl.convert.sparse_tensors`).
+
 If activations are also quantized (W8A8), a layer has `weight` [out, in] int8 and `weight_scale` [out, groups]. If only
 weights are quantized, a layer has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. Each
 int32 contains several values, the first one in the lowest bits. An offset makes the values unsigned.
@@ -17,7 +19,7 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures as bridge_names
-from llmctl.convert import name_map
+from llmctl.convert import name_map, sparse_tensors
 from llmctl.convert.lazy_tensors import Tensor, Tensors, listed, of_array
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
@@ -26,8 +28,10 @@ WORD = 32
 """Number of bits per element of weight_packed."""
 
 
-def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-    """Convert quantized linear layers to integer tensors.
+def pack(
+    cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor], pruned: bool = False
+) -> tuple[dict[str, Tensor], Any]:
+    """Convert quantized linear layers to integer tensors, or pruned ones to a sparse format if none is quantized.
 
     The format has no quantized embeddings, so embeddings are dequantized.
 
@@ -35,13 +39,14 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
         cfg: Config of the model.
         params: Parameters of the model.
         dense: All tensors of the model in dense form, by their Hugging Face names.
+        pruned: Whether the layers were pruned.
 
     Returns:
         The tensors to write, and the `quantization_config` that describes them.
 
     Raises:
-        RequestError: If nothing is quantized, if layers differ in bits or in group size, or if the family has no linear
-            layers.
+        RequestError: If nothing is quantized or pruned, if layers differ in bits or in group size, or if the family has
+            no linear layers.
     """
     bridge, head = bridge_names.of(cfg)
     if bridge.in_out:
@@ -71,6 +76,11 @@ def pack(cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor]) 
         schemes.add((bits, 0 if groups == 1 else inputs // groups, w.activations))
         del out[name]
         out |= _layer(module, w, slot, bits)
+    plain = all(weights.is_plain(flat[joint.slots[0].path]) for joint in wanted.values())
+    if not schemes and pruned and plain:
+        sparse = [n for n, joint in wanted.items() if weights.parse(joint.slots[0].path).place == "block"]
+        stems = {n.removesuffix(".weight") for n in sparse}
+        return sparse_tensors.pack(sparse, out, [n for n in (*untouched, *built) if n not in stems])
     if not schemes and (kinds := {w.kind for w in map(weights.as_node, flat.values()) if w.is_integer}):
         raise RequestError(
             f"compressed-tensors does not hold {listed(sorted(kinds))} weights; export --to hf writes floats"
@@ -171,6 +181,9 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         RequestError: If the quantization method is not compressed-tensors, or if a layer is not stored as symmetric
             integers with scales.
     """
+    sparse = settings.get("sparsity_config") if isinstance(settings, dict) else None
+    if isinstance(sparse, dict) and sparse.get("format") != "dense" and not settings.get("config_groups"):
+        return sparse_tensors.unpack(where, sparse, tensors)
     schemes: list[Any] = []
     method, kind = (settings.get(k, "") if isinstance(settings, dict) else "" for k in ("quant_method", "format"))
     try:

@@ -29,6 +29,7 @@ from llmctl.convert import (
     peft,
     peft_prompt,
     safetensors,
+    sparse_tensors,
     text_proof,
     tokenizer_export,
     tokenizers,
@@ -62,7 +63,8 @@ def run(
     Args:
         source: Folder of an artifact.
         out: A new folder, or a new file for GGUF. It appears only after everything is written and verified.
-        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact), "peft" (an adapter),
+        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact, or the sparse weights
+            of a pruned one), "peft" (an adapter),
             "gguf", or "artifact" (an adapter with its base, for llmctl).
         dtype: Dtype of the written weights. If empty, weights keep their dtype; quantized weights get the dtype of
             their scales.
@@ -142,14 +144,17 @@ def _folder(
         cfg, params = _with_rows(cfg, params, written.rows)
     if tokenizers.reads_texts(cfg) and found.manifest.truncate == "head_tail":
         say(f"{found.path}: long texts lose their middle in llmctl, and their end in other programs")
-    tokens = written.ids if written else {}
+    tokens, unread = written.ids if written else {}, ""
     theirs = folders.tensors_of(cfg, params, kind)
     main = str((kind or next(t.dtype for n, t in theirs.items() if n.endswith("weight"))).name)
     about = found.manifest
     config = folders.config_of(cfg, registry.of(about), about.labels, tokens, main, about.fitted)
     if to == "compressed-tensors":
-        theirs, settings = compressed_tensors.pack(cfg, params, theirs)
+        theirs, settings = compressed_tensors.pack(cfg, params, theirs, about.pruned)
         config |= {"quantization_config": settings}
+        if sparse := settings.get("sparsity_config"):
+            unread = f"compressed-tensors reads {sparse['format']} up to version {sparse_tensors.LAST}"
+            say(f"{found.path}: {unread}; export --to hf writes dense weights for all versions")
     with bar("writing", safetensors.total(theirs.values())) as wrote:
         folders.save(draft, config, theirs, shard_bytes, wrote)
     if cfg.head_kind.bare:
@@ -162,7 +167,7 @@ def _folder(
     with bar("proving", again.nbytes) as wrote:
         back = folders.load(again, placer(again.model), None, wrote)
     ours = weights.unflatten(_cast(params, kind, packed=to == "compressed-tensors"))
-    return _prove(found, draft, cfg, ours, again.model, back, to, say)
+    return _prove(found, draft, cfg, ours, again.model, back, to, say, unread)
 
 
 def _prove(
@@ -174,15 +179,28 @@ def _prove(
     back: dict[str, Any],
     to: str,
     say: Callable[[str], None],
+    unread: str,
 ) -> tuple[float, float | None, str]:
     """Compare the outputs of the artifact with those of the written files, on the same texts.
+
+    Args:
+        found: The artifact.
+        draft: Folder of the written files.
+        cfg: Config of the written model.
+        ours: Parameters of the artifact, in the dtype that was written.
+        model: Config that was read back.
+        back: Parameters that were read back.
+        to: The format.
+        say: Function that is called with one line of text per message to the user.
+        unread: Reason why transformers cannot read the format; empty if it can.
 
     Returns:
         The largest difference if llmctl reads the written files; the largest difference if transformers reads them, or
         None if it cannot; and a description of the comparison.
     """
     what = str(found.path)
-    missing = text_proof.available(4 * found.manifest.parameters, to.replace("-", "_") if to != "hf" else "")
+    package = to.replace("-", "_") if to != "hf" else ""
+    missing = unread or text_proof.available(4 * found.manifest.parameters, package)
     rows, T, begin = _rows(found, cfg, draft, not missing, say)
     with jax.default_matmul_precision("highest"):
         batch = text_proof.batch_of(cfg, rows, T)

@@ -15,7 +15,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="Format: hf, compressed-tensors (quantized), peft (adapters), gguf, artifact (adapter and base)."
+            help="Format: hf, compressed-tensors (quantized or pruned), peft (adapters), gguf, "
+            "artifact (adapter and base)."
         ),
     ] = "hf",
     dtype: Annotated[
