@@ -55,11 +55,11 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
 def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
     """Return the sparsity of each layer, lower for layers whose error grows more with the sparsity.
 
-    The error of a layer is measured at three sparsities: the lowest, the middle and the highest. Between them, it is
-    interpolated linearly. Every layer thus has two ranges of sparsity, each with a constant error per zero. All layers
-    start at the lowest sparsity. Then the ranges get zeros, those with the least error per zero first. Among ranges
-    with equal error per zero, lower ranges precede upper ones, and layers get zeros in proportion to their sizes.
-    Layers with equal errors therefore get equal sparsities.
+    The error of a layer is measured at three sparsities, and interpolated linearly between them. Each layer thus has a
+    lower and an upper range of sparsity, in which the error per zero is constant. All layers start at the lowest
+    sparsity. Zeros are then added to the range with the least error per zero until it is full, then to the next range,
+    and so on. Among ranges with equal error per zero, lower ranges come first, and layers get zeros in proportion to
+    their sizes. Layers with equal errors therefore get equal sparsities.
 
     The result minimizes the sum of the errors if no layer's lower range adds more error than its upper range. If one
     does, both of its ranges get the mean of the two errors, and the result is an approximation.

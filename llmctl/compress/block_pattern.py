@@ -14,7 +14,7 @@ from llmctl.compress.pattern import Pattern
 
 
 def total_scores(score_IO: jax.Array, pattern: Pattern) -> jax.Array:
-    """Return the sum of the scores of each block [M, N].
+    """Return the sum of the scores in each block, [M, N].
 
     A score of -infinity means that the weight is already zero. It counts 0 in the sum of its block, unless all weights
     of the block are zero; the sum is then -infinity.
@@ -31,7 +31,7 @@ def total_scores(score_IO: jax.Array, pattern: Pattern) -> jax.Array:
 
 
 def all_true(mask_IO: jax.Array, pattern: Pattern) -> jax.Array:
-    """Return whether all entries of each block are True [M, N]."""
+    """Return, for each block, whether all of its entries are True, bool [M, N]."""
     return jnp.all(_split(mask_IO, pattern), axis=(1, 3)) if pattern.blocks else mask_IO
 
 

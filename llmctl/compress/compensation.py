@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 RIDGE = 1e-4
-"""Fraction of each kept input's sum of squares that is added to this sum. It bounds the weights of nearly collinear
-inputs."""
+"""Fraction of each kept input's sum of squares that is added to this sum. The addition limits the weights of nearly
+collinear inputs."""
 
 
 def compensate(
@@ -63,7 +63,7 @@ def solve(
     ridge: float,
     centered: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return what is added to the kept rows [K, O] and to the bias [O]."""
+    """Return the changes of the kept rows [K, O] and of the bias [O]."""
     mean_I = sums_I / jnp.maximum(count, 1.0)
     if centered:
         gram_II = gram_II - jnp.outer(mean_I, sums_I)

@@ -1,4 +1,4 @@
-"""Move a scale per input of matrices into the norm or matrix before them, without a change of the layer's outputs.
+"""Move scales of a matrix's inputs into the norm or matrix that produces them; the layer's outputs do not change.
 
 The inputs x of a matrix W are divided by the scales, and the rows of W are multiplied by them: (x / s) (s W) = x W. The
 division is folded into the parameters of the module that produces x. SmoothQuant and AWQ choose scales that reduce the
@@ -30,12 +30,13 @@ class Fold:
     readers: tuple[str, ...]
     """Paths of the matrices within the layer."""
     groups: int
-    """Number of groups of inputs; each group consists of `repeat` times the same number of inputs."""
+    """Number of groups of inputs: value heads if several query heads share one, otherwise 1."""
     repeat: int
-    """Number of inputs that one output of the producer reaches: query heads per value head, otherwise 1."""
+    """Number of inputs that depend on the same output of the producer: query heads per value head, otherwise 1. These
+    inputs must have equal scales."""
 
     def shared(self, values_I: jax.Array, reduce: Any) -> jax.Array:
-        """Return `values_I` with one value for all inputs that one output of the producer reaches.
+        """Return `values_I` with equal values for inputs that depend on the same output of the producer.
 
         `reduce` is a function (array, axis, keepdims), such as `jnp.max`.
         """
@@ -59,13 +60,14 @@ def folds(cfg: ModelConfig, stack: str) -> list[Fold]:
 
 
 def fold(cfg: ModelConfig, layer: Layer, at: Fold, scale_I: jax.Array) -> Layer:
-    """Return a layer with the inputs of `at.readers` divided by the scales, and their rows multiplied.
+    """Return a layer in which the inputs of `at.readers` are divided by the scales, and the rows of these matrices
+    multiplied.
 
     Args:
       cfg: config of the model.
       layer: parameters of the layer. The matrices must be plain arrays.
       at: where the scales are moved.
-      scale_I: positive scales, equal for inputs that one output of the producer reaches (`Fold.shared`).
+      scale_I: positive scales, equal for inputs that depend on the same output of the producer (`Fold.shared`).
     """
     flat, changed = weights.flatten(layer), {}
     own = scale_I.reshape(at.groups, at.repeat, -1)[:, 0].reshape(-1)

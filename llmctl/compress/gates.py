@@ -38,7 +38,7 @@ def accumulate(
     units: Mapping[str, int],
     dtype: Any = jnp.float32,
 ) -> Gates:
-    """Sum the absolute derivatives over batches. The derivative of one batch is that of its total loss.
+    """Sum the absolute derivatives over batches. For each batch, the total loss is differentiated.
 
     Args:
       task: the task, whose loss is differentiated.

@@ -14,13 +14,13 @@ import numpy as np
 from llmctl.compress.allocation import Counts, LayerAt
 
 Scores = Iterable[tuple[LayerAt, str, Any]]
-"""(stack, index), path and scores of each matrix (`llmctl.compress.prune.scored`)."""
+"""Tuples ((stack, index of the layer), path, scores), one per matrix, as `llmctl.compress.prune.scored` yields them."""
 HALF = 16
 """Number of bits of a score that are compared per pass."""
 
 
 def counts(scores: Callable[[], Scores], sparsity: float) -> Counts:
-    """Return the number of weights or blocks to prune of every matrix. The sum is round(sparsity * number of scores).
+    """Return the number of weights or blocks to prune in each matrix. The sum is round(sparsity * number of scores).
 
     The threshold is exact. It is found in two passes over the scores, by counting the values of their upper 16 bits,
     and then of their lower 16 bits. Only one matrix at a time is in memory. Of scores that equal the threshold, those
@@ -57,7 +57,7 @@ def counts(scores: Callable[[], Scores], sparsity: float) -> Counts:
 
 
 def _ordered(scores: Scores) -> Iterator[tuple[LayerAt, str, np.ndarray]]:
-    """Yield each matrix's scores as unsigned integers in the same order, in one dimension."""
+    """Yield the scores of each matrix as a flat array of unsigned integers, which compare as the scores do."""
     from llmctl.distributed import host_arrays
 
     for at, module, score in scores:

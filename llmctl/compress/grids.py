@@ -22,7 +22,7 @@ import qwix
 from llmctl.model.weights import Node, NormalFloat, Quantized, nf4
 
 CLIPS = tuple(1 - i / 40 for i in range(20))
-"""Factors of the largest scale that the clipping search tries, from 1 down to 0.525, in the steps of AWQ."""
+"""Factors by which the clipping search multiplies the unclipped scale: from 1 down to 0.525, in the steps of AWQ."""
 SMALLEST = float(jnp.finfo(jnp.float32).tiny) ** 0.5
 """Scales below this value are replaced by 1, as in qwix. All weights of such a group become 0."""
 
@@ -101,11 +101,12 @@ class NormalFloats(Grid):
         return 1.0
 
     def scale(self, magnitude: jax.Array, dtype: Any) -> jax.Array:
-        """Return the scales of groups. They are stored in float32, whatever the dtype of the matrix."""
+        """Return the scales of groups in float32, whatever the dtype of the matrix."""
         return jnp.where(magnitude == 0, 1.0, magnitude)
 
     def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Return the level nearest to each weight, by the product with the reciprocal as in bitsandbytes."""
+        """Return the level nearest to each weight. Weights are multiplied by the scale's reciprocal, as in
+        bitsandbytes."""
         return self.nearest(w * (1 / scale))
 
     def nearest(self, unit: jax.Array) -> jax.Array:

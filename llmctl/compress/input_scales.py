@@ -1,4 +1,4 @@
-"""Choose a scale for each input of a matrix, by which quantization of weights or activations has less error.
+"""Choose a scale for each input of a matrix that reduces the error of quantized weights or activations.
 
 The scales are moved into the module before the matrix (`llmctl.compress.folding`).
 

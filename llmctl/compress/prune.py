@@ -55,8 +55,8 @@ def prune(
 ) -> Weight:
     """Return one matrix [I, O] with the lowest-scored weights set to zero.
 
-    Weights that are already zero are pruned first, so they count towards the sparsity. In a block pattern, blocks of
-    zeros do.
+    Weights that are already zero are pruned first, so they count towards the sparsity. In a block pattern, this holds
+    for blocks of zeros.
 
     Args:
       w: the matrix.

@@ -136,7 +136,7 @@ def _repair_cost(w: Tree) -> Cost:
 
 
 def _score_cost(w: Tree, method: SparseMethod) -> Cost:
-    """Return the cost of computing a matrix's scores, float32, and in a block pattern the sums of its blocks."""
+    """Return the cost of computing the float32 scores of a matrix, and in a block pattern also the sum per block."""
     leaf, pattern = jax.tree.leaves(w)[0], method.pattern
     entries = math.prod(leaf.sharding.shard_shape(leaf.shape))
     sums = entries / (pattern.block_inputs * pattern.block_outputs) if pattern.blocks else 0.0

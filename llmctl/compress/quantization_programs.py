@@ -24,7 +24,7 @@ from llmctl.model.program import Cost, Program, Tree
 def quantization(
     model: ModelConfig, params: Tree, mesh: Mesh, held: Tree, method: Quantization, walk: Walk | None
 ) -> tuple[list[Program], Tree]:
-    """Return the compiled functions as programs, and the abstract parameters with all weights quantized.
+    """Return the compiled functions that quantize weights, as programs, and the abstract quantized parameters.
 
     One program quantizes the largest weight, and stands for all weights. If the method reads data, the programs that
     run the data through the layers come first.

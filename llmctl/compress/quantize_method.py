@@ -25,7 +25,7 @@ class Quantization:
     scheme: str
     """Name of the format in `llmctl.compress.schemes.SCHEMES`."""
     group: int = 0
-    """Inputs per scale that were asked for; 0 means the format's own number."""
+    """Requested number of inputs per scale; 0 means the format's own number."""
     embeddings: bool = False
     """Whether the token embeddings are quantized."""
     head: bool = False
@@ -38,7 +38,7 @@ class Quantization:
     damping: float = DAMPING
     act_order: bool = True
     static_groups: bool = True
-    """The last three are arguments of `llmctl.compress.gptq.quantize`."""
+    """Argument of `llmctl.compress.gptq.quantize`, as `damping` and `act_order` are."""
     clip: bool = False
     """Whether to search for scales below that of the largest weight (`llmctl.compress.grids.scales`). AWQ always does.
     """
@@ -59,7 +59,7 @@ class Quantization:
 
     @property
     def solves(self) -> bool:
-        """Return whether later weights compensate for rounding errors (GPTQ)."""
+        """Return whether the weights that are rounded later compensate for earlier rounding errors (GPTQ)."""
         return self.method.endswith("gptq")
 
     @property
@@ -69,7 +69,7 @@ class Quantization:
 
     @property
     def clips(self) -> bool:
-        """Return whether scales are searched for."""
+        """Return whether the method searches for scales that clip the largest weights."""
         return self.clip or self.scales_inputs
 
     @property

@@ -47,7 +47,7 @@ class Allocation:
 def comparable() -> list[str]:
     """Return the names of the scores that are comparable between matrices, which the allocation "global" needs.
 
-    Scores that read the inputs of a matrix are not: each matrix has other inputs.
+    Scores that read the inputs of a matrix are not comparable, because each matrix has other inputs.
     """
     return [name for name in SCORES if (score := SCORES[name]).per == "matrix" and not score.statistics]
 

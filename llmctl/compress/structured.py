@@ -2,9 +2,8 @@
 
 All layers of an encoder or decoder keep the same number of heads and neurons, because they are scanned. Each layer
 selects its own heads and neurons, by their importance (`llmctl.compress.importance`). The layers are processed in
-order. A removed head or neuron is first disabled by zero
-rows in the matrix that reads its output. Later layers therefore select by the inputs that they will have after pruning.
-The arrays are reduced at the end.
+order. A removed head or neuron is first disabled by zero rows in the matrix that reads its output. Later layers
+therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons, D model width.
 """

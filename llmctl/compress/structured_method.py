@@ -1,4 +1,4 @@
-"""Describe how structured pruning selects what it removes, and whether it compensates for it.
+"""Describe how structured pruning selects what it removes, and whether the kept matrices compensate for the removal.
 
 The module does not import JAX, so that settings can be checked early.
 """

@@ -76,8 +76,8 @@ class Writer:
             check_stop: Function that is called before each batch; it may raise an exception to stop.
 
         Raises:
-            RequestError: If a prompt is empty and the tokenizer has no token to begin with, or if the parameters are
-                sharded over several processes.
+            RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token, or if the parameters
+                are sharded over several processes.
         """
         self.cut = 0
         rows = self.rows(prompts)
@@ -139,7 +139,7 @@ class Writer:
         """Return one row per prompt, with the tokens that the model reads.
 
         Raises:
-            RequestError: If a prompt is empty and the tokenizer has no token to begin with.
+            RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token.
         """
         words = self.tokenizer
         encoded = words.encode_batch(list(prompts))

@@ -6,9 +6,9 @@ The zeros of a matrix are its mask, as in pruned artifacts. They are part of the
 has the same masks. Between two changes of the mask the step holds the zeros (`llmctl.train.step.hold_zeros`). The
 sparsity is computed from the step number within the compiled step, so nothing is compiled again.
 
-Score magnitude is |w|; a zero stays zero. Score movement (Sanh et al., 2020, arXiv:2005.07683) is the sum over steps
-of -w g. The loss gives a gradient for zeros too, and the score of a zero sums -w g of the weight's last value. A zero
-whose score rises gets this value back.
+Score magnitude is |w|; a zero stays zero. Score movement (Sanh et al., 2020, arXiv:2005.07683) is the sum over steps of
+-w g. Zeros have gradients too; for a zero, w in this sum is the weight's last nonzero value. A zero whose score rises
+gets this value back.
 
 Shapes: L layers, I inputs, O outputs.
 """
@@ -35,7 +35,7 @@ from llmctl.train.sparsify_settings import SparsifyConfig
 
 Named = dict[str, jax.Array]
 ENTRY = "sparsify"
-"""Name of the arrays of pruning within the memory of the training state."""
+"""Key, in the entry "memory" of the training state, of the arrays that pruning keeps between steps."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def ours() -> Callable[[], float]:
     from llmctl.distributed import mesh as meshes
     from llmctl.evaluate.tasks.registry import default
     from llmctl.model.config import ModelConfig
-    from llmctl.train import loop, step
+    from llmctl.train import loop, step, training_state
 
     mesh = meshes.make(MeshConfig())
     model = ModelConfig(
@@ -62,7 +62,7 @@ def ours() -> Callable[[], float]:
     )
     function, optimizer = step.make_step(job, config, OptimConfig(), 0)
     compiled = jax.jit(function, donate_argnums=0)
-    state = step.fresh(optimizer, OptimConfig(), step.split(job)[0])
+    state = training_state.fresh(optimizer, OptimConfig(), step.split(job)[0])
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
     ones = np.ones((BATCH, LENGTH), np.int32)
     batch = {

@@ -27,7 +27,7 @@ SIZES: dict[str, Fields] = {
 def from_config(keys: Keys) -> Fields:
     """Convert a RoBERTa config.json to fields of ModelConfig.
 
-    The first position has the id `pad_token_id + 1`, so the table has as many rows before position 0.
+    The first position has the id `pad_token_id + 1`, so the table has `pad_token_id + 1` rows before position 0.
     """
     offset = keys.all.get("pad_token_id", 1) + 1
     fields = bert.from_config(keys)

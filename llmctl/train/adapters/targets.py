@@ -91,7 +91,7 @@ def check_pattern(params: Params, targets: Sequence[str], pattern: Iterable[str]
     """Check that every name in the setting `pattern` ({name: value}) is the name of a matrix that gets an adapter.
 
     Raises:
-      RequestError: If no matrix has a name, or the matrix gets no adapter.
+      RequestError: If a name belongs to no matrix, or to a matrix without an adapter.
     """
     found = selected(params, targets)
     if missing := sorted({*pattern} - {m.name for m in found} - {m.module for m in found}):
