@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from llmctl.distributed.mesh import AXES
 from llmctl.model import flops as cost
-from llmctl.plan.analytic_memory import REPEATS_PRODUCTS, Setup, entries, scores, widths
+from llmctl.plan.analytic_memory import REPEATS_PRODUCTS, entries, scores, widths
+from llmctl.plan.analytic_setup import Setup
 from llmctl.plan.hlo.counts import Collective, Counts
 
 BLOCK = 512

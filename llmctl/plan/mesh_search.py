@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from llmctl.distributed.mesh import AXES
 from llmctl.plan import analytic_counts, analytic_memory, roofline
-from llmctl.plan.analytic_memory import Setup
+from llmctl.plan.analytic_setup import Setup
 from llmctl.plan.topologies import Topology
 
 REMATS = ("none", "minimal", "qkv", "full")

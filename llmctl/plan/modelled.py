@@ -11,8 +11,8 @@ from dataclasses import replace
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.model import attention_kernels
 from llmctl.model.program import Cost, Pass, Program
-from llmctl.plan import analytic_counts, analytic_memory, small_programs
-from llmctl.plan.analytic_memory import Setup
+from llmctl.plan import analytic_counts, analytic_memory, analytic_setup, small_programs
+from llmctl.plan.analytic_setup import Setup
 from llmctl.plan.hlo.counts import Counts
 from llmctl.plan.topologies import Topology
 
@@ -48,7 +48,7 @@ def setup_of(program: Program, work: Pass) -> Setup:
         optimizer=work.optim.name if work.optim else "",
         ema=bool(work.optim and work.optim.ema),
         trained=work.trained,
-        fused=analytic_memory.has_kernel(model, work.attention, mesh),
+        fused=analytic_setup.has_kernel(model, work.attention, mesh),
         eight=work.eight,
         beside=work.beside,
         cached=work.cached,

@@ -15,7 +15,7 @@ from llmctl.model.program import Pass
 from llmctl.pipeline.recipe import Recipe, Step
 from llmctl.plan import analytic_memory, mesh_search, modelled, planner, report
 from llmctl.plan import compile as compiling
-from llmctl.plan.analytic_memory import Setup
+from llmctl.plan.analytic_setup import Setup
 from llmctl.plan.mesh_search import Candidate
 from llmctl.plan.topologies import Topology
 

@@ -14,7 +14,7 @@ import jax
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.program import Cost, Pass, Program
 from llmctl.plan import analytic_counts, analytic_memory
-from llmctl.plan.analytic_memory import Setup
+from llmctl.plan.analytic_setup import Setup
 from llmctl.plan.hlo.counts import Collective, Counts
 
 Estimate = tuple[float, Counts]

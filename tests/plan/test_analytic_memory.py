@@ -13,7 +13,7 @@ from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional
 from llmctl.model.chunked_loss import CHUNK_BYTES
 from llmctl.model.config import ModelConfig
-from llmctl.plan import analytic_counts, analytic_memory, modelled, topologies
+from llmctl.plan import analytic_counts, analytic_memory, analytic_setup, modelled, topologies
 from llmctl.plan.hlo import counts
 from llmctl.train import step, training_state
 
@@ -32,7 +32,7 @@ REMATS = ("full", "qkv", "minimal", "none")
 
 def setup(model=MODEL, mesh=SPLIT, optim="adamw", **train):
     train = {"batch_size": 8, "seq_len": 64, "dtype": "bfloat16", "remat": "full", **train}
-    return analytic_memory.of_training(model, TrainConfig(**train), OptimConfig(name=optim), mesh)
+    return analytic_setup.of_training(model, TrainConfig(**train), OptimConfig(name=optim), mesh)
 
 
 def abstract(model, mesh):

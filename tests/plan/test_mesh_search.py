@@ -7,7 +7,7 @@ import pytest
 
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.model.config import ModelConfig
-from llmctl.plan import analytic_memory, mesh_search, topologies
+from llmctl.plan import analytic_setup, mesh_search, topologies
 
 MODEL = ModelConfig(preset="llama3.2-1b")
 V5E = topologies.find("v5e:4x4")
@@ -15,7 +15,7 @@ V5E = topologies.find("v5e:4x4")
 
 def setup(rows=32, seq_len=2048):
     train = TrainConfig(batch_size=rows, seq_len=seq_len, dtype="bfloat16", remat="full")
-    return analytic_memory.of_training(MODEL, train, OptimConfig(), {"fsdp": 16})
+    return analytic_setup.of_training(MODEL, train, OptimConfig(), {"fsdp": 16})
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_recomputation_is_tried_but_the_one_that_needs_the_host(found):
 def test_a_model_too_large_for_a_chip_leaves_nothing():
     large = ModelConfig(preset="llama3-70b")
     train = TrainConfig(batch_size=1, seq_len=2048, dtype="bfloat16", remat="full")
-    one = analytic_memory.of_training(large, train, OptimConfig(), {})
+    one = analytic_setup.of_training(large, train, OptimConfig(), {})
     assert not mesh_search.candidates(one, topologies.find("v5e:1x1"))
 
 

@@ -12,7 +12,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
 from llmctl.model import attention_kernels, functional
 from llmctl.model.config import ModelConfig
-from llmctl.plan import analytic_counts, analytic_memory, topologies
+from llmctl.plan import analytic_counts, analytic_setup, topologies
 from llmctl.plan.hlo import counts as hlo
 from llmctl.train import step, training_state
 
@@ -69,7 +69,7 @@ def found(request, uncached):
 
 def test_operations_are_those_of_the_model(found):
     train, counts = found
-    expected = analytic_counts.counts(analytic_memory.of_training(MODEL, train, OptimConfig(), SIZES))
+    expected = analytic_counts.counts(analytic_setup.of_training(MODEL, train, OptimConfig(), SIZES))
     assert counts.flops == pytest.approx(expected.flops, rel=0.01) and not counts.unknown_loops
     assert counts.kernel_flops == pytest.approx(expected.kernel_flops, rel=0.01)
 

@@ -7,31 +7,23 @@ shards.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 
 from llmctl.config import checksums, containment
 from llmctl.config.base import keyed
-from llmctl.config.errors import Interrupted, RequestError
-from llmctl.data import columns, splits
-from llmctl.data.columns import View
+from llmctl.config.errors import RequestError
+from llmctl.data import splits
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.dedup import Scan, scan
+from llmctl.data.pretraining.prepare_workers import Pool, Worker, processes
 from llmctl.data.pretraining.prepared import (
     DESCRIPTION,
     FORMAT,
@@ -43,7 +35,6 @@ from llmctl.data.pretraining.prepared import (
     check_words,
     read,
 )
-from llmctl.data.source import Chain
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import locks
@@ -104,7 +95,7 @@ def prepare(
     if any(part.source == "prepared" for part in data.parts()):
         raise RequestError("the data is prepared already")
     work = locks.scratch(out, "prepare")
-    with locks.claim(out), _processes(data, work, workers) as pool:
+    with locks.claim(out), processes(data, work, workers) as pool:
         return _prepare(data, tokenizer, out, work, pool, progress, say)
 
 
@@ -253,32 +244,6 @@ def _lengths(work: Path, planned: PlannedShard) -> Path:
     return work / f"{planned.name}.shard.npy"
 
 
-Pool = Callable[[Callable[["Worker", Any], Any], Iterable[Any]], Iterator[Any]]
-"""Function (f, items) that calls f(worker, item) for all items in parallel, and yields the results in order."""
-
-
-class Worker:
-    """Store the opened sources and the tokenizer of one worker process."""
-
-    def __init__(self, data: DataConfig, work: Path):
-        self.data, self.work = data, work
-
-    @functools.cached_property
-    def views(self) -> list[View]:
-        """Open the sources of the data config, once per process."""
-        return columns.views(self.data, labels=False)
-
-    @functools.cached_property
-    def source(self) -> Chain:
-        """Return the concatenation of all sources."""
-        return Chain(self.views)
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer, which the main process writes before the first shard."""
-        return tokenizers.load(self.work / "tokenizer")
-
-
 def _scan(worker: Worker, rows: splits.Range) -> Scan:
     part, first, last = rows
     return scan(worker.data, worker.views[part], first, last)
@@ -319,52 +284,3 @@ def _shard(worker: Worker, planned: PlannedShard) -> int:
 
 def _dtype(tokenizer: Tokenizer) -> Dtype:
     return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-
-
-@contextlib.contextmanager
-def _processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
-    """Yield a function that applies another function in `workers` parallel processes (see `Pool`).
-
-    The processes end with the context. With one worker, this process does the work.
-    """
-    if workers == 1:
-        worker = Worker(data, work)
-        yield lambda function, tasks: (function(worker, task) for task in tasks)
-        return
-    # Processes are spawned, because a fork of a process with threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (data, work)) as pool:
-        try:
-            yield lambda function, tasks: pool.map(functools.partial(_run, function), tasks)
-        except BaseException as error:
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("interrupted; the same command goes on with the shards that are missing") from None
-            raise
-
-
-_worker: Any = None
-"""Sources and tokenizer that this worker process has opened; None in the main process."""
-
-
-def _start(data: DataConfig, work: Path) -> None:
-    global _worker
-    # Ctrl-C reaches the whole process group, but only the parent handles it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    _worker = Worker(data, work)
-
-
-def _follow_parent() -> None:
-    """Exit this worker process when its parent process ends.
-
-    If the parent is killed, its workers would otherwise wait forever.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _run(function: Callable[[Worker, Any], Any], task: Any) -> Any:
-    return function(_worker, task)
