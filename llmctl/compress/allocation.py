@@ -155,12 +155,13 @@ def outlier_ratios(
     ratios = []
     for stack, i in layers:
         layer = weights.layer_of(params[stack]["blocks"], i)
-        ratios.append(float(_outliers(layer, dict(stats[stack, i]), threshold)))
+        ratios.append(float(outlier_ratio(layer, dict(stats[stack, i]), threshold)))
     return np.array(ratios)
 
 
 @jax.jit
-def _outliers(layer: dict[str, Any], stats: dict[str, Any], threshold: jax.Array | float) -> jax.Array:
+def outlier_ratio(layer: dict[str, Any], stats: dict[str, Any], threshold: jax.Array | float) -> jax.Array:
+    """Return the fraction of outliers in one layer, a scalar. `outlier_ratios` describes the arguments."""
     scores = [
         jnp.abs(weights.dense(m.weight)) * jnp.sqrt(stats[m.module].squares)[:, None]
         for m in weights.layer_matrices(layer)

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from llmctl.compress.gradients import Gradients, of_layer
 from llmctl.compress.layer_files import Saved
-from llmctl.compress.layer_passes import empty, empty_of_head, head_passes, passes
+from llmctl.compress.layer_passes import empty, empty_of_head, head_passes, passes, placed
 from llmctl.compress.layer_stack import LayerStack, shard_like
 from llmctl.compress.statistics import Collect, Stats
 from llmctl.config.errors import RequestError
@@ -193,14 +193,12 @@ class _Walk:
         """
         observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])
-        fresh: Stats | None = None
         for i in range(functional.depth(self.cfg, stack)):
             layer, index = layers[i], jnp.int32(i)
             done = self._saved(stack, i, layer)
             if done is None:
-                if fresh is None:
-                    fresh = empty(self.cfg, stack, layer, carries[0], self.collect, self.dtype)
-                stats, influence = fresh, jnp.zeros(2)
+                stats = placed(empty(self.cfg, stack, layer, carries[0], self.collect, self.dtype))
+                influence = jnp.zeros(2)
                 for n, batch in enumerate(self.batches):
                     out, stats, more = observe(layer, index, carries[n], batch, stats)
                     influence += more
@@ -209,6 +207,7 @@ class _Walk:
                 visit = Visit(stack, i, layer, stats, of_layer(self.gradients, stack, i))
                 new, share = self._changed(visit), float(influence[0] / influence[1])
                 report = LayerReport(stack, i, share, 0.0, stats if self.keep else {}, visit.notes)
+                del stats, visit  # Gram matrices are larger than the layer; they are freed before the next ones
             else:
                 new, report = done
             if self.change is not None:
@@ -232,12 +231,13 @@ class _Walk:
         layer = {name: params[name] for name in ("lm_head", "head") if name in params}
         done = self._saved(HEAD, 0, layer)
         if done is None:
-            stats = empty_of_head(self.cfg, params, x_BTDs[0], self.batches[0], self.collect, self.dtype)
+            stats = placed(empty_of_head(self.cfg, params, x_BTDs[0], self.batches[0], self.collect, self.dtype))
             for x_BTD, batch in zip(x_BTDs, self.batches, strict=True):
                 stats = observe(params, x_BTD, batch, stats)
             visit = Visit(HEAD, 0, layer, stats)
             new = self._changed(visit)
             report = LayerReport(HEAD, 0, 0.0, 0.0, stats if self.keep else {}, visit.notes)
+            del stats, visit
         else:
             new, report = done
         if self.change is not None:

@@ -36,11 +36,17 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
       labels: whether batches contain labels or targets, as in training. Otherwise they contain only the model's inputs.
 
     Raises:
-      RequestError: If the sequence length is unknown or too long, the split has no texts, or `labels` is true and the
-        data has no labels.
+      RequestError: If the sequence length is unknown or too long, the split has no texts or fewer than the user set, or
+        `labels` is true and the data has no labels.
     """
     talks = of(base.manifest).reads_conversations and (labels or mapping.holds_conversations(config.data))
     chosen = splits.examples(config.data, config.split, labels, talks).sample(config.examples)
+    if "examples" in config.model_fields_set and len(chosen) < config.examples:  # the default is a maximum
+        raise RequestError(
+            f"examples: {config.examples:,} calibration examples are more than the {len(chosen):,} of split "
+            f"{config.split!r}; set at most that many, or leave examples out to use up to "
+            f"{type(config).model_fields['examples'].default}"
+        )
     if labels and base.manifest.labels and list(chosen.classes) != base.manifest.labels:
         raise RequestError(f"data: classes {list(chosen.classes)} are not those of {base.path}, {base.manifest.labels}")
     rows = _rows(config, base, chosen, tokenizers.load(base.tokenizer_dir), labels)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.compress.statistics import Collect, Stats
+from llmctl.distributed import mesh as meshes
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
@@ -34,18 +35,18 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
         memory = beside or path in ("cross/k", "cross/v")
         return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
 
-    @jax.jit
+    @partial(jax.jit, donate_argnames=("stats",))
     def observe(
         layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
     ) -> tuple[Any, Stats, Any]:
-        """Run one batch through the unchanged layer.
+        """Run one batch through the unchanged layer. The statistics are donated, so memory holds them once.
 
         Returns:
           (output, updated statistics, the two sums of `_influence` from which the block influence is computed).
         """
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
-        return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
+        return out, _replicated(stats), _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
     def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
@@ -75,16 +76,16 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
     `observe` collects the statistics of the unchanged head. `compare` measures the error of the changed head.
     """
 
-    @jax.jit
+    @partial(jax.jit, donate_argnames=("stats",))
     def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
-        """Add the final hidden states of one batch to the statistics, and return the statistics."""
+        """Add the final hidden states of one batch to the statistics, which are donated, and return the statistics."""
         taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
 
         def real(rows: int) -> jax.Array:  # pooled inputs have one row per sequence
             return real_BT.reshape(-1) if rows == real_BT.size else real_BT.any(axis=1)
 
-        return {path: stat.fold(taps[path], real(len(taps[path]))) for path, stat in stats.items()}
+        return _replicated({path: stat.fold(taps[path], real(len(taps[path]))) for path, stat in stats.items()})
 
     @jax.jit
     def compare(old: Layer, new: Layer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
@@ -122,6 +123,17 @@ def empty_of_head(
 def _selected(taps: dict[str, Any], collect: Collect) -> Stats:
     found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
     return {path: stat for path, stat in found.items() if stat is not None}
+
+
+def placed(stats: Stats) -> Stats:
+    """Return initial statistics on all devices of the current mesh. Without a mesh, return them unchanged."""
+    current = meshes.current()
+    return stats if current is None else jax.device_put(stats, meshes.replicated(current))
+
+
+def _replicated(stats: Stats) -> Stats:
+    """Replicate statistics within a compiled function, like its arguments: only then can it reuse their memory."""
+    return jax.tree.map(lambda a: meshes.constrain(a, *[None] * a.ndim), stats)
 
 
 def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:

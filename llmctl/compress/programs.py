@@ -113,12 +113,12 @@ class Walk:
                 with meshes.use(mesh):
                     return fn.trace(*takes)
 
-            layers, apart = ([layer], ()) if fn is look else ([layer, new], stats)
+            layers, held_stats = ([layer], stats) if fn is look else ([layer, new], {})
             return Program(
                 title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size,
                 seq_len=seq_len, dtype=str(dtype), steps=depth * self.batches, parameters=[params, held, made, layers],
-                batch=[(carry, batch)] * self.batches, cache=stats, beside=[params, held, made, waiting, apart],
-                work=Pass(layers=len(layers), attention="xla", statistics=stats if fn is look else {}),
+                batch=[(carry, batch)] * self.batches, cache=held_stats, beside=[params, held, made, waiting],
+                work=Pass(layers=len(layers), attention="xla", statistics=held_stats),
             )  # fmt: skip
 
         title = "statistics of a layer" if changes else "influence of a layer"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmctl.compress import allocation, error_feedback, prune, repair, sparsegpt
+from llmctl.compress.output_error import output_error
 from llmctl.compress.programs import Walk, layer_of, sharding_of
 from llmctl.compress.sparse_method import SparseMethod
 from llmctl.compress.statistics import moments
@@ -70,6 +71,12 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
             parameters=[held, full], work=_sparsegpt_cost(w),
         )  # fmt: skip
     found.append(common)
+    entries, square = math.prod(w.shape), w.shape[0] ** 2
+    found.append(replace(
+        common, title=f"output error of {name}", trace=lambda: output_error.trace(gram_II, full, full),
+        steps=model.layers * (1 + method.repair), parameters=[held, full, full],
+        work=Cost(12.0 * entries, 8.0 * (square + 4 * entries), {"float32": 4.0 * w.shape[0] * entries}),
+    ))  # fmt: skip
     if method.repair:
         found.append(replace(
             common, title=f"repair of {name}", trace=lambda: repair.repair.trace(full, full, gram_II),
@@ -81,32 +88,57 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
 def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Walk) -> list[Program]:
     """Return the programs that choose how sparse each layer becomes.
 
-    They measure the inputs of the unpruned layers. If the choice is by sensitivity, one more program runs the model
-    with one pruned layer.
+    They measure the inputs of the unpruned layers. If the choice is by outliers, one more program counts those of a
+    layer. If it is by sensitivity, two more programs run the model without changes and with one pruned layer.
     """
     found = walk.programs(model, params, moments, changes=False)
-    if method.allocation.name != "sensitivity":
-        return found
     batch, mesh, stack = dict(walk.batch), walk.mesh, functional.stacks(model)[-1]
     size, seq_len = batch["tokens"].shape
     layer, index = layer_of(params, stack), jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
-
-    def trace() -> Any:
-        with meshes.use(mesh):
-            states_of, error_of = allocation.scan_programs(model, jnp.dtype(walk.dtype))
-            states = jax.eval_shape(states_of, params, batch)
-            states = states.update(sharding=meshes.batch_sharding(mesh, states.ndim))
-            return error_of[stack].trace(params, layer, index, batch, states)
-
     held = [] if params is walk.parent else [walk.parent]
     depth = sum(functional.depth(model, stack) for stack in functional.stacks(model))
+    stats = found[0].cache
+    if method.allocation.name == "owl":
+        entries = sum(math.prod(_shard(m.weight)) for m in weights.layer_matrices(layer))
+        matrices = {m.path: m.weight for m in weights.layer_matrices(layer)}
+        found.append(Program(
+            "outliers of a layer", model, mesh,
+            lambda: allocation.outlier_ratio.trace(weights.unflatten(matrices), stats, 1.0), steps=depth,
+            parameters=[params, held, matrices], batch=[batch] * walk.batches, cache=[stats] * depth,
+            beside=[params, held, [batch] * walk.batches, [stats] * (depth - 1)], work=Cost(0.0, 8.0 * entries),
+        ))  # fmt: skip
+        return found
+    run: dict[str, Any] = {
+        "flops": cost.row(model, seq_len) * size, "tokens": size * seq_len, "rows": size, "seq_len": seq_len,
+        "dtype": walk.dtype, "batch": [batch] * walk.batches, "cache": [stats] * depth,
+        "beside": [held, [batch] * (walk.batches - 1), [stats] * depth], "work": Pass(attention="xla", predicted=0.0),
+    }  # fmt: skip
+
+    def programs() -> tuple[Any, Any, Any]:
+        states_of, error_of = allocation.scan_programs(model, jnp.dtype(walk.dtype))
+        states = jax.eval_shape(states_of, params, batch)
+        return states_of, error_of, states.update(sharding=meshes.batch_sharding(mesh, states.ndim))
+
+    def unchanged() -> Any:
+        with meshes.use(mesh):
+            return programs()[0].trace(params, batch)
+
+    def changed() -> Any:
+        with meshes.use(mesh):
+            _, error_of, states = programs()
+            return error_of[stack].trace(params, layer, index, batch, states)
+
+    found.append(Program("final hidden states", model, mesh, unchanged, steps=1, parameters=[params, held], **run))
     found.append(Program(
-        "scan of a pruned layer", model, mesh, trace, flops=cost.row(model, seq_len) * size, tokens=size * seq_len,
-        rows=size, seq_len=seq_len, dtype=walk.dtype, steps=3 * depth, parameters=[params, held, layer],
-        batch=[batch] * walk.batches, beside=[held, [batch] * (walk.batches - 1)],
-        work=Pass(attention="xla", predicted=0.0),
+        "scan of a pruned layer", model, mesh, changed, steps=3 * depth, parameters=[params, held, layer], **run
     ))  # fmt: skip
     return found
+
+
+def _shard(w: Tree) -> tuple[int, ...]:
+    """Return the shape that one device has of a weight's first array."""
+    leaf = jax.tree.leaves(w)[0]
+    return leaf.sharding.shard_shape(leaf.shape)
 
 
 def _sparsegpt_cost(w: Tree) -> Cost:
@@ -152,7 +184,7 @@ def _mask_cost(w: Tree, method: SparseMethod) -> Cost:
     """
     leaf, pattern = jax.tree.leaves(w)[0], method.pattern
     everywhere = method.per == "matrix" and not pattern.of
-    own, weights_each = math.prod(leaf.sharding.shard_shape(leaf.shape)), pattern.block_inputs * pattern.block_outputs
+    own, weights_each = math.prod(_shard(w)), pattern.block_inputs * pattern.block_outputs
     whole = leaf.size / weights_each
     entries, payload = (whole, 4.0 * whole) if everywhere else (own / weights_each, 0.0)
     sent = payload * (1 - own / leaf.size)

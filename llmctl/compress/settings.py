@@ -34,7 +34,8 @@ class CalibrationConfig(Config):
     split: Split = "train"
     """Split of the data that is used for calibration."""
     examples: int = Field(default=256, ge=1)
-    """Maximum number of calibration examples, chosen by their hash."""
+    """Number of calibration examples, chosen by their hash. Data with fewer is refused; by default, 256 are a
+    maximum."""
     seq_len: int = Field(default=0, ge=0)
     """Number of tokens per sequence; 0 uses the training length."""
     truncate: Literal["", Truncate] = ""

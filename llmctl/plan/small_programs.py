@@ -58,7 +58,7 @@ def layers(program: Program, work: Pass) -> Estimate:
     types = {**found.flops_by_type}
     types["float32"] = types.get("float32", 0.0) + products
     counts = replace(found, flops=found.flops + products, bytes=found.bytes + taps, flops_by_type=types)
-    temporaries = analytic_memory.layer(setup, work.layers) + taps + unit * model.d_model + bytes_of(statistics)
+    temporaries = analytic_memory.layer(setup, work.layers) + taps + unit * model.d_model
     return temporaries, counts
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.compress import prune
@@ -203,7 +204,7 @@ def check(asked: SparsifyConfig, params: Params, base: Artifact | None) -> None:
 
 def _counted(params: Params) -> float:
     """Return the fraction of zeros in the matrices of the layers; 0 for abstract arrays."""
-    concrete = all(isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(params))
+    concrete = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in jax.tree.leaves(params))
     return prune.sparsity(params) if concrete else 0.0
 
 

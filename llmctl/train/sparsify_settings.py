@@ -57,7 +57,7 @@ class SparsifyConfig(Config):
         if self.sparsity and abs(self.sparsity - own) > 1e-9:
             raise ValueError(f"sparsity {self.sparsity} contradicts pattern {self.pattern}, which has {own:g}")
         if not self.active:
-            if stray := sorted(given - {"sparsity", "pattern"}):
+            if stray := sorted(given - {"sparsity"} - ({"pattern"} if self.pattern == "unstructured" else set())):
                 raise ValueError(f"{', '.join(stray)}: prune nothing without a sparsity; set sparsity, such as 0.8")
             return self
         unread: set[str] = set()
@@ -75,7 +75,7 @@ class SparsifyConfig(Config):
     @property
     def active(self) -> bool:
         """Return whether the training prunes."""
-        return bool(self.sparsity) or self.pattern != "unstructured"
+        return bool(self.sparsity) or ":" in self.pattern
 
     @property
     def pruned(self) -> bool | None:

@@ -16,7 +16,7 @@ from llmctl.compress.prune import prune_layer
 from llmctl.compress.quantize import quantize
 from llmctl.compress.schemes import SCHEMES
 from llmctl.compress.sparse_method import SparseMethod
-from llmctl.compress.statistics import Gram, Moments, moments, nothing
+from llmctl.compress.statistics import Gram, Moments, grams, moments, nothing
 from llmctl.config.errors import RequestError
 from llmctl.model import functional, task_head
 from llmctl.model.config import ModelConfig
@@ -108,6 +108,28 @@ def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
         same = jax.tree.map(lambda a, b: np.all((np.asarray(a) == b).reshape(len(a), -1), axis=1), w, kept[path])
         expected = np.arange(24) != 3 if path.endswith("kernel") else True
         np.testing.assert_array_equal(jax.tree.leaves(same)[0], expected)
+
+
+def test_memory_holds_the_gram_matrices_of_one_layer(tiny, params, batches):
+    """Between batches, in the method and after a changed layer no other set is alive."""
+    found, whole = {}, sum(4 * inputs**2 for inputs in (16, 16, 16, 16, 16, 16, 24))
+
+    def look(where):
+        sets = sum(a.nbytes for a in jax.live_arrays() if a.ndim == 3 and a.shape[0] == 1 and a.shape[1] == a.shape[2])
+        found[where] = max(found.get(where, 0.0), sets / whole)
+
+    class Watched(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                look("batch")
+                yield batch
+
+    def change(visit):
+        look("method")
+        return visit.layer
+
+    walk(tiny, params, Watched(batches), grams, change, progress=lambda report: look("report"))
+    assert found == {"batch": 1.0, "method": 1.0, "report": 0.0}
 
 
 def test_a_type_that_changed_in_some_layers_alone_is_refused():

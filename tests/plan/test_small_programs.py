@@ -40,7 +40,7 @@ GPTQ = 'method = "gptq"\nformat = "int4"\nexamples = 16\nbatch_size = 8'
 METHODS = {
     "gptq": GPTQ,
     "awq": GPTQ.replace("gptq", "awq") + "\ngroup = 64",
-    "wanda": "",
+    "wanda": 'allocation = "owl"',
     "sparsegpt": 'repair = true\nallocation = "sensitivity"',
     "magnitude": 'pattern = "4x1"\nallocation = "global"',
     "structured": 'layers = 0.5\nheads = 0.5\nffn = 0.5\nimportance = "activation"\nrepair = true',

@@ -195,6 +195,7 @@ OF = {"pretrain": pretrain.Config, "finetune": finetune.Config, "distill": disti
         ("pretrain", {"sparsify": {"schedule": "once"}}, "schedule: prune nothing without a sparsity"),
         ("pretrain", {"sparsify": {"sparsity": 0.8, "pattern": "2:4"}}, "sparsity 0.8 contradicts pattern 2:4"),
         ("pretrain", {"sparsify": {"pattern": "4:2"}}, "pattern '4:2' is not known"),
+        ("pretrain", {"sparsify": {"pattern": "4x1"}}, "pattern: prune nothing without a sparsity"),
         ("distill", {"sparsify": {"sparsity": 0.8, "end": 501}}, "end not after the last step"),
         ("distill", {"sparsify": {"sparsity": 0.8, "start": 400}}, "start must be before end"),
         ("pretrain", {"sparsify": {"sparsity": 0.8, "schedule": "once", "every": 3}}, "every: not for schedule 'once'"),
