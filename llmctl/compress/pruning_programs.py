@@ -75,7 +75,7 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
     found.append(replace(
         common, title=f"output error of {name}", trace=lambda: output_error.trace(gram_II, full, full),
         steps=model.layers * (1 + method.repair), parameters=[held, full, full],
-        work=Cost(12.0 * entries, 8.0 * (square + 4 * entries), {"float32": 4.0 * w.shape[0] * entries}),
+        work=Cost(4.0 * entries, 4.0 * (2 * square + 3 * entries), {"float32": 4.0 * w.shape[0] * entries}),
     ))  # fmt: skip
     if method.repair:
         found.append(replace(
@@ -105,7 +105,8 @@ def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Wa
             "outliers of a layer", model, mesh,
             lambda: allocation.outlier_ratio.trace(weights.unflatten(matrices), stats, 1.0), steps=depth,
             parameters=[params, held, matrices], batch=[batch] * walk.batches, cache=[stats] * depth,
-            beside=[params, held, [batch] * walk.batches, [stats] * (depth - 1)], work=Cost(0.0, 8.0 * entries),
+            beside=[params, held, [batch] * walk.batches, [stats] * (depth - 1)],
+            work=Cost(4.0 * entries, 16.0 * entries),
         ))  # fmt: skip
         return found
     run: dict[str, Any] = {

@@ -286,7 +286,10 @@ def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews)
         ),
         ({"heads": 3}, "multiple of 2"),
         ({"ffn": 0.5}, "path"),
-        ({"ffn": 0.5, "examples": 1000, "data": reviews}, r"examples: 1,000 calibration examples are more than the \d+ of"),
+        (
+            {"ffn": 0.5, "examples": 1000, "data": reviews},
+            "examples: 1,000 calibration examples are more",
+        ),
         ({"ffn": 0.5, "seq_len": 128, "data": reviews}, "128 is longer than its longest sequence .64."),
         ({"ffn": 23, "mesh": MeshConfig(tensor=2), "data": reviews}, "mlp of size 23 is not divisible"),
     ]
