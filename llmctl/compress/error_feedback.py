@@ -100,7 +100,7 @@ def factor(gram_II: jax.Array, damping: jax.Array | float = DAMPING) -> Factor:
 
 
 def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], state: T) -> tuple[jax.Array, T]:
-    """Return the matrix with all blocks changed in order, and the last state.
+    """Change all blocks of inputs in order, and return the changed matrix and the state after the last block.
 
     Args:
       w_IO: the matrix, float32.
@@ -108,7 +108,7 @@ def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], st
       size: number of inputs per block.
       change: function that changes one block. The weights that it gets include the compensation for earlier blocks. If
           `size` does not divide the inputs, the last block has zeros at the end.
-      state: first state.
+      state: state before the first block, which `change` gets and returns.
     """
     inputs = len(w_IO)
     blocks = -(-inputs // size)
@@ -135,9 +135,11 @@ def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], st
 def compensate(
     block: Block, i: jax.Array, lost_O: jax.Array, w_SO: jax.Array, error_SO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the weights of a block after input `i` lost the values `lost_O`, and the errors with this input's added.
+    """Compensate for the values `lost_O` that the weights of input `i` lost when they were rounded or pruned.
 
-    Weights of the block's later inputs compensate for the loss.
+    Returns:
+      The weights [S, O] of the block, of which those of later inputs have changed, and the errors [S, O] of its inputs,
+      with the error of input `i` added.
     """
     error_O = lost_O / block.diagonal_S[i]
     return w_SO - block.upper_SS[i][:, None] * error_O, error_SO.at[i].set(error_O)

@@ -58,7 +58,8 @@ def quantize(
       act_order: whether to round inputs with larger sums of squares first, because later inputs compensate less.
       static_groups: whether scales are those of the unchanged matrix. Otherwise a group's scale is determined when its
           first input is rounded, from weights that include the compensation. That requires `act_order` to be false.
-      clip: whether to search for scales below the largest weight's (see `grids.scales`), if they are static.
+      clip: whether to search for smaller scales that clip the largest weights (see `grids.scales`), if scales are
+          static.
       block: number of inputs per block; rounded to a multiple of `group`.
     """
     dtype, w_IO = w_IO.dtype, w_IO.astype(jnp.float32)

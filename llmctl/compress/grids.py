@@ -46,12 +46,12 @@ class Grid(abc.ABC):
 
     @abc.abstractmethod
     def node(self, level_IO: jax.Array, scale_GO: jax.Array) -> Node:
-        """Return the weight node for levels and scales."""
+        """Return the weight node that stores these levels and scales."""
 
     def scale(self, magnitude: jax.Array, dtype: Any) -> jax.Array:
-        """Return the scales of groups with these largest magnitudes, as float32 numbers that `dtype` represents.
+        """Return the scale of each group, given the group's largest magnitude.
 
-        `dtype` is that of the matrix.
+        The scales are float32 numbers that `dtype`, the dtype of the matrix, can represent.
         """
         scale = (magnitude / self.bound).astype(dtype).astype(jnp.float32)
         return jnp.where(scale < SMALLEST, 1.0, scale)
@@ -86,7 +86,7 @@ class Integers(Grid):
         return jnp.clip(jnp.round(unit), -top, top)
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array) -> Quantized:
-        """Return integers with scales."""
+        """Return the weight node that stores these integers and scales."""
         dtype = jnp.dtype(f"int{self.bits}")
         return Quantized(qwix.QArray(level_IO.astype(dtype), scale_GO, qtype=dtype))
 
@@ -114,7 +114,7 @@ class NormalFloats(Grid):
         return nf4.levels(nf4.codes(unit))
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array) -> NormalFloat:
-        """Return codes with scales."""
+        """Return the weight node that stores the codes of these levels, and the scales."""
         return NormalFloat(nf4.codes(level_IO), scale_GO.astype(jnp.float32))
 
 

@@ -112,7 +112,7 @@ def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array
     """Return the number of zeros in each block of inputs. The sum is `count`, or the existing zeros if they are more.
 
     Existing zeros stay. Further zeros are distributed over the blocks in proportion to each block's number of nonzero
-    weights. In a block pattern, an entry is a block of weights.
+    weights. In a block pattern, blocks of weights are counted in place of weights.
     """
     zeros = zero_IO.reshape(blocks, -1).sum(axis=1)
     others = real_I.reshape(blocks, -1).sum(axis=1) * zero_IO.shape[1] - zeros

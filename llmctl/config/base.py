@@ -247,8 +247,9 @@ def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
     """Complete nested settings that are only partly set, with the defaults that `cls` declares for them.
 
     If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
-    number of steps is 300. A field in `Config.deciding`, such as a preset, determines the other defaults itself. If the
-    class of the nested settings has such fields, only these are completed, and only if the user sets none of them.
+    number of steps is 300. Fields in `Config.deciding`, such as a preset, determine the defaults of the other fields.
+    If the class of the nested settings has deciding fields, only the deciding fields are completed, and only if the
+    user sets none of them.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():

@@ -138,7 +138,7 @@ def _dense(where: str, stem: str, parts: Mapping[str, Tensor | None]) -> Tensor:
 
 
 def _summary(t: Tensor) -> tuple[int, int, bool]:
-    """Return the number of nonzero weights of a layer, the number of all, and whether 2:4 sparsity can hold it."""
+    """Return a layer's number of nonzero weights, its number of weights, and whether the 2:4 format can store it."""
     mask_OI = _nonzero(t.read())
     fits = mask_OI.shape[1] % 4 == 0 and bool((mask_OI.reshape(len(mask_OI), -1, 4).sum(axis=-1) <= 2).all())
     return int(mask_OI.sum()), mask_OI.size, fits

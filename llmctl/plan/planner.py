@@ -48,7 +48,7 @@ def plans(
       topology: the hardware.
       chosen: names of the stages to plan; empty plans all.
       tokens: number of tokens for chip-hours; 0 uses each stage's own number.
-      generate: also plan `generate` with the last language model, as ROWSxPROMPTxNEW.
+      generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate` to plan too, with the last stage's language model.
       say: function that prints progress lines.
 
     Raises:
@@ -112,7 +112,8 @@ def programs_of(
 def _generation(
     made: dict[str, Artifact], request: Request, devices: list[Any], platform: str
 ) -> list[tuple[str, Program]]:
-    """Return the programs of `generate` with the last language model."""
+    """Return the programs of `llmctl generate` with the language model that the last stage with such a result would
+    write."""
     writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary}
     if not writers:
         raise RequestError("--generate: none of these stages leaves a language model")
