@@ -41,7 +41,7 @@ def _add(total: Any, name: str, w: Any) -> None:
     for part, a in sorted(weights.parts(w).items()):
         total.update(f"{name}:{part}:{np.dtype(a.dtype)}:{tuple(a.shape)}\n".encode())
         for piece in host_arrays.pieces(a):
-            total.update(np.ascontiguousarray(piece).tobytes())
+            total.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))  # bytes would be a copy
 
 
 def type_bits(dtype: str) -> int:

