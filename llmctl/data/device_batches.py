@@ -12,7 +12,6 @@ devices.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -22,7 +21,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from llmctl.config.settings import TrainConfig
 from llmctl.data.pretraining.packing import Batch
 from llmctl.distributed import context_parallel, host_arrays, processes
 from llmctl.distributed import mesh as meshes
@@ -39,29 +37,6 @@ class Rows(Protocol):
     def batch(self, rows_B: np.ndarray) -> Batch:
         """Return the rows with the numbers `rows_B` as arrays [B, ...], by name."""
         ...
-
-
-def training_rows(train: TrainConfig) -> int:
-    """Return the number of rows that a training run reads, or 0 if `train.epochs` determines it."""
-    return 0 if train.epochs else train.steps * train.batch_size
-
-
-def with_steps(train: TrainConfig, rows: int) -> TrainConfig:
-    """Return the settings with the number of steps that corresponds to `train.epochs`, at least one. An epoch has
-    `rows` rows.
-
-    >>> with_steps(TrainConfig(epochs=3, batch_size=32), rows=1000).steps
-    94
-    """
-    if not train.epochs:
-        return train
-    steps = max(1, math.ceil(train.epochs * rows / train.batch_size - 1e-9))
-    return train.model_copy(update={"steps": steps, "epochs": 0.0})
-
-
-def validation_rows(train: TrainConfig) -> int:
-    """Return the maximum number of rows of one validation."""
-    return train.eval_batches * train.batch_size
 
 
 def row_shapes(rows: Any) -> dict[str, tuple[int, ...]]:

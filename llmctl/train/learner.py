@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from llmctl.config.errors import RequestError
 from llmctl.data import padding
-from llmctl.data.device_batches import row_shapes, with_steps
+from llmctl.data.device_batches import row_shapes
 from llmctl.data.pretraining.lm_corpus import check_epochs
+from llmctl.data.row_counts import with_steps
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task

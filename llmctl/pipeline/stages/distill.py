@@ -74,8 +74,8 @@ class Config(StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Train the student and write its artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
-    from llmctl.data.device_batches import training_rows
     from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.row_counts import training_rows
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.pipeline import console

@@ -212,8 +212,8 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
     import jax
 
     from llmctl.artifacts import artifact
-    from llmctl.data.device_batches import training_rows
     from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.row_counts import training_rows
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.model import weights

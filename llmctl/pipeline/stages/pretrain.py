@@ -73,9 +73,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Train a language model and write its artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.convert import architectures
-    from llmctl.data.device_batches import training_rows, validation_rows
     from llmctl.data.pretraining import baselines, next_sentence
     from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.row_counts import training_rows, validation_rows
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh, processes
     from llmctl.pipeline import console
