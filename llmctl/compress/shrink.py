@@ -30,21 +30,24 @@ def target(
     heads: float = 0.0,
     ffn: float = 0.0,
     layers: float = 0.0,
+    hidden: float = 0.0,
     by: Literal["groups", "queries"] = "groups",
     multiple: int = 1,
 ) -> ModelConfig:
-    """Return the config of the model after heads, neurons and layers are removed.
+    """Return the config of the model after heads, neurons, layers and hidden channels are removed.
 
-    In `heads`, `ffn` and `layers`, a number below 1 is the fraction to remove. A number from 1 on is the count to keep.
-    0 keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer, and is at least 1.
+    In `heads`, `ffn`, `layers` and `hidden`, a number below 1 is the fraction to remove. A number from 1 on is the
+    count to keep. 0 keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer, and is
+    at least 1.
 
     Args:
       cfg: the config before pruning.
       heads: query heads per layer.
       ffn: neurons per feed-forward layer.
       layers: layers of the encoder and of the decoder.
+      hidden: channels of the residual stream.
       by: remove "groups" (a key/value head with all its query heads) or "queries" (the same number in each group).
-      multiple: the number of kept neurons is a multiple of this number.
+      multiple: the numbers of kept neurons and of kept hidden channels are multiples of this number.
 
     Raises:
       RequestError: If a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing
@@ -56,16 +59,22 @@ def target(
         unit, units = (ratio, cfg.kv_heads) if by == "groups" else (cfg.kv_heads, ratio)
         kept = _keep("heads", heads, units, unit)
         update = {"heads": kept * unit, "kv_heads": kept if by == "groups" else cfg.kv_heads}
-    if ffn:
-        if ffn < 1 and cfg.d_ff < multiple:
-            raise RequestError(f"ffn: the artifact has {cfg.d_ff} neurons a layer, fewer than a multiple of {multiple}")
-        kept = _keep("ffn", ffn, cfg.d_ff / multiple, multiple)
-        update["d_ff"] = min(kept * multiple, cfg.d_ff // multiple * multiple)
+    for name, field, request, what in (
+        ("ffn", "d_ff", ffn, "neurons a layer"), ("hidden", "d_model", hidden, "hidden channels"),
+    ):  # fmt: skip
+        size = getattr(cfg, field)
+        if not request:
+            continue
+        if request < 1 and size < multiple:
+            raise RequestError(f"{name}: the artifact has {size} {what}, fewer than a multiple of {multiple}")
+        kept = _keep(name, request, size / multiple, multiple)
+        update[field] = min(kept * multiple, size // multiple * multiple)
     if layers:
         update["layers"] = _keep("layers", layers, cfg.layers, 1)
         if cfg.encoder_layers:
             update["encoder_layers"] = _keep("layers", layers, cfg.encoder_layers, 1)
     asked = {"heads": (heads, ("heads",)), "ffn": (ffn, ("d_ff",)), "layers": (layers, ("layers", "encoder_layers"))}
+    asked["hidden"] = (hidden, ("d_model",))
     vain = [
         f"{name} = {request:g}"
         for name, (request, fields) in asked.items()
@@ -75,7 +84,8 @@ def target(
         what = f" by {' and '.join(vain)}" if vain else ""
         raise RequestError(
             f"nothing would be removed{what} from {cfg.layers} layers with {cfg.heads} heads ({cfg.kv_heads} kv_heads) "
-            f"and {cfg.d_ff} neurons; set heads, ffn or layers (a fraction removed below 1, a number kept from 1 on)"
+            f"and {cfg.d_ff} neurons; set heads, ffn, layers or hidden (a fraction removed below 1, a number kept from "
+            "1 on)"
         )
     return ModelConfig.model_validate({**cfg.model_dump(), "preset": "", **update})
 

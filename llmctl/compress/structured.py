@@ -30,6 +30,9 @@ from llmctl.model.config import ModelConfig
 
 Progress = Callable[[LayerReport], None] | None
 
+UnitScores = dict[str, list[dict[str, np.ndarray]]]
+"""Importance of heads and neurons: "encoder" or "decoder" -> layer -> path of the matrix that reads them -> scores."""
+
 
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the query heads and of the key/value heads to keep, ascending.
@@ -95,12 +98,18 @@ def prune_layers(
       The config, the parameters, and the indices of the kept layers of the encoder and of the decoder.
     """
     _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
-    kept: dict[str, list[int]] = {}
-    for stack in functional.stacks(cfg):
-        influence = [r.influence for r in reports if r.stack == stack]
-        kinds = cfg.local_layers(len(influence))
-        kept[stack] = choose_layers(influence, functional.depth(target, stack), kinds)
+    influence = {stack: [r.influence for r in reports if r.stack == stack] for stack in functional.stacks(cfg)}
+    kept = kept_layers(cfg, target, influence)
     return (*drop_layers(cfg, params, kept), kept)
+
+
+def kept_layers(cfg: ModelConfig, target: ModelConfig, influence: dict[str, list[float]]) -> dict[str, list[int]]:
+    """Return the indices of the layers that `target` keeps, given the block influence of all, for each stack."""
+    kept = {}
+    for stack, values in influence.items():
+        kinds = cfg.local_layers(len(values))
+        kept[stack] = choose_layers(values, functional.depth(target, stack), kinds)
+    return kept
 
 
 def fewer_layers(cfg: ModelConfig, target: ModelConfig) -> bool:
@@ -153,13 +162,14 @@ def prune_widths(
     saved: Saved | None = None,
     method: StructuredMethod = StructuredMethod(),
     found: Gates | None = None,
+    known: UnitScores | None = None,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
     """Reduce every layer to the heads, key/value heads and neurons of `target`. The layers' arrays are donated.
 
     Each layer selects its own heads and neurons. With relative positions, however, the layers of an encoder or decoder
     share one bias per head. All layers then keep the same self-attention heads, selected by scores that are normalized
     per layer and summed. Finished layers and their selections are written to `saved`. `found` has the derivatives that
-    the importance "taylor" reads.
+    the importance "taylor" reads. If scores are `known`, they select the heads and neurons, and none are measured.
 
     Returns:
       The config, the parameters, and a report per layer. The notes of a report have the indices of the kept heads and
@@ -169,18 +179,21 @@ def prune_widths(
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
 
     def score(stack: str, index: int, layer: dict[str, Any], stats: Stats, path: str) -> np.ndarray:
+        if known is not None:
+            return known[stack][index][path]
         own = (found or {}).get(f"{stack}/blocks/{path}/kernel")
         units = readers(cfg, target, stack)[path]
         own_N = None if own is None else own[index]
         return importance.of_units(method, units, layer, stats.get(path), own_N, (stack, index))
 
     common: dict[str, np.ndarray] = {}
-    if heads_change and cfg.positions == "relative":
+    if heads_change and cfg.positions == "relative" and known is None:
         _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
-        common = {stack: np.zeros(cfg.heads, np.float32) for stack in functional.stacks(cfg)}
-        for r in reports:  # scores sum to 1 in each layer, and are summed over the layers
-            scores = score(r.stack, r.layer, functional.layer_params(params, r.stack, r.layer), r.stats, "attn/o")
-            common[r.stack] += scores / max(float(scores.sum()), 1e-30)
+        each: dict[str, list[np.ndarray]] = {stack: [] for stack in functional.stacks(cfg)}
+        for r in reports:
+            layer = functional.layer_params(params, r.stack, r.layer)
+            each[r.stack].append(score(r.stack, r.layer, layer, r.stats, "attn/o"))
+        common = {stack: common_scores(scores) for stack, scores in each.items()}
 
     def change(visit: Visit) -> dict[str, Any]:
         out = {name: dict(part) for name, part in visit.layer.items()}
@@ -208,6 +221,14 @@ def prune_widths(
             if units != "importance":
                 kept[r.stack].setdefault(units, []).append(np.asarray(choice))
     return (*cut(cfg, params, target, kept), reports)
+
+
+def common_scores(scores_LH: Sequence[np.ndarray]) -> np.ndarray:
+    """Return scores [H] of heads for all layers together: the sum of each layer's scores, normalized to sum 1."""
+    total_H = np.zeros(len(scores_LH[0]), np.float32)
+    for scores_H in scores_LH:
+        total_H += scores_H / max(float(scores_H.sum()), 1e-30)
+    return total_H
 
 
 def disable(

@@ -1,4 +1,4 @@
-"""Remove layers, heads and neurons of a saved model, as calibration data passes through it."""
+"""Remove layers, hidden channels, heads and neurons of a saved model, as calibration data passes through it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
+from rich.table import Table
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.compress import calibration_data, gates, structured
+from llmctl.compress import budget, budget_scan, calibration_data, channel_choice, gates, structured
+from llmctl.compress.budget_scan import Scan
 from llmctl.compress.calibrate import LayerReport
 from llmctl.compress.layer_files import Saved
 from llmctl.compress.settings import CalibrationConfig
+from llmctl.compress.shrink import drop_layers
 from llmctl.compress.structured_method import StructuredMethod
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.tasks.registry import of
@@ -31,12 +34,13 @@ def prune_structure(
     *,
     saved: Saved,
     progress: Callable[[LayerReport], None],
+    scan: Scan | None = None,
 ) -> tuple[ModelConfig, Params, dict[str, Any]]:
-    """Prune layers first, then heads and neurons, and return the config, the parameters and the metrics.
+    """Prune layers first, then the hidden width, then heads and neurons.
 
-    The order ensures that heads and neurons are scored on the inputs of the remaining layers. Each of the two steps
-    runs the calibration data through the model. The step for heads and neurons saves each finished layer, so that an
-    interrupted run can resume. The step that selects layers starts again.
+    The order ensures that heads and neurons are scored on the inputs of the remaining layers. Each step runs the
+    calibration data through the model. Steps that change layers save each finished layer, so that an interrupted run
+    can resume. Steps that only measure layers start again.
 
     Args:
       config: calibration settings.
@@ -47,27 +51,110 @@ def prune_structure(
       mesh: the devices.
       saved: folder of finished layers.
       progress: function that is called with the report of each layer that was measured or pruned.
+      scan: importance of everything in the unpruned model, if it was measured to meet a budget.
+
+    Returns:
+      The config, the parameters, and metrics: what was kept, and the importance of all heads, neurons and channels.
 
     Raises:
       RequestError: If the calibration data cannot be read.
     """
     model, found, dtype = base.model, dict[str, Any](), config.dtype
-    batches = calibration_data.load(config, base, mesh, labels=method.gradients)
-    if structured.fewer_layers(model, target):
+    batches = scan.batches if scan else calibration_data.load(config, base, mesh, labels=method.gradients)
+    scores = scan.scores if scan else None
+
+    def derivatives(units: dict[str, int]) -> gates.Gates | None:
+        if not method.gradients or scan:
+            return None
+        return gates.accumulate(of(base.manifest), model, params, batches, units, dtype)
+
+    if structured.fewer_layers(model, target) and scan and scores:
+        found["layers_kept"] = kept = structured.kept_layers(model, target, scan.influence)
+        scores = {stack: [scores[stack][i] for i in layers] for stack, layers in kept.items()}
+        model, params = drop_layers(model, params, kept)
+    elif structured.fewer_layers(model, target):
         model, params, found["layers_kept"] = structured.prune_layers(
             model, params, batches, target, progress=progress, dtype=dtype
         )
+    if model.d_model != target.d_model:
+        slopes = derivatives(channel_choice.gate_paths(model, params))
+        own = Saved(saved.folder.with_name("channels"))  # other layers than those of the next step
+        model, params, found["channels"] = channel_choice.prune_channels(
+            model, params, batches, target.d_model, method, progress, dtype, own, slopes,
+            scan.channels_D if scan else None,
+        )  # fmt: skip
     if structured.narrower(model, target):
-        slopes: gates.Gates | None = None
-        if method.gradients:
-            read = structured.gates(model, target)
-            slopes = gates.accumulate(of(base.manifest), model, params, batches, read, dtype)
+        slopes = derivatives(structured.gates(model, target))
         model, params, reports = structured.prune_widths(
-            model, params, batches, target, progress, dtype, saved, method, slopes
+            model, params, batches, target, progress, dtype, saved, method, slopes, scores
         )
         found["layer_error"] = _errors(reports)
         found["units"] = [_units(r) for r in reports]
     return model, params, found
+
+
+def choose_sizes(
+    config: CalibrationConfig,
+    base: Artifact,
+    params: Params,
+    asked: tuple[str, float],
+    method: StructuredMethod,
+    mesh: Mesh,
+    *,
+    multiple: int,
+    progress: Callable[[LayerReport], None],
+) -> tuple[Scan, ModelConfig, dict[str, Any], Table]:
+    """Choose the sizes that meet a budget with the lowest loss on the calibration data.
+
+    Args:
+      config: calibration settings.
+      base: artifact of the saved model.
+      params: parameters of the model, with merged adapters.
+      asked: kind and amount of the budget (`BudgetConfig.asked`).
+      method: importance of what is removed.
+      mesh: the devices.
+      multiple: the numbers of neurons and channels are multiples of this number.
+      progress: function that is called with the report of each layer that was measured.
+
+    Returns:
+      The measured importance, the config of the pruned model, metrics (the candidates and the loss by size), and a
+      table of the candidates.
+
+    Raises:
+      RequestError: If no sizes meet the budget, or the calibration data cannot be read.
+    """
+    model = base.model
+    size, wanted = budget_of(config, base, asked)
+    batches = calibration_data.load(config, base, mesh, labels=True)
+    scan = budget_scan.measure(of(base.manifest), model, params, batches, method, progress, config.dtype)
+    found, curves = budget_scan.choose(scan, wanted, size, multiple)
+    best = ModelConfig.model_validate(found[0].model.model_dump())
+    losses = {name: {str(n): round(loss, 5) for n, loss in curve.items()} for name, curve in curves.items()}
+    about = {"kind": asked[0], "limit": wanted, "size": size(best)}
+    about |= {"candidates": [c.record for c in found], "losses": losses}
+    return scan, best, about, budget_scan.table(found, asked[0])
+
+
+def budget_of(
+    config: CalibrationConfig, base: Artifact, asked: tuple[str, float]
+) -> tuple[Callable[[ModelConfig], float], float]:
+    """Return the function that computes the size which a budget limits, and the limit.
+
+    Raises:
+      RequestError: If the model already fits, or its smallest form does not.
+    """
+    size = budget.size_of(asked[0], base.manifest.bits, calibration_data.sequence_length(config, base))
+    return size, budget.limit(base.model, asked, size)
+
+
+def layer_steps(model: ModelConfig, target: ModelConfig, method: StructuredMethod) -> int:
+    """Return how often `prune_structure` calls its argument `progress`."""
+    before, after = (cfg.layers + cfg.encoder_layers for cfg in (model, target))
+    steps = before if structured.fewer_layers(model, target) else 0
+    if model.d_model != target.d_model:
+        passes = (method.importance in ("contribution", "activation")) + method.repair
+        steps += passes * (after + 1)  # and the output head
+    return steps + (after if structured.narrower(model, target) else 0)
 
 
 def check(base: Artifact, params: Params, method: StructuredMethod) -> None:

@@ -90,7 +90,7 @@ def feeds(cfg: ModelConfig) -> list[Feed]:
         found += _block_feeds(cfg, stack)
     if cfg.encoder_layers:  # cross-attention of every decoder layer reads the encoder's output
         memory = ("decoder/blocks/cross/k", "decoder/blocks/cross/v")
-        found.append(Feed(_end(cfg, "encoder"), memory, cfg.norm_position != "post"))
+        found.append(Feed(end(cfg, "encoder"), memory, cfg.norm_position != "post"))
     return found + _head_feeds(cfg)
 
 
@@ -126,7 +126,7 @@ def _output(cfg: ModelConfig, block: str, part: str) -> str:
     return f"{block}/{part}_post_norm" if cfg.norm_position == "sandwich" else last
 
 
-def _end(cfg: ModelConfig, stack: str) -> str:
+def end(cfg: ModelConfig, stack: str) -> str:
     """Return the path of the norm that produces the output of a stack, "encoder" or "decoder"."""
     return f"{stack}/blocks/mlp_norm" if cfg.norm_position == "post" else f"{stack}/norm"
 
@@ -136,7 +136,7 @@ def _head_feeds(cfg: ModelConfig) -> list[Feed]:
 
     Pooling is linear, so a scale can be moved from the final norm to a matrix after the pooling.
     """
-    end, found, readers = _end(cfg, stacks(cfg)[-1]), [], []
+    last, found, readers = end(cfg, stacks(cfg)[-1]), [], []
     tied, alone = False, True
     if cfg.head_kind.vocabulary:
         output = "embed/tokens" if cfg.tied else "lm_head"
@@ -156,7 +156,7 @@ def _head_feeds(cfg: ModelConfig) -> list[Feed]:
             readers.append("head/out")
         alone = not bare  # the output of an embedding model is the pooled hidden state itself
     foldable = alone and not tied and cfg.norm_position != "post"
-    return [*([Feed(end, tuple(readers), foldable)] if readers else []), *found]
+    return [*([Feed(last, tuple(readers), foldable)] if readers else []), *found]
 
 
 def matrices(cfg: ModelConfig) -> list[str]:

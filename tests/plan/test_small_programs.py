@@ -43,7 +43,7 @@ METHODS = {
     "wanda": 'allocation = "owl"',
     "sparsegpt": 'repair = true\nallocation = "sensitivity"',
     "magnitude": 'pattern = "4x1"\nallocation = "global"',
-    "structured": 'layers = 0.5\nheads = 0.5\nffn = 0.5\nimportance = "activation"\nrepair = true',
+    "structured": 'layers = 0.5\nheads = 0.5\nffn = 0.5\nhidden = 0.25\nimportance = "activation"\nrepair = true',
 }
 
 

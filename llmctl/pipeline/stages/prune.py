@@ -1,4 +1,4 @@
-"""Define the stage `prune`, which removes heads, neurons and layers, or sets single weights to zero.
+"""Define the stage `prune`, which removes heads, neurons, hidden channels and layers, or sets single weights to zero.
 
 Most pruning methods choose what to prune by measurements on calibration data.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.artifacts.workspace import Context
+from llmctl.compress.budget import BudgetConfig
 from llmctl.compress.pattern import Pattern
 from llmctl.compress.scores import SCORES
 from llmctl.compress.settings import DAMPING, CalibrationConfig
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 
 STRUCTURED = "structured"
-"""Name of the method that removes heads, neurons and layers. Every other method sets single weights to zero."""
-PARTS = ("heads", "ffn", "layers")
+"""Name of the method that removes heads, neurons, hidden channels and layers. Every other method sets single weights to
+zero."""
+PARTS = ("heads", "ffn", "layers", "hidden")
 """Fields that set how much structured pruning removes. Each field X has the longer forms keep_X and remove_X."""
 
 
@@ -52,7 +54,7 @@ class Config(CalibrationConfig, StageConfig):
 
     added: ClassVar[frozenset[str]] = frozenset(
         {f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")}
-        | {"damping", "repair", "allocation", "spread", "outlier", "store", "importance"}
+        | {"damping", "repair", "allocation", "spread", "outlier", "store", "importance", "hidden", "budget"}
     )
     common: ClassVar[tuple[str, ...] | None] = (
         *("method", "keep_layers", "remove_layers", "keep_heads", "remove_heads", "keep_ffn", "remove_ffn"),
@@ -61,11 +63,11 @@ class Config(CalibrationConfig, StageConfig):
 
     kind: Literal["prune"] = "prune"
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
-    """Method. structured: remove heads, neurons and layers. All other methods set single weights to zero. sparsegpt:
-    choose zeros by the Hessian, and let the kept weights compensate for them. All others prune the lowest scores;
-    without repair, kept weights do not change. magnitude: absolute value. wanda: absolute value times the norm of the
-    inputs. ria: share of the weights of its input and output, times the root of that norm. taylor, fisher: scores from
-    the loss's gradient. random: random scores."""
+    """Method. structured: remove heads, neurons, hidden channels and layers. All other methods set single weights to
+    zero. sparsegpt: choose zeros by the Hessian, and let the kept weights compensate for them. All others prune the
+    lowest scores; without repair, kept weights do not change. magnitude: absolute value. wanda: absolute value times
+    the norm of the inputs. ria: share of the weights of its input and output, times the root of that norm. taylor,
+    fisher: scores from the loss's gradient. random: random scores."""
     heads: float = Field(default=0.0, ge=0)
     """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
@@ -81,18 +83,28 @@ class Config(CalibrationConfig, StageConfig):
     """Method structured: number of neurons to keep per feed-forward layer."""
     remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Method structured: fraction of the neurons to remove per feed-forward layer."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Short form of keep_hidden (a number from 1) and of remove_hidden (a number below 1); 0 keeps all channels."""
+    keep_hidden: int = Field(default=0, ge=0, strict=True)
+    """Method structured: number of hidden channels to keep, the width of the residual stream."""
+    remove_hidden: float = Field(default=0.0, ge=0, lt=1, strict=True)
+    """Method structured: fraction of the hidden channels to remove."""
     multiple: int = Field(default=1, ge=1)
-    """Method structured: keep a number of neurons that is a multiple of this value (128 suits TPUs)."""
+    """Method structured: keep numbers of neurons and hidden channels that are multiples of this value (128 suits
+    TPUs)."""
     layers: float = Field(default=0.0, ge=0)
     """Short form of keep_layers (a number from 1) and of remove_layers (a number below 1); 0 keeps all layers."""
     keep_layers: int = Field(default=0, ge=0, strict=True)
     """Method structured: number of layers to keep."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Method structured: fraction of the layers to remove."""
+    budget: BudgetConfig = BudgetConfig()
+    """Method structured: size of the pruned model, in place of heads, ffn, layers and hidden. A search chooses these by
+    the loss on the calibration data, and prints the candidates."""
     importance: ImportanceName = "contribution"
-    """Method structured: importance of a head or neuron; the lowest are removed. contribution: norm of its contribution
-    to the residual stream. activation: mean norm of its output. taylor: change of the loss without it, to first order.
-    magnitude: norm of its weights. random: random numbers. Layers are always selected by block influence."""
+    """Method structured: importance of a head, neuron or channel; the lowest are removed. contribution: norm of what it
+    adds to the next outputs. activation: mean norm of its output. taylor: change of the loss without it, to first
+    order. magnitude: norm of its weights. random: random numbers. Layers are always selected by block influence."""
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     """Methods for single weights: fraction of each matrix to set to zero. For wanda, it is a fraction of each output's
     inputs. With an allocation other than uniform, it is the fraction of all matrices together."""
@@ -106,7 +118,7 @@ class Config(CalibrationConfig, StageConfig):
 
     repair: bool = False
     """After pruning, recompute the kept weights by least squares on the calibration data. Method structured: so that
-    the kept heads and neurons stand in for the removed ones."""
+    the kept heads, neurons and channels stand in for the removed ones."""
     allocation: AllocationName = "uniform"
     """Methods for single weights, except with N:M: sparsity of the layers. uniform: equal in all layers. owl: lower for
     layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden states more. global:
@@ -145,7 +157,7 @@ class Config(CalibrationConfig, StageConfig):
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
-        structured = {"heads", "heads_by", "ffn", "multiple", "layers", "importance"}
+        structured = {"heads", "heads_by", "ffn", "multiple", "layers", "hidden", "budget", "importance"}
         zeros = {"sparsity", "pattern", "damping", "allocation", "spread", "outlier", "store"}
         other = zeros if self.method == STRUCTURED else structured
         if self.method != SPARSEGPT:
@@ -155,15 +167,19 @@ class Config(CalibrationConfig, StageConfig):
             instead = "another one, such as 'magnitude'" if self.method == STRUCTURED else repr(STRUCTURED)
             instead = repr(SPARSEGPT) if stray == ["damping"] else instead
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to {instead}")
-        if self.method == STRUCTURED and not (self.heads or self.ffn or self.layers):
+        sized = [part for part in PARTS if getattr(self, part)]
+        if self.budget.asked and (sized or self.heads_by == "queries"):
+            instead = " and ".join(sized or ["heads_by"])
+            raise ValueError(f"budget chooses the sizes, and removes heads by groups; leave out {instead}, or budget")
+        if self.method == STRUCTURED and not (sized or self.budget.asked):
             raise ValueError(
-                "structured pruning needs at least one of heads, ffn and layers, such as keep_layers = 2 "
-                "(--keep-layers 2) or remove_ffn = 0.5"
+                "structured pruning needs a budget, or at least one of heads, ffn, layers and hidden, such as "
+                "keep_layers = 2 (--keep-layers 2) or remove_ffn = 0.5"
             )
-        narrows = bool(self.heads or self.ffn)
+        narrows = bool(self.heads or self.ffn or self.hidden or self.budget.asked)
         stray = sorted({"importance", *(["repair"] if self.repair else [])} & self.model_fields_set)
         if self.method == STRUCTURED and stray and not narrows:
-            raise ValueError(f"{', '.join(stray)}: for heads and ffn only; layers are selected by block influence")
+            raise ValueError(f"{', '.join(stray)}: for heads, ffn and hidden; layers are selected by block influence")
         try:
             own = Pattern.parse(self.pattern, self.sparsity).sparsity
         except RequestError as e:
@@ -207,7 +223,7 @@ class Config(CalibrationConfig, StageConfig):
 
     @property
     def structure(self) -> StructuredMethod:
-        """Return the method that removes heads, neurons and layers."""
+        """Return the method that removes heads, neurons, hidden channels and layers."""
         return StructuredMethod(self.importance, self.repair, self.seed)
 
     @property
@@ -231,10 +247,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices, bases=config.bases)
-    walks = 1 + (config.allocation != "uniform")
     if config.method == STRUCTURED:
-        walks = bool(config.layers) + bool(config.heads or config.ffn)
-    total = walks * (base.model.layers + base.model.encoder_layers)
+        total = structured_walk.layer_steps(base.model, _sizes(config, base), config.structure)
+    else:
+        total = (1 + (config.allocation != "uniform")) * (base.model.layers + base.model.encoder_layers)
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
         done = 0
 
@@ -245,12 +261,19 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
         params, saved = merged(base, reporter.say), Saved(ctx.work / "layers")
         if config.method == STRUCTURED:
-            target = _target(config, base, params, devices)
+            scan, target, chosen = None, _target(config, base, params, devices), {}
+            if asked := config.budget.asked:
+                scan, target, chosen["budget"], candidates = structured_walk.choose_sizes(
+                    config, base, params, asked, config.structure, devices, multiple=config.multiple, progress=progress
+                )
+                _check(config, base, params, target, devices)
+                console.note(candidates)
             for line in filter(None, (sizes(config, base.model, target), architectures.notice(target, base.model))):
                 reporter.say(line)
             model, params, found = structured_walk.prune_structure(
-                config, base, params, target, config.structure, devices, saved=saved, progress=progress
+                config, base, params, target, config.structure, devices, saved=saved, progress=progress, scan=scan
             )
+            found |= chosen
         else:
             params, layers = sparse_walk.prune_weights(
                 config, base, params, config.zeros, devices, seed=config.seed, saved=saved, progress=progress
@@ -308,22 +331,49 @@ def _target(config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh) 
     Raises:
       RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard them.
     """
-    from llmctl.compress import shrink, structured_walk
+    target = _sizes(config, base)
+    _check(config, base, params, target, mesh)
+    return target
+
+
+def _check(config: Config, base: Artifact, params: dict[str, Any], target: ModelConfig, mesh: Mesh) -> None:
+    """Check that the model can be pruned to the sizes of `target`, and that the mesh can shard them.
+
+    Raises:
+      RequestError: If not.
+    """
+    from llmctl.compress import channel_cut, shrink, structured_walk
     from llmctl.model import functional
 
     structured_walk.check(base, params, config.structure)
-    target = shrink.target(
-        base.model, heads=config.heads, ffn=config.ffn, layers=config.layers, by=config.heads_by,
-        multiple=config.multiple,
-    )  # fmt: skip
     functional.shardings(target, functional.abstract(target), mesh)  # raises if the mesh cannot split the sizes
     shrink.check_cuttable(base.model, params, target)
-    return target
+    channel_cut.check(base.model, params, target.d_model)
+
+
+def _sizes(config: Config, base: Artifact) -> ModelConfig:
+    """Return the model's config after structured pruning. With a budget, it is that of uniform ratios.
+
+    Raises:
+      RequestError: If the sizes are impossible.
+    """
+    from llmctl.compress import budget, shrink, structured_walk
+
+    if asked := config.budget.asked:
+        size, wanted = structured_walk.budget_of(config, base, asked)
+        return budget.uniform(base.model, wanted, size, config.multiple)
+    return shrink.target(
+        base.model, heads=config.heads, ffn=config.ffn, layers=config.layers, hidden=config.hidden,
+        by=config.heads_by, multiple=config.multiple,
+    )  # fmt: skip
 
 
 def sizes(config: Config, before: ModelConfig, after: ModelConfig) -> str:
     """Return one line about structured pruning: the settings, and each size before and after."""
-    fields = {"layers": "layers", "heads": "heads", "ffn": "d_ff"}
+    fields = {"layers": "layers", "heads": "heads", "ffn": "d_ff", "hidden": "d_model"}
+    if budget := config.budget.asked:
+        changes = [f"{part} {getattr(before, f)} → {getattr(after, f)}" for part, f in fields.items()]
+        return f"budget.{budget[0]} = {budget[1]:g}: {', '.join(changes)}"
     parts = []
     for part, field in fields.items():
         asked, old, new = getattr(config, part), getattr(before, field), getattr(after, field)

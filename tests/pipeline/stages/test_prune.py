@@ -44,16 +44,36 @@ def test_structured_pruning_of_a_classifier(artifacts, tmp_path, reviews):
 
 def test_importance_by_gradients_and_repair(artifacts, tmp_path, reviews):
     """Repair makes the error of the layers smaller, and what is kept and how important it was is in the metrics."""
-    settings = {"heads": 0.5, "ffn": 0.5, "data": reviews, "examples": 20, "importance": "taylor"}
+    settings = {"heads": 0.5, "ffn": 0.5, "data": reviews, "examples": 20, "importance": "taylor", "keep_hidden": 12}
     cut, repaired = (
         run(artifacts, tmp_path / str(repair), "classifier", repair=repair, **settings) for repair in (False, True)
     )
     errors = [made.manifest.metrics["layer_error"]["decoder"] for made in (cut, repaired)]
-    assert errors[1][0] < errors[0][0] and sum(errors[1]) < sum(errors[0])
+    assert sum(errors[1]) < sum(errors[0])
+    assert len(repaired.manifest.metrics["channels"]["kept"]) == repaired.model.d_model == 12
     units = repaired.manifest.metrics["units"]
     assert [u["kept"]["mlp/neurons"] for u in units] == [
         sorted(np.argsort(-np.array(u["importance"]["mlp/neurons"]), kind="stable")[:12].tolist()) for u in units
     ]
+
+
+def test_a_budget_is_met_and_its_candidates_are_kept(artifacts, tmp_path, reviews, capsys):
+    settings = {"data": reviews, "examples": 20, "importance": "activation", "repair": True, "multiple": 2}
+    made = run(artifacts, tmp_path, "lm", budget={"parameters": 0.6}, **settings)
+    manifest, before = made.manifest, artifact.read_manifest(artifacts / "lm")
+    assert 0.99 * 0.6 * before.parameters <= manifest.parameters <= 0.6 * before.parameters
+    found = manifest.metrics["budget"]
+    assert found["size"] == manifest.parameters == found["candidates"][0]["size"]
+    losses = [c["measured"] for c in found["candidates"]]
+    assert losses == sorted(losses) and set(found["losses"]) == {"layers", "heads", "ffn", "hidden"}
+    assert "candidates" in capsys.readouterr().err
+
+
+def test_budgets_below_the_smallest_model_write_nothing(artifacts, tmp_path, reviews):
+    for amount, message in ((10.0, "less than one head, neuron and layer allow"), (1e9, "nothing to remove")):
+        with pytest.raises(RequestError, match=message):
+            run(artifacts, tmp_path, "lm", budget={"parameters": amount}, data=reviews)
+    assert not (tmp_path / "out").exists()
 
 
 def test_repair_is_refused_over_zeros_and_integers(artifacts, tmp_path, reviews):
@@ -230,10 +250,14 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"method": "wanda", "allocation": "sensitivity", "outlier": 3.0}, "outlier: not for allocation 'sensitivity'"),
     ({"layers": 2, "allocation": "owl"}, "allocation: not for method 'structured'"),
     ({"layers": 2, "store": "sparse"}, "store: not for method 'structured'"),
-    ({"layers": 2, "repair": True, "importance": "random"}, "importance, repair: for heads and ffn only; layers are"),
+    ({"layers": 2, "repair": True, "importance": "random"}, "importance, repair: for heads, ffn and hidden; layers"),
     ({"method": "wanda", "importance": "random"}, "importance: not for method 'wanda'; set method to 'structured'"),
     ({"heads": 2, "importance": "wanda"}, "'contribution', 'activation', 'taylor', 'magnitude' or 'random'"),
-    ({}, "at least one of heads, ffn and layers"),
+    ({}, "a budget, or at least one of heads, ffn, layers and hidden"),
+    ({"ffn": 0.5, "budget": {"parameters": 0.5}}, "budget chooses the sizes, .*; leave out ffn, or budget"),
+    ({"heads_by": "queries", "budget": {"flops": 0.5}}, "leave out heads_by, or budget"),
+    ({"budget": {"bytes": 0.5, "flops": 0.5}}, "bytes and flops: say one of them"),
+    ({"method": "wanda", "budget": {"parameters": 0.5}}, "budget: not for method 'wanda'"),
     ({"method": "wanda", "sparsity": 1.5}, "less than 1"),
     ({"method": "magnitude", "pattern": "4:2"}, "N < M"),
     ({"method": "wanda", "sparsity": 0.6, "pattern": "2:4"}, "contradicts pattern 2:4, which has 0.5"),
