@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -20,8 +20,10 @@ import numpy as np
 from llmctl.compress import prune
 from llmctl.compress.calibrate import LayerReport, walk
 from llmctl.compress.gradients import Gradients, of_layer
+from llmctl.compress.measurements import Measurements
 from llmctl.compress.sparse_method import SparseMethod
-from llmctl.compress.statistics import moments
+from llmctl.compress.statistics import Moments, moments
+from llmctl.distributed import host_arrays
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
@@ -29,6 +31,9 @@ LayerAt = tuple[str, int]
 """(stack, index) of a layer: the stack is the encoder or the decoder, as in ("decoder", 3)."""
 Counts = dict[LayerAt, dict[str, int]]
 """Number of zeros of each matrix, by layer and by the matrix's path within the layer ("attn/q")."""
+UNSAVED = Measurements(None)
+MOMENTS = ("squares", "count")
+"""Names of the arrays of `Moments`."""
 
 
 def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
@@ -179,6 +184,7 @@ def scan(
     prune_one: Callable[[LayerAt, float], dict[str, Any]],
     sparsities: Sequence[float],
     dtype: Any = jnp.float32,
+    saved: Measurements = UNSAVED,
 ) -> np.ndarray:
     """Prune one layer at a time, and return the errors [layers, sparsities] of the model's final hidden states.
 
@@ -193,15 +199,17 @@ def scan(
       prune_one: function (layer, sparsity) -> the parameters of this layer, pruned to this sparsity.
       sparsities: the sparsities to which each layer is pruned.
       dtype: dtype of the computation.
+      saved: errors of layers that an interrupted run measured.
     """
     states_of, error_of = scan_programs(cfg, dtype)
-    states_BTD = states_of(params, batch)
-    errors = np.zeros((len(layers), len(sparsities)))
-    for n, (stack, i) in enumerate(layers):
-        for k, sparsity in enumerate(sparsities):
-            new = prune_one((stack, i), sparsity)
-            errors[n, k] = float(error_of[stack](params, new, jnp.int32(i), batch, states_BTD))
-    return errors
+    states_of = cache(partial(states_of, params, batch))
+
+    def measured(stack: str, i: int) -> dict[str, np.ndarray]:
+        changed = (prune_one((stack, i), sparsity) for sparsity in sparsities)
+        found = [float(error_of[stack](params, new, jnp.int32(i), batch, states_of())) for new in changed]
+        return {"errors": np.array(found)}
+
+    return np.stack([saved.get(f"errors.{s}.{i:05d}", partial(measured, s, i))["errors"] for s, i in layers])
 
 
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
@@ -236,6 +244,7 @@ def allocate(
     seed: int = 0,
     progress: Callable[[LayerReport], None] | None = None,
     dtype: Any = jnp.float32,
+    saved: Measurements = UNSAVED,
 ) -> Counts:
     """Return the number of zeros of every matrix, if the layers of a model get different sparsities.
 
@@ -252,11 +261,21 @@ def allocate(
       seed: seed of the random keys (see `prune_layer`).
       progress: function that is called with the report of each layer whose inputs were measured.
       dtype: dtype of the computation.
+      saved: measurements of an interrupted run: the inputs of all layers, and the errors of each layer.
     """
     chosen, sparsity = method.allocation, method.pattern.sparsity
-    _, reports = walk(cfg, params, batches, moments, keep=True, progress=progress, dtype=dtype)
-    stats = {(r.stack, r.layer): r.stats for r in reports}
-    layers = list(stats)
+    layers = [(stack, i) for stack in functional.stacks(cfg) for i in range(functional.depth(cfg, stack))]
+
+    def measured() -> dict[str, np.ndarray]:
+        _, reports = walk(cfg, params, batches, moments, keep=True, progress=progress, dtype=dtype)
+        named = ((f"{r.stack}.{r.layer}.{path}", stat) for r in reports for path, stat in r.stats.items())
+        return {f"{name}:{part}": host_arrays.read(getattr(s, part)) for name, s in named for part in MOMENTS}
+
+    inputs: dict[str, Any] = saved.get("inputs", measured)
+    stats: dict[LayerAt, dict[str, Moments]] = {at: {} for at in layers}
+    for name in {name.partition(":")[0] for name in inputs}:
+        stack, i, path = name.split(".", 2)
+        stats[stack, int(i)][path] = Moments(*(inputs[f"{name}:{part}"] for part in MOMENTS))
     sizes = sizes_of(params, layers)
     if chosen.name == "owl":
         sparsities = owl(outlier_ratios(params, layers, stats, chosen.outlier), sizes, sparsity, chosen.spread)
@@ -268,6 +287,6 @@ def allocate(
             return prune.prune_layer(layer, stats[at], sums, method=method.score_only(sparsity), at=(seed, *at))[0]
 
         scanned = (sparsity - chosen.spread, sparsity, sparsity + chosen.spread)
-        errors = scan(cfg, params, batches[0], layers, prune_one, scanned, dtype)
+        errors = scan(cfg, params, batches[0], layers, prune_one, scanned, dtype, saved)
         sparsities = by_sensitivity(errors, sizes, sparsity, chosen.spread)
     return counts(params, layers, sparsities, sparsity)

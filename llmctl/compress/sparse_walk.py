@@ -11,6 +11,7 @@ from llmctl.artifacts.artifact import Artifact
 from llmctl.compress import allocation, calibration_data, global_threshold, gradients, prune, prune_report
 from llmctl.compress.calibrate import LayerReport, Visit, walk
 from llmctl.compress.layer_files import Saved
+from llmctl.compress.measurements import Measurements
 from llmctl.compress.settings import CalibrationConfig
 from llmctl.compress.sparse_method import SparseMethod
 from llmctl.config.errors import RequestError
@@ -33,7 +34,7 @@ def prune_weights(
     """Return the pruned parameters, and data about each layer (`llmctl.compress.prune_report.records`).
 
     If the method needs calibration data, it prunes layer by layer. Finished layers are saved, so that an interrupted
-    run can resume.
+    run can resume. So are the measurements that an allocation needs.
 
     Args:
       config: calibration settings.
@@ -42,7 +43,7 @@ def prune_weights(
       method: the pruning method.
       mesh: the devices.
       seed: seed of the random keys.
-      saved: folder of finished layers.
+      saved: folder of finished layers and of measurements.
       progress: function that is called with the report of each layer that was measured or pruned.
 
     Raises:
@@ -73,8 +74,9 @@ def prune_weights(
         counts = global_threshold.counts(lambda: prune.scored(params, method, sums, seed), pattern.sparsity)
     elif not method.allocation.uniform:
         counts = allocation.allocate(
-            model, params, batches, method, gradients=sums, seed=seed, progress=progress, dtype=dtype
-        )
+            model, params, batches, method, gradients=sums, seed=seed, progress=progress, dtype=dtype,
+            saved=Measurements(saved.folder),
+        )  # fmt: skip
 
     def change(visit: Visit) -> Params:
         at = (seed, visit.stack, visit.index)

@@ -131,7 +131,7 @@ def test_calibration_reads_conversations_or_text(tuned, talks, tmp_path):
     assert batch["tokens"].shape == (8, 20) and 0 < float(batch["weights"].sum()) < float(batch["segments"].sum())
     (tmp_path / "x.txt").write_text("Some words that are no conversation. " * 9)
     config = CalibrationConfig(data=DataConfig(path=str(tmp_path / "x.txt"), test=0, validation=0), split="train",
-                               examples=8, batch_size=8, seq_len=20)  # fmt: skip
+                               batch_size=8, seq_len=20)  # fmt: skip
     assert {b["tokens"].shape[1] for b in calibration_data.load(config, made, devices)} == {20}
 
 

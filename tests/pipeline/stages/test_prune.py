@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
-from llmctl.compress import prune, sparsegpt
+from llmctl.compress import allocation, prune, sparsegpt
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
@@ -361,6 +361,28 @@ def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monke
     assert made.manifest.digest == whole.manifest.digest
     assert made.manifest.metrics == whole.manifest.metrics
     assert (made.path / "log.jsonl").read_text().count("\n") == 3
+
+
+def test_a_killed_allocation_measures_no_layer_twice(artifacts, tmp_path, reviews, monkeypatch):
+    """Killed in the scan of the second layer, then in the pruning of the second layer, it goes on at both."""
+    settings = {"method": "wanda", "allocation": "sensitivity", "data": reviews, "examples": 20}
+    whole = run(artifacts, tmp_path / "whole", "lm", **settings)
+    prune_layer, pruned, kills = prune.prune_layer, [], {5, 13}  # 3 sparsities per scanned layer, 1 per pruned layer
+
+    def killed(layer, *args, at, **how):
+        pruned.append(at[2])
+        if len(pruned) in kills:
+            raise KeyboardInterrupt
+        return prune_layer(layer, *args, at=at, **how)
+
+    monkeypatch.setattr(prune, "prune_layer", killed)
+    for _ in kills:
+        with pytest.raises(KeyboardInterrupt):
+            run(artifacts, tmp_path / "killed", "lm", **settings)
+    monkeypatch.setattr(allocation, "walk", None)  # the inputs are not measured again
+    made = run(artifacts, tmp_path / "killed", "lm", **settings)
+    assert pruned == [0, 0, 0, 1, 1, *(1, 1, 1, 2, 2, 2, 0, 1), *(1, 2)]
+    assert made.manifest.digest == whole.manifest.digest
 
 
 def test_unknown_methods_are_named_with_what_was_meant():
