@@ -137,7 +137,7 @@ def main() -> None:
         )
         shutil.rmtree(made)
     shown: dict[str, Any] = _figures.where("jax")
-    shown["protocol"] = f"{len(calibration)} x {given.seq_len} tokens calibrate; {results['dense']['protocol']}"
+    shown["protocol"] = f"{len(calibration)} texts, in rows of {given.seq_len} tokens, calibrate; {results['dense']['protocol']}"
     for name, found in results.items():
         error = ""
         if "seconds" in found:
