@@ -137,7 +137,8 @@ def main() -> None:
         )
         shutil.rmtree(made)
     shown: dict[str, Any] = _figures.where("jax")
-    shown["protocol"] = f"{len(calibration)} texts, in rows of {given.seq_len} tokens, calibrate; {results['dense']['protocol']}"
+    calibrates = f"{len(calibration)} texts calibrate, in rows of {given.seq_len} tokens"
+    shown["protocol"] = f"{calibrates}; {results['dense']['protocol']}"
     for name, found in results.items():
         error = ""
         if "seconds" in found:
