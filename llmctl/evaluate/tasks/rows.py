@@ -2,7 +2,7 @@
 
 Example:
     >>> RowSettings(128, truncate="head_tail", seed=1)
-    RowSettings(seq_len=128, shuffle=False, seed=1, truncate='head_tail', target_len=0, corpus=None)
+    RowSettings(seq_len=128, shuffle=False, seed=1, truncate='head_tail', target_len=0, labels=(), corpus=None)
 """
 
 from __future__ import annotations
