@@ -65,6 +65,7 @@ def quantize(
     dtype, w_IO = w_IO.dtype, w_IO.astype(jnp.float32)
     inputs = len(w_IO)
     width = group or inputs
+    whole = grid.whole(w_IO)
     scale_GO = grids.scales(w_IO, grid, group, dtype, gram_II, clip)
     order_I = jnp.argsort(-jnp.diagonal(gram_II), stable=True) if act_order else jnp.arange(inputs)
     upper_II, _, attempts = factor(gram_II[order_I][:, order_I], damping)
@@ -91,14 +92,14 @@ def quantize(
 
         def rescaled(i: jax.Array, w_SO: jax.Array, scale_GO: jax.Array) -> jax.Array:
             w_KO = jax.lax.dynamic_slice_in_dim(w_SO, i, width)
-            return scale_GO.at[(first + i) // width].set(grid.scale(jnp.max(jnp.abs(w_KO), axis=0), dtype))
+            return scale_GO.at[(first + i) // width].set(grid.scale(jnp.max(jnp.abs(w_KO), axis=0), dtype, whole))
 
         return jax.lax.fori_loop(0, size, one_input, (w_SO, jnp.zeros_like(w_SO), scale_GO))
 
     new_IO, scale_GO = error_feedback.sweep(w_IO[order_I], upper_II, size, one_block, scale_GO)
     new_IO = jnp.zeros_like(w_IO).at[order_I].set(new_IO)
     level_IO = grid.level(new_IO, grids.spread(scale_GO, inputs))  # exact: the values are levels times scales
-    return Solution(grid.node(level_IO, scale_GO.astype(dtype)), attempts)
+    return Solution(grid.node(level_IO, scale_GO, whole, dtype), attempts)
 
 
 def fallback(attempts: int, damping: float) -> str:

@@ -111,7 +111,7 @@ def with_activations(node: Node, inputs: int, activations: str) -> Node:
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def measured(w: jax.Array, scheme: str, inputs: int, group: int, clip: bool = False) -> tuple[Node, jax.Array]:
     """Quantize one weight, and return (quantized weight, its relative error as a float32 scalar)."""
-    node = grids.clipped(w, GRIDS[scheme], inputs, group) if clip else SCHEMES[scheme](w, inputs, group)
+    node = grids.quantized(w, GRIDS[scheme], inputs, group, True) if clip else SCHEMES[scheme](w, inputs, group)
     return node, relative_error(w, node)
 
 

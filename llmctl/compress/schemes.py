@@ -24,7 +24,11 @@ output channel (or row of the table) has one scale. Leading axes (layers) always
 have an attribute `group`: the number of inputs per scale that is used if 0 is requested.
 """
 
-SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in ("int8", "int4", "nf4")})
+NAMES = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "nf4", "mxfp4", "nvfp4")
+BLOCKS = {"mxfp4": 32, "nvfp4": 16}
+"""Number of inputs per scale of the formats that define it."""
+
+SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in NAMES})
 
 
 def int8(w: jax.Array, inputs: int, group: int) -> Quantized:
@@ -41,6 +45,45 @@ def int4(w: jax.Array, inputs: int, group: int) -> Quantized:
     The error of an element is at most half its scale.
     """
     return nearest(w, "int4", inputs, group)
+
+
+def int3(w: jax.Array, inputs: int, group: int) -> Node:
+    """Return the weight rounded to integers from -4 to 3, packed, with the scale max|w| / 3.5."""
+    return _levels("int3", w, inputs, group)
+
+
+def int2(w: jax.Array, inputs: int, group: int) -> Node:
+    """Return the weight rounded to integers from -2 to 1, packed, with the scale max|w| / 1.5."""
+    return _levels("int2", w, inputs, group)
+
+
+def fp8_e4m3(w: jax.Array, inputs: int, group: int) -> Node:
+    """Return the weight as float8_e4m3fn, with the scale max|w| / 448."""
+    return _levels("fp8_e4m3", w, inputs, group)
+
+
+def fp8_e5m2(w: jax.Array, inputs: int, group: int) -> Node:
+    """Return the weight as float8_e5m2, with the scale max|w| / 57,344."""
+    return _levels("fp8_e5m2", w, inputs, group)
+
+
+def mxfp4(w: jax.Array, inputs: int, group: int) -> Node:
+    """Return the weight as 4-bit floats (e2m1), with a power of two as the scale of every 32 inputs.
+
+    (OCP Microscaling Formats specification 1.0)
+    """
+    return _levels("mxfp4", w, inputs, inputs_per_scale("mxfp4", group))
+
+
+mxfp4.group = BLOCKS["mxfp4"]  # type: ignore[attr-defined]
+
+
+def nvfp4(w: jax.Array, inputs: int, group: int) -> Node:
+    """Return the weight as 4-bit floats (e2m1), with a float8_e4m3fn scale per 16 inputs and a factor per matrix."""
+    return _levels("nvfp4", w, inputs, inputs_per_scale("nvfp4", group))
+
+
+nvfp4.group = BLOCKS["nvfp4"]  # type: ignore[attr-defined]
 
 
 def nf4(w: jax.Array, inputs: int, group: int) -> NormalFloat:
@@ -71,6 +114,12 @@ def has_grid(name: str) -> bool:
     They read the format's levels (`llmctl.compress.grids`), which formats of other packages do not provide.
     """
     return name in SCHEMES.own
+
+
+def _levels(name: str, w: jax.Array, inputs: int, group: int) -> Node:
+    from llmctl.compress.grids import GRIDS, quantized
+
+    return quantized(w, GRIDS[name], inputs, group, False)
 
 
 def nearest(w: jax.Array, qtype: Any, inputs: int, group: int) -> Quantized:

@@ -54,6 +54,7 @@ from llmctl.model.weights.names import (
     parse,
 )
 from llmctl.model.weights.nf4 import NormalFloat
+from llmctl.model.weights.packed import Packed
 from llmctl.model.weights.quantized import Quantized
 from llmctl.model.weights.records import KINDS, assemble, describe, parts
 from llmctl.model.weights.scaled import Scaled
@@ -85,6 +86,7 @@ __all__ = [
     "Matrix",
     "Node",
     "NormalFloat",
+    "Packed",
     "Product",
     "Quantized",
     "Scaled",

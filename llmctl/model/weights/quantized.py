@@ -1,4 +1,4 @@
-"""Store a weight as symmetric integers with scales, per output channel or per group of inputs.
+"""Store a weight as symmetric integers or 8-bit floats with scales, per output channel or per group of inputs.
 
 Shapes: N tokens, I inputs, O outputs, G groups, V vocabulary, D model width.
 """
@@ -17,7 +17,7 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 
 @node_type
 class Quantized(Node):
-    """Store a weight as symmetric integers with scales: integer * scale is the value.
+    """Store a weight as symmetric integers or 8-bit floats with scales: integer * scale is the value.
 
     If `activations` is "int8", products also quantize the activations, with one scale per token (W8A8).
     """
@@ -79,12 +79,18 @@ class Quantized(Node):
         array = qwix.QArray(parts["qvalue"], parts["scale"], qtype=parts["qvalue"].dtype)
         return cls(array, settings["activations"])
 
-    def integers(self) -> Quantized:
-        """Return this weight unchanged. Export formats store its integers and scales."""
-        return self
+    def integers(self) -> Quantized | None:
+        """Return this weight unchanged, or None if it stores floats. Export formats store integers and scales."""
+        return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
     def with_activations(self, kind: str) -> Quantized:
-        """Return the same weight, but with products that quantize activations to `kind` (int8), one scale per token."""
+        """Return the same weight, but with products that quantize activations to `kind` (int8), one scale per token.
+
+        Raises:
+            RequestError: If the weight stores floats.
+        """
+        if self.integers() is None:
+            return super().with_activations(kind)
         return replace(self, activations=kind)
 
     def without_activations(self) -> Quantized:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmctl.artifacts.workspace import Context
 from llmctl.compress.quantize_method import MethodName, Quantization
-from llmctl.compress.schemes import SCHEMES, has_grid
+from llmctl.compress.schemes import BLOCKS, SCHEMES, has_grid
 from llmctl.compress.settings import DAMPING, CalibrationConfig
 from llmctl.pipeline.stage import StageConfig, required
 
@@ -49,11 +49,12 @@ class Config(CalibrationConfig, StageConfig):
     bits: int = 8
     """Bits per weight: 8 or 4, for the formats int8 and int4."""
     format: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
-    """Format of the weights. int8, int4: integers. nf4: 4-bit quantiles of the normal distribution, for unmerged LoRA
-    (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
+    """Format of the weights. int8, int4, int3, int2: integers. fp8_e4m3, fp8_e5m2: 8-bit floats. mxfp4, nvfp4: 4-bit
+    floats with 8-bit scales for blocks of 32 and of 16 inputs. nf4: 4-bit quantiles of the normal distribution, for
+    unmerged LoRA (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
     group: int = Field(default=0, ge=0)
     """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output,
-    and 64 inputs for nf4."""
+    64 inputs for nf4, 32 for mxfp4 and 16 for nvfp4."""
     embeddings: bool = False
     """Also quantize the token embeddings, with one scale per token. Tied embeddings are the output projection too."""
     head: bool = False
@@ -119,6 +120,11 @@ class Config(CalibrationConfig, StageConfig):
         stray = sorted(told & {"damping", "act_order", "static_groups"})
         if stray and not method.solves:
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to 'gptq'")
+        name, block = self.scheme_name, BLOCKS.get(self.scheme_name)
+        if block and self.group not in (0, block):
+            raise ValueError(f"group {self.group}: {name} has one scale for every {block} inputs; leave it out")
+        if self.activations and has_grid(name) and name not in SHORT:
+            raise ValueError(f"activations: not for format {name!r}; choose {' or '.join(SHORT)}")
         if "alpha" in told and not self.smooth:
             raise ValueError("alpha: only with smooth = true")
         if self.smooth and not self.activations:

@@ -1,5 +1,6 @@
 """The quantize stage with calibration data: reports, resumed layers, meshes, keys and refusals."""
 
+import jax
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from llmctl.compress import gptq, quantize_walk
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
-from llmctl.model import weights
+from llmctl.model import functional, weights
 from llmctl.pipeline.stages import prune
 from llmctl.pipeline.stages import quantize as stage
 
@@ -81,6 +82,38 @@ def test_zeros_of_a_pruned_parent_stay(artifacts, tmp_path, reviews):
         assert np.all(np.asarray(weights.dense(m.weight))[np.asarray(sparse[m.path]) == 0] == 0)
 
 
+@pytest.mark.parametrize("name", ["int3", "fp8_e5m2"])
+def test_formats_are_saved_and_run(artifacts, tmp_path, reviews, name):
+    """The stored artifact has the values that the method chose, and a second stage reads it."""
+    made = run(artifacts, tmp_path, "lm", method="gptq", format=name, embeddings=True, examples=20, data=reviews)
+    kinds = {m.node.kind for m in weights.matrices(made.params, "block", "embedding")}
+    assert kinds == {"quantized" if name == "fp8_e5m2" else "packed"}
+    errors = made.manifest.metrics["weight_error"]
+    assert 0 < max(errors.values()) < 0.5 and "embed/tokens" in errors
+    assert made.manifest.bits == pytest.approx(8 * made.manifest.weight_bytes / made.manifest.parameters)
+    pruning = prune.Config(method="wanda", data=reviews, examples=20)
+    prune.run(pruning, made.path, Context(tmp_path / "pruned", tmp_path / "work2", "key"))
+    assert artifact.load(tmp_path / "pruned").manifest.sparsity >= 0.5
+
+
+@pytest.mark.parametrize(("name", "group", "bits"), [
+    ("int3", 128, 3.25), ("mxfp4", 0, 4.25), ("nvfp4", 0, 4.5),
+])  # fmt: skip
+def test_bytes_on_disk_are_those_of_arithmetic(artifacts, tmp_path, name, group, bits):
+    """All matrices of the layers; the table and the norms stay as they are."""
+    base = artifact.load(artifacts / "lm")
+    model = base.model.model_copy(update={"d_model": 256, "head_dim": 64, "d_ff": 1024, "layers": 2})
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
+    common = {"stage": "pretrain", "key": "k", "config": {}, "tokenizer_dir": base.tokenizer_dir}
+    artifact.save(tmp_path / "wide", params, model, **common)
+    made = run(tmp_path, tmp_path, "wide", format=name, group=group)
+    matrices = sum(m.weight.size for m in weights.matrices(params, "block"))
+    rest = artifact.read_manifest(tmp_path / "wide").parameters - matrices
+    expected = matrices * bits / 8 + 4 * rest
+    assert made.manifest.weight_bytes == pytest.approx(expected, rel=0.005)
+    assert made.manifest.bytes < 1.02 * expected  # compression saves a few percent
+
+
 def test_matrices_without_a_producer_are_named(artifacts, tmp_path, reviews, capsys):
     """The norms of a post-norm encoder feed the residual stream too, and gelu is between the feed-forward matrices."""
     made = run(artifacts, tmp_path, "encoder", method="awq+gptq", format="int4", examples=20, data=reviews)
@@ -124,6 +157,8 @@ def test_data_is_no_part_of_the_key_without_calibration(reviews):
     ({"method": "awq", "damping": 0.1}, "damping: not for method 'awq'; set method to 'gptq'"),
     ({"method": "awq", "activations": "int8", "smooth": True}, "smooth: not with method 'awq'"),
     ({"smooth": True}, "smooth: only with quantized activations"),
+    ({"format": "mxfp4", "group": 16}, "group 16: mxfp4 has one scale for every 32 inputs"),
+    ({"format": "int3", "activations": "int8"}, "activations: not for format 'int3'; choose int8 or int4"),
     ({"alpha": 0.2}, "alpha: only with smooth = true"),
 ])  # fmt: skip
 def test_settings_that_contradict_one_another(settings, message):
