@@ -14,7 +14,7 @@ from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.artifact import Artifact
 from llmctl.artifacts.fingerprint import PRUNED as PRUNED_FROM
 from llmctl.artifacts.workspace import Context
-from llmctl.compress import prune as zeros
+from llmctl.compress.pruning import prune as zeros
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.convert import exporting, importing, parity, text_proof
 from llmctl.data import splits

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llmctl.artifacts import artifact
-from llmctl.compress.quantize import quantize
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.convert import compressed_tensors, gguf_export, hf_folder, safetensors
 from llmctl.convert.lazy_tensors import of_array
 from llmctl.data.config import DataConfig, TokenizerConfig

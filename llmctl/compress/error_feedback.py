@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from llmctl.compress.settings import DAMPING
+from llmctl.compress.calibration.settings import DAMPING
 
 BLOCK = 128
 """Number of inputs per block, as in the papers."""

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.compress import calibration_data, gradients
-from llmctl.compress.layer_passes import empty, passes
-from llmctl.compress.layer_stack import putter
-from llmctl.compress.settings import CalibrationConfig
-from llmctl.compress.sparse_method import SparseMethod
-from llmctl.compress.statistics import Collect
+from llmctl.compress.calibration import calibration_data, gradients
+from llmctl.compress.calibration.layer_passes import empty, passes
+from llmctl.compress.calibration.layer_stack import putter
+from llmctl.compress.calibration.settings import CalibrationConfig
+from llmctl.compress.calibration.statistics import Collect
+from llmctl.compress.pruning.sparse_method import SparseMethod
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.registry import of
@@ -36,7 +36,8 @@ from llmctl.model.program import Cost, Pass, Program, Tree
 
 @dataclass(frozen=True)
 class Walk:
-    """Describe a calibration walk (`llmctl.compress.calibrate`) by abstract arrays, and return its programs."""
+    """Describe a calibration walk (`llmctl.compress.calibration.calibrate`) by abstract arrays, and return its
+    programs."""
 
     batch: Mapping[str, Any]
     """Batch of abstract arrays [B, T], by name."""
@@ -67,7 +68,7 @@ class Walk:
     def programs(
         self, model: ModelConfig, params: Tree, collect: Collect, changes: bool, after: Tree | None = None
     ) -> list[Program]:
-        """Return the programs that `llmctl.compress.calibrate.walk` runs per layer and batch.
+        """Return the programs that `llmctl.compress.calibration.calibrate.walk` runs per layer and batch.
 
         The layers are those of the decoder, or of the encoder if the model has no decoder.
 
@@ -141,7 +142,7 @@ class Walk:
         }
 
     def gradients(self, model: ModelConfig, params: Tree, method: SparseMethod) -> Program:
-        """Return the program that `llmctl.compress.gradients.accumulate` runs per batch."""
+        """Return the program that `llmctl.compress.calibration.gradients.accumulate` runs per batch."""
         batch, sums, names = dict(self.batch), self.sums(params, method), method.gradients
         held = [] if params is self.parent else [self.parent]
         size, seq_len = batch["tokens"].shape

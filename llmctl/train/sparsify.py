@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.compress import prune
-from llmctl.compress.masks import mask
-from llmctl.compress.pattern import Pattern
-from llmctl.compress.sparse_method import SparseMethod
+from llmctl.compress.pruning import prune
+from llmctl.compress.pruning.masks import mask
+from llmctl.compress.pruning.pattern import Pattern
+from llmctl.compress.pruning.sparse_method import SparseMethod
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.model import weights
 from llmctl.train.job import Job, Params, State, Sums, split

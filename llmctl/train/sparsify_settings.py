@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl.compress.pattern import Pattern
+from llmctl.compress.pruning.pattern import Pattern
 from llmctl.config.base import Config
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig, portion

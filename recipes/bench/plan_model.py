@@ -110,10 +110,10 @@ def validate_model(model: dict[str, Any]) -> Any:
 def row(point: Point, found: dict[str, Any]) -> list[str]:
     """Return one row of the table: compiled figure, modelled figure, and their ratio."""
     from llmctl.config.settings import OptimConfig, TrainConfig
-    from llmctl.plan import analytic_counts, analytic_memory
+    from llmctl.plan import analytic_counts, analytic_memory, analytic_setup
 
     train = TrainConfig(batch_size=point.rows, seq_len=point.seq_len, dtype="bfloat16", remat=point.remat)  # pyright: ignore[reportArgumentType]
-    setup = analytic_memory.of_training(validate_model(SIZES[point.size]), train, OptimConfig(), point.mesh)
+    setup = analytic_setup.of_training(validate_model(SIZES[point.size]), train, OptimConfig(), point.mesh)
     memory, counts = analytic_memory.estimate(setup), analytic_counts.counts(setup)
     flops = counts.flops + counts.kernel_flops
     state = memory.parameters + memory.optimizer + memory.batch

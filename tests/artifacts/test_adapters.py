@@ -12,7 +12,7 @@ import pytest
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.adapters import find_base
 from llmctl.cli import app
-from llmctl.compress.quantize import quantize
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.model import functional, weights

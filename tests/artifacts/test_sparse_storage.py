@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import abstract_artifact, array_store, artifact, sparse_storage
-from llmctl.compress import quantize
+from llmctl.compress.quantization import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes

@@ -253,7 +253,7 @@ def test_export_does_not_overwrite(saved, exported, call):
 
 
 def test_pruned_models_go_with_their_zeros_and_their_new_shapes(save, config, params, call, tmp_path):
-    from llmctl.compress import shrink
+    from llmctl.compress.structured_pruning import shrink
 
     flat = weights.flatten(params)
     up = "decoder/blocks/mlp/up/kernel"
@@ -268,7 +268,7 @@ def test_pruned_models_go_with_their_zeros_and_their_new_shapes(save, config, pa
 
 @pytest.mark.parametrize(("bits", "group", "activations"), [(8, 0, "int8"), (8, 16, ""), (4, 16, ""), (4, 0, "")])
 def test_quantized_models_go_dense_and_as_integers(bits, group, activations, save, config, params, call, tmp_path):
-    from llmctl.compress.quantize import quantize
+    from llmctl.compress.quantization.quantize import quantize
 
     quantized, _ = quantize(params, scheme=f"int{bits}", group=group, head=True, activations=activations)
     made = save(config, quantized)
@@ -320,7 +320,7 @@ def test_transformers_loads_integers_of_tied_models(save, config, wild, batch, l
     """It constructs the tied output layer, for which nothing is stored, and wants integers if `ignore` lacks it."""
     pytest.importorskip("compressed_tensors")
     hf, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    from llmctl.compress.quantize import quantize
+    from llmctl.compress.quantization.quantize import quantize
 
     cfg = config.model_copy(update={"tied": True})
     quantized, _ = quantize(wild(cfg), scheme="int4", group=16)

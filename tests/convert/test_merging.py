@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
-from llmctl.compress.quantize import quantize
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.convert import merging
 from llmctl.model import functional, weights

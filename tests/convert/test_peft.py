@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
-from llmctl.compress.quantize import quantize
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.convert import peft, safetensors, text_proof
 from llmctl.convert.lazy_tensors import of_array

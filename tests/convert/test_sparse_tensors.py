@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import artifact
-from llmctl.compress.pattern import Pattern
-from llmctl.compress.prune import prune_uncalibrated
+from llmctl.compress.pruning.pattern import Pattern
+from llmctl.compress.pruning.prune import prune_uncalibrated
 from llmctl.config.errors import RequestError
 from llmctl.convert import safetensors, sparse_tensors
 from llmctl.convert.lazy_tensors import of_array

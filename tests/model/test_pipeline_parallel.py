@@ -8,7 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from llmctl.artifacts import artifact
-from llmctl.compress.quantize import quantize
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.data import device_batches

@@ -13,7 +13,7 @@ import pytest
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.manifest import CONTENT
 from llmctl.artifacts.manifest_file import damaged_fields, read_manifest
-from llmctl.compress.layer_files import Saved
+from llmctl.compress.calibration.layer_files import Saved
 from llmctl.config.errors import LlmctlError
 from llmctl.convert.partial_save import Stream
 from llmctl.data.config import DataConfig, TokenizerConfig

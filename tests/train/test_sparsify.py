@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_training import TRAIN, Rows, digest, fit, job_of, losses
 
-from llmctl.compress import masks
-from llmctl.compress.pattern import Pattern
+from llmctl.compress.pruning import masks
+from llmctl.compress.pruning.pattern import Pattern
 from llmctl.config.base import keyed, validate
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.config.settings import MeshConfig

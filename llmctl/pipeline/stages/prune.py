@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.compress.budget import BudgetConfig
-from llmctl.compress.pattern import Pattern
-from llmctl.compress.scores import SCORES
-from llmctl.compress.settings import DAMPING, CalibrationConfig
-from llmctl.compress.sparse_method import SPARSEGPT, Allocation, AllocationName, SparseMethod, comparable
-from llmctl.compress.structured_method import ImportanceName, StructuredMethod
+from llmctl.compress.calibration.settings import DAMPING, CalibrationConfig
+from llmctl.compress.pruning.pattern import Pattern
+from llmctl.compress.pruning.scores import SCORES
+from llmctl.compress.pruning.sparse_method import SPARSEGPT, Allocation, AllocationName, SparseMethod, comparable
+from llmctl.compress.structured_pruning.budget import BudgetConfig
+from llmctl.compress.structured_pruning.structured_method import ImportanceName, StructuredMethod
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
-    from llmctl.compress.calibrate import LayerReport
+    from llmctl.compress.calibration.calibrate import LayerReport
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
 
@@ -237,9 +237,10 @@ class Config(CalibrationConfig, StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Prune the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
-    from llmctl.compress import prune, prune_report, sparse_walk, structured_walk
-    from llmctl.compress.layer_files import Saved
+    from llmctl.compress.calibration.layer_files import Saved
     from llmctl.compress.lowrank import merged
+    from llmctl.compress.pruning import prune, prune_report, sparse_walk
+    from llmctl.compress.structured_pruning import structured_walk
     from llmctl.convert import architectures
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
@@ -304,7 +305,9 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     The programs calibrate the layers, and prune the largest matrix.
     """
     from llmctl.artifacts import abstract_artifact
-    from llmctl.compress import programs, prune, pruning_programs, structured_programs
+    from llmctl.compress import programs
+    from llmctl.compress.pruning import prune, pruning_programs
+    from llmctl.compress.structured_pruning import structured_programs
     from llmctl.model import functional
 
     base = required(config, base)
@@ -342,7 +345,7 @@ def _check(config: Config, base: Artifact, params: dict[str, Any], target: Model
     Raises:
       RequestError: If not.
     """
-    from llmctl.compress import channel_cut, shrink, structured_walk
+    from llmctl.compress.structured_pruning import channel_cut, shrink, structured_walk
     from llmctl.model import functional
 
     structured_walk.check(base, params, config.structure)
@@ -357,7 +360,7 @@ def _sizes(config: Config, base: Artifact) -> ModelConfig:
     Raises:
       RequestError: If the sizes are impossible.
     """
-    from llmctl.compress import budget, shrink, structured_walk
+    from llmctl.compress.structured_pruning import budget, shrink, structured_walk
 
     if asked := config.budget.asked:
         size, wanted = structured_walk.budget_of(config, base, asked)

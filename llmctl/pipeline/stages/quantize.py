@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.compress.quantize_method import MethodName, Quantization
-from llmctl.compress.schemes import BLOCKS, SCHEMES, has_grid
-from llmctl.compress.settings import DAMPING, CalibrationConfig
+from llmctl.compress.calibration.settings import DAMPING, CalibrationConfig
+from llmctl.compress.quantization.quantize_method import MethodName, Quantization
+from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES, has_grid
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
-    from llmctl.compress.calibrate import LayerReport
+    from llmctl.compress.calibration.calibrate import LayerReport
     from llmctl.pipeline.stage import Programs
 
 SHORT = {"int8": 8, "int4": 4}
@@ -158,7 +158,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Quantize the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
-    from llmctl.compress.quantize import quantize
+    from llmctl.compress.quantization.quantize import quantize
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
 
@@ -203,9 +203,10 @@ def _calibrated(
     Returns:
       The parameters, the largest relative error of each weight by path, and the metrics of the layers.
     """
-    from llmctl.compress import prune_report, quantize_report
-    from llmctl.compress.layer_files import Saved
-    from llmctl.compress.quantize_walk import quantize_layers
+    from llmctl.compress.calibration.layer_files import Saved
+    from llmctl.compress.pruning import prune_report
+    from llmctl.compress.quantization import quantize_report
+    from llmctl.compress.quantization.quantize_walk import quantize_layers
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
     from llmctl.train import run_log
@@ -253,7 +254,8 @@ def left_out(params: dict[str, Any], parameters: int) -> list[str]:
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return (the programs that calibrate the layers and quantize the largest weight, the quantized artifact)."""
     from llmctl.artifacts import abstract_artifact
-    from llmctl.compress import programs, quantization_programs
+    from llmctl.compress import programs
+    from llmctl.compress.quantization import quantization_programs
 
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)

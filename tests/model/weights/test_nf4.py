@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llmctl.artifacts import fingerprint
-from llmctl.compress.quantize import quantize, relative_error
-from llmctl.compress.schemes import SCHEMES
+from llmctl.compress.quantization.quantize import quantize, relative_error
+from llmctl.compress.quantization.schemes import SCHEMES
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.model.weights import NormalFloat

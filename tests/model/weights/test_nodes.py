@@ -12,8 +12,9 @@ import pytest
 import qwix
 
 from llmctl.artifacts import artifact, fingerprint
-from llmctl.compress import quantize, shrink
-from llmctl.compress.prune import sparsity
+from llmctl.compress.pruning.prune import sparsity
+from llmctl.compress.quantization import quantize
+from llmctl.compress.structured_pruning import shrink
 from llmctl.config import registry
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig

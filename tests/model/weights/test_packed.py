@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmctl.compress.grids import GRIDS
-from llmctl.compress.schemes import SCHEMES, inputs_per_scale
+from llmctl.compress.quantization.grids import GRIDS
+from llmctl.compress.quantization.schemes import SCHEMES, inputs_per_scale
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.model.array_bytes import bytes_of

@@ -120,8 +120,8 @@ def test_perplexity_is_that_of_the_answers_alone(tuned, talks, tmp_path):
 
 
 def test_calibration_reads_conversations_or_text(tuned, talks, tmp_path):
-    from llmctl.compress import calibration_data
-    from llmctl.compress.settings import CalibrationConfig
+    from llmctl.compress.calibration import calibration_data
+    from llmctl.compress.calibration.settings import CalibrationConfig
     from llmctl.config.settings import MeshConfig
     from llmctl.distributed import mesh
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmctl.cli import app
-from llmctl.compress.schemes import SCHEMES
+from llmctl.compress.quantization.schemes import SCHEMES
 from llmctl.config import registry
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.registry import TASKS

@@ -8,7 +8,7 @@ import pytest
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
-from llmctl.compress.quantize import quantize
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.convert import peft, safetensors

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
-from llmctl.compress import allocation, prune, sparsegpt
+from llmctl.compress.pruning import allocation, prune, sparsegpt
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig

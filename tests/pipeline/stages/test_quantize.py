@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
-from llmctl.compress.schemes import SCHEMES
+from llmctl.compress.quantization.schemes import SCHEMES
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.model import weights

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
-from llmctl.compress import gptq, quantize_walk
+from llmctl.compress.quantization import gptq, quantize_walk
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig

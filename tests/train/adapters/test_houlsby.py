@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmctl.compress.quantize import quantize
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.convert import architectures

@@ -1,0 +1,149 @@
+"""Define the compiled functions that run a calibration batch through one layer, or through the output head.
+
+The functions also accept abstract arrays, so that `llmctl plan` can compile them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.compress.calibration.statistics import Collect, Stats
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+
+Batch = dict[str, Any]
+Layer = dict[str, Any]
+
+
+def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
+    """Return the compiled functions (observe, advance) for the layers of the encoder or the decoder.
+
+    `observe` runs the unchanged layer and collects statistics. `advance` runs the changed layer and measures its error.
+    """
+    beside = stack == "encoder" and cfg.encoder_layers > 0
+
+    def real(batch: Batch, path: str) -> jax.Array:
+        """Return a mask [N] of the tokens that the matrix at `path` reads: True except at padding.
+
+        Keys and values of cross-attention read the encoder's tokens.
+        """
+        memory = beside or path in ("cross/k", "cross/v")
+        return jnp.asarray(batch["encoder_segments" if memory else "segments"]).reshape(-1) > 0
+
+    @partial(jax.jit, donate_argnames=("stats",))
+    def observe(
+        layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
+    ) -> tuple[Any, Stats, Any]:
+        """Run one batch through the unchanged layer. The statistics are donated, so memory holds them once.
+
+        Returns:
+          (output, updated statistics, the two sums of `_influence` from which the block influence is computed).
+        """
+        out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
+        stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
+        return out, _replicated(stats), _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
+
+    @jax.jit
+    def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
+        """Run one batch through the changed layer, and return (its output, two squared norms).
+
+        The norms are [||changed output - unchanged output||^2, ||unchanged output - input||^2], without padding.
+        """
+        before, _ = functional.block(cfg, stack, old, carry, index, dtype=dtype)
+        after, _ = functional.block(cfg, stack, new, carry, index, dtype=dtype)
+        mask = real(batch, "")
+        norms = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
+        return after, jnp.stack(norms)
+
+    return observe, advance
+
+
+def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any) -> Stats:
+    """Return the initial statistics of one layer, before any tokens are added."""
+    run = partial(functional.block, cfg, stack, taps=True, dtype=dtype)
+    _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
+    return _selected(taps, collect)
+
+
+def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
+    """Return the compiled functions (observe, compare) for the output head.
+
+    `observe` collects the statistics of the unchanged head. `compare` measures the error of the changed head.
+    """
+
+    @partial(jax.jit, donate_argnames=("stats",))
+    def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
+        """Add the final hidden states of one batch to the statistics, which are donated, and return the statistics."""
+        taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
+        real_BT = jnp.asarray(batch["segments"]) > 0
+
+        def real(rows: int) -> jax.Array:  # pooled inputs have one row per sequence
+            return real_BT.reshape(-1) if rows == real_BT.size else real_BT.any(axis=1)
+
+        return _replicated({path: stat.fold(taps[path], real(len(taps[path]))) for path, stat in stats.items()})
+
+    @jax.jit
+    def compare(old: Layer, new: Layer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+        """Return [||changed output - unchanged output||^2, ||unchanged output||^2] of one batch, without padding."""
+        real_BT = jnp.asarray(batch["segments"]) > 0
+        total = jnp.zeros(2)
+        if cfg.head_kind.vocabulary:
+
+            def one(position: tuple[jax.Array, jax.Array]) -> jax.Array:  # logits of all positions may not fit
+                x_BD, real_B = position
+                before, after = (functional.lm_logits(cfg, params, x_BD, dtype) for params in (old, new))
+                return jnp.stack([_square_norm(after - before, real_B), _square_norm(before, real_B)])
+
+            total += jnp.sum(jax.lax.map(one, (jnp.swapaxes(x_BTD, 0, 1), real_BT.T)), axis=0)
+        if "head" in old or not cfg.head_kind.vocabulary:
+            before, after = (functional.outputs(cfg, params, x_BTD, batch, dtype) for params in (old, new))
+            real = real_BT.any(axis=1)
+            if before.ndim == 3:  # one output per token
+                real = real_BT.reshape(-1)
+            before, after = (a.reshape(len(real), -1) for a in (before, after))
+            total += jnp.stack([_square_norm(after - before, real), _square_norm(before, real)])
+        return total
+
+    return observe, compare
+
+
+def empty_of_head(
+    cfg: ModelConfig, params: Layer, x_BTD: jax.Array, batch: Batch, collect: Collect, dtype: Any
+) -> Stats:
+    """Return the initial statistics of the output head, before any tokens are added."""
+    taps = jax.eval_shape(partial(functional.head_taps, cfg, dtype=dtype), params, x_BTD, batch)
+    return _selected(taps, collect)
+
+
+def _selected(taps: dict[str, Any], collect: Collect) -> Stats:
+    found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
+    return {path: stat for path, stat in found.items() if stat is not None}
+
+
+def placed(stats: Stats) -> Stats:
+    """Return initial statistics on all devices of the current mesh. Without a mesh, return them unchanged."""
+    current = meshes.current()
+    return stats if current is None else jax.device_put(stats, meshes.replicated(current))
+
+
+def _replicated(stats: Stats) -> Stats:
+    """Replicate statistics within a compiled function, like its arguments: only then can it reuse their memory."""
+    return jax.tree.map(lambda a: meshes.constrain(a, *[None] * a.ndim), stats)
+
+
+def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:
+    """Return [sum over tokens of 1 - cosine(x, y), number of tokens], both without padding."""
+    x_ND, y_ND = (v.astype(jnp.float32).reshape(-1, v.shape[-1]) for v in (x_BTD, y_BTD))
+    norms = jnp.linalg.norm(x_ND, axis=-1) * jnp.linalg.norm(y_ND, axis=-1)
+    cosine = jnp.sum(x_ND * y_ND, axis=-1) / jnp.maximum(norms, 1e-30)
+    return jnp.stack([jnp.sum(jnp.where(real_N, 1.0 - cosine, 0.0)), jnp.sum(real_N).astype(jnp.float32)])
+
+
+def _square_norm(x_BTD: jax.Array, real_N: jax.Array) -> jax.Array:
+    x_ND = x_BTD.astype(jnp.float32).reshape(-1, x_BTD.shape[-1])
+    return jnp.sum(jnp.where(real_N[:, None], jnp.square(x_ND), 0.0))

@@ -1,0 +1,46 @@
+"""Define the settings of calibration. They select the examples that a compression method reads.
+
+The module does not import JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmctl.config.base import Config
+from llmctl.config.settings import Dtype
+from llmctl.data.config import DataConfig, Split, Truncate
+
+DAMPING = 0.01
+"""Fraction of the mean diagonal entry that is added to a Hessian. The value is from the papers of GPTQ and SparseGPT.
+"""
+
+
+class CalibrationConfig(Config):
+    """Set the calibration data of a compression command.
+
+    The config of each compression command inherits these fields. A recipe writes them in the command's `[[stage]]`.
+
+    >>> CalibrationConfig(examples=128, seq_len=512).batch_size
+    16
+
+    `llmctl.compress.calibration.calibration_data.load(config, base, mesh)` builds the batches for a saved model.
+    """
+
+    data: DataConfig = DataConfig()
+    """Calibration texts. Only methods that need gradients read labels. Methods that need no data read nothing."""
+    split: Split = "train"
+    """Split of the data that is used for calibration."""
+    examples: int = Field(default=256, ge=1)
+    """Number of calibration examples, chosen by their hash. Data with fewer is refused; by default, 256 are a
+    maximum."""
+    seq_len: int = Field(default=0, ge=0)
+    """Number of tokens per sequence; 0 uses the training length."""
+    truncate: Literal["", Truncate] = ""
+    """Truncation of long texts; empty uses the truncation of training."""
+    batch_size: int = Field(default=16, ge=1)
+    """Number of sequences per batch."""
+    dtype: Dtype = "float32"
+    """Dtype of the calibration's computation."""

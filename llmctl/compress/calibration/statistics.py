@@ -1,0 +1,211 @@
+"""Collect statistics of the inputs of a layer's matrices, as sums over the tokens of calibration data.
+
+Shapes: N tokens of a batch, I inputs of a matrix, H blocks of K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+
+class Statistic(Protocol):
+    """Sum a function of a matrix's inputs over tokens. A statistic is a pytree of float32 arrays.
+
+    >>> stat = Moments.start(2).fold(jnp.array([[1.0, 2.0], [3.0, 0.0], [9.0, 9.0]]), jnp.array([True, True, False]))
+    >>> stat.squares.tolist(), float(stat.count)
+    ([10.0, 4.0], 2.0)
+    """
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Self:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        ...
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        ...
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["squares", "count"], meta_fields=[])
+@dataclass(frozen=True)
+class Moments:
+    """Sum the squares [I] of a matrix's inputs, and count the tokens."""
+
+    squares: jax.Array
+    count: jax.Array
+
+    @staticmethod
+    def start(inputs: int) -> Moments:
+        """Return the statistic before any tokens are added."""
+        return Moments(jnp.zeros(inputs, jnp.float32), jnp.zeros((), jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Moments:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
+        return Moments(self.squares + jnp.sum(jnp.square(x_NI), axis=0), self.count + jnp.sum(real_N))
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.squares.size
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["products", "count"], meta_fields=[])
+@dataclass(frozen=True)
+class Gram:
+    """Sum the Gram matrices X^T X [H, K, K] of a matrix's inputs, in H blocks of K inputs, and count the tokens.
+
+    With a single block of all inputs, the Gram matrix is the Hessian of the layer's squared error. With one block per
+    head, it serves to score the heads for pruning.
+    """
+
+    products: jax.Array
+    count: jax.Array
+
+    @staticmethod
+    def start(inputs: int, blocks: int = 1) -> Gram:
+        """Return the statistic before any tokens are added."""
+        width = inputs // blocks
+        return Gram(jnp.zeros((blocks, width, width), jnp.float32), jnp.zeros((), jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Gram:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
+        x_NHK = x_NI.reshape(x_NI.shape[0], self.products.shape[0], -1)
+        # An inverse needs more than the products in bfloat16 or TF32 that TPUs and GPUs compute by default.
+        products = jnp.einsum("nhk,nhl->hkl", x_NHK, x_NHK, precision=jax.lax.Precision.HIGHEST)
+        return Gram(self.products + products, self.count + jnp.sum(real_N))
+
+    @property
+    def squares(self) -> jax.Array:
+        """Return the sums of the squares [I], as `Moments` has them."""
+        return jnp.diagonal(self.products, axis1=1, axis2=2).reshape(-1)
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.products.shape[0] * self.products.shape[1]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sums", "count"], meta_fields=["inputs"])
+@dataclass(frozen=True)
+class Norms:
+    """Sum the Euclidean norms [H] of H blocks of a matrix's inputs over tokens, and count the tokens.
+
+    If every input is a block of its own, the norms are absolute values.
+    """
+
+    sums: jax.Array
+    count: jax.Array
+    inputs: int
+
+    @staticmethod
+    def start(inputs: int, blocks: int) -> Norms:
+        """Return the statistic before any tokens are added."""
+        return Norms(jnp.zeros(blocks, jnp.float32), jnp.zeros((), jnp.float32), inputs)
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Norms:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        x_NI = jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0)
+        norm_NH = jnp.linalg.norm(x_NI.reshape(x_NI.shape[0], self.sums.shape[0], -1), axis=-1)
+        return Norms(self.sums + jnp.sum(norm_NH, axis=0), self.count + jnp.sum(real_N), self.inputs)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=[])
+@dataclass(frozen=True)
+class Totals:
+    """Sum a matrix's inputs [I] over tokens."""
+
+    sums: jax.Array
+
+    @staticmethod
+    def start(inputs: int) -> Totals:
+        """Return the statistic before any tokens are added."""
+        return Totals(jnp.zeros(inputs, jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Totals:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        return Totals(self.sums + jnp.sum(jnp.where(real_N[:, None], x_NI.astype(jnp.float32), 0.0), axis=0))
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.sums.size
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
+@dataclass(frozen=True)
+class Joined:
+    """Collect several statistics of the same inputs, by name."""
+
+    parts: dict[str, Any]
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Joined:
+        """Return the statistics with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        return Joined({name: part.fold(x_NI, real_N) for name, part in self.parts.items()})
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return next(iter(self.parts.values())).inputs
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["peaks"], meta_fields=[])
+@dataclass(frozen=True)
+class Peaks:
+    """Collect the largest magnitude [I] of each of a matrix's inputs."""
+
+    peaks: jax.Array
+
+    @staticmethod
+    def start(inputs: int) -> Peaks:
+        """Return the statistic before any tokens are added."""
+        return Peaks(jnp.zeros(inputs, jnp.float32))
+
+    def fold(self, x_NI: jax.Array, real_N: jax.Array) -> Peaks:
+        """Return the statistic with a batch added: the inputs `x_NI` of the tokens for which `real_N` is True."""
+        x_NI = jnp.where(real_N[:, None], jnp.abs(x_NI.astype(jnp.float32)), 0.0)
+        return Peaks(jnp.maximum(self.peaks, jnp.max(x_NI, axis=0)))
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of the matrix."""
+        return self.peaks.shape[-1]
+
+
+Stats = dict[str, Any]
+"""Statistics of one layer, by path of the matrix ("attn/q", "mlp/down")."""
+
+Collect = Callable[[str, int], Statistic | None]
+"""Function (path of a matrix, its number of inputs) -> an empty statistic, or None to collect nothing for this
+matrix."""
+
+
+def moments(path: str, inputs: int) -> Statistic:
+    """Return empty Moments for every matrix, so that the sums of squares of its inputs are collected.
+
+    This is a `Collect` function, an argument of `llmctl.compress.calibration.calibrate.walk`.
+    """
+    return Moments.start(inputs)
+
+
+def grams(path: str, inputs: int) -> Statistic:
+    """Return an empty Gram for every matrix, so that the Gram matrix of all its inputs is collected.
+
+    This is a `Collect` function, an argument of `llmctl.compress.calibration.calibrate.walk`.
+    """
+    return Gram.start(inputs)
+
+
+def nothing(path: str, inputs: int) -> None:
+    """Return None for every matrix, so that no statistics are collected.
+
+    This is a `Collect` function, an argument of `llmctl.compress.calibration.calibrate.walk`. The walk then measures
+    only the block influence of the layers.
+    """

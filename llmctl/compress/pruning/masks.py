@@ -1,0 +1,96 @@
+"""Compute masks from scores: the weights with the lowest scores are pruned, in a sparsity pattern.
+
+Shapes: I inputs and O outputs of a matrix, M and N blocks along them, G groups of an N:M pattern.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.compress.pruning import block_pattern
+from llmctl.compress.pruning.pattern import Pattern
+from llmctl.compress.pruning.sparse_method import SparseMethod
+from llmctl.model import weights
+from llmctl.model.weights import Weight
+
+
+def mask(
+    score_IO: jax.Array, pattern: Pattern, per: Literal["matrix", "output"], count: jax.Array | int | None = None
+) -> jax.Array:
+    """Return a mask [I, O] that is True for every weight to keep.
+
+    If scores are equal, the first is pruned first.
+
+    Args:
+      score_IO: scores; the lowest are pruned. A weight that is already zero has the score -infinity.
+      pattern: sparsity pattern. In a block pattern, the score of a block is the sum of its weights' scores.
+      per: group within which scores compete, except in an N:M pattern: the complete matrix, or each output's inputs.
+      count: number of weights or blocks to prune; by default the number that the pattern gives. In an N:M pattern it is
+        the number per M inputs. If it cannot be the same for every output of another pattern, the first outputs prune
+        one more. If scores compete per output, an array [O] gives the number of each output (of blocks: of each block
+        of outputs).
+
+    Raises:
+      RequestError: If the M of an N:M pattern does not divide the inputs.
+    """
+    inputs, outputs = score_IO.shape
+    if pattern.of:
+        pattern.check(inputs, outputs)
+        score_GMO = score_IO.reshape(inputs // pattern.of, pattern.of, outputs)
+        keep = pattern.keep if count is None else pattern.of - count
+        return _keep_highest(score_GMO, keep, axis=1).reshape(inputs, outputs)
+    count = pattern.count(inputs, outputs, per) if count is None else count
+    score_MN = block_pattern.total_scores(score_IO, pattern)
+    if per == "output":
+        each_N = count if jnp.ndim(count) else _shares(count, score_MN.shape[1])
+        kept_MN = _keep_highest(score_MN, len(score_MN) - each_N, axis=0)
+    else:
+        kept_MN = _keep_highest(score_MN.reshape(-1), score_MN.size - count, axis=0).reshape(score_MN.shape)
+    return block_pattern.expand(kept_MN, pattern)
+
+
+def _shares(count: jax.Array | int, outputs: int) -> jax.Array:
+    return count // outputs + (jnp.arange(outputs) < count % outputs)
+
+
+def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax.Array | int | None:
+    """Return the number of weights or blocks to prune in a matrix, in the form that `mask` expects as `count`.
+
+    It is `count` itself, unless each output prunes its own share and an output already has more zeros than its share.
+    Zeros stay, so the other outputs must then prune fewer weights. In this case, the result is an array [O] of the
+    numbers per output. Its sum is `count`, or the number of zeros if that is larger.
+    """
+    if method.per == "matrix" or count is None:
+        return count
+    counts_O, exceeded = _with_zeros(weights.as_node(w).values(), count, pattern=method.pattern)
+    return counts_O if exceeded else count
+
+
+@partial(jax.jit, static_argnames="pattern")
+def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
+    """Return the number of weights to prune per output, and whether any output has more zeros than its share.
+
+    Further zeros are added until the matrix has `count`. Outputs with fewer zeros than their share get them, in
+    proportion to the number that they lack. In a block pattern, blocks and blocks of outputs are counted instead.
+    """
+    zero_IO = block_pattern.all_true(values_IO == 0, pattern)
+    zeros_O = jnp.sum(zero_IO, axis=0)
+    each_O = _shares(count, zero_IO.shape[1])
+    until_O = jnp.cumsum(jnp.maximum(each_O - zeros_O, 0))
+    missing, share_O = jnp.maximum(count - jnp.sum(zeros_O), 0), until_O / jnp.maximum(until_O[-1], 1)
+    until_O = jnp.minimum(jnp.round(share_O * missing).astype(jnp.int32), missing).at[-1].set(missing)
+    return zeros_O + jnp.diff(until_O, prepend=0), jnp.any(zeros_O > each_O)
+
+
+def _keep_highest(score: jax.Array, keep: jax.Array | int, axis: int) -> jax.Array:
+    """Return a boolean mask of the shape of `score`, True at the `keep` highest scores along `axis`.
+
+    The mask is computed from ranks, so that equal scores do not change the number of kept weights.
+    """
+    order = jnp.argsort(score, axis=axis, stable=True)
+    rank = jnp.argsort(order, axis=axis)
+    return rank >= score.shape[axis] - keep

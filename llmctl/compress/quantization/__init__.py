@@ -1,0 +1,1 @@
+"""Replace weights by numbers of few bits."""

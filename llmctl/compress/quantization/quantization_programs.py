@@ -1,0 +1,169 @@
+"""Describe the compiled functions that quantize weights, so that `llmctl plan` can estimate their cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llmctl.compress import error_feedback
+from llmctl.compress.programs import Walk, layer_of
+from llmctl.compress.quantization import folding, gptq, grids, input_scales
+from llmctl.compress.quantization import quantize as rounding
+from llmctl.compress.quantization.grids import GRIDS
+from llmctl.compress.quantization.quantize_method import Quantization
+from llmctl.compress.quantization.quantize_walk import collector
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional, weights
+from llmctl.model.array_bytes import bytes_of
+from llmctl.model.config import ModelConfig
+from llmctl.model.program import Cost, Program, Tree
+
+
+def quantization(
+    model: ModelConfig, params: Tree, mesh: Mesh, held: Tree, method: Quantization, walk: Walk | None
+) -> tuple[list[Program], Tree]:
+    """Return the compiled functions that quantize weights, as programs, and the abstract quantized parameters.
+
+    One program quantizes the largest weight, and stands for all weights. If the method reads data, the programs that
+    run the data through the layers come first.
+
+    Args:
+      model: config of the model.
+      params: abstract parameters of the model.
+      mesh: the devices.
+      held: further arrays that are in memory.
+      method: how the model is quantized.
+      walk: the calibration walk; None for a method that reads no data.
+    """
+    flat, group = weights.flatten(params), method.inputs
+    chosen = rounding.chosen(flat, group, embeddings=method.embeddings, head=method.head)
+
+    def rounded(path: str, w: Any) -> Any:
+        inputs = chosen[path]
+        node, _ = jax.eval_shape(lambda a: rounding.measured(a, method.scheme, inputs, group, method.clips), w)
+        return rounding.with_activations(node, inputs, method.activations)
+
+    small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
+    left = functional.laid_out(model, weights.unflatten(small), mesh)
+    if walk is not None:
+        found = walk.programs(model, params, collector(method), changes=True, after=left)
+        found += _layer_programs(found[0], model, params, mesh, method)
+        if method.embeddings:
+            found.append(_rounding(model, params, left, mesh, held, method, ["embed/tokens"], chosen))
+        return found, left
+    return [_rounding(model, params, left, mesh, held, method, [*chosen], chosen)], left
+
+
+def _rounding(
+    model: ModelConfig, params: Tree, left: Tree, mesh: Mesh, held: Tree, method: Quantization,
+    paths: list[str], chosen: dict[str, int],
+) -> Program:  # fmt: skip
+    """Return the program that rounds the largest of the weights `paths`."""
+    flat, integers = weights.flatten(params), weights.flatten(left)
+    last = max(paths, key=lambda path: math.prod(flat[path].shape))
+    w = flat[last]
+    rest = {path: w for path, w in flat.items() if path != last}
+    done = {path: q for path, q in integers.items() if path in chosen and path != last}
+    return Program(
+        f"rounding of {last}", model, mesh,
+        lambda: rounding.measured.trace(w, method.scheme, chosen[last], method.inputs, method.clips), steps=1,
+        parameters=[params, held, done], beside=[rest, held, done],
+        # Read for the scales, the integers and the error; the integers are written and read.
+        work=Cost(float(bytes_of(integers[last])), 3.0 * bytes_of(w) + 2 * bytes_of(integers[last])),
+    )  # fmt: skip
+
+
+def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh, method: Quantization) -> list[Program]:
+    """Return the programs that scale the inputs of a layer's largest matrices and quantize the largest matrix.
+
+    Every device computes them in full.
+    """
+    stack = functional.stacks(model)[-1]
+    matrices = {m.module: m.weight for m in weights.layer_matrices(layer_of(params, stack))}
+    name = max(matrices, key=lambda module: math.prod(matrices[module].shape))
+    whole = {m: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=meshes.replicated(mesh)) for m, w in matrices.items()}
+
+    def statistic(module: str, part: str) -> Any:
+        return walk.cache[module].parts[part]
+
+    def gram_of(module: str) -> Any:
+        products = statistic(module, "gram").products
+        return products.update(shape=products.shape[1:])
+
+    def program(title: str, trace: Any, modules: tuple[str, ...], work: Cost) -> Program:
+        full = [whole[module] for module in modules]
+        others = {path: stat for path, stat in walk.cache.items() if path != modules[0]}
+        return Program(
+            title, model, mesh, trace, steps=model.layers, parameters=[walk.parameters, full], batch=walk.batch,
+            cache=walk.cache, beside=[walk.parameters, walk.batch, others], work=work,
+        )  # fmt: skip
+
+    found: list[Program] = []
+    places = folding.folds(model, stack) if method.scales_inputs or method.smooth else []
+    if places:
+        at = max(places, key=lambda at: sum(math.prod(whole[module].shape) for module in at.readers))
+        kernels = tuple(whole[module] for module in at.readers)
+        first = at.readers[0]
+        if method.smooth:
+            peaks, fn = statistic(first, "peaks").peaks, input_scales.smooth
+            trace: Any = lambda: fn.trace(kernels, peaks, method.alpha, at=at)  # noqa: E731
+            cost = Cost(16.0 * len(peaks), float(bytes_of(kernels)))
+        else:
+            trace = lambda: input_scales.awq.trace(  # noqa: E731
+                kernels, gram_of(first), at=at, grid=GRIDS[method.scheme], group=method.inputs
+            )
+            cost = _search_cost(kernels)
+        found.append(program(f"scales of the inputs of {first}", trace, at.readers, cost))
+    w, grid, group, gram_II = whole[name], GRIDS[method.scheme], method.inputs, None
+    if method.hessian:
+        gram_II = gram_of(name)
+    if method.solves:
+        found.append(program(f"GPTQ of {name}", lambda: gptq.quantize.trace(
+            w, gram_II, method.damping, grid=grid, group=group, clip=method.clips,
+            act_order=method.act_order, static_groups=method.static_groups,
+        ), (name,), _solve_cost(w)))  # fmt: skip
+    else:
+        found.append(program(f"rounding of {name}", lambda: grids.rounded.trace(
+            w, gram_II, grid=grid, group=group, clip=method.clips
+        ), (name,), _clip_cost(w, group, method)))  # fmt: skip
+    return found
+
+
+def _search_cost(kernels: tuple[Tree, ...]) -> Cost:
+    """Return the cost of AWQ's search: a product of the Gram matrix with each matrix, for each exponent.
+
+    Memory holds four arrays of the size of the largest matrix.
+    """
+    tries, inputs = input_scales.STEPS + 1, kernels[0].shape[0]
+    entries = sum(math.prod(w.shape) for w in kernels)
+    largest = max(math.prod(w.shape) for w in kernels)
+    moved = 4.0 * tries * (8 * entries + len(kernels) * inputs * inputs)
+    return Cost(4.0 * 4 * largest, moved, {"float32": 2.0 * tries * inputs * entries})
+
+
+def _clip_cost(w: Tree, group: int, method: Quantization) -> Cost:
+    """Return the cost of rounding one matrix, with a product of a group's Gram matrix for each scale that is tried."""
+    inputs, outputs = w.shape
+    entries, size = inputs * outputs, group or inputs
+    tries = len(grids.CLIPS) if method.clips else 0
+    products = 2.0 * tries * size * entries if method.hessian else 0.0
+    moved = 4.0 * (4 + 6 * tries) * entries
+    return Cost(4.0 * (3 * entries + (inputs * size if method.hessian and method.clips else 0)), moved,
+                {"float32": products} if products else {})  # fmt: skip
+
+
+def _solve_cost(w: Tree) -> Cost:
+    """Return the cost of GPTQ for one matrix.
+
+    Its FLOPs are those of the products that propagate each block's errors to all inputs. Those of the triangular solve
+    and the Cholesky decomposition are not counted. Memory holds five arrays of the Hessian's size, one of them in
+    another order, and six of the matrix's size.
+    """
+    inputs, outputs = w.shape
+    blocks, size = -(-inputs // error_feedback.BLOCK), min(error_feedback.BLOCK, inputs)
+    entries, square = inputs * outputs, inputs * inputs
+    moved = 4.0 * (13 * square + entries * (4 * blocks + 4 * size))
+    return Cost(4.0 * (5 * square + 6 * entries), moved, {"float32": 2.0 * square * outputs})

@@ -1,0 +1,123 @@
+"""Quantize weights without data: replace matrices by integers with scales, by a quantization scheme.
+
+The schemes are in `llmctl.compress.quantization.schemes`. `llmctl.compress.quantization.quantize_walk` quantizes with
+calibration data.
+
+A matrix [..., I, O] has one scale per output, or one for every `group` inputs of an output. An embedding table [V, D]
+has one scale per row, or one for every `group` columns of a row. Leading axes (layers) always have their own scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.compress.quantization import grids
+from llmctl.compress.quantization.grids import GRIDS
+from llmctl.compress.quantization.schemes import SCHEMES, inputs_per_scale
+from llmctl.config.errors import RequestError
+from llmctl.model import weights
+from llmctl.model.weights import Node, Weight, flatten, unflatten
+
+
+def quantize(
+    params: dict[str, Any],
+    *,
+    scheme: str,
+    group: int = 0,
+    embeddings: bool = False,
+    head: bool = False,
+    activations: str = "",
+    clip: bool = False,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Quantize the matrices of a parameter tree. Norms, biases and position tables do not change.
+
+    Args:
+      params: the parameters.
+      scheme: name of the scheme in `SCHEMES`.
+      group: inputs per scale; 0 means the scheme's own number, or else one scale per output channel.
+      embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
+      head: whether to quantize the output projection, pooler and task head.
+      activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).
+      clip: whether to search for the scales with the least squared error of the weights.
+
+    Returns:
+      The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
+
+    Raises:
+      RequestError: If a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
+    """
+    flat, group = flatten(params), inputs_per_scale(scheme, group)
+    errors: dict[str, float] = {}
+    for path, inputs in chosen(flat, group, embeddings=embeddings, head=head).items():
+        node, error = measured(flat[path], scheme, inputs, group, clip)
+        errors[path] = float(error)
+        flat[path] = with_activations(node, inputs, activations)
+    return unflatten(flat), errors
+
+
+def chosen(flat: dict[str, Any], group: int, *, embeddings: bool, head: bool) -> dict[str, int]:
+    """Return {path: axis of the inputs} of every weight that the settings select. `quantize` describes the arguments.
+
+    Raises:
+      RequestError: If a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
+    """
+    found = dict(targets(flat, embeddings=embeddings, head=head))
+    for path, inputs in found.items():
+        check(path, flat[path], inputs, group)
+    return found
+
+
+def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[tuple[str, int]]:
+    """Yield (path, axis of the inputs) of every weight that the settings select for quantization."""
+    wanted = {"block": True, "head": head, "embedding": embeddings}
+    for m in weights.matrices(unflatten(flat)):
+        if wanted[m.place]:
+            yield m.path, m.inputs
+
+
+def check(path: str, w: Weight, inputs: int, group: int) -> None:
+    """Check that the weight at `path` can be quantized with one scale per `group` inputs.
+
+    Raises:
+      RequestError: If the group does not divide the weight's inputs, or the weight is already quantized or low-rank.
+    """
+    node = weights.as_node(w)
+    if node.has_adapter:
+        raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
+    if not weights.is_plain(w):
+        done = "quantized" if node.is_integer else "compressed"
+        stored = node.kind if node.values_part is None else node.parts()[node.values_part].dtype
+        raise RequestError(f"{path} is {done} already ({stored}); quantize the artifact before it")
+    size = w.shape[inputs]
+    if group and size % group:
+        divisors = [g for g in range(1, size + 1) if size % g == 0]
+        near = ", ".join(map(str, sorted(sorted(divisors, key=lambda g: abs(g - group))[:4])))
+        raise RequestError(f"group {group} does not divide the {size} inputs of {path}; groups near it that do: {near}")
+
+
+def with_activations(node: Node, inputs: int, activations: str) -> Node:
+    """Return the quantized weight `node` with quantization of its input activations, if `activations` is not empty.
+
+    An embedding table (`inputs` -1) is returned unchanged: its rows are looked up, and the product with a tied table
+    uses unquantized activations.
+    """
+    return node.with_activations(activations) if activations and inputs != -1 else node
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def measured(w: jax.Array, scheme: str, inputs: int, group: int, clip: bool = False) -> tuple[Node, jax.Array]:
+    """Quantize one weight, and return (quantized weight, its relative error as a float32 scalar)."""
+    node = grids.quantized(w, GRIDS[scheme], inputs, group, True) if clip else SCHEMES[scheme](w, inputs, group)
+    return node, relative_error(w, node)
+
+
+def relative_error(w: jax.Array, node: Node) -> jax.Array:
+    """Return ||w - dequantized|| / ||w|| in the Frobenius norm; 0 if all weights are zero."""
+    w = w.astype(jnp.float32)
+    square, lost = jnp.sum(jnp.square(w)), jnp.sum(jnp.square(w - node.dense()))  # not flattened: w would be gathered
+    return jnp.sqrt(lost / jnp.where(square == 0, 1.0, square))

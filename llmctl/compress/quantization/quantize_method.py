@@ -1,0 +1,86 @@
+"""Describe how a model is quantized: the format, what is quantized, and the method that chooses the rounded weights.
+
+The module does not import JAX, so that settings can be checked early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmctl.compress.calibration.settings import DAMPING
+from llmctl.compress.quantization.schemes import inputs_per_scale
+
+MethodName = Literal["rtn", "gptq", "awq", "awq+gptq"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Describe how a model is quantized.
+
+    >>> Quantization("int4", group=128).calibrated, Quantization("nf4", method="gptq").inputs
+    (False, 64)
+    """
+
+    scheme: str
+    """Name of the format in `llmctl.compress.quantization.schemes.SCHEMES`."""
+    group: int = 0
+    """Requested number of inputs per scale; 0 means the format's own number."""
+    embeddings: bool = False
+    """Whether the token embeddings are quantized."""
+    head: bool = False
+    """Whether the output projection, pooler and task head are quantized."""
+    activations: str = ""
+    """"int8" if products also quantize activations (W8A8)."""
+    method: MethodName = "rtn"
+    """rtn rounds every weight to the nearest level. gptq lets later weights compensate
+    (`llmctl.compress.quantization.gptq`). awq scales inputs (`llmctl.compress.quantization.input_scales`) and clips
+    before the weights are rounded, awq+gptq before GPTQ."""
+    damping: float = DAMPING
+    act_order: bool = True
+    static_groups: bool = True
+    """Argument of `llmctl.compress.quantization.gptq.quantize`, as `damping` and `act_order` are."""
+    clip: bool = False
+    """Whether to search for scales below that of the largest weight (`llmctl.compress.quantization.grids.scales`). AWQ
+    always does.
+    """
+    smooth: bool = False
+    """Whether SmoothQuant moves outliers from activations to weights."""
+    alpha: float = 0.5
+    """Migration strength of SmoothQuant."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Return whether the method reads calibration data."""
+        return self.hessian or self.smooth
+
+    @property
+    def hessian(self) -> bool:
+        """Return whether the method reads each matrix's Gram matrix."""
+        return self.method != "rtn"
+
+    @property
+    def solves(self) -> bool:
+        """Return whether the weights that are rounded later compensate for earlier rounding errors (GPTQ)."""
+        return self.method.endswith("gptq")
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Return whether AWQ scales the inputs of matrices."""
+        return self.method.startswith("awq")
+
+    @property
+    def clips(self) -> bool:
+        """Return whether the method searches for scales that clip the largest weights."""
+        return self.clip or self.scales_inputs
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs per scale; 0 for one scale per output."""
+        return inputs_per_scale(self.scheme, self.group)
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """Return the arguments of `llmctl.compress.quantization.quantize.quantize`."""
+        names = ("scheme", "group", "embeddings", "head", "activations", "clip")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,171 @@
+"""Quantize a saved model with calibration data, layer by layer as the data passes through.
+
+The inputs of a layer come from the quantized layers before it. Token tables have no inputs, and are rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.compress.calibration import calibration_data
+from llmctl.compress.calibration.calibrate import HEAD, LayerReport, Visit, walk
+from llmctl.compress.calibration.layer_files import Saved
+from llmctl.compress.calibration.output_error import replicated, rounded_error
+from llmctl.compress.calibration.settings import CalibrationConfig
+from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Peaks, Statistic
+from llmctl.compress.quantization import folding, gptq, grids, input_scales, quantize
+from llmctl.compress.quantization.grids import GRIDS
+from llmctl.compress.quantization.quantize_method import Quantization
+from llmctl.model import weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.weights import Matrix, Node, Weight
+
+Params = dict[str, Any]
+NO_INPUTS = "rounding to nearest: no calibration inputs"
+"""Fallback for a matrix whose inputs the walk does not collect."""
+
+
+def quantize_layers(
+    config: CalibrationConfig,
+    base: Artifact,
+    params: Params,
+    method: Quantization,
+    mesh: Mesh,
+    *,
+    saved: Saved,
+    progress: Callable[[LayerReport], None],
+) -> tuple[Params, list[LayerReport], dict[str, float]]:
+    """Return the quantized parameters, the report of each layer, and the relative error of each token table by path.
+
+    Finished layers are saved, so that an interrupted run can resume.
+
+    Args:
+      config: calibration settings.
+      base: artifact of the saved model.
+      params: parameters of the model, with merged adapters. Those of the layers are donated.
+      method: how the model is quantized.
+      mesh: the devices.
+      saved: folder of finished layers.
+      progress: function that is called with the report of each layer.
+
+    Raises:
+      RequestError: If a weight cannot be quantized, or the calibration data cannot be read.
+    """
+    which = {"embeddings": method.embeddings, "head": method.head}
+    quantize.chosen(weights.flatten(params), method.inputs, **which)
+    batches = calibration_data.load(config, base, mesh)
+
+    def change(visit: Visit) -> Params:
+        layer, visit.notes["matrices"] = quantize_layer(base.model, visit, method)
+        return layer
+
+    params, reports = walk(
+        base.model, params, batches, collector(method), change,
+        head=method.head, progress=progress, saved=saved, dtype=config.dtype,
+    )  # fmt: skip
+    flat, errors = weights.flatten(params), {}
+    for m in weights.matrices(params, "embedding") if method.embeddings else ():
+        flat[m.path], error = quantize.measured(m.weight, method.scheme, m.inputs, method.inputs, method.clips)
+        errors[m.path] = float(error)
+    return weights.unflatten(flat), reports, errors
+
+
+def collector(method: Quantization) -> Collect:
+    """Return the function that selects the statistics of each matrix (see `Collect`): a `Joined` of "gram" and "peaks".
+
+    The token table has no statistics. It is rounded, even if it is also the output projection.
+    """
+
+    def collect(path: str, inputs: int) -> Statistic | None:
+        parts: dict[str, Any] = {"gram": Gram.start(inputs)} if method.hessian else {}
+        if method.smooth:
+            parts["peaks"] = Peaks.start(inputs)
+        return None if path == "embed/tokens" else Joined(parts)
+
+    return collect
+
+
+def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tuple[Params, dict[str, Any]]:
+    """Quantize every matrix of one layer. Biases do not change, and norms only if scales are moved into them.
+
+    Args:
+      cfg: config of the model.
+      visit: the layer and the statistics of its matrices' inputs (see `collector`).
+      method: how the matrices are quantized.
+
+    Returns:
+      The quantized layer, and JSON data about each matrix by its path: `shape`, `error` (relative error of the outputs
+      on the calibration inputs, if there is a Gram matrix), `weight_error` (relative error of the weights, whose rows
+      may be scaled), `exponent` (of AWQ's scales), `unscaled` (true if scales were asked for and cannot be moved), and
+      `fallback` (what was used instead, if the method could not be used as asked).
+    """
+    notes: dict[str, Any] = {}
+    layer, scales, notes_of = _scaled(cfg, visit, method)
+
+    def change(m: Matrix) -> Weight:
+        parts = stat.parts if (stat := visit.stats.get(m.module)) else {}
+        gram_II = replicated(parts["gram"].products[0]) if "gram" in parts else None
+        if gram_II is not None and m.module in scales:
+            gram_II = gram_II / scales[m.module][:, None] / scales[m.module][None, :]
+        node, found = _quantized(replicated(m.weight), gram_II, method)
+        error = round(float(_weight_error(m.weight, node)), 6)
+        notes[m.module] = {"shape": list(m.weight.shape), **found, "weight_error": error, **notes_of.get(m.module, {})}
+        return quantize.with_activations(node, -2, method.activations)
+
+    return weights.map_layer(layer, change), notes
+
+
+def _scaled(
+    cfg: ModelConfig, visit: Visit, method: Quantization
+) -> tuple[Params, dict[str, jax.Array], dict[str, dict[str, Any]]]:
+    """Scale the inputs of a layer's matrices by AWQ or SmoothQuant, if the method does so.
+
+    Returns:
+      The layer, whose outputs are unchanged, the scales of each matrix's inputs, and JSON data about each matrix.
+    """
+    layer, scales, notes = visit.layer, {}, {}
+    if not (method.scales_inputs or method.smooth):
+        return layer, scales, notes
+    flat = weights.flatten(visit.layer)
+    places = folding.folds(cfg, visit.stack) if visit.stack != HEAD else []
+    for at in places:
+        kernels = tuple(replicated(flat[weights.kernel_of(reader)]) for reader in at.readers)
+        parts, found = visit.stats[at.readers[0]].parts, {}
+        if method.smooth:
+            scale_I = input_scales.smooth(kernels, replicated(parts["peaks"].peaks), method.alpha, at=at)
+        else:
+            gram_II, grid = replicated(parts["gram"].products[0]), GRIDS[method.scheme]
+            scale_I, exponent = input_scales.awq(kernels, gram_II, at=at, grid=grid, group=method.inputs)
+            found = {"exponent": round(float(exponent), 6)}
+        layer = folding.fold(cfg, layer, at, scale_I)
+        scales |= dict.fromkeys(at.readers, scale_I)
+        notes |= dict.fromkeys(at.readers, found)
+    unscaled = {m.module for m in weights.layer_matrices(layer)} - scales.keys()
+    return layer, scales, notes | {module: {"unscaled": True} for module in unscaled}
+
+
+def _quantized(w: jax.Array, gram_II: jax.Array | None, method: Quantization) -> tuple[Node, dict[str, Any]]:
+    """Quantize one matrix, and return it with its output error and the fallback, if there are any."""
+    grid, group, found = GRIDS[method.scheme], method.inputs, {}
+    if method.solves and gram_II is not None:
+        node, attempts = gptq.quantize(
+            w, gram_II, method.damping, grid=grid, group=group, clip=method.clips,
+            act_order=method.act_order, static_groups=method.static_groups,
+        )  # fmt: skip
+        if int(attempts):
+            found["fallback"] = gptq.fallback(int(attempts), method.damping)
+    else:
+        node = grids.rounded(w, gram_II, grid=grid, group=group, clip=method.clips)
+        if method.hessian and gram_II is None:
+            found["fallback"] = NO_INPUTS
+    if gram_II is not None:
+        found["error"] = rounded_error(gram_II, w, weights.dense(node))
+    return node, found
+
+
+_weight_error = jax.jit(quantize.relative_error)

@@ -1,0 +1,1 @@
+"""Remove heads, neurons, hidden channels and layers, so that arrays become smaller."""

@@ -1,0 +1,242 @@
+"""Select the channels of the residual stream that a smaller hidden width keeps, and compensate for the others.
+
+All layers share the channels, so the importance of a channel is summed over the outputs of all norms, where the
+matrices read it. Without norms before the matrices (post-norm models), it is the output of the norm after the previous
+sublayer. A first pass of the calibration data measures the unchanged model. With repair, a second pass recomputes the
+matrices that read the norms, layer by layer: each is the least-squares solution on the kept channels. A norm over fewer
+channels divides by another mean square, so its scale is multiplied by the root of the kept channels' mean square.
+
+Shapes: D hidden width, N tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.compress.calibration.calibrate import HEAD, Batch, Visit, walk
+from llmctl.compress.calibration.layer_files import Saved
+from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Moments, Norms, Statistic, Totals
+from llmctl.compress.structured_pruning.channel_cut import cut_channels, hidden_axes
+from llmctl.compress.structured_pruning.gates import Gates
+from llmctl.compress.structured_pruning.importance import GRAM, SCORE, TOTALS
+from llmctl.compress.structured_pruning.structured import Progress, disable
+from llmctl.compress.structured_pruning.structured_method import StructuredMethod
+from llmctl.model import functional, weights, wiring
+from llmctl.model.config import ModelConfig
+from llmctl.model.weights import dense
+
+Params = dict[str, Any]
+
+
+def prune_channels(
+    cfg: ModelConfig,
+    params: Params,
+    batches: Sequence[Batch],
+    keep: int,
+    method: StructuredMethod,
+    progress: Progress = None,
+    dtype: Any = jnp.float32,
+    saved: Saved | None = None,
+    found: Gates | None = None,
+    known_D: np.ndarray | None = None,
+) -> tuple[ModelConfig, Params, dict[str, Any]]:
+    """Reduce the hidden width to `keep` channels. With repair, the layers' arrays are donated.
+
+    `found` has the derivatives that the importance "taylor" reads. If the importance is already known, it is not
+    measured.
+
+    Returns:
+      The config, the parameters, and JSON data: the indices of the kept channels and the importance of all.
+    """
+    measured = known_D is None
+    scores_D = channel_scores(cfg, params, batches, method, progress, dtype, found) if measured else known_D
+    kept = np.sort(np.argsort(-scores_D, kind="stable")[:keep])
+    about = {"kept": kept.tolist(), "importance": [float(f"{x:.4g}") for x in scores_D]}
+    ratios: dict[str, np.ndarray] = {}
+    if method.repair:
+        params, ratios = _compensated(cfg, params, batches, kept, method, progress, dtype, saved)
+    return (*cut_channels(cfg, params, kept, ratios), about)
+
+
+def norm_feeds(cfg: ModelConfig) -> list[wiring.Feed]:
+    """Return the activations with one element per channel: outputs of norms, and other activations of hidden width."""
+    axes = hidden_axes(cfg)
+    return [f for f in wiring.feeds(cfg) if _axis(f.readers[0]) in axes.get(_path(f.readers[0]), ())]
+
+
+def gate_paths(cfg: ModelConfig, params: Params) -> dict[str, int]:
+    """Return {path of the scale of a norm that matrices read: hidden width}, as `gates.accumulate` takes it."""
+    flat = weights.flatten(params)
+    scales = {f"{feed.producer}/scale" for feed in norm_feeds(cfg)}
+    return {path: cfg.d_model for path in sorted(scales) if path in flat}
+
+
+def channel_scores(
+    cfg: ModelConfig,
+    params: Params,
+    batches: Sequence[Batch],
+    method: StructuredMethod,
+    progress: Progress = None,
+    dtype: Any = jnp.float32,
+    found: Gates | None = None,
+) -> np.ndarray:
+    """Return the importance [D] of each channel."""
+    total_D, flat = np.zeros(cfg.d_model), weights.flatten(params)
+    if method.importance == "random":
+        return np.random.default_rng([method.seed, zlib.crc32(b"channels")]).random(cfg.d_model)
+    if method.importance == "taylor":
+        return sum((np.asarray(a, float).reshape(-1, cfg.d_model).sum(0) for a in (found or {}).values()), total_D)
+    if method.importance == "magnitude":
+        for path, axes in hidden_axes(cfg).items():
+            for axis in axes if path in flat else ():
+                square = np.square(np.asarray(dense(flat[path]), float))
+                total_D += np.moveaxis(square, axis, -1).reshape(-1, cfg.d_model).sum(0)
+        return np.sqrt(total_D)
+    _, reports = walk(
+        cfg, params, batches, collector(cfg, method), head=True, keep=True, progress=progress, dtype=dtype
+    )
+    feeds = {(stack, name): feed for feed in norm_feeds(cfg) for stack, name in [_at(feed.readers[0])]}
+    for r in reports:
+        for name, joined in r.stats.items():
+            stat: Any = joined.parts[SCORE]
+            if method.importance == "activation":
+                total_D += np.asarray(stat.sums, float)
+                continue
+            readers = feeds[r.stack, name].readers
+            square_D = np.asarray(stat.squares, float) * sum(_row_squares(flat, p, r.layer) for p in readers)
+            total_D += square_D / max(float(square_D.sum()), 1e-30)
+    return total_D
+
+
+def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
+    """Return the function that selects the statistics by which channels are selected (see `Collect`)."""
+    names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
+
+    def collect(path: str, inputs: int) -> Statistic | None:
+        if path not in names or inputs != cfg.d_model:
+            return None
+        start = Norms.start(inputs, inputs) if method.importance == "activation" else Moments.start(inputs)
+        return Joined({SCORE: start})
+
+    return collect
+
+
+def grams(cfg: ModelConfig) -> Collect:
+    """Return the function that selects the statistics for compensation (see `Collect`)."""
+    names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
+
+    def collect(path: str, inputs: int) -> Statistic | None:
+        if path not in names or inputs != cfg.d_model:
+            return None
+        return Joined({GRAM: Gram.start(inputs), TOTALS: Totals.start(inputs)})
+
+    return collect
+
+
+def _compensated(
+    cfg: ModelConfig,
+    params: Params,
+    batches: Sequence[Batch],
+    kept: np.ndarray,
+    method: StructuredMethod,
+    progress: Progress,
+    dtype: Any,
+    saved: Saved | None,
+) -> tuple[Params, dict[str, np.ndarray]]:
+    """Return the parameters with compensated matrices, and the factors on the scales of norms by their paths."""
+    feeds = norm_feeds(cfg)
+    flat = weights.flatten(params)
+    norms = {*(feed.producer for feed in feeds), "embed/norm"}
+    scales = {norm: np.asarray(flat[f"{norm}/scale"]) for norm in sorted(norms) if f"{norm}/scale" in flat}
+    biases = {norm: np.asarray(flat[f"{norm}/bias"]) for norm in scales if f"{norm}/bias" in flat}
+
+    def change(visit: Visit) -> Params:
+        out = weights.flatten(visit.layer)
+        for feed in feeds:
+            stack, name = _at(feed.readers[0])
+            measured = visit.stats.get(name) if stack == visit.stack else None
+            if measured is None:
+                continue
+            for reader in feed.readers:
+                own = _at(reader)[1]
+                kernel, bias = f"{own}/kernel", f"{own}/bias"
+                if kernel in out:  # a tied table is also the embedding, and stays as it is
+                    layer = {"kernel": out[kernel]} | ({"bias": out[bias]} if bias in out else {})
+                    new = disable(layer, kept, measured, method)
+                    out |= {f"{own}/{part}": a for part, a in new.items()}
+            norm, at = _norm_of(cfg, feed, visit)
+            if norm in scales:
+                bias_D = biases[norm][at] if norm in biases else np.zeros(1)
+                # The input of the output projection is scaled after the norm.
+                after = (cfg.logit_scale or cfg.d_model**-0.5) if name in ("embed/tokens", "lm_head") else 1.0
+                visit.notes[norm] = [at, _ratio(cfg, measured, scales[norm][at], bias_D, after, kept)]
+        return weights.unflatten(out)
+
+    params, reports = walk(
+        cfg, params, batches, grams(cfg), change, head=True, progress=progress, saved=saved, dtype=dtype
+    )
+    ratios = {norm: np.ones(scale.shape[:-1], np.float32) for norm, scale in scales.items()}
+    for r in reports:
+        for norm, (at, ratio) in r.notes.items():
+            ratios[norm][tuple(at)] = ratio
+    return params, ratios
+
+
+def _norm_of(cfg: ModelConfig, feed: wiring.Feed, visit: Visit) -> tuple[str, tuple[int, ...]]:
+    """Return the path of the norm that produces an activation of the visited layer, and the layer of the norm.
+
+    The layer is () for a norm outside of the layers.
+    """
+    norm = feed.producer
+    if not norm:  # the layers of a post-norm model read the norm of the layer before
+        norm = f"{visit.stack}/blocks/mlp_norm" if visit.index else "embed/norm"
+        return norm, (visit.index - 1,) if visit.index else ()
+    stack, _, inner = norm.partition("/blocks/")
+    if not inner:
+        return norm, ()
+    return norm, (visit.index if stack == visit.stack else functional.depth(cfg, stack) - 1,)
+
+
+def _ratio(
+    cfg: ModelConfig, measured: Joined, scale_D: np.ndarray, bias_D: np.ndarray, after: float, kept: np.ndarray
+) -> float:
+    """Return the root of the mean square of a norm's kept channels, before its scale and bias are applied.
+
+    `measured` has the norm's outputs, multiplied by `after`.
+    """
+    gram: Any = measured.parts[GRAM]
+    sums: Any = measured.parts[TOTALS].sums
+    count = max(float(gram.count), 1.0)
+    square_D, mean_D = np.asarray(gram.squares, float) / count / after**2, np.asarray(sums, float) / count / after
+    scale_D = scale_D.astype(float) + cfg.norm_plus_one
+    square_D = square_D - 2 * bias_D * mean_D + bias_D**2
+    share_D = np.where(np.abs(scale_D) > 1e-6, square_D / np.where(scale_D == 0, 1.0, scale_D) ** 2, 1.0)
+    return float(np.sqrt(np.mean(share_D[kept])))
+
+
+def _at(reader: str) -> tuple[str, str]:
+    """Return the stack that a walk visits for a matrix (`HEAD` for output heads), and the matrix's path there."""
+    stack, _, name = reader.partition("/blocks/")
+    return (stack, name) if name else (HEAD, reader)
+
+
+def _path(reader: str) -> str:
+    """Return the path of the weight of a matrix."""
+    return reader if reader == "embed/tokens" else f"{reader}/kernel"
+
+
+def _axis(reader: str) -> int:
+    """Return the axis of a matrix's inputs: -1 for the embedding table, otherwise -2."""
+    return -1 if reader == "embed/tokens" else -2
+
+
+def _row_squares(flat: dict[str, Any], reader: str, layer: int) -> np.ndarray:
+    """Return the sums of squares [D] of the weights by which a matrix reads each channel."""
+    w = flat[_path(reader)]
+    w = weights.layer_of(w, layer) if "/blocks/" in reader else w
+    return np.square(np.asarray(dense(w), float)).sum(axis=0 if reader == "embed/tokens" else 1)

@@ -1,0 +1,119 @@
+"""Remove channels of the residual stream from all arrays of a model, so that its hidden width becomes smaller.
+
+Every axis whose length follows `d_model` is reduced to the same channels: embeddings, position and segment tables,
+norms, the inputs and outputs of matrices, and the heads. In an encoder-decoder, both stacks keep the same channels,
+because they share the embedding table. Norms are computed over the kept channels alone, as in Minitron (Muralidharan et
+al., 2024, arXiv:2407.14679).
+
+Shapes: D width before, E width after.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.compress.structured_pruning.shrink import take
+from llmctl.config.errors import RequestError
+from llmctl.model import functional, weights, wiring
+from llmctl.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+def hidden_axes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the axes, from the end, whose length is the hidden width, by the path of the weight.
+
+    >>> found = hidden_axes(ModelConfig(preset="llama-tiny"))
+    >>> found["decoder/blocks/mlp/up/kernel"], found["decoder/blocks/mlp/down/kernel"], found["embed/tokens"]
+    ((-2,), (-1,), (-1,))
+    """
+    wider = cfg.model_copy(update={"d_model": cfg.d_model + 1, "preset": ""})
+    one, other = (weights.flatten(functional.abstract(c)) for c in (cfg, wider))
+    found = {
+        path: tuple(i - a.ndim for i in range(a.ndim) if a.shape[i] != other[path].shape[i]) for path, a in one.items()
+    }
+    return {path: axes for path, axes in found.items() if axes}
+
+
+def cut_channels(
+    cfg: ModelConfig, params: Params, kept_E: np.ndarray, ratios: dict[str, np.ndarray] | None = None
+) -> tuple[ModelConfig, Params]:
+    """Return the config and the parameters with only the channels `kept_E`, ascending indices.
+
+    Factors that the model derives from its width, on embeddings and on hidden states before the output projection, stay
+    as they were: their change is merged into the embedding table and the norm before the projection.
+
+    Args:
+      cfg: config of the model.
+      params: parameters of the model.
+      kept_E: indices of the kept channels.
+      ratios: factors [layers] or [] by which the scales of norms are multiplied, by the path of the norm.
+
+    Raises:
+      RequestError: If a weight is quantized in groups along the channels.
+    """
+    target = ModelConfig.model_validate({**cfg.model_dump(), "preset": "", "d_model": len(kept_E)})
+    flat = weights.flatten(params)
+    for path, axes in hidden_axes(cfg).items():
+        if path not in flat:
+            continue
+        stacked = weights.parse(path).stacked
+        w = flat[path] if stacked else jax.tree.map(lambda a: a[None], flat[path])
+        layers = weights.as_node(w).shape[0]
+        for axis in axes:
+            w = take(path, w, np.broadcast_to(kept_E, (layers, len(kept_E))), axis)
+        flat[path] = w if stacked else jax.tree.map(lambda a: a[0], w)
+    for norm, ratio in (ratios or {}).items():
+        _scale_norm(cfg, flat, norm, ratio, biased=False)
+    _keep_factors(cfg, flat, math.sqrt(cfg.d_model / len(kept_E)))
+    return target, weights.unflatten(flat)
+
+
+def check(cfg: ModelConfig, params: Params, width: int) -> None:
+    """Check, before any computation, that the hidden width can be reduced to `width`.
+
+    Raises:
+      RequestError: If a weight is quantized in groups along the channels, or the model's positions are sinusoidal.
+    """
+    if width == cfg.d_model:
+        return
+    if cfg.positions == "sinusoidal":
+        raise RequestError(
+            "hidden: sinusoidal positions are computed from the hidden width, so channels cannot be removed; remove "
+            "heads, ffn or layers"
+        )
+    jax.eval_shape(lambda p: cut_channels(cfg, p, np.arange(width))[1], params)
+
+
+def _keep_factors(cfg: ModelConfig, flat: dict[str, Any], root: float) -> None:
+    """Undo the change of the factors that the model derives from its width; `root` is sqrt(D / E)."""
+    after = 1.0
+    if not cfg.embed_scale:  # sqrt(D)
+        for path in (p for p in ("embed/tokens", "embed/prompt") if p in flat):
+            if not weights.is_plain(flat[path]):
+                raise RequestError(f"{path} is quantized, and a smaller hidden width changes its scale; prune first")
+            flat[path] = (flat[path] * root).astype(flat[path].dtype)
+        after = 1 / root if cfg.tied else 1.0
+    if not cfg.logit_scale:  # 1 / sqrt(D)
+        after /= root
+    if after != 1.0 and cfg.head_kind.vocabulary:
+        norm = "lm_head/norm" if cfg.head_transform else wiring.end(cfg, wiring.stacks(cfg)[-1])
+        last = np.ones(cfg.layers, np.float32)
+        last[-1] = after  # a post-norm model has no final norm, but one per layer
+        _scale_norm(cfg, flat, norm, last if "/blocks/" in norm else np.float32(after), biased=True)
+
+
+def _scale_norm(cfg: ModelConfig, flat: dict[str, Any], norm: str, ratio: Any, *, biased: bool) -> None:
+    """Multiply the scale of a norm, and its bias if `biased`, by a factor per layer or by one factor."""
+    factor = jnp.asarray(ratio, jnp.float32)[..., None]
+    scale = flat[f"{norm}/scale"]
+    new = (scale.astype(jnp.float32) + cfg.norm_plus_one) * factor - cfg.norm_plus_one
+    flat[f"{norm}/scale"] = new.astype(scale.dtype)
+    if biased and f"{norm}/bias" in flat:
+        bias = flat[f"{norm}/bias"]
+        flat[f"{norm}/bias"] = (bias.astype(jnp.float32) * factor).astype(bias.dtype)

@@ -1,0 +1,252 @@
+"""Prune attention heads, feed-forward neurons and layers, so that arrays become smaller (structured pruning).
+
+All layers of an encoder or decoder keep the same number of heads and neurons, because they are scanned. Each layer
+selects its own heads and neurons, by their importance (`llmctl.compress.structured_pruning.importance`). The layers are
+processed in order. A removed head or neuron is first disabled by zero rows in the matrix that reads its output. Later
+layers therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
+
+Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.compress.calibration.calibrate import Batch, LayerReport, Visit, walk
+from llmctl.compress.calibration.layer_files import Saved
+from llmctl.compress.calibration.output_error import replicated
+from llmctl.compress.calibration.statistics import Collect, Joined, Statistic, Stats, nothing
+from llmctl.compress.pruning import prune
+from llmctl.compress.structured_pruning import importance
+from llmctl.compress.structured_pruning.compensation import compensate
+from llmctl.compress.structured_pruning.gates import Gates
+from llmctl.compress.structured_pruning.shrink import Kept, columns, cut, drop_layers
+from llmctl.compress.structured_pruning.structured_method import StructuredMethod
+from llmctl.model import functional, wiring
+from llmctl.model.config import ModelConfig
+
+Progress = Callable[[LayerReport], None] | None
+
+UnitScores = dict[str, list[dict[str, np.ndarray]]]
+"""Importance of heads and neurons: "encoder" or "decoder" -> layer -> path of the matrix that reads them -> scores."""
+
+
+def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the query heads and of the key/value heads to keep, ascending.
+
+    A group is a key/value head with its query heads. Every kept group keeps the same number of query heads. The best
+    query heads of each group are selected first. Then the groups are selected, by the norm of the scores of these query
+    heads.
+    """
+    each = keep_heads // keep_groups
+    score_GR = score_H.reshape(groups, -1)
+    best_GR = np.sort(_highest(score_GR, each), axis=1)
+    group_G = np.sqrt(np.sum(np.square(np.take_along_axis(score_GR, best_GR, axis=1)), axis=1))
+    kept = np.sort(_highest(group_G[None], keep_groups)[0])
+    heads = (kept[:, None] * score_GR.shape[1] + best_GR[kept]).reshape(-1)
+    return heads, kept
+
+
+def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
+    """Return the indices of the `keep` neurons with the highest scores, ascending."""
+    return np.sort(_highest(score_F[None], keep)[0])
+
+
+def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[bool]) -> list[int]:
+    """Return the indices of the `keep` layers with the highest total block influence, ascending.
+
+    `kinds_L` tells whether each layer has local (true) or global attention. The config fixes the kind at each index, so
+    the i-th kept layer must have the kind `kinds_L[i]`. If all layers have one kind, the layers with the highest
+    influence are kept. The selection is exact, by dynamic programming.
+    """
+    layers = len(influence_L)
+    total = np.full((layers + 1, keep + 1), -np.inf)
+    total[:, 0] = 0.0
+    for i in range(layers):
+        for n in range(1, keep + 1):
+            taken = total[i, n - 1] + influence_L[i] if kinds_L[i] == kinds_L[n - 1] else -np.inf
+            total[i + 1, n] = max(total[i, n], taken)
+    chosen: list[int] = []
+    for i in reversed(range(layers)):
+        n = keep - len(chosen)
+        if n and total[i + 1, n] > total[i, n]:
+            chosen.append(i)
+    return chosen[::-1]
+
+
+def _highest(score: np.ndarray, keep: int) -> np.ndarray:
+    """Return the indices of the `keep` highest scores along the last axis. If scores are equal, the first is kept."""
+    return np.argsort(-score, axis=-1, kind="stable")[..., :keep]
+
+
+def prune_layers(
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    batches: Sequence[Batch],
+    target: ModelConfig,
+    progress: Progress = None,
+    dtype: Any = jnp.float32,
+) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]]]:
+    """Remove the layers with the least block influence, until the model has as many layers as `target`.
+
+    (ShortGPT, arXiv:2403.03853)
+
+    Returns:
+      The config, the parameters, and the indices of the kept layers of the encoder and of the decoder.
+    """
+    _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
+    influence = {stack: [r.influence for r in reports if r.stack == stack] for stack in functional.stacks(cfg)}
+    kept = kept_layers(cfg, target, influence)
+    return (*drop_layers(cfg, params, kept), kept)
+
+
+def kept_layers(cfg: ModelConfig, target: ModelConfig, influence: dict[str, list[float]]) -> dict[str, list[int]]:
+    """Return the indices of the layers that `target` keeps, given the block influence of all, for each stack."""
+    kept = {}
+    for stack, values in influence.items():
+        kinds = cfg.local_layers(len(values))
+        kept[stack] = choose_layers(values, functional.depth(target, stack), kinds)
+    return kept
+
+
+def fewer_layers(cfg: ModelConfig, target: ModelConfig) -> bool:
+    """Return whether the encoder or the decoder has fewer layers in `target` than in `cfg`."""
+    return (target.layers, target.encoder_layers) != (cfg.layers, cfg.encoder_layers)
+
+
+def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
+    """Return whether a layer has fewer heads or neurons in `target` than in `cfg`."""
+    return (target.heads, target.kv_heads, target.d_ff) != (cfg.heads, cfg.kv_heads, cfg.d_ff)
+
+
+def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiring.Units]:
+    """Return which heads or neurons of a stack must be pruned, by the path of the matrix that reads them ("attn/o")."""
+    heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
+    found = {reader: u for u in wiring.units(cfg, stack) for reader in u.readers}
+    return {p: u for p, u in found.items() if (heads if u.name.endswith("/heads") else target.d_ff != cfg.d_ff)}
+
+
+def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = StructuredMethod()) -> Collect:
+    """Return the function that selects the statistics for pruning from `cfg` to `target` (see `Collect`)."""
+    read = {path: u for stack in wiring.stacks(cfg) for path, u in readers(cfg, target, stack).items()}
+
+    def collect(path: str, inputs: int) -> Statistic | None:
+        units = read.get(path)
+        return None if units is None else importance.statistic(method, inputs, units.count)
+
+    return collect
+
+
+def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
+    """Return the number of heads or neurons by the path of the matrix that reads them, as `gates.accumulate` takes it.
+
+    Only those that must be pruned from `cfg` to `target` are included.
+    """
+    return {
+        f"{stack}/blocks/{path}/kernel": units.count
+        for stack in wiring.stacks(cfg)
+        for path, units in readers(cfg, target, stack).items()
+    }
+
+
+def prune_widths(
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    batches: Sequence[Batch],
+    target: ModelConfig,
+    progress: Progress = None,
+    dtype: Any = jnp.float32,
+    saved: Saved | None = None,
+    method: StructuredMethod = StructuredMethod(),
+    found: Gates | None = None,
+    known: UnitScores | None = None,
+) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
+    """Reduce every layer to the heads, key/value heads and neurons of `target`. The layers' arrays are donated.
+
+    Each layer selects its own heads and neurons. With relative positions, however, the layers of an encoder or decoder
+    share one bias per head. All layers then keep the same self-attention heads, selected by scores that are normalized
+    per layer and summed. Finished layers and their selections are written to `saved`. `found` has the derivatives that
+    the importance "taylor" reads. If scores are `known`, they select the heads and neurons, and none are measured.
+
+    Returns:
+      The config, the parameters, and a report per layer. The notes of a report have the indices of the kept heads and
+      neurons, and under "importance" the scores of all.
+    """
+    collect = collector(cfg, target, method)
+    heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
+
+    def score(stack: str, index: int, layer: dict[str, Any], stats: Stats, path: str) -> np.ndarray:
+        if known is not None:
+            return known[stack][index][path]
+        own = (found or {}).get(f"{stack}/blocks/{path}/kernel")
+        units = readers(cfg, target, stack)[path]
+        own_N = None if own is None else own[index]
+        return importance.of_units(method, units, layer, stats.get(path), own_N, (stack, index))
+
+    common: dict[str, np.ndarray] = {}
+    if heads_change and cfg.positions == "relative" and known is None:
+        _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
+        each: dict[str, list[np.ndarray]] = {stack: [] for stack in functional.stacks(cfg)}
+        for r in reports:
+            layer = functional.layer_params(params, r.stack, r.layer)
+            each[r.stack].append(score(r.stack, r.layer, layer, r.stats, "attn/o"))
+        common = {stack: common_scores(scores) for stack, scores in each.items()}
+
+    def change(visit: Visit) -> dict[str, Any]:
+        out = {name: dict(part) for name, part in visit.layer.items()}
+        for path, units in readers(cfg, target, visit.stack).items():
+            part, name = path.split("/")
+            if part == "attn" and common:
+                scores = common[visit.stack]
+            else:
+                scores = score(visit.stack, visit.index, visit.layer, visit.stats, path)
+            if units.name.endswith("/heads"):
+                heads, groups = choose_heads(scores, cfg.kv_heads, target.kv_heads, target.heads)
+                visit.notes[f"{part}/heads"], visit.notes[f"{part}/groups"] = heads.tolist(), groups.tolist()
+                rows = columns(heads, cfg.head_dim)
+            else:
+                rows = choose_neurons(scores, target.d_ff)
+                visit.notes[f"{part}/neurons"] = rows.tolist()
+            visit.notes.setdefault("importance", {})[units.name] = [float(f"{x:.4g}") for x in scores]
+            out[part][name] = disable(out[part][name], rows, visit.stats.get(path), method)
+        return out
+
+    params, reports = walk(cfg, params, batches, collect, change, progress=progress, saved=saved, dtype=dtype)
+    kept: Kept = {stack: {} for stack in functional.stacks(cfg)}
+    for r in reports:
+        for units, choice in r.notes.items():
+            if units != "importance":
+                kept[r.stack].setdefault(units, []).append(np.asarray(choice))
+    return (*cut(cfg, params, target, kept), reports)
+
+
+def common_scores(scores_LH: Sequence[np.ndarray]) -> np.ndarray:
+    """Return scores [H] of heads for all layers together: the sum of each layer's scores, normalized to sum 1."""
+    total_H = np.zeros(len(scores_LH[0]), np.float32)
+    for scores_H in scores_LH:
+        total_H += scores_H / max(float(scores_H.sum()), 1e-30)
+    return total_H
+
+
+def disable(
+    dense: dict[str, Any], kept: np.ndarray, measured: Joined | None, method: StructuredMethod
+) -> dict[str, Any]:
+    """Return a dense layer that reads only the inputs `kept`: the rows of all others are zero.
+
+    If the method repairs, the kept rows and the bias get other values, by the statistics `measured`.
+    """
+    kernel = dense["kernel"]
+    if method.repair and measured is not None:
+        gram = measured.parts[importance.GRAM]
+        sums_I = measured.parts[importance.TOTALS].sums
+        read = (replicated(a) for a in (kernel, dense.get("bias"), gram.products[0], sums_I, gram.count))
+        w_IO, bias_O, gram_II, sums_I, count = read
+        kernel, bias = compensate(w_IO, bias_O, kept, gram_II, sums_I, count)
+        return {**dense, "kernel": kernel} | ({} if bias is None else {"bias": bias})
+    mask = np.zeros((kernel.shape[0], 1), bool)
+    mask[kept] = True
+    return {**dense, "kernel": prune.apply(kernel, jnp.asarray(mask))}

@@ -1,0 +1,33 @@
+"""Describe how structured pruning selects what it removes, and whether the kept matrices compensate for the removal.
+
+The module does not import JAX, so that settings can be checked early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ImportanceName = Literal["contribution", "activation", "taylor", "magnitude", "random"]
+
+
+@dataclass(frozen=True)
+class StructuredMethod:
+    """Describe a method that removes heads, neurons and hidden channels.
+
+    >>> StructuredMethod("taylor").gradients, StructuredMethod("activation", repair=True).gradients
+    (True, False)
+    """
+
+    importance: ImportanceName = "contribution"
+    """Importance of a head, neuron or channel; the lowest are removed
+    (`llmctl.compress.structured_pruning.importance`)."""
+    repair: bool = False
+    """Whether the matrices that read what was removed get other values, by least squares on the calibration data."""
+    seed: int = 0
+    """Seed of random importance."""
+
+    @property
+    def gradients(self) -> bool:
+        """Return whether the importance needs gradients of the loss."""
+        return self.importance == "taylor"

@@ -1,0 +1,131 @@
+"""Describe the compiled functions of structured pruning, so that `llmctl plan` can estimate their cost."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llmctl.compress.calibration.statistics import nothing
+from llmctl.compress.programs import Walk, layer_of, sharding_of
+from llmctl.compress.structured_pruning import channel_choice, channel_cut, compensation, gates, structured
+from llmctl.compress.structured_pruning.structured_method import StructuredMethod
+from llmctl.distributed import mesh as meshes
+from llmctl.model import flops as cost
+from llmctl.model import functional, weights, wiring
+from llmctl.model.config import ModelConfig
+from llmctl.model.program import Cost, Program, Tree
+
+
+def structured_pruning(
+    model: ModelConfig, params: Tree, target: ModelConfig, method: StructuredMethod, mesh: Mesh, walk: Walk
+) -> list[Program]:
+    """Return the programs that remove layers, channels, heads and neurons, so that the model has the config `target`.
+
+    Only the programs of those steps are included that the sizes need.
+    """
+    found: list[Program] = []
+    if structured.fewer_layers(model, target):
+        found += walk.programs(model, params, nothing, changes=False)
+        model = model.model_copy(update={"layers": target.layers, "encoder_layers": target.encoder_layers})
+        params = _of_depth(model, params, mesh)
+    if model.d_model != target.d_model:
+        passes: list[list[Program]] = []
+        if method.importance in ("contribution", "activation"):
+            passes.append(walk.programs(model, params, channel_choice.collector(model, method), changes=False))
+        if method.gradients:
+            passes.append([_gates(model, params, channel_choice.gate_paths(model, params), walk)])
+        if method.repair:
+            passes.append(walk.programs(model, params, channel_choice.grams(model), changes=True))
+            rows = {"attn/q": (model.d_model, target.d_model), "mlp/up": (model.d_model, target.d_model)}
+            passes[-1].append(_compensation(model, params, rows, passes[-1][0], mesh))
+        found += itertools.chain.from_iterable(passes)
+        model, params = _of_width(model, params, target.d_model, mesh)
+    if structured.narrower(model, target):
+        first = len(found)
+        found += walk.programs(model, params, structured.collector(model, target, method), changes=True)
+        found += [_gates(model, params, structured.gates(model, target), walk)] if method.gradients else []
+        found += [_compensation(model, params, _rows(model, target), found[first], mesh)] if method.repair else []
+    return found
+
+
+def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
+    """Return abstract parameters in which each stack has as many layers as in the config `model`."""
+    out = dict(params)
+    for stack in functional.stacks(model):
+        depth = functional.depth(model, stack)
+        blocks = jax.tree.map(lambda a, n=depth: a.update(shape=(n, *a.shape[1:])), params[stack]["blocks"])
+        out[stack] = {**params[stack], "blocks": blocks}
+    return functional.laid_out(model, out, mesh)
+
+
+def _of_width(model: ModelConfig, params: Tree, width: int, mesh: Mesh) -> tuple[ModelConfig, Tree]:
+    """Return the config and the abstract parameters with another hidden width."""
+    target = model.model_copy(update={"d_model": width})
+    small = jax.eval_shape(lambda p: channel_cut.cut_channels(model, p, np.arange(width))[1], params)
+    return target, functional.laid_out(target, small, mesh)
+
+
+def _rows(model: ModelConfig, target: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return the numbers of inputs before and after, by the path of each matrix that reads removed units."""
+    stack = functional.stacks(model)[-1]
+    after = {u.name: u.count * u.width for u in wiring.units(target, stack)}
+    read = structured.readers(model, target, stack)
+    return {path: (u.count * u.width, after[u.name]) for path, u in read.items()}
+
+
+def _gates(model: ModelConfig, params: Tree, units: dict[str, int], walk: Walk) -> Program:
+    """Return the program that `llmctl.compress.structured_pruning.gates.accumulate` runs per batch."""
+    batch, flat = dict(walk.batch), weights.flatten(params)
+    held = [] if params is walk.parent else [walk.parent]
+    size, seq_len = batch["tokens"].shape
+    whole = meshes.replicated(walk.mesh)
+    read = jax.eval_shape(lambda p: gates.read(p, units), params)
+    inner = {p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding_of(flat[p])) for p, a in read.items()}
+    sums = {p: jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for p, s in gates.shapes(params, units).items()}
+    copies = {p: a for p, a in inner.items() if not weights.is_plain(flat[p]) or flat[p].dtype != jnp.float32}
+
+    def trace() -> Any:
+        with meshes.use(walk.mesh):
+            return gates.adder(walk.task, model, units, jnp.dtype(walk.dtype)).trace(inner, params, sums, batch)
+
+    return Program(
+        "derivatives of the loss", model, walk.mesh, trace, flops=3 * cost.row(model, seq_len) * size,
+        tokens=size * seq_len, rows=size, seq_len=seq_len, dtype=walk.dtype, remat="full", steps=walk.batches,
+        parameters=[params, held, copies], batch=[batch] * walk.batches, cache=sums,
+        beside=[held, {p: flat[p] for p in copies}, [batch] * (walk.batches - 1)],
+    )  # fmt: skip
+
+
+def _compensation(
+    model: ModelConfig, params: Tree, rows: dict[str, tuple[int, int]], walk: Program, mesh: Mesh
+) -> Program:
+    """Return the program that compensates the matrix with most inputs, which stands for those of all layers.
+
+    The FLOPs of the Cholesky decomposition and of the triangular solves are not counted. `rows` has the numbers of
+    inputs of each matrix before and after pruning.
+    """
+    stack, whole = functional.stacks(model)[-1], meshes.replicated(mesh)
+    layer = layer_of(params, stack)
+    name = max(rows, key=lambda path: rows[path])
+    (inputs, kept), matrices = rows[name], {m.module: m.weight for m in weights.layer_matrices(layer)}
+    outputs = matrices[name].shape[1]
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    w, gram, index = array(inputs, outputs), array(inputs, inputs), array(kept, dtype=jnp.int32)
+    takes = (w, index, array(inputs - kept, dtype=jnp.int32), gram, array(inputs), array(), array())
+    moved = 4.0 * (4 * inputs * inputs + 6 * inputs * outputs)
+    flops = 2.0 * inputs * (kept + 1) * outputs
+    # The covariance is freed before the products of the kept rows exist.
+    temporaries = 4.0 * max(inputs * inputs, 2 * kept * kept + 4 * kept * outputs)
+    return Program(
+        f"compensation of {name}", model, mesh, lambda: compensation.solve.trace(*takes, centered=True),
+        steps=functional.depth(model, stack), parameters=[walk.parameters, w], batch=[walk.batch], cache=[walk.cache],
+        beside=[walk.parameters, walk.batch, walk.cache], work=Cost(temporaries, moved, {"float32": flops}),
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""A budget: sizes against counts of parameters, estimates by hand, and the search against uniform ratios."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from llmctl.compress.structured_pruning import budget, budget_scan, channel_choice, structured
+from llmctl.compress.structured_pruning.shrink import drop_layers
+from llmctl.compress.structured_pruning.structured_method import StructuredMethod
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.registry import default
+from llmctl.model import flops, functional
+from llmctl.model.config import ModelConfig
+
+BIG = ModelConfig(preset="smollm2-135m")
+COUNT = budget.size_of("parameters", 32, 512)
+
+
+@pytest.mark.parametrize(("kind", "amount"), [("parameters", 0.5), ("bytes", 120e6), ("flops", 0.4)])
+def test_candidates_meet_the_budget_and_none_is_larger(kind, amount):
+    size = budget.size_of(kind, 16, 512)
+    wanted = budget.limit(BIG, (kind, amount), size)
+    found = budget.candidates(BIG, wanted, size, {})
+    assert len(found) > 100
+    for c in found[:: len(found) // 20]:
+        assert 0.99 * wanted <= c.size <= wanted and c.size == size(c.model)
+        ModelConfig.model_validate(c.model.model_dump())
+    even = budget.uniform(BIG, wanted, size)
+    assert 0.99 * wanted <= size(even) <= wanted
+    assert even.heads == 3 * even.kv_heads
+
+
+def test_uniform_ratios_keep_about_the_same_of_everything():
+    wanted = budget.limit(BIG, ("parameters", 0.5), COUNT)
+    even = budget.uniform(BIG, wanted, COUNT)
+    shares = [getattr(even, f) / getattr(BIG, f) for f in ("layers", "d_ff", "d_model")]
+    assert max(shares) - min(shares) < 0.15
+
+
+def test_estimates_are_interpolated_and_never_fall():
+    cfg = BIG.model_copy(update={"layers": 8, "kv_heads": 2, "heads": 2, "d_ff": 100, "d_model": 64})
+    curves = {"layers": {6: 0.2, 4: 0.1, 2: 1.0}, "ffn": {50: 0.4}}
+    for update, want in (
+        ({}, 0.0), ({"layers": 7}, 0.1), ({"layers": 4}, 0.2), ({"layers": 3}, 0.6), ({"d_ff": 75}, 0.2),
+        ({"layers": 7, "d_ff": 50}, 0.5), ({"d_model": 8}, 0.0),
+    ):  # fmt: skip
+        assert budget.estimate(cfg, cfg.model_copy(update=update), curves) == pytest.approx(want)
+
+
+def test_budgets_that_cannot_be():
+    least = COUNT(budget.with_sizes(BIG, layers=1, heads=1, ffn=1, hidden=144))
+    for asked, message in (
+        (("parameters", 10.0), f"is less than one head, neuron and layer allow, which is {least:,.0f}"),
+        (("parameters", 1e12), "but the artifact has only .*; nothing to remove"),
+        (("flops", 0.0001), "budget.flops: .* is less than one head"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            budget.limit(BIG, asked, budget.size_of(asked[0], 32, 512))
+    with pytest.raises(ValueError, match="parameters and flops: say one"):
+        budget.BudgetConfig(parameters=0.5, flops=0.5)
+
+
+def test_a_searched_budget_beats_uniform_ratios():
+    """A small model learns to copy a token seen two places before; its layers and heads matter unevenly."""
+    cfg = ModelConfig.model_validate({
+        "family": "llama", "vocab_size": 16, "d_model": 16, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 4,
+        "d_ff": 32,
+    })  # fmt: skip
+    rng = np.random.default_rng(0)
+
+    def batch(rows):
+        tokens = rng.integers(0, 16, (rows, 16), dtype=np.int32)
+        ones = np.ones_like(tokens)
+        weights = (np.arange(16) >= 2) * ones.astype(np.float32)
+        positions = np.tile(np.arange(16, dtype=np.int32), (rows, 1))
+        targets = np.roll(tokens, 2, 1)
+        return {"tokens": tokens, "segments": ones, "positions": positions, "targets": targets, "weights": weights}
+
+    task = default(cfg)
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
+    optimizer, loss = optax.adam(5e-3), task.loss_of(cfg)
+
+    @jax.jit
+    def train(params, state, batch):
+        def mean(p):
+            total, found = loss(p, batch)
+            return total / found["weight"]
+
+        value, grads = jax.value_and_grad(mean)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, value = optimizer.init(params), 0.0
+    for _ in range(400):
+        params, state, value = train(params, state, batch(32))
+    assert value < 0.5, value
+    batches = [batch(16) for _ in range(2)]
+    wanted = budget.limit(cfg, ("parameters", 0.5), COUNT)
+    scan = budget_scan.measure(task, cfg, params, batches, StructuredMethod("activation"))
+    found, curves = budget_scan.choose(scan, wanted, COUNT)
+    assert set(curves) == {"layers", "heads", "ffn", "hidden"} and 0.99 * wanted <= found[0].size <= wanted
+    assert [c.measured for c in found] == sorted(c.measured for c in found)
+
+    def pruned(target):
+        """Return the loss of the model that is pruned by the importance that the search measured."""
+        kept = structured.kept_layers(cfg, target, scan.influence)
+        known = {"decoder": [scan.scores["decoder"][i] for i in kept["decoder"]]}
+        model, new = drop_layers(cfg, jax.tree.map(jax.numpy.copy, params), kept)
+        method = StructuredMethod("activation")
+        if model.d_model != target.d_model:
+            width, known_D = target.d_model, scan.channels_D
+            model, new, _ = channel_choice.prune_channels(model, new, batches, width, method, known_D=known_D)
+        if structured.narrower(model, target):
+            model, new, _ = structured.prune_widths(model, new, batches, target, method=method, known=known)
+        assert flops.parameters(model)["total"] == sum(a.size for a in jax.tree.leaves(new))
+        held = np.array([np.asarray(budget_scan.loss_program(task, model, "float32")(new, b)) for b in batches])
+        return float(held[:, 0].sum() / held[:, 1].sum())
+
+    base, even = scan.loss(cfg), budget.uniform(cfg, wanted, COUNT)
+    assert pruned(found[0].model) == pytest.approx(base + found[0].measured, rel=1e-4)
+    assert found[0].measured < next(c.measured for c in found if c.model == even) - 0.1
