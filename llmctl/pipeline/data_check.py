@@ -38,7 +38,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
     wanted, seen = set(names), set()
     for step in recipe.steps:
         data = getattr(step.config, "data", None)
-        if (wanted and step.name not in wanted) or not isinstance(data, DataConfig):
+        if (wanted and step.name not in wanted) or not isinstance(data, DataConfig) or not step.config.reads_data:
             continue
         columns, (labels, conversations) = needed(recipe, step), _reads(recipe, step)
         if (mark := (data.model_dump_json(), columns, labels, conversations)) not in seen:

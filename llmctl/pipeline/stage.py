@@ -79,6 +79,11 @@ class StageConfig(Config):
     """Number of devices per mesh axis."""
 
     @property
+    def reads_data(self) -> bool:
+        """Return whether the stage reads its setting `data`, if it has this setting."""
+        return True
+
+    @property
     def title(self) -> str:
         """Return the name of this stage for messages: its name, or its kind if the name is empty."""
         return self.name or self.kind

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.artifacts import artifact, integrity
-from llmctl.artifacts.manifest import ADAPTER_FORMAT
+from llmctl.artifacts.manifest import SPARSE_FORMAT
 from llmctl.cli import summary
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.distributed import locks
@@ -413,7 +413,7 @@ def test_a_folder_without_a_manifest_is_no_artifact(fake_stages, tmp_path):
 def test_a_later_format_is_refused_in_time(go, tmp_path):
     go()
     file = tmp_path / "run/make/manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": ADAPTER_FORMAT + 1}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": SPARSE_FORMAT + 1}))
     one = recipe.single("change", {"from": str(tmp_path / "run/make")}, tmp_path / "b")
     with pytest.raises(RequestError, match="later than this llmctl reads"):
         runner.run(one)

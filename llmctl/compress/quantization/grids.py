@@ -32,7 +32,7 @@ class Grid(abc.ABC):
 
     >>> grid = Integers(4)
     >>> grid.round(jnp.array([6.4, -9.0, 0.2]), jnp.float32(0.5)).tolist()
-    [3.5, -4.0, 0.0]
+    [3.5, -3.5, 0.0]
     """
 
     @property

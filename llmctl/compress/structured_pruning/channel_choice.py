@@ -196,8 +196,8 @@ def _norm_of(cfg: ModelConfig, feed: wiring.Feed, visit: Visit) -> tuple[str, tu
     if not norm:  # the layers of a post-norm model read the norm of the layer before
         norm = f"{visit.stack}/blocks/mlp_norm" if visit.index else "embed/norm"
         return norm, (visit.index - 1,) if visit.index else ()
-    stack, _, inner = norm.partition("/blocks/")
-    if not inner:
+    stack = weights.parse(f"{norm}/scale").stack
+    if not stack:
         return norm, ()
     return norm, (visit.index if stack == visit.stack else functional.depth(cfg, stack) - 1,)
 
@@ -221,8 +221,8 @@ def _ratio(
 
 def _at(reader: str) -> tuple[str, str]:
     """Return the stack that a walk visits for a matrix (`HEAD` for output heads), and the matrix's path there."""
-    stack, _, name = reader.partition("/blocks/")
-    return (stack, name) if name else (HEAD, reader)
+    name = weights.parse(_path(reader))
+    return (name.stack, name.module) if name.stacked else (HEAD, reader)
 
 
 def _path(reader: str) -> str:
@@ -238,5 +238,5 @@ def _axis(reader: str) -> int:
 def _row_squares(flat: dict[str, Any], reader: str, layer: int) -> np.ndarray:
     """Return the sums of squares [D] of the weights by which a matrix reads each channel."""
     w = flat[_path(reader)]
-    w = weights.layer_of(w, layer) if "/blocks/" in reader else w
+    w = weights.layer_of(w, layer) if weights.is_stacked(_path(reader)) else w
     return np.square(np.asarray(dense(w), float)).sum(axis=0 if reader == "embed/tokens" else 1)

@@ -105,7 +105,7 @@ def _keep_factors(cfg: ModelConfig, flat: dict[str, Any], root: float) -> None:
         norm = "lm_head/norm" if cfg.head_transform else wiring.end(cfg, wiring.stacks(cfg)[-1])
         last = np.ones(cfg.layers, np.float32)
         last[-1] = after  # a post-norm model has no final norm, but one per layer
-        _scale_norm(cfg, flat, norm, last if "/blocks/" in norm else np.float32(after), biased=True)
+        _scale_norm(cfg, flat, norm, last if weights.is_stacked(f"{norm}/scale") else np.float32(after), biased=True)
 
 
 def _scale_norm(cfg: ModelConfig, flat: dict[str, Any], norm: str, ratio: Any, *, biased: bool) -> None:

@@ -227,6 +227,11 @@ class Config(CalibrationConfig, StageConfig):
         return StructuredMethod(self.importance, self.repair, self.seed)
 
     @property
+    def reads_data(self) -> bool:
+        """Return whether the stage reads calibration data."""
+        return self.method == STRUCTURED or self.zeros.calibrated
+
+    @property
     def zeros(self) -> SparseMethod:
         """Return the method that sets single weights to zero."""
         allocation = Allocation(self.allocation, self.spread, self.outlier)
@@ -248,6 +253,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices, bases=config.bases)
+    params = merged(base, lambda line: console.say(f"{config.title}: {line}"))
     if config.method == STRUCTURED:
         total = structured_walk.layer_steps(base.model, _sizes(config, base), config.structure)
     else:
@@ -260,7 +266,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             done += 1
             reporter.log(done, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
 
-        params, saved = merged(base, reporter.say), Saved(ctx.work / "layers")
+        saved = Saved(ctx.work / "layers")
         if config.method == STRUCTURED:
             scan, target, chosen = None, _target(config, base, params, devices), {}
             if asked := config.budget.asked:

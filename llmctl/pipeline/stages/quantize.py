@@ -142,6 +142,11 @@ class Config(CalibrationConfig, StageConfig):
         return self
 
     @property
+    def reads_data(self) -> bool:
+        """Return whether the stage reads calibration data."""
+        return self.quantization.calibrated
+
+    @property
     def scheme_name(self) -> str:
         """Return the name of the quantization scheme."""
         return self.format or f"int{self.bits}"

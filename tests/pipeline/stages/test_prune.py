@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
+from llmctl.cli import app
 from llmctl.compress.pruning import allocation, prune, sparsegpt
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
@@ -388,3 +389,11 @@ def test_a_killed_allocation_measures_no_layer_twice(artifacts, tmp_path, review
 def test_unknown_methods_are_named_with_what_was_meant():
     with pytest.raises(ValidationError, match=r"unknown method 'wand', did you mean 'wanda'\?; known: structured, "):
         stage.Config(method="wand")
+
+
+@pytest.mark.parametrize(
+    "words", [("prune", "--method", "magnitude", "--sparsity", "0.5"), ("quantize", "--bits", "4")]
+)
+def test_a_method_that_reads_no_data_needs_none(words, artifacts, tmp_path):
+    command, *settings = words
+    assert app.run([command, str(artifacts / "classifier"), "--out", str(tmp_path / "small"), *settings]) == 0
