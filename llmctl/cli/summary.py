@@ -47,7 +47,7 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def one(folder: Path) -> dict[str, Any]:
-    """Return one artifact as a dictionary: the entries that `run` returns, and the other fields of its manifest.
+    """Return the summary of an artifact: the fields that `run` gives for each artifact, and the rest of its manifest.
 
     Raises:
       RequestError: If the folder is not an artifact, or it is damaged.

@@ -178,7 +178,8 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Return the modules that write to and read from the residual stream of a stack, "encoder" or "decoder"."""
+    """Return two groups of modules of a stack, "encoder" or "decoder": those that write to its residual stream, and
+    those that read it."""
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

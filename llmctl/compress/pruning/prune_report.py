@@ -28,7 +28,7 @@ def records(reports: Sequence[LayerReport]) -> list[Record]:
 
 
 def counted(params: dict[str, Any]) -> list[Record]:
-    """Return data about layers that were pruned without calibration, as `records` does but without errors."""
+    """Return one record per layer that was pruned without calibration: as in `records`, but without output errors."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for m in weights.matrices(params, "block"):
         zeros = np.asarray((m.node.values() == 0).sum(axis=(1, 2)))
@@ -75,7 +75,7 @@ def table(layers: Sequence[Record]) -> Table:
 
 
 def layer_table(title: str, columns: dict[str, list[str]]) -> Table:
-    """Return a table of cells by column title. A column without values is left out."""
+    """Return the table of the layers, from lists of cells by column title. Columns without values are omitted."""
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in shown:

@@ -163,13 +163,13 @@ class Embed(Task):
 
 
 def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
-    """Return the cosine similarities [B, B] of every text with every second text of the batch.
+    """Return the cosine similarity of the first text of each row with the second text of each row, [B, B].
 
     If the batch has scores, return only the cosine [B] between the two texts of each row. Second texts from all devices
     are used, so that each text is compared with the complete batch (arXiv:1807.03748, arXiv:1705.00652).
 
     Args:
-        z_ND: Unit vectors [2B, D]; texts and second texts alternate.
+        z_ND: Unit vectors [2B, D] of the first and the second text of each row in turn.
         batch: The batch.
     """
     # not z_ND[::2]: XLA's partitioner compiles the gradient of such a slice wrongly
