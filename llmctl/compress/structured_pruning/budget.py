@@ -206,11 +206,15 @@ def measured(candidate: Candidate, loss: float) -> Candidate:
 
 
 def _hidden_sizes(cfg: ModelConfig, multiple: int) -> list[int]:
-    """Return the hidden widths that a search considers, descending: 16 steps down to a quarter of the width."""
+    """Return the hidden widths that a search considers, descending: 16 steps down to a quarter of the width.
+
+    All are multiples of `multiple`, except the present width.
+    """
     if cfg.positions == "sinusoidal":
         return [cfg.d_model]
     step = max(1, round(cfg.d_model / 16 / multiple)) * multiple
-    return [n for n in range(cfg.d_model, 0, -step) if n >= cfg.d_model / 4]
+    rounded = {n // multiple * multiple for n in range(cfg.d_model, 0, -step)}
+    return [cfg.d_model, *sorted((n for n in rounded if cfg.d_model / 4 <= n < cfg.d_model), reverse=True)]
 
 
 def _filled(

@@ -2,9 +2,11 @@
 
 One pass of the calibration data measures the importance of everything in the unpruned model. Then each size alone is
 reduced to a few counts, and the loss of the calibration data is measured: rows of the matrices that read heads and
-neurons are set to zero, and channels are cut. The candidates with the lowest estimates, and the one with uniform
-ratios, are measured in the same way with all sizes reduced together. The candidate with the lowest loss is chosen. It
-is pruned by the same importance, so that without repair its loss is the measured one.
+neurons are set to zero, and channels are cut. A layer whose rows are all zero passes on its input, so it need not be
+removed. A post-norm model would still apply the layer's norms, so its layers are removed. The candidates with the
+lowest estimates, and the one with uniform ratios, are measured in the same way with all sizes reduced together. The
+candidate with the lowest loss is chosen. It is pruned by the same importance, so that without repair its loss is the
+measured one.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from llmctl.compress.structured_pruning import budget, channel_choice, importanc
 from llmctl.compress.structured_pruning.budget import Candidate
 from llmctl.compress.structured_pruning.channel_cut import cut_channels
 from llmctl.compress.structured_pruning.gates import Gates, accumulate
-from llmctl.compress.structured_pruning.shrink import columns
+from llmctl.compress.structured_pruning.shrink import columns, drop_layers
 from llmctl.compress.structured_pruning.structured import (
     Progress,
     UnitScores,
     choose_heads,
     choose_neurons,
     common_scores,
+    fewer_layers,
     kept_layers,
 )
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
@@ -61,16 +64,18 @@ class Scan:
     """Importance of the heads and neurons."""
     channels_D: np.ndarray
     """Importance of the hidden channels."""
-    programs: dict[int, Any] = field(default_factory=dict)
-    """Compiled functions for the loss, by hidden width."""
+    programs: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """Compiled functions for the loss, by number of layers and hidden width."""
 
     def loss(self, model: ModelConfig) -> float:
         """Return the mean loss of the calibration data if the model had the sizes of `model`."""
         cfg, params = self.cfg, weights.updated(self.params, self._masked(model))
+        if cfg.norm_position == "post" and fewer_layers(cfg, model):
+            cfg, params = drop_layers(cfg, params, kept_layers(cfg, model, self.influence))
         if model.d_model != cfg.d_model:
             kept = np.sort(np.argsort(-self.channels_D, kind="stable")[: model.d_model])
             cfg, params = cut_channels(cfg, params, kept)
-        step = self.programs.setdefault(cfg.d_model, loss_program(self.task, cfg, self.dtype))
+        step = self.programs.setdefault((cfg.layers, cfg.d_model), loss_program(self.task, cfg, self.dtype))
         total = np.zeros(2)
         for batch in self.batches:
             total += np.asarray(step(params, batch), float)

@@ -61,6 +61,37 @@ def test_budgets_that_cannot_be():
         budget.BudgetConfig(parameters=0.5, flops=0.5)
 
 
+@pytest.mark.parametrize("multiple", [100, 128])
+def test_hidden_widths_are_multiples(multiple):
+    """Neither number divides the present width, 576."""
+    wanted = budget.limit(BIG, ("parameters", 0.3), COUNT)
+    widths = {c.model.d_model for c in budget.candidates(BIG, wanted, COUNT, {}, multiple)} - {BIG.d_model}
+    assert widths and all(n % multiple == 0 for n in widths)
+    assert all(n % multiple == 0 for n in budget.points(BIG, multiple)["hidden"])
+
+
+def test_the_measured_loss_of_fewer_layers_is_that_of_the_pruned_post_norm_model():
+    """A removed layer's norms must not act, so the norms differ from the identity here."""
+    cfg = ModelConfig.model_validate({
+        "family": "bert", "vocab_size": 16, "d_model": 8, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 4,
+        "d_ff": 8, "max_seq_len": 8,
+    })  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: a + rng.normal(0, 0.5, a.shape).astype(np.float32), functional.init(cfg, jax.random.key(0))
+    )
+    tokens, ones = rng.integers(0, 16, (2, 8), dtype=np.int32), np.ones((2, 8), np.int32)
+    places = np.tile(np.arange(8, dtype=np.int32), (2, 1))
+    batch = {"tokens": tokens, "segments": ones, "positions": places, "types": 0 * ones, "targets": tokens}
+    batch["weights"] = ones.astype(np.float32)
+    task = default(cfg)
+    scan = budget_scan.measure(task, cfg, params, [batch], StructuredMethod("magnitude"))
+    target = budget.with_sizes(cfg, layers=1, heads=2, ffn=8, hidden=8)
+    model, new = drop_layers(cfg, params, structured.kept_layers(cfg, target, scan.influence))
+    total, weight = np.asarray(budget_scan.loss_program(task, model, "float32")(new, batch))
+    assert scan.loss(target) == pytest.approx(total / weight, rel=1e-5)
+
+
 def test_a_searched_budget_beats_uniform_ratios():
     """A small model learns to copy a token seen two places before; its layers and heads matter unevenly."""
     cfg = ModelConfig.model_validate({
