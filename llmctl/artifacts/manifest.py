@@ -172,8 +172,8 @@ class Manifest(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit `base` and `storage` if they are empty. Such manifests have the digest of those written before the fields
-        existed."""
+        """Omit `base` and `storage` if they are empty. Such manifests have the digest of those that were written before
+        the fields existed."""
         return {name: value for name, value in fields(self).items() if value or name not in ("base", "storage")}
 
     @property
