@@ -81,7 +81,7 @@ def pack(
         sparse = [n for n, joint in wanted.items() if weights.parse(joint.slots[0].path).place == "block"]
         stems = {n.removesuffix(".weight") for n in sparse}
         return sparse_tensors.pack(sparse, out, [n for n in (*untouched, *built) if n not in stems])
-    if not schemes and (kinds := {w.kind for w in map(weights.as_node, flat.values()) if w.is_integer}):
+    if not schemes and (kinds := {w.format_name for w in map(weights.as_node, flat.values()) if w.is_integer}):
         raise RequestError(
             f"compressed-tensors does not hold {listed(sorted(kinds))} weights; export --to hf writes floats"
         )

@@ -260,3 +260,20 @@ def refuse(cfg: Any, what: str, **needed: Any) -> None:
     odd = [f"{k} = {getattr(cfg, k)!r}" for k, v in needed.items() if getattr(cfg, k) != v]
     if odd:
         raise RequestError(f"{what} models have no {', '.join(odd)}; this model has no counterpart to export to")
+
+
+def check_width(cfg: Any, what: str) -> None:
+    """Check that the number of heads divides the hidden width, which transformers requires of some families.
+
+    Args:
+        cfg: The ModelConfig.
+        what: Name of the family, for the error message.
+
+    Raises:
+        RequestError: If the number of heads does not divide the hidden width.
+    """
+    if cfg.d_model % cfg.heads:
+        raise RequestError(
+            f"{what} models in transformers need a hidden width that is a multiple of their heads, and this one has "
+            f"width {cfg.d_model} and {cfg.heads} heads; prune to other sizes"
+        )

@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "ia3": (1e-2, ()),
     "houlsby": (1e-3, ()),
     "dora": (1e-3, ()),
-    "adalora": (2e-3, ()),
+    "adalora": (1e-2, ()),
     "full": (1e-4, ()),
 }
 """Learning rate and further settings of each method."""

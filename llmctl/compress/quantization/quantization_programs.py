@@ -39,7 +39,7 @@ def quantization(
       walk: the calibration walk; None for a method that reads no data.
     """
     flat, group = weights.flatten(params), method.inputs
-    chosen = rounding.chosen(flat, group, embeddings=method.embeddings, head=method.head)
+    chosen = rounding.chosen(flat, method.scheme, group, embeddings=method.embeddings, head=method.head)
 
     def rounded(path: str, w: Any) -> Any:
         inputs = chosen[path]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from llmctl.compress.quantization import grids
 from llmctl.compress.quantization.grids import GRIDS
-from llmctl.compress.quantization.schemes import SCHEMES, inputs_per_scale
+from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES, inputs_per_scale
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.model.weights import Node, Weight, flatten, unflatten
@@ -53,14 +53,14 @@ def quantize(
     """
     flat, group = flatten(params), inputs_per_scale(scheme, group)
     errors: dict[str, float] = {}
-    for path, inputs in chosen(flat, group, embeddings=embeddings, head=head).items():
+    for path, inputs in chosen(flat, scheme, group, embeddings=embeddings, head=head).items():
         node, error = measured(flat[path], scheme, inputs, group, clip)
         errors[path] = float(error)
         flat[path] = with_activations(node, inputs, activations)
     return unflatten(flat), errors
 
 
-def chosen(flat: dict[str, Any], group: int, *, embeddings: bool, head: bool) -> dict[str, int]:
+def chosen(flat: dict[str, Any], scheme: str, group: int, *, embeddings: bool, head: bool) -> dict[str, int]:
     """Return {path: axis of the inputs} of every weight that the settings select. `quantize` describes the arguments.
 
     Raises:
@@ -68,7 +68,7 @@ def chosen(flat: dict[str, Any], group: int, *, embeddings: bool, head: bool) ->
     """
     found = dict(targets(flat, embeddings=embeddings, head=head))
     for path, inputs in found.items():
-        check(path, flat[path], inputs, group)
+        check(path, flat[path], inputs, scheme, group)
     return found
 
 
@@ -80,8 +80,8 @@ def targets(flat: dict[str, Any], *, embeddings: bool, head: bool) -> Iterator[t
             yield m.path, m.inputs
 
 
-def check(path: str, w: Weight, inputs: int, group: int) -> None:
-    """Check that the weight at `path` can be quantized with one scale per `group` inputs.
+def check(path: str, w: Weight, inputs: int, scheme: str, group: int) -> None:
+    """Check that the weight at `path` can be quantized by a scheme with one scale per `group` inputs.
 
     Raises:
       RequestError: If the group does not divide the weight's inputs, or the weight is already quantized or low-rank.
@@ -91,9 +91,13 @@ def check(path: str, w: Weight, inputs: int, group: int) -> None:
         raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
     if not weights.is_plain(w):
         done = "quantized" if node.is_integer else "compressed"
-        stored = node.kind if node.values_part is None else node.parts()[node.values_part].dtype
-        raise RequestError(f"{path} is {done} already ({stored}); quantize the artifact before it")
+        raise RequestError(f"{path} is {done} already ({node.format_name}); quantize the artifact before it")
     size = w.shape[inputs]
+    if group and size % group and scheme in BLOCKS:
+        raise RequestError(
+            f"format {scheme} has one scale per {group} inputs, which does not divide the {size} inputs of {path}; "
+            "choose another format"
+        )
     if group and size % group:
         divisors = [g for g in range(1, size + 1) if size % g == 0]
         near = ", ".join(map(str, sorted(sorted(divisors, key=lambda g: abs(g - group))[:4])))

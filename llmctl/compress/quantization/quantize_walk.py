@@ -57,7 +57,7 @@ def quantize_layers(
       RequestError: If a weight cannot be quantized, or the calibration data cannot be read.
     """
     which = {"embeddings": method.embeddings, "head": method.head}
-    quantize.chosen(weights.flatten(params), method.inputs, **which)
+    quantize.chosen(weights.flatten(params), method.scheme, method.inputs, **which)
     batches = calibration_data.load(config, base, mesh)
 
     def change(visit: Visit) -> Params:

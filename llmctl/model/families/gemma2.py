@@ -106,6 +106,7 @@ def from_config(keys: Keys) -> Fields:
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Gemma 2 config.json; inverse of `from_config`."""
     check_like_gemma(cfg, "Gemma 2")
+    hf_config.check_width(cfg, "Gemma 2")
     return {**hf_config.rope_to_keys(cfg), **shared_to_keys(cfg)}
 
 

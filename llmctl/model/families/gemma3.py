@@ -49,6 +49,7 @@ def from_config(keys: Keys) -> Fields:
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Gemma 3 config.json; inverse of `from_config`."""
     gemma2.check_like_gemma(cfg, "Gemma 3", qk_norm=True, rope_local_theta=None, attn_softcap=0.0)
+    hf_config.check_width(cfg, "Gemma 3")
     return {**hf_config.rope_to_keys(cfg, local=True), **gemma2.shared_to_keys(cfg)}
 
 

@@ -189,6 +189,7 @@ def from_config(keys: Keys) -> Fields:
 def to_config(cfg: Any) -> Fields:
     """Convert a ModelConfig to a Llama config.json; inverse of `from_config`."""
     check_like_llama(cfg, "Llama", qkv_bias=None, out_bias=cfg.qkv_bias, mlp_bias=None)
+    hf_config.check_width(cfg, "Llama")
     return {
         **sizes_to_keys(cfg),
         **hf_config.rope_to_keys(cfg),

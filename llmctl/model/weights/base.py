@@ -197,6 +197,11 @@ class Node(abc.ABC):
         return False
 
     @property
+    def format_name(self) -> str:
+        """Return the name of the format in which the weight is stored, for messages, such as int4 or nf4."""
+        return self.kind
+
+    @property
     def has_adapter(self) -> bool:
         """Return True if the weight has an adapter that is not merged."""
         return False

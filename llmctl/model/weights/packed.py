@@ -57,6 +57,7 @@ class Packed(Node):
 
     dtype = property(lambda self: self.whole.dtype)
     is_integer = property(lambda self: True)
+    format_name = property(lambda self: self.format)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ class Quantized(Node):
     dtype = property(lambda self: self.array.scale.dtype)
     values_part = property(lambda self: "qvalue")
     is_integer = property(lambda self: True)
+    format_name = property(lambda self: str(self.array.qvalue.dtype))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """Return the weight as one dense array that has the shape `shape`."""

@@ -179,7 +179,7 @@ def test_a_node_that_does_not_say_that_it_is_integer(plain):
     assert line == "the embeddings (50.0% of the weights) stay bfloat16; embeddings = true quantizes them too"
     for w in (node, jax.eval_shape(lambda: node)):  # plan asks about abstract weights
         with pytest.raises(RequestError, match=rf"{PATH} is compressed already \(bare\)"):
-            quantize.check(PATH, w, -2, 0)
+            quantize.check(PATH, w, -2, "int8", 0)
 
 
 def test_activations_are_dropped_from_a_base_too():

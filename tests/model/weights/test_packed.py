@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from llmctl.compress.quantization import quantize
 from llmctl.compress.quantization.grids import GRIDS
 from llmctl.compress.quantization.schemes import SCHEMES, inputs_per_scale
 from llmctl.config.errors import RequestError
@@ -108,3 +109,19 @@ def test_inputs_are_not_selected_from_bytes():
     np.testing.assert_array_equal(node.select(index, -1).dense(), jnp.full((2, 16, 2), 3.0))
     with pytest.raises(RequestError, match="is packed int3 along what would be cut"):
         node.select(index, -2)
+
+
+@pytest.mark.parametrize("name", SCHEMES.own)
+def test_messages_name_the_format(name):
+    w = jnp.ones((64, 2))
+    node = SCHEMES[name](w, -2, inputs_per_scale(name, 0))
+    said = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(name, name)
+    with pytest.raises(RequestError, match=rf"^up/kernel is quantized already \({said}\)"):
+        quantize.check("up/kernel", node, -2, "int8", 0)
+
+
+def test_a_format_with_its_own_blocks_offers_no_other_group():
+    with pytest.raises(RequestError, match="mxfp4 has one scale per 32 inputs, which does not divide the 48 inputs"):
+        quantize.check("up/kernel", jnp.ones((48, 2)), -2, "mxfp4", 32)
+    with pytest.raises(RequestError, match="groups near it that do: 12, 16, 24, 48"):
+        quantize.check("up/kernel", jnp.ones((48, 2)), -2, "int4", 32)
