@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from llmctl.compress.calibration.calibrate import LayerReport
+
 LOG = "log.jsonl"
 SHORT = {
     "learning_rate": "lr",
@@ -109,6 +111,7 @@ class Reporter:
         self._shown = -math.inf
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}
+        self._layers = 0
 
     def __enter__(self) -> Reporter:
         if not self.writes:
@@ -180,6 +183,11 @@ class Reporter:
         if self._run:
             self._run.log(values, step=step)
         self._show(step)
+
+    def log_layer(self, report: LayerReport) -> None:
+        """Log the report of one layer of a calibration walk. The number of layers so far is the step."""
+        self._layers += 1
+        self.log(self._layers, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
 
     def _add_events(self, values: Mapping[str, Any], step: int) -> None:
         """Write metrics to TensorBoard.

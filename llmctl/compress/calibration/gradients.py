@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 Params = dict[str, Any]
+Totals = TypeVar("Totals")
 
 SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
 """Functions of g, the gradient of one batch's total loss. Each function's values are summed over the batches."""
@@ -62,6 +63,24 @@ def accumulate(
     step = adder(task, cfg, sums, dtype)
     inner = {m.path: m.node.dense() for m in weights.matrices(params, "block")}
     totals: Gradients = {path: {name: jnp.zeros_like(w) for name in sums} for path, w in inner.items()}
+    return summed(step, inner, params, totals, batches)
+
+
+def summed(
+    step: Any, inner: dict[str, jax.Array], params: Params, totals: Totals, batches: Sequence[dict[str, Any]]
+) -> Totals:
+    """Return the totals after all batches.
+
+    Args:
+      step: compiled function (inner, params, totals, batch) -> (totals, total weight of the batch's tokens).
+      inner: the arrays with respect to which `step` differentiates, by path.
+      params: parameters of the model.
+      totals: totals before the first batch, which are donated.
+      batches: training batches, with labels or targets.
+
+    Raises:
+      RequestError: If no batch has a label or target.
+    """
     weight = 0.0
     for batch in batches:
         totals, more = step(inner, params, totals, batch)

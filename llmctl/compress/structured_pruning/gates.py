@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmctl.config.errors import RequestError
+from llmctl.compress.calibration.gradients import summed
 from llmctl.evaluate.tasks.base import Task
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
@@ -54,13 +54,7 @@ def accumulate(
     """
     step, inner = adder(task, cfg, units, dtype), read(params, units)
     totals = {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes(params, units).items()}
-    weight = 0.0
-    for batch in batches:
-        totals, more = step(inner, params, totals, batch)
-        weight += float(more)
-    if not weight:
-        raise RequestError("calibration has no labels or targets: the loss has no gradient")
-    return totals
+    return summed(step, inner, params, totals, batches)
 
 
 def read(params: Params, units: Mapping[str, int]) -> dict[str, jax.Array]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
-    from llmctl.compress.calibration.calibrate import LayerReport
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
 
@@ -259,31 +258,39 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     else:
         total = (1 + (config.allocation != "uniform")) * (base.model.layers + base.model.encoder_layers)
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
-        done = 0
-
-        def progress(report: LayerReport) -> None:
-            nonlocal done
-            done += 1
-            reporter.log(done, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
-
         saved = Saved(ctx.work / "layers")
         if config.method == STRUCTURED:
             scan, target, chosen = None, _target(config, base, params, devices), {}
             if asked := config.budget.asked:
                 scan, target, chosen["budget"], candidates = structured_walk.choose_sizes(
-                    config, base, params, asked, config.structure, devices, multiple=config.multiple, progress=progress
+                    config,
+                    base,
+                    params,
+                    asked,
+                    config.structure,
+                    devices,
+                    multiple=config.multiple,
+                    progress=reporter.log_layer,
                 )
                 _check(config, base, params, target, devices)
                 console.note(candidates)
             for line in filter(None, (sizes(config, base.model, target), architectures.notice(target, base.model))):
                 reporter.say(line)
             model, params, found = structured_walk.prune_structure(
-                config, base, params, target, config.structure, devices, saved=saved, progress=progress, scan=scan
+                config,
+                base,
+                params,
+                target,
+                config.structure,
+                devices,
+                saved=saved,
+                progress=reporter.log_layer,
+                scan=scan,
             )
             found |= chosen
         else:
             params, layers = sparse_walk.prune_weights(
-                config, base, params, config.zeros, devices, seed=config.seed, saved=saved, progress=progress
+                config, base, params, config.zeros, devices, seed=config.seed, saved=saved, progress=reporter.log_layer
             )
             model, found = base.model, {"block_sparsity": prune.sparsity(params), "pruned_layers": layers}
             if errors := prune_report.errors(layers):

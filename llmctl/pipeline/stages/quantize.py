@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
-    from llmctl.compress.calibration.calibrate import LayerReport
     from llmctl.pipeline.stage import Programs
 
 SHORT = {"int8": 8, "int4": 4}
@@ -218,15 +217,14 @@ def _calibrated(
 
     total = base.model.layers + base.model.encoder_layers + config.head
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
-        done = 0
-
-        def progress(report: LayerReport) -> None:
-            nonlocal done
-            done += 1
-            reporter.log(done, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
-
         params, reports, errors = quantize_layers(
-            config, base, params, config.quantization, devices, saved=Saved(ctx.work / "layers"), progress=progress
+            config,
+            base,
+            params,
+            config.quantization,
+            devices,
+            saved=Saved(ctx.work / "layers"),
+            progress=reporter.log_layer,
         )
         layers = quantize_report.records(reports)
         for line in (*prune_report.fallbacks(layers), *quantize_report.unscaled(layers)):
