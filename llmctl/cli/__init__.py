@@ -1,1 +1,3 @@
-"""Define the command line: its Typer app, the flags made from config classes, and the commands that are not stages."""
+"""Define the command line: its Typer app, the flags that are generated from config classes, and all commands except
+stages.
+"""

@@ -1,6 +1,6 @@
 """Build the command line, with one command per stage and one per file in `llmctl/cli/commands`.
 
-If a command raises an exception, the process ends with the exit code for it.
+If a command raises an exception, the process ends with an exit code that depends on the exception's class.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "ABSL_MIN_LOG_LEVEL": "2"}
-"""Environment variables that silence the logs of C++ libraries."""
+"""Environment variables, with their values, that silence the logs of C++ libraries."""
 _stop_requested = threading.Event()
 PATH_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.ENXIO),
 )
-"""Error numbers (errno) of the operating system that mean that a path in the request is wrong. The command then ends
-with exit code 2."""
+"""Operating system error numbers (errno) that mean that the user gave a wrong path. The command then ends with exit
+code 2."""
 RESUMABLE = ("run", "prepare", "import")
-"""Commands that finish interrupted work when they are run again. Every stage does this too."""
+"""Commands, in addition to the stages, that resume interrupted work when the user runs them again."""
 
 
 def app(chosen: str = "") -> typer.Typer:
-    """Return the Typer app of all commands. Only the module of the command `chosen` is imported.
+    """Return the Typer app with all commands. Only the module of the command `chosen` is imported.
 
-    The app has the names and summaries of the other commands for `--help`.
+    The other commands have only a name and a summary, which `--help` lists.
     """
     made = typer.Typer(
         pretty_exceptions_enable=False,
@@ -87,7 +87,9 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
-    """Return (function, class) of a command for Typer. The class is None if the command uses Typer's own class."""
+    """Return (function, click class) with which Typer registers the command `name`. The class is None if Typer's
+    default suffices.
+    """
     if stage:
         from llmctl.cli import flags
 
@@ -98,8 +100,8 @@ def _function(name: str, stage: bool) -> tuple[Callable[..., Any], Any]:
 def _interruptible(command: Callable[..., Any], resumable: bool) -> Callable[..., Any]:
     """Return a function that runs the command, and raises `Interrupted` if SIGTERM or Ctrl-C arrives.
 
-    A KeyboardInterrupt would not suffice. Typer converts it to another exit code. Orbax and SentencePiece convert it to
-    other errors. These would be reported as damaged files.
+    KeyboardInterrupt does not suffice, because Typer converts it to another exit code. Orbax and SentencePiece convert
+    it to other errors, which would be reported as damaged files.
     """
 
     @functools.wraps(command)
@@ -254,7 +256,7 @@ def _be_quiet() -> None:
 
 
 def _stop(*_: Any) -> None:
-    """Record a signal and raise KeyboardInterrupt.
+    """Handle a signal: record that it arrived, and raise KeyboardInterrupt.
 
     The record is needed because libraries turn KeyboardInterrupt into other errors.
     """

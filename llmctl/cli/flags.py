@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 CHOICES_WIDTH = 56
 """Maximum number of characters of the choices after a flag. Longer lists of choices are added to the flag's help."""
 HIDDEN = ("kind",)
-"""Fields without a flag, because the command sets them."""
+"""Names of config fields that have no flag, because the command itself determines their values."""
 ARTIFACT = "artifact"
-"""Variable name of the positional argument that replaces --from."""
+"""Python name of the positional argument for the artifact to start from. The argument has the same meaning as
+--from."""
 
 
 Coordinator = Annotated[
@@ -56,7 +57,9 @@ PROCESSES: dict[str, tuple[Any, Any]] = {
 
 
 def command(kind: str) -> tuple[Callable[..., None], Any]:
-    """Return (function, class) of a stage's command for Typer. The function has one parameter per flag."""
+    """Return (function, click class) with which Typer registers a stage's command. The function has one parameter per
+    flag.
+    """
     module = stage.load(kind)
     cls: type[stage.StageConfig] = module.Config
     fields = list(_fields(cls))
@@ -201,7 +204,7 @@ def _variable(path: tuple[str, ...]) -> str:
 
 
 def _parsed(field: FieldInfo, value: Any) -> Any:
-    """Return the value of a flag from its text. The text is parsed as TOML, except for fields of type str."""
+    """Parse the text of a flag into the value of its field. Except for fields of type str, the text is TOML."""
     kind = _base(field.annotation)
     if not isinstance(value, str) or kind is str or get_origin(kind) is Literal:
         return value
@@ -212,13 +215,13 @@ def _parsed(field: FieldInfo, value: Any) -> Any:
 
 
 def _item(kind: Any) -> Any:
-    """Return the type of a list's items without `Annotated`."""
+    """Return the item type of a list type, such as str for `list[Annotated[str, ...]]`; None if it has no item type."""
     (item,) = get_args(kind)[:1] or (None,)
     return getattr(item, "__origin__", item)
 
 
 def _base(annotation: Any) -> Any:
-    """Return the type of a field without `| None`."""
+    """Return a field's type without `| None`, such as int for `int | None`."""
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [a for a in get_args(annotation) if a is not type(None)]
         return parts[0] if len(parts) == 1 else annotation
@@ -242,7 +245,9 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _metadata(kind: Any) -> Iterator[Any]:
-    """Yield the `Annotated` metadata of a list's items and of a union's members."""
+    """Yield the metadata of every `Annotated` type among the arguments of `kind`: a list's item type, or a union's
+    members.
+    """
     for part in get_args(kind) if get_origin(kind) is not Literal else ():
         yield from getattr(part, "__metadata__", ())
 

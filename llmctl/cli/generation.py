@@ -31,7 +31,7 @@ class NamedModel:
     name: str
     artifact: artifact.Artifact
     words: Any
-    """Tokenizer."""
+    """Tokenizer of the model."""
     ends: Sequence[int]
     """Token ids that end an answer."""
 
@@ -40,7 +40,9 @@ class NamedModels:
     """Store the models that generate answers, the selected one, and their decoders."""
 
     def __init__(self, found: Sequence[NamedModel], decoders: Decoders | None, filler: Filler | None) -> None:
-        """Store the models. If there are several, the first is the base of the others, and the second is selected."""
+        """Store the models. If there are several, the first is the base, the others are its adapters, and the second is
+        selected.
+        """
         self.by_name = {named_model.name: named_model for named_model in found}
         self.answering = found[1:] or found
         self.selected = self.answering[0]
@@ -52,9 +54,9 @@ class NamedModels:
         return self._decoders.use(named_model.name)
 
     def select(self, line: str) -> bool:
-        """Select the model that a line such as "/adapter NAME" names.
+        """Select the model that a line such as "/adapter NAME" names, and return whether the line is such a command.
 
-        Return whether the line is such a command. If no model has this name, print a message and keep the selection.
+        If no model has this name, print a message and keep the selection.
         """
         command, _, name = line.strip().partition(" ")
         if command != SELECT or len(self.by_name) == 1:
@@ -153,9 +155,9 @@ def chat(
     tools: list[Any] | None = None,
     **options: Any,
 ) -> None:
-    """Answer the messages of each turn with the selected model. The model may call `tools`.
+    """Answer each list of new messages with the selected model, and print the answers while they are generated.
 
-    Print answers while they are generated.
+    The model sees the whole conversation so far, and may call `tools`.
     """
     talks: dict[str, chats.Conversation] = {}
     messages: list[Any] = [{"role": "system", "content": system}] if system else []

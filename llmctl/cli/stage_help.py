@@ -116,9 +116,9 @@ def _heading(cls: Any, path: tuple[str, ...]) -> str:
 
 
 def _is_common(cls: Any, path: tuple[str, ...]) -> bool:
-    """Return whether the flag of a field is common.
+    """Return whether `--help` lists the flag of a field.
 
-    A flag is common if the field's class lists it in `common`, or if `common` is None.
+    It does if the field's class lists the field in `common`, or if the class's `common` is None.
     """
     for part in path[:-1]:
         cls = section(cls, part)

@@ -82,7 +82,7 @@ def reports(folder: Path) -> list[Path]:
 
 
 def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Return an artifact's record: sizes and metrics of its manifest, and metrics of `reports` on the same weights.
+    """Return an artifact's record: its sizes and metrics, and the metrics of all `reports` about the same weights.
 
     If two tasks have a metric of the same name, the metric of the later task is named `task/metric`.
     """
@@ -113,7 +113,7 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
 
 
 def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
-    """Return whether a report measured the weights of this artifact.
+    """Return whether a report of `eval` measured the weights of the artifact with this manifest.
 
     The content digests of report and artifact are compared. If an earlier version of llmctl wrote the report or the
     artifact without a content digest, the digests of the arrays are compared instead.
@@ -144,7 +144,10 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
 
 
 def _table_metrics(there: set[str]) -> list[Metric]:
-    """Return the metrics that are columns of the table, selected from the names in `there`."""
+    """Return the metrics that become columns of the table, chosen from the metric names in `there`.
+
+    If none of them is a quality metric of `eval`, validation metrics of training are included.
+    """
     measured = columns(there, "run")
     if any(m.aspect == "quality" for m in measured):
         return measured

@@ -67,7 +67,7 @@ def _artifact(path: Path, say: Callable[[str], None], bases: Sequence[Path]) -> 
 
 
 def _compare_parents(found: list[Entry]) -> None:
-    """Add a note to each artifact whose parent was replaced by another artifact of the same name."""
+    """Add a note to each artifact whose parent was replaced by a different artifact with the same name."""
     by_name = {Path(entry["path"]).name: entry["content"] for entry in found}
     for entry in found:
         parent = entry.get("parent")

@@ -10,7 +10,9 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def portion(amount: float, steps: int) -> int:
-    """Convert a setting to a number of steps. An `amount` below 1 is a fraction of all `steps`."""
+    """Return the number of steps that a setting such as `warmup` means: `amount`, or a fraction of `steps` if it is
+    below 1.
+    """
     return round(amount * steps) if amount < 1 else round(amount)
 
 
@@ -25,8 +27,7 @@ class MeshConfig(Config):
     fsdp: int = Field(default=1, ge=-1)
     """Number of devices that shard one copy of the parameters; each reads different examples."""
     context: int = Field(default=1, ge=-1)
-    """Number of devices that shard each sequence. If it is above 1, the model uses ring attention. They also shard the
-    parameters."""
+    """Number of devices that shard each sequence, and also the parameters. Above 1, the model uses ring attention."""
     tensor: int = Field(default=1, ge=-1)
     """Number of devices that shard each layer's heads and neurons, and the vocabulary."""
     pipeline: int = Field(default=1, ge=-1)

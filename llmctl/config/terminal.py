@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that control a terminal or reorder a line, and lone surrogates; tab and line feed are not included."""
+"""Regular expression for characters that control a terminal or reorder a line, and for lone surrogates. Tab and line
+feed do not match."""
 
 
 def visible(text: str) -> str:

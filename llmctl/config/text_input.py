@@ -23,7 +23,8 @@ from llmctl.config.errors import RequestError
 DEPTH = 100
 """Maximum number of levels of nested lists and tables."""
 LARGEST = 2**128
-"""Integers must be smaller than this in absolute value. Published files contain 10^30, which means "no limit"."""
+"""Upper limit of the absolute value of integers; the limit itself is not allowed. Published files contain 10^30, which
+means "no limit"."""
 
 _TOO_DEEP = f"nested deeper than {DEPTH} levels"
 _LONG_KEY = re.compile(rf"(?:[^\s.=]{{1,80}}[ \t]{{0,8}}\.[ \t]{{0,8}}){{{DEPTH}}}")

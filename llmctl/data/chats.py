@@ -21,16 +21,18 @@ from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
 
 Message = dict[str, Any]
-"""Message with the keys "role" (system, user, assistant or tool), "content" (text), and others for chat templates."""
+"""Message with the keys "role" (system, user, assistant or tool), "content" (text), and further keys of chat
+templates."""
 
 NAMES = ("messages", "conversations")
 """Names of columns that contain conversations."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool"}  # fmt: skip
-"""{role in OpenAI's format: role in chat templates}."""
+"""Role in chat templates for each role in OpenAI's format."""
 SENDERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
            "function_call": "assistant", "function": "tool", "tool": "tool", "observation": "tool"}  # fmt: skip
-"""{sender in ShareGPT's format: role in chat templates}. The sender `function_call` writes a tool call as JSON."""
+"""Role in chat templates for each sender in ShareGPT's format. The sender `function_call` writes a tool call as
+JSON."""
 
 
 def is_chat(value: Any) -> bool:

@@ -28,7 +28,7 @@ CHAT_COLUMNS = {"messages", "tools"}
 """Names that llmctl gives to the two columns of conversations: a list of messages, and a list of tools that the
 assistant may call."""
 LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
-"""Those of llmctl's column names that stand for labels, not text."""
+"""Canonical columns (llmctl's own column names) that contain labels instead of text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
 """Groups of column names, such as choices and answer. If `data.columns` is empty, the columns of a group are read only
 if the source has all of them, because a single one may have another meaning."""

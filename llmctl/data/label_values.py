@@ -121,8 +121,9 @@ def no_class_error(label: str, where: str) -> RequestError:
 
 
 def matching_name(label: str, names: Collection[str]) -> str | None:
-    """Return the name in `names` of the class that `label` spells, or None if there is none. For example, "1.0" matches
-    "1"."""
+    """Return the element of `names` that is another spelling of `label`, such as "1" for "1.0"; None if there is
+    none.
+    """
     name = one_spelling([label], names)[label]
     return name if name in names else None
 

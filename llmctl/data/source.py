@@ -39,7 +39,8 @@ class Source:
 
     columns: tuple[str, ...] = ()
     names: Names = {}
-    """{column of class numbers: class names in the order of the numbers}, if the data declares names."""
+    """Class names of each column that contains class numbers, in the order of the numbers; {} if the data declares
+    none."""
 
     def has(self, column: str) -> bool:
         """Return True if at least one row may have the column."""

@@ -121,7 +121,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return True
 
     def read(self, value: Any) -> Any:
-        """Count the size of a value, including inner lists and objects, as steps; return the value unchanged."""
+        """Count the steps for reading a value, and return the value unchanged. Longer values take more steps.
+
+        The size of a value includes that of its items.
+        """
         self.measure(value)
         return value
 

@@ -158,11 +158,13 @@ def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> 
 
 
 def _generation(config: MeasureConfig, manifest: Manifest) -> GenerationConfig:
-    """Return the settings of generated answers: those that the evaluation sets, and the others of training."""
+    """Return the settings of generated answers: values that the user set for this evaluation, otherwise those of
+    training.
+    """
     given = {name: getattr(config.generation, name) for name in _set(config)}
     return GenerationConfig.of(artifact.generation_settings(manifest) | given)
 
 
 def _set(config: MeasureConfig) -> set[str]:
-    """Return the names of the settings of generated answers that the user set."""
+    """Return the names of the settings in `config.generation` that the user set."""
     return config.generation.model_fields_set if "generation" in config.model_fields_set else set()

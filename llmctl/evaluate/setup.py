@@ -122,7 +122,7 @@ def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndar
 
 
 ROW = 16
-"""Host memory per token of a batch, in bytes: ids, segments and positions, and a copy of them during the transfer."""
+"""Bytes of host memory per token of a batch: ids, segments and positions, and their copy during the transfer."""
 
 
 def prediction_length(manifest: Manifest, seq_len: int, path: Path) -> int:

@@ -32,10 +32,10 @@ class Memory:
     parameters: float
     optimizer: float
     temporaries: float
-    """Gradients, activations and intermediate results."""
+    """Bytes of gradients, activations and intermediate results."""
     batch: float
     cache: float
-    """Keys and values, or calibration statistics."""
+    """Bytes of the key/value cache, or of calibration statistics."""
 
     @property
     def total(self) -> float:
@@ -48,13 +48,13 @@ class Entries:
     """Store the number of parameters on one device, by part of the model."""
 
     layers: float
-    """Matrices of the layers."""
+    """Number of parameters in the matrices of the layers."""
     table: float
-    """Token embeddings."""
+    """Number of parameters of the token embeddings."""
     head: float
-    """Output projection; 0 if it shares the token embeddings."""
+    """Number of parameters of the output projection; 0 if it shares the token embeddings."""
     rest: float
-    """Replicated parameters: norms, biases and position tables."""
+    """Number of parameters that every device has completely: norms, biases and position tables."""
 
     @property
     def total(self) -> float:

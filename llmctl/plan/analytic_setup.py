@@ -22,7 +22,7 @@ class Setup:
     rows: int
     """Number of sequences per step, over all devices and microbatches."""
     seq_len: int
-    """Number of tokens per sequence. In an encoder-decoder these are the encoder's."""
+    """Number of tokens per sequence; in an encoder-decoder, per sequence of the encoder."""
     dtype: str = "bfloat16"
     """Dtype of matrix products and activations."""
     remat: str = "none"
@@ -31,8 +31,8 @@ class Setup:
     """Name of the optimizer; empty for a forward pass."""
     ema: bool = False
     trained: float = 1.0
-    """Fraction of the parameters that are trained. For LoRA: number of the adapters' parameters over those of the
-    model."""
+    """Fraction of the parameters that are trained. For LoRA, it is the adapters' number of parameters divided by the
+    model's."""
     stored: float = 0.0
     """Bytes per parameter of parameters that are not in the training state, such as frozen weights or a teacher."""
     fused: bool = True
@@ -46,7 +46,7 @@ class Setup:
     predicted: float = 1.0
     """Fraction of the tokens for which the output projection is computed."""
     written: int = 0
-    """Number of decoder tokens per sequence of an encoder-decoder; 0 if it equals `seq_len`."""
+    """Number of decoder tokens per sequence in an encoder-decoder; 0 if it equals `seq_len`."""
     hessians: bool = False
     """Whether calibration keeps, for one layer at a time, the second moments [I, I] of the inputs of every matrix."""
 
@@ -66,9 +66,9 @@ class Setup:
 
     @property
     def last_tokens(self) -> float:
-        """Return the number of tokens per device and microbatch in the layers before the output.
+        """Return the number of tokens per device and microbatch that the last layer reads.
 
-        In an encoder-decoder, these are the decoder's.
+        In an encoder-decoder, this layer is in the decoder.
         """
         return self.own_rows * (self.written or self.seq_len) / self.size("context")
 

@@ -58,9 +58,10 @@ def setup_of(program: Program, work: Pass) -> Setup:
 
 
 def on(setup: Setup, topology: Topology) -> Setup:
-    """Return the setup for these chips, with its field `fused` set.
+    """Return a copy of the setup whose field `fused` is right for a topology.
 
-    The field tells whether `llmctl.model.attention_kernels` uses a kernel on the chips.
+    `fused` becomes false if `llmctl.model.attention_kernels` has no kernel for the topology's chips and the setup's
+    shapes.
     """
     model, kernel = setup.model, False
     if topology.platform == "tpu":

@@ -112,8 +112,7 @@ def programs_of(
 def _generation(
     made: dict[str, Artifact], request: Request, devices: list[Any], platform: str
 ) -> list[tuple[str, Program]]:
-    """Return the programs of `llmctl generate` with the language model that the last stage with such a result would
-    write."""
+    """Return the programs of `llmctl generate` for the last stage that would write a language model."""
     writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary}
     if not writers:
         raise RequestError("--generate: none of these stages leaves a language model")
@@ -139,7 +138,7 @@ def _request(text: str) -> Request:
 
 
 def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """Return the mesh, with the default replaced by a `data` axis over all `devices` devices.
+    """Return the mesh config. If it is the default config, set its `data` axis to the number `devices`.
 
     The default mesh would otherwise use all CPU devices in a plan, but only the first in a run.
     """

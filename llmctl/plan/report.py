@@ -22,7 +22,7 @@ BINDS = {
     "ici": "links between chips (ICI)",
     "dcn": "the network between slices or nodes (DCN)",
 }
-"""Description of each resource that can determine the roofline's time."""
+"""Description of each resource that can limit the step time in the roofline model, by the resource's name."""
 
 
 def size(count: float) -> str:
@@ -80,7 +80,7 @@ def summary(found: list[dict[str, Any]]) -> Table:
 
 
 def _runs(one: dict[str, Any]) -> str:
-    """Return how often a stage runs the program, as text for the table.
+    """Return how often a stage runs the program, as text for a table.
 
     The number is unknown if the stage sets `train.epochs`, because a plan does not count the data's rows.
     """

@@ -118,9 +118,6 @@ def split(job: Job) -> tuple[Params, Params]:
 
 
 def joined(job: Job, named: Params) -> Params:
-    """Return the parameters to validate and to save, as a tree of the model's parameters.
-
-    `named` has all arrays of the job by name.
-    """
+    """Return the model's parameters to validate and to save, as a tree, from `named`: all arrays of the job by name."""
     extra = {n: named[f"{EXTRA}{n}"] for n in job.extra}
     return job.result(weights.rebuild(job.params, named), extra)

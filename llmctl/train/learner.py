@@ -43,7 +43,7 @@ class Learner:
     model: ModelConfig
     """Config of the trained model, as it is saved."""
     params: dict[str, Any]
-    """Initial parameters."""
+    """Initial parameters of the model."""
     task: Task
     """Task that the model is trained for."""
     dropout: float | None = None
@@ -186,7 +186,7 @@ def calibrated(
 
 
 def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Validation) -> dict[str, Any]:
-    """Return values that the task fits on the validation rows, such as classification thresholds.
+    """Return values that the task fits on the validation rows after training, such as classification thresholds.
 
     The values are saved with the model.
     """
@@ -195,6 +195,6 @@ def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Vali
 
 
 def _setup(config: Any, held_out: Validation) -> Setup:
-    """Return the settings that evaluation needs to compute metrics on all validation rows."""
+    """Return the settings with which `evaluate` computes metrics on all validation rows."""
     train = config.train
     return Setup(held_out.mesh, train.seq_len, train.seq_len, held_out.batches.size, config.truncate, train.dtype)

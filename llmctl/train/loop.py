@@ -138,7 +138,7 @@ def _evaluated(state: State) -> Params:
 
 
 class _Loop:
-    """Run the training steps after the restored checkpoint, up to the last one."""
+    """Run the training steps that remain after the restored checkpoint."""
 
     peak: float | None = None
     profile: Profile
@@ -224,7 +224,9 @@ class _Loop:
         return state, meta
 
     def raise_if_stopped(self, done: int | None = None) -> None:
-        """Raise Interrupted if the run has to stop. Call this after the checkpoint was written."""
+        """Raise Interrupted if the run has to stop. The caller must have written the checkpoint of the last step
+        before.
+        """
         if self.stop.requested(now=True):
             where = f"at step {done}" if done else "after the last step"
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")

@@ -96,7 +96,9 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 
 
 def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any, flops: float) -> Pass:
-    """Return the counts of a training step that the analytic cost model needs (`Pass`). `flops` is per token."""
+    """Return the counts of a training step that the analytic cost model needs. `flops` is the number of FLOPs per
+    token.
+    """
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     row = row_shapes(rows)
     return Pass(

@@ -31,13 +31,13 @@ class Budget:
     """
 
     first: int
-    """Number of triplets at the start."""
+    """Number of triplets before the first removal."""
     last: int
-    """Number of triplets at the end."""
+    """Number of triplets after the last removal."""
     start: int
-    """Number of steps before triplets are removed."""
+    """Last step with all triplets. Removals begin after this step."""
     settled: int
-    """Step from which the number of triplets is `last`. From then on, the kept triplets do not change."""
+    """Step from which the number of triplets is `last`. From this step on, the set of kept triplets does not change."""
     interval: int
     """Number of steps between removals."""
 
@@ -64,7 +64,7 @@ class Allocator:
     """Decay of the moving average of uncertainties."""
 
     def memory(self, named: Named) -> State:
-        """Return the arrays that are kept between steps, before the first step.
+        """Return the initial values of the arrays that are kept between steps.
 
         They are moving averages, which are zero, and masks of the triplets to keep, which are all True.
         """

@@ -51,15 +51,15 @@ class Schedule:
     name: str
     """Name of the schedule in `SparsifyConfig`."""
     start: int
-    """Last step without zeros."""
+    """Step after which weights may become zero."""
     end: int
-    """Step of the last change."""
+    """Step at which the masks change for the last time."""
     every: int
-    """Number of steps between changes."""
+    """Number of steps between two changes of the masks."""
 
     @property
     def full_from(self) -> int:
-        """Return the first step after which the sparsity is that of the result."""
+        """Return the first step after which the sparsity has its final value."""
         return self.start + 1 if self.name == "constant" else self.end
 
     def fraction(self, step: Any) -> jax.Array:
@@ -95,9 +95,9 @@ class Sparsifier:
     """Whether the score is movement. Otherwise it is magnitude."""
 
     def memory(self, named: Params) -> dict[str, Any]:
-        """Return the arrays that are kept between steps, before the first step.
+        """Return the initial values of the arrays that are kept between steps.
 
-        For score movement these are the scores, and the last values of weights that became zero.
+        For score movement, these include the scores, and the last values of weights that became zero.
         """
         own = {name: named[name] for name in self.names}
         found: dict[str, Any] = {"settled": jnp.zeros((), bool), "sparsity": _sparsity(own)}
@@ -137,7 +137,10 @@ class Sparsifier:
         return found
 
     def _changed(self, kept: State, step: jax.Array) -> State:
-        """Return the arrays with new zeros, at the sparsity of this step."""
+        """Return the entries of the training state that change when masks change: weights, moving average and memory.
+
+        The new masks have the sparsity that the schedule gives for this step.
+        """
         memory, params = dict(kept["memory"]), kept["params"]
         fraction = self.schedule.fraction(step)
         dense, masks = {}, {}
@@ -256,7 +259,7 @@ def result_metrics(asked: SparsifyConfig, params: Params) -> dict[str, float]:
 
 
 def _least(pattern: Pattern, params: Params) -> float:
-    """Return the fraction of zeros that the pattern gives the matrices of the layers."""
+    """Return the fraction of zeros among the layers' matrices when the pattern is applied to all of them."""
     zeros = entries = 0
     for m in weights.matrices(params, "block"):
         layers, inputs, outputs = m.weight.shape

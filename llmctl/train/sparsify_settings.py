@@ -113,7 +113,7 @@ def check(config: Any) -> None:
     """Check that the other settings of a training stage allow pruning. `config` has `sparsify`, `train` and `optim`.
 
     Raises:
-      ValueError: If they do not.
+      ValueError: If a setting does not allow pruning.
     """
     asked: SparsifyConfig = config.sparsify
     train: TrainConfig = config.train

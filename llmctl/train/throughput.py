@@ -36,7 +36,7 @@ class Timer:
         self.reset()
 
     def reset(self) -> None:
-        """Start a new interval."""
+        """Start a new measurement interval."""
         self.start, self.tokens, self.steps = time.monotonic(), 0, 0
 
     @contextlib.contextmanager

@@ -113,7 +113,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _read(model: Any, where: str, row: Any) -> Any:
-    """Return the row as the model reads it, or a RequestError that tells why it cannot be read."""
+    """Return `model.read(row)`, the model's input for a row. If the row cannot be read, return the RequestError."""
     try:
         return row if isinstance(row, RequestError) else model.read(row, where)
     except RequestError as e:
@@ -129,7 +129,9 @@ def _opened(file: Path) -> IO[bytes]:
 
 @contextlib.contextmanager
 def _output(out: Path | None) -> Iterator[IO[str]]:
-    """Yield standard output, or a temporary file that is renamed to `out` when it is complete."""
+    """Yield the stream to write to: standard output, or a temporary file that is renamed to `out` when it is
+    complete.
+    """
     if out is None:
         yield sys.stdout
         return
@@ -148,11 +150,11 @@ def _output(out: Path | None) -> Iterator[IO[str]]:
 
 
 def _writer(file: IO[str], to: str, field: str) -> Any:
-    """Return the function that writes an answer to `file`.
+    """Return a function that writes one answer (a dict) to `file` in the format `to`: jsonl, csv or text.
 
-    CSV has the columns of the first answer without an error, and a last column "error". Text has the field `field` in
-    one line per answer. Line breaks in it become spaces, and items of a list are separated by spaces. The line of a row
-    with an error is empty.
+    The columns of CSV are the keys of the first answer without an error, followed by "error". The format text has one
+    line per answer, with the value of the key `field`. In this line, spaces replace line breaks and separate the items
+    of a list. If a row has an error, its line is empty.
     """
     from llmctl.config.terminal import as_json
 

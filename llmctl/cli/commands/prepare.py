@@ -82,7 +82,8 @@ def prepare(
 
 
 def _write_splits(recipe_file: Path | None, folder: Path, sets: list[str], name: str, json: bool) -> None:
-    """Write the data splits of one stage as JSON lines. If `name` is empty, this is the first stage with data.
+    """Write the data splits of the stage called `name` as JSON lines. If `name` is empty, use the first stage with
+    data.
 
     Raises:
       RequestError: If the stage has no data.

@@ -47,7 +47,7 @@ class SyntheticText(Text):
 
     @property
     def splits(self) -> splits.Splits:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return the splits. Each of them has the same examples."""
+        """Return the splits. Train, validation and test contain the same synthetic examples."""
         held = dict.fromkeys(get_args(Split), self._examples)
         return splits.Splits(DataConfig(), held, rows=COPIES, filtered=0, blank=0, duplicates=0)
 
@@ -58,7 +58,7 @@ class SyntheticText(Text):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the columns of the examples."""
+        """Return the names of the synthetic examples' columns, such as text and label."""
         return self._examples.columns
 
     @property

@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of a library error, at most 200 characters. If the error is another one, raise it again."""
+    """Return the first line of the message of a library error, at most 200 characters.
+
+    If the error does not come from the library, raise it again.
+    """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -43,7 +43,7 @@ class Metric:
     format: str = "{:.4f}"
     """Format of the printed value, which is the value times `scale`."""
     unit: str = ""
-    """Unit of the value in JSON; empty for shares and other pure numbers."""
+    """Unit of the value in JSON; empty for fractions and other numbers without a unit."""
     scale: float = 1.0
     """Factor from the unit in JSON to the printed unit, such as 1e3 from seconds to milliseconds."""
     table: Table = "file"
@@ -53,12 +53,13 @@ class Metric:
     unless: str = ""
     """Name of another metric with the same value. A table that shows the other metric omits this one."""
     baseline: str = ""
-    """Name of the metric that stores this metric's value for a baseline. The baseline ignores the input."""
+    """Name of another metric: the value of this metric for a baseline that ignores the input. Empty if there is no
+    baseline."""
     compute: Callable[[Any, Any], float] | None = None
     """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
 
     def text(self, value: float) -> str:
-        """Format `value`, which is in the unit of JSON, for a table."""
+        """Format `value` for a table. The value has the unit that the metric has in JSON."""
         return self.format.format(value * self.scale)
 
 

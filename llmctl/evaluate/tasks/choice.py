@@ -55,7 +55,7 @@ class Choice(Task):
         return "choice" if model.architecture == "encoder" else "lm"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "accuracy"."""
+        """Return "accuracy", the validation metric that selects the best checkpoint."""
         return "accuracy"
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> ChoiceRows:
@@ -205,9 +205,9 @@ def loss_of_scores(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the result of `compute` for the scores [R]: the loss, and the metrics summed over the batch.
+    """Return the loss that `compute` computes from the rows' scores [R], and its metrics summed over the batch.
 
-    Logits of a language model are computed in chunks, also for the gradient, and never stored.
+    For a language model, the logits are computed in chunks, also for the gradient, and are never stored.
     """
     if cfg.head_kind.vocabulary:
         return loss_of_rows(cfg, params, x_RTD, batch, dtype, compute)

@@ -43,7 +43,7 @@ class Classify(Task):
     peft_type = "SEQ_CLS"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "accuracy"."""
+        """Return "accuracy", the validation metric that selects the best checkpoint."""
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:

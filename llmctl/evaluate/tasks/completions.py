@@ -51,10 +51,11 @@ class Completions(Language):
         return CompletionRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure the perplexity of completions given their prompts.
+        """Measure the perplexity of the held-out completions, each conditioned on its prompt.
 
-        An encoder-decoder reads `seq_len` tokens of each prompt. Completions are never truncated. Their EOS tokens are
-        not scored, so that a decoder is scored on the same words and bytes.
+        In an encoder-decoder, the encoder reads at most `seq_len` tokens of the prompt. Completions are never
+        truncated. The end-of-sequence token of a completion is not scored, because a decoder's evaluation does not
+        score it either.
 
         Raises:
             RequestError: If a completion exceeds the model's maximum sequence length.

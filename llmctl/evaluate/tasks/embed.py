@@ -84,9 +84,9 @@ class Embed(Task):
         return batch | {name: both(name) for name in ("tokens", "segments", "positions", "order") if name in batch}
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:
-        """Return the summed loss and the metrics summed over the batch from unit vectors [2B, D].
+        """Return the loss and the metrics, both summed over the batch, from unit vectors [2B, D].
 
-        Texts and second texts alternate.
+        Vectors 2i and 2i + 1 belong to the first and the second text of row i.
         """
         near = similarities(y, batch)
         weight_B = row_weight(batch, near)
@@ -117,7 +117,7 @@ class Embed(Task):
         return super().new_rows(model, [{"text": row["text"]} for row in rows], tokenizer, settings)
 
     def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return {"embedding": unit vector as a list of D numbers}."""
+        """Format the prediction for one row as JSON data: {"embedding": unit vector as a list of D numbers}."""
         return {"embedding": [short(x) for x in prediction]}
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:

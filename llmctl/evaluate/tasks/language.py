@@ -42,9 +42,10 @@ class Language(TokenLosses, Task):
         return self.rows(model, examples, tokenizer, settings)
 
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
-        """Return a note on the difference between validation and the evaluation of perplexity, or "" if there is none.
+        """Return a note for the user that validation scores a token that `eval` does not score; "" if both score the
+        same.
 
-        Validation also scores the token that ends each text.
+        The token is the one that ends each text.
         """
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
             return ""
@@ -97,7 +98,10 @@ def scored(
 def timed(
     task: Language, protocol: str, metrics: dict[str, Any], artifact: Artifact, rows: Any, step: Any, setup: Setup
 ) -> Measured:
-    """Return the result of a task, with functions that score one row and a full batch for timing."""
+    """Return the result of an evaluation (`Measured`): the metrics, and two functions whose speed can be measured.
+
+    One function runs `step` on a single row, the other on a full batch.
+    """
     size = setup.batch_size
     inputs = rows.batch(np.arange(size) % len(rows)) | {"row_weight": np.ones(size, np.float32)}
     single, batched = programs(step, artifact.params, inputs, setup.mesh)

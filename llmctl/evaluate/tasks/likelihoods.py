@@ -54,11 +54,12 @@ def loss_of_rows(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss that `compute` returns from the rows' log-likelihoods, and its metrics summed over the batch.
+    """Return the loss that `compute` computes from the rows' log-likelihoods [R], and its metrics summed over the
+    batch.
 
-    The gradient is that of a cross-entropy whose tokens are weighted by the derivative of the loss with respect to
-    their row's log-likelihood. Logits can therefore be computed in chunks, as in other losses. The cost is one more
-    output projection.
+    The gradient is computed as that of a weighted cross-entropy. The weight of a token is minus the derivative of the
+    loss with respect to the log-likelihood of its row. Logits can therefore be computed in chunks, as in other losses.
+    The cost is one more output projection.
 
     Args:
         cfg: Config of the model.

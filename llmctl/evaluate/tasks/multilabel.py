@@ -51,7 +51,9 @@ class MultiLabel(Classify):
     problem_type = "multi_label_classification"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "micro_f1". Validation computes it at the threshold 0.5."""
+        """Return "micro_f1", the validation metric that selects the best checkpoint. It is computed at the threshold
+        0.5.
+        """
         return "micro_f1"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:

@@ -36,7 +36,7 @@ class Predicts:
     """Define the methods of a task that predict new rows. The defaults are those of tasks with one output per row."""
 
     asks: ClassVar[tuple[str, ...]] = ("text",)
-    """Canonical columns that a new row must have."""
+    """Columns that a new row must have, by llmctl's own column names."""
     text_field: ClassVar[str] = "label"
     """Field of an answer that `predict --to text` writes."""
     averages: ClassVar[bool] = True

@@ -133,10 +133,11 @@ class Preference(Language):
         return super(Language, self).evaluate(artifact, held, setup)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the fraction of pairs whose chosen completion is more likely, and the mean difference.
+        """Return the fraction of pairs whose chosen completion is likelier than the rejected one, and the mean
+        difference.
 
-        The fraction is computed from summed log-likelihoods, and again from means per token. The difference is that of
-        the sums, in nats.
+        "accuracy" compares the log-likelihoods of complete completions, and "accuracy_per_token" their means per token.
+        "margin" is the mean difference of the complete log-likelihoods, in nats.
         """
         scores_N22 = np.concatenate([outputs for _, outputs in found]).astype(np.float64)
         total_N2, tokens_N2 = scores_N22[..., 0], scores_N22[..., 1]

@@ -77,7 +77,7 @@ class Regress(Task):
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": self.problem_type}
 
     def answer(self, row: Row, prediction: Any, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return {"value": predicted number}."""
+        """Format the prediction for one row as JSON data: {"value": predicted number}."""
         return {"value": short(prediction)}
 
 

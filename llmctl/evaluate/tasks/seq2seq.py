@@ -89,7 +89,9 @@ class SequenceToSequence(Completions):
         return [dataclasses.replace(program, title=f"answers: {program.title}") for program in programs]
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure perplexity of the completions, and the answers to all prompts.
+        """Measure the perplexity of the held-out completions, and compare generated answers with the completions.
+
+        One answer is generated per prompt. The comparison computes BLEU, chrF, ROUGE and exact match.
 
         Raises:
             RequestError: If the packages of the metrics are missing, a completion is longer than the model's longest

@@ -90,7 +90,8 @@ class GenerationConfig(Config):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> GenerationConfig:
-        """Return the settings that an artifact recorded. Unknown ones, of another version of llmctl, are ignored.
+        """Return the settings of generated answers that an artifact stores. Unknown keys, of another version, are
+        ignored.
 
         Raises:
             RequestError: If a value has another type.

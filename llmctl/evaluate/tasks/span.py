@@ -58,7 +58,10 @@ class Span(Task):
         return self.rows(model, examples, tokenizer, settings)
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "accuracy": the mean of the accuracies of the answer's first and last token."""
+        """Return "accuracy", the validation metric that selects the best checkpoint.
+
+        It is the mean of two accuracies: that of the answer's first token and that of its last token.
+        """
         return "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:

@@ -50,7 +50,9 @@ class Tokens(Classify):
         return TagRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "entity_f1" if the labels are entity tags, else "accuracy"."""
+        """Return the validation metric that selects the best checkpoint: "entity_f1" for entity tags, else
+        "accuracy".
+        """
         return "entity_f1" if entities.is_scheme(labels) else "accuracy"
 
     def score(self, y: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Sums]:

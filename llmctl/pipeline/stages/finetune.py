@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 WRITTEN = ("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "exact_match")
-"""Metrics of generated answers to validation prompts."""
+"""Names of the metrics that compare generated answers with the completions of validation examples."""
 
 
 class Config(StageConfig):
@@ -65,8 +65,8 @@ class Config(StageConfig):
     data: DataConfig = DataConfig()
     """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
     question, context and answers (span); text and pair (embed); prompt, choices and answer (choice); prompt, chosen and
-    rejected (preference); messages, and tools if there are any (chat); prompt and completion (seq2seq); the same, or
-    text (lm)."""
+    rejected (preference); messages, and tools if there are any (chat); prompt and completion (seq2seq); text, or prompt
+    and completion (lm)."""
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:

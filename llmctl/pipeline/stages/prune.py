@@ -116,8 +116,8 @@ class Config(CalibrationConfig, StageConfig):
     inverse, the fraction is multiplied by 10, and the matrix is reported."""
 
     repair: bool = False
-    """After pruning, recompute the kept weights by least squares on the calibration data. Method structured: so that
-    the kept heads, neurons and channels stand in for the removed ones."""
+    """After pruning, recompute the kept weights by least squares on the calibration data, so that the outputs of the
+    layers stay close to those before pruning."""
     allocation: AllocationName = "uniform"
     """Methods for single weights, except with N:M: sparsity of the layers. uniform: equal in all layers. owl: lower for
     layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden states more. global:
@@ -134,10 +134,11 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace the long forms by the short one: keep_layers = 3 and remove_layers = 0.75 become `layers`.
+        """Replace long forms by the short form: keep_layers = 3 becomes layers = 3, remove_layers = 0.75 becomes layers
+        = 0.75.
 
-        A finished stage is therefore not repeated if only the form changes. Values that are out of range are
-        left in place, and fail the validation of the fields, which accept only 0.
+        A finished stage is therefore not repeated if only the form changes. Long forms whose values are out of range
+        are not replaced. The validation of their fields then rejects these values.
         """
         if not isinstance(given, dict):
             return given
@@ -356,7 +357,7 @@ def _check(config: Config, base: Artifact, params: dict[str, Any], target: Model
     """Check that the model can be pruned to the sizes of `target`, and that the mesh can shard them.
 
     Raises:
-      RequestError: If not.
+      RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard them.
     """
     from llmctl.compress.structured_pruning import channel_cut, shrink, structured_walk
     from llmctl.model import functional
@@ -368,7 +369,8 @@ def _check(config: Config, base: Artifact, params: dict[str, Any], target: Model
 
 
 def _sizes(config: Config, base: Artifact) -> ModelConfig:
-    """Return the model's config after structured pruning. With a budget, it is that of uniform ratios.
+    """Return the model's config after structured pruning. With a budget, the sizes are estimated from uniform pruning
+    ratios.
 
     Raises:
       RequestError: If the sizes are impossible.

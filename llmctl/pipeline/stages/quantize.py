@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import Programs
 
 SHORT = {"int8": 8, "int4": 4}
-"""Formats that the setting `bits` selects, and the number of bits that selects each."""
+"""Value of the setting `bits` that selects each of these formats."""
 CALIBRATION = frozenset(CalibrationConfig.model_fields)
 """Settings that only methods with calibration data read."""
 RTN = "rtn"
@@ -69,8 +69,8 @@ class Config(CalibrationConfig, StageConfig):
     """Search for scales with the least squared error, which may clip the largest weights. Method rtn measures the error
     of the weights, the others that of the outputs. Method awq always searches."""
     smooth: bool = False
-    """Divide activations by scales that the weights before them take over (SmoothQuant). Outliers of activations then
-    have less effect. Requires calibration data and activations = "int8"."""
+    """Divide activations by one scale per channel, and multiply the weights that read them by the same scale
+    (SmoothQuant). Outliers of activations then have less effect. Requires calibration data and activations = "int8"."""
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Migration strength of `smooth`: 0 scales by the weights alone, 1 by the activations alone."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
@@ -85,9 +85,11 @@ class Config(CalibrationConfig, StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace `format` by `bits` if `bits` can select this format, and omit settings of data that is not read.
+        """Normalize the settings: replace `format` by `bits` if `bits` can select the format, and drop unused data
+        settings.
 
-        A finished stage is therefore not repeated if only the form changes, or if a recipe's shared settings name data.
+        Equal results then have equal settings, so that a finished stage is not repeated. Data settings are unused if
+        the method reads no calibration data.
         """
         if not isinstance(given, dict):
             return given
@@ -202,7 +204,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def _calibrated(
     config: Config, base: Artifact, params: dict[str, Any], devices: Mesh, ctx: Context
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
-    """Quantize with calibration data, and report each layer.
+    """Quantize a model with calibration data, and log one line per layer.
 
     Returns:
       The parameters, the largest relative error of each weight by path, and the metrics of the layers.

@@ -44,7 +44,7 @@ class Collective:
     payload: float = 0.0
     """Bytes of the full arrays: the larger of all inputs together and all outputs together."""
     hidden: float = 0.0
-    """Part of `bytes` that overlapped collectives send."""
+    """Bytes that the overlapped collectives send, as a part of `bytes`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
     "AsyncCollectiveStart", "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone", "TopK", "SliceId",
     "ZeroCrop", "GatherScatterIndicesBitpacked",
 }  # fmt: skip
-"""Custom calls that are not kernels."""
+"""Targets of HLO custom calls that run no kernel, such as a buffer allocation."""
 ASYNC_STARTS = ("async-start", "call-start")
 """Opcodes that start an asynchronous computation. The computation of call-start runs on other cores of the chip."""
 SLICES = "slices"
@@ -116,7 +116,7 @@ class _Tally:
         return sum(self.flops.values()) + self.kernel_flops
 
     def hide(self) -> None:
-        """Mark all collectives as overlapped."""
+        """Mark all collectives of this tally as overlapped with computation."""
         for sums in self.collectives.values():
             sums |= {"overlapped": sums["count"], "hidden": sums["bytes"]}
 
@@ -206,7 +206,7 @@ class _Counter:
 
 
 def _summed(kind: str, axis: str, n: int, input_bytes: float, hidden: bool) -> _Tally:
-    """Return the bytes that one execution of a collective transfers, and how many of them overlap with computation.
+    """Return the counts of one execution of a collective: the bytes that a device sends, and whether they overlap.
 
     Args:
       kind: kind of the collective (see `Collective`).
@@ -245,7 +245,8 @@ def _kind(i: Instruction) -> str:
 
 
 def _between_slices(i: Instruction) -> str:
-    """Return the kind of collective that a send instruction between TPU slices belongs to; empty for others.
+    """Return the kind of collective that a send instruction between TPU slices belongs to; empty for other
+    instructions.
 
     The hosts run such a collective on the data that each device sends.
     """

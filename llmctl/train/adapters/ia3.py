@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
-"""Names of the matrices that get factors, and whether the factors multiply their outputs or their inputs."""
+"""Side of each matrix, its outputs or its inputs, that the trained factors multiply. Other matrices get no factors."""
 
 
 class Ia3(Method):

@@ -126,11 +126,11 @@ class Lora(Method):
         return lambda name: own(name) or any(weights.parse(name).belongs(module) for module in saved)
 
     def rate(self, config: Any, name: str) -> float:
-        """Return the factor on an array's learning rate.
+        """Return the factor by which the learning rate of an array is multiplied.
 
-        In LoRA+, the second matrix `b` of each adapter has the factor `lora.plus_ratio`, and all other arrays have 1.
-        An exception is the adapter of the token embeddings, whose `b` has 1 too: there `a` starts with zeros instead of
-        `b`.
+        In LoRA+, the factor is `lora.plus_ratio` for the second matrix `b` of each adapter, and 1 for all other arrays.
+        In the adapter of the token embeddings, `b` has the factor 1 too, because there the matrix that starts at zero
+        is `a`.
         """
         from llmctl.model import weights
 

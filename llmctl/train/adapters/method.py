@@ -44,7 +44,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    """Name in the registry."""
+    """Name of the method in the registry of finetuning methods."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Names of the config's fields that this method reads. Fields that every method reads are not listed."""
     changes_base: ClassVar[bool] = False
@@ -126,7 +126,7 @@ class Method:
         return False
 
     def rate(self, config: Any, name: str) -> float:
-        """Return the factor on the learning rate of a trained array, by default 1."""
+        """Return the factor by which the learning rate of a trained array is multiplied; by default 1."""
         return 1.0
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:

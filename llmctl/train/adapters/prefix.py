@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 PROJECTION = 2
-"""Number that is folded into a run's random key. The result initializes the network that computes the prefix."""
+"""Constant that is folded into a run's random key, to derive the key that initializes the network of `projection`."""
 
 
 class Prefix(Method):
@@ -41,12 +41,12 @@ class Prefix(Method):
     settings = ("prefix",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that the settings and the model fit a prefix.
+        """Check the config as Method.check does, and that the settings and the model allow a prefix.
 
         Raises:
-          RequestError: If layers are frozen, the prefix leaves too few positions for texts, or the model is a decoder
-            with relative positions. Also if `prefix.projection` is set, and the model already has a prefix or
-            `prefix.deviation` is set too. Also if Method.check fails.
+          RequestError: If Method.check fails, layers are frozen, the prefix leaves too few positions for texts, or the
+            model is a decoder with relative positions. With `prefix.projection`, the error is also raised if the model
+            already has a prefix, or if `prefix.deviation` is set.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
@@ -194,7 +194,7 @@ def projection(config: Any, params: Params) -> dict[str, jax.Array]:
 
 
 def projected(params: Params, extra: Params) -> Params:
-    """Return the parameters with the prefix computed by the network whose parameters are `extra`."""
+    """Return `params` with new prefix keys and values, which the network with the parameters `extra` computes."""
     import jax.numpy as jnp
 
     from llmctl.model import weights
@@ -208,7 +208,7 @@ def projected(params: Params, extra: Params) -> Params:
 
 
 def vectors(params: Params) -> dict[str, jax.Array]:
-    """Return {parameter path: array [L, P, W]} of the prefix: first the keys, then the values."""
+    """Return the trained keys and values of a prefix, arrays [L, P, W], by parameter path. Keys come before values."""
     from llmctl.model import weights
 
     return {path: w for path, w in sorted(weights.flatten(params).items()) if weights.parse(path).prefix}

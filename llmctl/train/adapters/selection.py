@@ -70,9 +70,10 @@ def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) 
 
 
 def during(config: Any, method: Method, model: ModelConfig, params: Params, steps: int) -> dict[str, Any]:
-    """Return the fields of a training Job that depend on the number of `steps`, by name.
+    """Return the fields of a training job that depend on the number of `steps`, by name (see `llmctl.train.job.Job`).
 
-    These are the fields that the method sets, and `starts`: the step at which the training of each array starts.
+    These are the fields that the finetuning method sets, and `starts`: the step at which the training of each array
+    starts.
 
     Raises:
       RequestError: If `trained.unfreeze_every` leaves layers frozen to the end, or rounds to no step.

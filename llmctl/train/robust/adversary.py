@@ -45,11 +45,11 @@ class Adversary:
     """
 
     name: ClassVar[str]
-    """Name in the registry."""
+    """Name of the method in the registry of adversarial methods."""
     reads: ClassVar[Mapping[str, Any]]
     """The settings that the method reads, with their default values."""
     compares: ClassVar[bool] = False
-    """Whether the loss compares the outputs of two forward passes. Not every task supports this."""
+    """Whether the loss compares the outputs of two forward passes, which some tasks do not support."""
 
     def options(self, config: Any) -> dict[str, Any]:
         """Return the value of each setting that the method reads: the one in `config`, or the default."""

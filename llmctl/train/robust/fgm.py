@@ -23,12 +23,16 @@ class Fgm(Adversary):
     reads = {"epsilon": 0.02, "norm": "l2", "weight": 0.5}
 
     def check(self, config: Any) -> None:
-        """Check the settings as Adversary.check does, and that the weight of the perturbed rows' loss is at most 1."""
+        """Check the settings as Adversary.check does, and that the fraction of the loss from perturbed rows is at most
+        1.
+        """
         super().check(config)
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """Return 2, for one pass on clean rows and one on perturbed rows."""
+        """Return the cost relative to training without the method: 2, because clean and perturbed rows need one pass
+        each.
+        """
         return 2.0
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
@@ -62,7 +66,7 @@ def mixed(weight: float, clean: tuple[Found, Any], perturbed: tuple[Found, Any],
 
 
 def check_share(config: Any) -> None:
-    """Check that the weight of the perturbed rows' loss is at most 1.
+    """Check that `weight`, the fraction of the loss that comes from perturbed rows, is at most 1.
 
     Raises:
       ValueError: If it is above 1.

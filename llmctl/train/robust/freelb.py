@@ -23,7 +23,9 @@ class FreeLb(Adversary):
     reads = {"epsilon": 0.02, "norm": "l2", "steps": 3, "step_size": 0.01, "start": 0.01}
 
     def cost(self, config: Any) -> float:
-        """Return the number of ascent steps, because each is one forward and backward pass."""
+        """Return the cost relative to training without the method: the number of ascent steps, which need one pass
+        each.
+        """
         return float(self.options(config)["steps"])
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:

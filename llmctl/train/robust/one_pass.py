@@ -21,7 +21,7 @@ from llmctl.train.robust.problem import Problem
 
 Tree = Any
 Found = tuple[jax.Array, Sums]
-"""Result of a loss: (sum of losses, metric sums by name)."""
+"""Result of a loss function for a batch: (sum of losses, sums of metrics by name)."""
 Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
 """Function that runs one forward and backward pass with a perturbation [B, T, D]. It returns ((sum of losses, metric
 sums), gradients of the trained arrays, gradient of the perturbation).
@@ -30,7 +30,7 @@ Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
 """Function (search, initial perturbation, pull) -> ((sum of losses, metric sums), gradients), as `Adversary.passes`."""
 
 START = 0x0F
-"""Number that is folded into the dropout key to get the random key of the initial perturbation."""
+"""Constant that is folded into the dropout key, to derive the random key of the initial perturbation."""
 
 
 def wrapped(own: Loss, method: Passes, options: dict[str, Any], problem: Problem) -> Loss:
@@ -67,7 +67,9 @@ def with_gradients(
     trained: Tree,
     rest: Tree,
 ) -> Found:
-    """Return (sum of losses, metric sums) of `passes`, with the gradients that `passes` returns as the derivative.
+    """Run `passes`, and return its (sum of losses, metric sums) as a result that JAX can differentiate.
+
+    The derivative with respect to `trained` is the gradients that `passes` returns.
 
     Args:
       loss: (trained, perturbation, rest) -> (sum of losses, metric sums).

@@ -90,7 +90,7 @@ class Search:
     start: float = 0.0
     """Maximum norm of the random perturbation before the first step; 0 starts from zero."""
     weight: float = 1.0
-    """The setting `weight` of the adversarial method. The search does not read it."""
+    """Setting `weight` of the adversarial method, for its loss. The search itself does not use this value."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:

@@ -16,7 +16,7 @@ from llmctl.model.losses import Sums
 from llmctl.model.transformer import Batch, Params
 
 States = tuple[Params, jax.Array]
-"""Result of a forward pass: (parameters, hidden states [B, T, D] that the output head of the model reads)."""
+"""Parameters of a network and the hidden states [B, T, D] that it computed, the input of its output head."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,8 @@ class Problem:
         return self.task.model_inputs(self.prepare(batch, key))
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        """Run the network with dropout, and return the hidden states [B, T, D].
-
-        `batch` is a result of `Problem.batch`.
+        """Run the network with dropout, and return the hidden states [B, T, D]. `batch` is the result of
+        `Problem.batch`.
         """
         return functional.hidden(
             self.model, params, batch, train=True, rng=key, dtype=self.options.dtype, remat=self.remat

@@ -1,4 +1,4 @@
-"""Regularize finetuning: noise on embeddings, R-Drop, a pull to the initial weights (L2-SP, Mixout), class weights.
+"""Regularize finetuning by noise on embeddings (NEFTune), R-Drop, L2-SP, Mixout and class weights.
 
 Shapes: B rows, T tokens per row, D model width, C classes.
 """
@@ -23,11 +23,11 @@ from llmctl.train.robust.perturbation import Site
 from llmctl.train.robust.problem import Problem
 
 NOISE = 0x0E
-"""Number that is folded into the dropout key to get the random key of the noise."""
+"""Constant that is folded into the dropout key, to derive the random key of the noise."""
 
 
 MIXED = 0x31
-"""Number that is folded into the dropout key to get the random key of Mixout."""
+"""Constant that is folded into the dropout key, to derive the random key of Mixout."""
 
 
 def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
@@ -90,9 +90,9 @@ def mixout(own: Loss, rate: float) -> Loss:
 
 
 def from_parent(names: Collection[str], params: Params) -> list[str]:
-    """Return those of the `names` whose arrays existed before finetuning.
+    """Return the names of the arrays that existed before finetuning, out of `names`.
 
-    These are all except adapters, trained prompts and prefixes, and the task's head.
+    The arrays of adapters, trained prompts, trained prefixes and the task's head are new, and are left out.
     """
     adapters = weights.adapter_names(params)
 
