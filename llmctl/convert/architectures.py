@@ -53,8 +53,8 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
         )
     if model.prefix_tokens:
         raise RequestError(
-            "the model has a trained prefix of keys and values, which this format cannot hold; use it with llmctl, or "
-            "finetune its parent with method = 'lora'"
+            "the model has a trained prefix of keys and values, which of the other formats only PEFT's holds (export "
+            "--to peft); use it with llmctl, or finetune its parent with method = 'lora'"
         )
     if model.adapter_size:
         raise RequestError(

@@ -27,6 +27,7 @@ from llmctl.convert import (
     name_map,
     parity,
     peft,
+    peft_prefix,
     peft_prompt,
     safetensors,
     sparse_tensors,
@@ -108,7 +109,8 @@ def run(
         if to == "gguf":
             delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, OUR_READER
         elif to == "peft":
-            delta, theirs, proof = (_prompt if found.model.prompt_tokens else _adapter)(found, draft, say)
+            vectors = found.model.prompt_tokens or found.model.prefix_tokens
+            delta, theirs, proof = (_vectors if vectors else _adapter)(found, draft, say)
         elif to == "artifact":
             delta, theirs, proof = merging.write(found, draft, merge, out.name), None, OUR_READER
         else:
@@ -328,21 +330,30 @@ def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) 
     return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
 
 
-def _prompt(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write a trained prompt, and compare the outputs of base and prompt, loaded by PEFT, with those of the artifact.
+def _vectors(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
+    """Write a trained prompt or prefix, and compare the outputs of base and adapter in PEFT with those of the artifact.
 
     Returns:
         The same as `_prove`.
+
+    Raises:
+        RequestError: If the artifact has both, or if the vectors cannot be written.
     """
-    delta = peft_prompt.export(found, draft)
+    if found.model.prompt_tokens and found.model.prefix_tokens:
+        raise RequestError(f"{found.path}: has a trained prompt and a trained prefix; PEFT's files hold one of the two")
+    prompt = found.model.prompt_tokens > 0
+    delta = (peft_prompt if prompt else peft_prefix).export(found, draft)
     if missing := text_proof.available(4 * found.manifest.parameters, "peft"):
         return delta, None, f"{OUR_READER} ({missing})"
     cfg, about = found.model, found.manifest
     with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
         folder = Path(work) / "base"
         folder.mkdir()
-        bare = dataclasses.replace(peft_prompt.without_prompt(found), path=Path(work) / "bare")
-        with_prefix(found.tokenizer_dir, bare.tokenizer_dir, ())
+        if prompt:
+            bare = dataclasses.replace(peft_prompt.without_prompt(found), path=Path(work) / "bare")
+            with_prefix(found.tokenizer_dir, bare.tokenizer_dir, ())
+        else:
+            bare = peft_prefix.without_prefix(found)
         theirs, params = bare.model, bare.params
         written = tokenizer_export.export_tokenizer(bare.tokenizer_dir, folder, theirs, about.seq_len)
         if written and written.rows:
@@ -351,10 +362,10 @@ def _prompt(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -
         config = folders.config_of(theirs, registry.of(about), about.labels, ids, "float32")
         folders.save(folder, config, folders.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
         rows, T, begin = _rows(bare, theirs, folder, True, say)
-        batch = parity.prompted(cfg, text_proof.batch_of(bare.model, rows, T))
-        expected = np.asarray(parity.answers(cfg, found.params, batch))
-        prompt = 0 if cfg.encoder_layers else cfg.prompt_tokens
-        got = text_proof.answers_there(theirs, folder, rows, T, adapter=draft, prompt=prompt)
+        batch = text_proof.batch_of(bare.model, rows, T)
+        expected = np.asarray(parity.answers(cfg, found.params, parity.prompted(cfg, batch) if prompt else batch))
+        outputs = 0 if cfg.encoder_layers else cfg.prompt_tokens
+        got = text_proof.answers_there(theirs, folder, rows, T, adapter=draft, prompt=outputs)
     return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
 
 

@@ -28,6 +28,7 @@ from llmctl.convert import (
     parity,
     partial_save,
     peft,
+    peft_prefix,
     peft_prompt,
     safetensors,
     text_proof,
@@ -220,6 +221,8 @@ def adapter(
             work = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="llmctl-")))
             ids = range(model.vocab_size, model.vocab_size + model.prompt_tokens)
             words, full = with_prefix(found.tokenizer_dir, work / "tokenizer", ids), []
+        elif peft_prefix.is_prefix(source):
+            (model, params), full = peft_prefix.load(found, source), []
         else:
             model, params = found.model, peft.load(found, source)
             full = peft.replaced(found, params)

@@ -112,12 +112,7 @@ def load(base: Artifact, folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not (base.tokenizer_dir / "llmctl_tokenizer.json").is_file():
         raise RequestError(f"{base.path}: has no tokenizer, which would begin texts with the prompt")
     stored = safetensors.read_file(file)
-    count, cfg = config.get("num_virtual_tokens"), base.model
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < cfg.max_seq_len:
-        raise RequestError(
-            f"{folder / peft.CONFIG}: num_virtual_tokens = {str(count)[:40]} is no number between 1 and the longest "
-            f"sequence of {base.path} ({cfg.max_seq_len:,})"
-        )
+    count, cfg = vector_count(config, folder, base), base.model
     if VECTORS not in stored:
         raise RequestError(f"{file}: lacks {VECTORS}")
     prompt_PD = np.asarray(stored[VECTORS].read(), np.float32)
@@ -134,3 +129,18 @@ def load(base: Artifact, folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     peft.copy_full(cfg, tensors, flat, {name.removeprefix(peft.PREFIX) for name in tensors})
     flat[TABLE] = jnp.asarray(prompt_PD[:count])
     return cfg.model_copy(update={"prompt_tokens": count}), weights.unflatten(dict(sorted(flat.items())))
+
+
+def vector_count(config: dict[str, Any], folder: Path, base: Artifact) -> int:
+    """Return the number of trained vectors that an adapter's config declares.
+
+    Raises:
+        RequestError: If the number is missing, or if the base's longest sequence has no place for a text after them.
+    """
+    count, longest = config.get("num_virtual_tokens"), base.model.max_seq_len
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < longest:
+        raise RequestError(
+            f"{folder / peft.CONFIG}: num_virtual_tokens = {str(count)[:40]} is no number between 1 and the longest "
+            f"sequence of {base.path} ({longest:,})"
+        )
+    return count

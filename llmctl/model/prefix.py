@@ -22,6 +22,23 @@ DEVIATION = 0.02
 """Standard deviation of randomly initialized keys and values."""
 
 
+def added(cfg: ModelConfig, tokens: int) -> dict[str, int]:
+    """Return new values for the config's fields that change when a prefix of `tokens` keys and values is added.
+
+    The prefix takes the first positions, so fewer remain for texts. With relative positions, texts lose none.
+    """
+    return {"prefix_tokens": tokens, "max_seq_len": cfg.max_seq_len - (0 if _unbounded(cfg) else tokens)}
+
+
+def removed(cfg: ModelConfig) -> dict[str, int]:
+    """Return new values for the config's fields that change when the prefix is removed: the opposite of `added`."""
+    return {"prefix_tokens": 0, "max_seq_len": cfg.max_seq_len + (0 if _unbounded(cfg) else cfg.prefix_tokens)}
+
+
+def _unbounded(cfg: ModelConfig) -> bool:
+    return cfg.positions in ("relative", "none")
+
+
 class Prefix(nn.Module):
     """Store the trained keys and values of one layer, [P, G * K] each."""
 

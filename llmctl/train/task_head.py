@@ -11,7 +11,7 @@ from llmctl.artifacts.manifest_file import listed
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures
 from llmctl.evaluate.tasks.registry import TASKS, of
-from llmctl.model import functional
+from llmctl.model import functional, prefix
 from llmctl.model.config import ModelConfig
 from llmctl.model.head_kinds import HEAD_KINDS
 
@@ -56,14 +56,6 @@ def prefix_notice(parent: ModelConfig, model: ModelConfig) -> str:
     if parent.architecture == model.architecture or not parent.prefix_tokens:
         return ""
     return "the task needs the encoder alone; the decoder is dropped, and its trained prefix with it"
-
-
-def without_prefix(cfg: ModelConfig) -> dict[str, int]:
-    """Return new values for the config's fields that change when the trained prefix is removed.
-
-    The positions that the prefix took become available to texts again."""
-    room = 0 if cfg.positions in ("relative", "none") else cfg.prefix_tokens
-    return {"prefix_tokens": 0, "max_seq_len": cfg.max_seq_len + room}
 
 
 def prompt_hint(model: ModelConfig) -> str:
@@ -112,7 +104,7 @@ def with_head(config: Any, base: Artifact, labels: list[str], devices: Any) -> t
     if cfg.architecture == "encoder_decoder":
         # The task generates no text, so only the encoder is kept, as an encoder of the same family.
         head |= {"architecture": "encoder", "layers": cfg.encoder_layers, "encoder_layers": 0, "preset": ""}
-        head |= {"pooling": config.pooling or "mean"} | without_prefix(cfg)
+        head |= {"pooling": config.pooling or "mean"} | prefix.removed(cfg)
         params.pop("decoder")
     new = ModelConfig.model_validate({**cfg.model_dump(), **head, "head_transform": False, "next_sentence": False})
     params.pop("lm_head", None)

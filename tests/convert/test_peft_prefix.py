@@ -1,4 +1,6 @@
-"""Prefix tuning against PEFT on tiny random models: forward, gradients and number of entries, with padding."""
+"""Prefix tuning against PEFT on tiny random models: outputs, gradients, number of entries, and files both ways."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import pytest
 
 from llmctl.artifacts import artifact
 from llmctl.config.settings import MeshConfig
-from llmctl.convert import exporting
+from llmctl.convert import exporting, peft, safetensors
+from llmctl.convert.lazy_tensors import of_array
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
@@ -80,3 +83,56 @@ def test_prefix_tuning_is_that_of_peft(family, wild, save, words, tmp_path):
     expected, used = y.detach().numpy(), (factor != 0)
     np.testing.assert_allclose(got * used, expected * used, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(slope, weight.grad.numpy(), atol=1e-4 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_the_files_come_from_peft_and_go_back(family, wild, save, words, call, tmp_path):
+    theirs, hf, torch = (pytest.importorskip(n) for n in ("peft", "transformers", "torch"))
+    more = {"llama": {"kv_heads": 2}, "gpt2": {"tied": True}}[family]
+    sizes = {**SIZES, "max_seq_len": 48}
+    cfg = ModelConfig.model_validate({"family": family, "vocab_size": words.vocab_size, **sizes, **more})
+    base = save(cfg, wild(cfg))
+    assert call("export", base, "--out", tmp_path / "base")[0] == 0
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+    tuned = theirs.get_peft_model(model, theirs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+    torch.manual_seed(0)
+    next(p for p in tuned.parameters() if p.requires_grad).data.normal_(0, 0.7)
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = np.random.default_rng(1).integers(5, cfg.vocab_size, (2, T)).astype(np.int32)
+    with torch.no_grad():
+        expected = tuned(input_ids=torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)).logits
+
+    come = ("import", tmp_path / "adapter", "--base", base, "--store", "adapter", "--out", tmp_path / "a")
+    code, _, err = call(*come)
+    assert code == 0, err
+    found = artifact.load(tmp_path / "a", bases=[base])
+    assert len(found.manifest.base.stored) == 2 and found.model.prefix_tokens == P
+    batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.tile(np.arange(T, dtype=np.int32), (2, 1))}
+    logits = functional.lm_logits(found.model, found.params, functional.hidden(found.model, found.params, batch))
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4 * np.abs(expected.numpy()).max())
+
+    code, made, err = call("export", tmp_path / "a", "--base", base, "--to", "peft", "--out", tmp_path / "back")
+    assert code == 0, err
+    assert made["proof"].endswith("PEFT reads what was written") and made["transformers"] < 1e-3
+    before, after = (safetensors.read_file(tmp_path / name / peft.WEIGHTS) for name in ("adapter", "back"))
+    assert [*before] == [*after] == ["prompt_embeddings"]
+    np.testing.assert_array_equal(after["prompt_embeddings"].read(), before["prompt_embeddings"].read())
+
+
+def test_a_prefix_that_does_not_fit_is_refused(saved, config, call, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    good = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    vectors = np.zeros((3, 2 * config.layers * config.kv_heads * config.head_dim), np.float32)
+    for said, tensors, line in (
+        ({"num_virtual_tokens": 0}, {}, "must contain prompt_embeddings alone; missing or not understood: prompt_em"),
+        ({"num_virtual_tokens": True}, {"prompt_embeddings": vectors}, "is no number between 1 and"),
+        ({}, {"prompt_embeddings": vectors[:2]}, "which does not fit 3 keys and values of width"),
+        ({}, {"prompt_embeddings": vectors * np.inf}, "contains NaN or infinity"),
+        ({}, {"prompt_embeddings": vectors, "base_model.x": vectors}, "not understood: base_model.x"),
+        ({"task_type": "SEQ_CLS"}, {"prompt_embeddings": vectors}, "is for decoder language models"),
+    ):
+        (folder / peft.CONFIG).write_text(json.dumps(good | said))
+        safetensors.write_file(folder / peft.WEIGHTS, {n: of_array(a) for n, a in tensors.items()})
+        code, _, err = call("import", folder, "--base", saved, "--out", tmp_path / "a")
+        assert code == 2 and line in err and len(err.strip().splitlines()) == 1, (line, err)

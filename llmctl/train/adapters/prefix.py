@@ -21,7 +21,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.pretraining.packing import PackedRows
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.model.head_kinds import HEAD_KINDS
-from llmctl.train import task_head
+from llmctl.model.prefix import added, removed
 from llmctl.train.adapters.method import Method, Params
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Prefix(Method):
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
         if model.architecture == "encoder_decoder" and not HEAD_KINDS[TASKS[config.task].head_for(model)].vocabulary:
-            model = model.model_copy(update=task_head.without_prefix(model))  # the decoder and its prefix are dropped
+            model = model.model_copy(update=removed(model))  # the decoder and its prefix are dropped
         given = [f"trained.{name}" for name in ("last_layers", "unfreeze_every") if getattr(trained, name)]
         if config.freeze_layers:
             given.append("freeze_layers")
@@ -92,9 +92,7 @@ class Prefix(Method):
                 f"prefix.tokens = {tokens:,}: the parent has a trained prefix of {model.prefix_tokens:,} tokens, which "
                 "these settings must repeat"
             )
-        unbounded = model.positions in ("relative", "none")
-        room = model.max_seq_len - (0 if unbounded else tokens)
-        return model.model_copy(update={"prefix_tokens": tokens, "max_seq_len": room})
+        return model.model_copy(update=added(model, tokens))
 
     def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
         """Check that each training row has only one text, if the model has relative positions.
