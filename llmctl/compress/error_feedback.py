@@ -2,8 +2,9 @@
 
 SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774) and GPTQ (Frantar et al., 2022, arXiv:2210.17323) both minimize
 the squared error of the matrix's outputs on the calibration inputs X. Its Hessian is the Gram matrix X^T X. A factor of
-the inverse Hessian tells how much the weights of later inputs change. The inputs are processed in blocks: within a
-block, each change reaches the block's later inputs at once, and the inputs after the block when the block is finished.
+the inverse Hessian determines how much the weights of later inputs change. The inputs are processed in blocks. Within a
+block, the later inputs compensate for each change immediately. The inputs after the block compensate once, for all
+changes of the block together.
 
 The papers invert the Hessian and factor the inverse. This code instead computes a Cholesky factor of the Hessian in
 reverse order, and inverts the factor. The Hessian is first scaled to a diagonal of ones. Float32 therefore suffices.
@@ -51,7 +52,7 @@ class Block(NamedTuple):
     upper_SS: jax.Array
     """Rows and columns of the factor R that belong to the block."""
     diagonal_S: jax.Array
-    """Diagonal of `upper_SS`; 1 for inputs that only fill the last block."""
+    """Diagonal of `upper_SS`; 1 for inputs that pad the last block."""
 
 
 Change = Callable[[Block, jax.Array, T], tuple[jax.Array, jax.Array, T]]
@@ -106,9 +107,9 @@ def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], st
       w_IO: the matrix, float32.
       upper_II: factor R of the inverse Hessian.
       size: number of inputs per block.
-      change: function that changes one block. The weights that it gets include the compensation for earlier blocks. If
-          `size` does not divide the inputs, the last block has zeros at the end.
-      state: state before the first block, which `change` gets and returns.
+      change: function that changes one block (see `Change`). Its argument is a block whose weights already compensate
+          for the changes of earlier blocks. If `size` does not divide the inputs, the last block is padded with zeros.
+      state: initial value of the third argument of `change`, such as scales that each block may replace.
     """
     inputs = len(w_IO)
     blocks = -(-inputs // size)
@@ -135,23 +136,31 @@ def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], st
 def compensate(
     block: Block, i: jax.Array, lost_O: jax.Array, w_SO: jax.Array, error_SO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compensate for the values `lost_O` that the weights of input `i` lost when they were rounded or pruned.
+    """Update the weights of the later inputs of a block, to compensate for a change of the weights of input `i`.
+
+    Args:
+      block: the block.
+      i: index of the input in the block.
+      lost_O: old minus new weights of input `i`.
+      w_SO: weights of the block.
+      error_SO: errors of the block's inputs that have changed before: `lost_O`, divided by the factor's diagonal.
 
     Returns:
-      The weights [S, O] of the block, of which those of later inputs have changed, and the errors [S, O] of its inputs,
-      with the error of input `i` added.
+      The updated weights [S, O], and the errors [S, O] with that of input `i` in row `i`.
     """
     error_O = lost_O / block.diagonal_S[i]
     return w_SO - block.upper_SS[i][:, None] * error_O, error_SO.at[i].set(error_O)
 
 
 def fallback(attempts: int, damping: float, instead: str) -> str:
-    """Describe what is used if `attempts` damping values failed; return an empty text if none failed.
+    """Return the message for reports if damping values failed; an empty string if none failed.
+
+    The message names the damping value that succeeded or, if all failed, the method that was used instead.
 
     Args:
       attempts: number of damping values that failed (see `Factor`).
       damping: the first damping value.
-      instead: what is used if all of them failed.
+      instead: name of the method that is used if all damping values fail.
     """
     if not attempts:
         return ""

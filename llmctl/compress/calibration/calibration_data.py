@@ -101,9 +101,9 @@ def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str,
 
 
 def _rows(config: CalibrationConfig, base: Artifact, chosen: Examples, tokenizer: Tokenizer, labels: bool) -> Any:
-    """Return the chosen examples as rows: the sequences of token ids that batches are made of.
+    """Tokenize the chosen examples, and return one row of token ids per sequence.
 
-    The rows have labels or targets, as in training, only if `labels` is true.
+    The rows contain labels or targets, as in training, only if `labels` is true.
     """
     task, seq_len = of(base.manifest), sequence_length(config, base)
     settings = RowSettings(seq_len, truncate=config.truncate or base.manifest.truncate or "tail")

@@ -7,8 +7,8 @@ parameters, memory holds:
 - one float32 array per matrix and requested sum
 - a float32 copy of every matrix with another dtype
 
-A separate backward pass per layer would store the sums of only one layer at a time, but repeat the backward pass for
-every layer.
+A backward pass per layer would need memory for the sums of one layer only, but would take as many times longer as there
+are layers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
 """Functions of g, the gradient of one batch's total loss. Each function's values are summed over the batches."""
 
 Gradients = dict[str, dict[str, jax.Array]]
-"""Sums of functions of the gradient: path of a matrix -> name in `SUMS` -> float32 array of the matrix's shape."""
+"""Sums over batches of g, |g| or g^2: {path of a matrix: {name in `SUMS`: float32 array of the matrix's shape}}."""
 
 
 def accumulate(
@@ -54,7 +54,7 @@ def accumulate(
       cfg: config of the model.
       params: parameters of the model.
       batches: training batches, with labels or targets.
-      sums: names in `SUMS` of the functions of g to sum.
+      sums: names in `SUMS`, which select the functions of g.
       dtype: dtype of the computation.
 
     Raises:
@@ -69,13 +69,14 @@ def accumulate(
 def summed(
     step: Any, inner: dict[str, jax.Array], params: Params, totals: Totals, batches: Sequence[dict[str, Any]]
 ) -> Totals:
-    """Return the totals after all batches.
+    """Run `step` on every batch, and return the gradient sums over all batches.
 
     Args:
-      step: compiled function (inner, params, totals, batch) -> (totals, total weight of the batch's tokens).
+      step: compiled function (inner, params, totals, batch) -> (totals, total weight of the batch's tokens). It adds
+          the sums of one batch to `totals`.
       inner: the arrays with respect to which `step` differentiates, by path.
       params: parameters of the model.
-      totals: totals before the first batch, which are donated.
+      totals: initial sums, which are donated.
       batches: training batches, with labels or targets.
 
     Raises:

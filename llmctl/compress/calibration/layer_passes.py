@@ -126,13 +126,16 @@ def _selected(taps: dict[str, Any], collect: Collect) -> Stats:
 
 
 def placed(stats: Stats) -> Stats:
-    """Return initial statistics on all devices of the current mesh. Without a mesh, return them unchanged."""
+    """Replicate initial statistics on all devices of the current mesh. Without a mesh, return them unchanged."""
     current = meshes.current()
     return stats if current is None else jax.device_put(stats, meshes.replicated(current))
 
 
 def _replicated(stats: Stats) -> Stats:
-    """Replicate statistics within a compiled function, like its arguments: only then can it reuse their memory."""
+    """Replicate the statistics that a compiled function returns.
+
+    XLA reuses the memory of donated statistics only if argument and result have the same sharding.
+    """
     return jax.tree.map(lambda a: meshes.constrain(a, *[None] * a.ndim), stats)
 
 

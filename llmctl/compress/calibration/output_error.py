@@ -24,14 +24,15 @@ def output_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array) 
 
 
 def rounded_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array) -> float:
-    """Return `output_error` as a number with six decimals, for reports."""
+    """Return `output_error` as a Python float, rounded to six decimals for reports."""
     return round(float(output_error(gram_II, before_IO, after_IO)), 6)
 
 
 def replicated(a: Any) -> Any:
-    """Return an array that every device of the current mesh has in full.
+    """Replicate an array on all devices of the current mesh. Without a mesh, return it unchanged.
 
-    Methods that read a Gram matrix are computed in full on every device, so their results do not depend on the mesh.
+    Every device then computes the complete result of a method that reads a Gram matrix. The result therefore does not
+    depend on the mesh.
     """
     current = mesh.current()
     return a if current is None else jax.device_put(a, mesh.replicated(current))

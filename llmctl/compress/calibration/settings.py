@@ -30,12 +30,12 @@ class CalibrationConfig(Config):
     """
 
     data: DataConfig = DataConfig()
-    """Calibration texts. Only methods that need gradients read labels. Methods that need no data read nothing."""
+    """Calibration data. Only methods that need gradients read its labels. Methods without calibration ignore it."""
     split: Split = "train"
     """Split of the data that is used for calibration."""
     examples: int = Field(default=256, ge=1)
-    """Number of calibration examples, chosen by their hash. Data with fewer is refused; by default, 256 are a
-    maximum."""
+    """Number of calibration examples, selected by hash. If set, the data must have at least this number; by default,
+    up to 256 are used."""
     seq_len: int = Field(default=0, ge=0)
     """Number of tokens per sequence; 0 uses the training length."""
     truncate: Literal["", Truncate] = ""
@@ -43,4 +43,4 @@ class CalibrationConfig(Config):
     batch_size: int = Field(default=16, ge=1)
     """Number of sequences per batch."""
     dtype: Dtype = "float32"
-    """Dtype of the calibration's computation."""
+    """Dtype in which the model is computed during calibration."""

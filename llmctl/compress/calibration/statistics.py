@@ -84,7 +84,7 @@ class Gram:
 
     @property
     def squares(self) -> jax.Array:
-        """Return the sums of the squares [I], as `Moments` has them."""
+        """Return the sum of squares of each input, [I]: the diagonal of the Gram matrix."""
         return jnp.diagonal(self.products, axis1=1, axis2=2).reshape(-1)
 
     @property
@@ -159,7 +159,7 @@ class Joined:
 @partial(jax.tree_util.register_dataclass, data_fields=["peaks"], meta_fields=[])
 @dataclass(frozen=True)
 class Peaks:
-    """Collect the largest magnitude [I] of each of a matrix's inputs."""
+    """Collect the largest absolute value of each input of a matrix, [I]."""
 
     peaks: jax.Array
 

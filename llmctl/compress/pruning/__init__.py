@@ -1,1 +1,1 @@
-"""Set single weights to zero, chosen by pruning scores or by SparseGPT."""
+"""Prune single weights: set those with the lowest scores to zero, or run SparseGPT."""

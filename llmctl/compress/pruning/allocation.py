@@ -40,8 +40,8 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
     """Return the sparsity of each layer. The more outliers a layer has, the fewer of its weights become zero.
 
     (OWL; Yin et al., 2023, arXiv:2310.05175.) The fraction of kept weights grows linearly with the fraction of
-    outliers. The highest and the lowest sparsity differ by 2 * `spread`. One layer can therefore differ from `sparsity`
-    by nearly 2 * `spread`, and this must be less than both `sparsity` and 1 - `sparsity`.
+    outliers. The highest and the lowest sparsity differ by 2 * `spread`. A layer's sparsity can differ from `sparsity`
+    by nearly this much. Therefore, 2 * `spread` must be less than `sparsity` and less than 1 - `sparsity`.
 
     >>> owl(np.array([0.0, 1.0, 3.0]), np.ones(3), 0.5, 0.15).round(3).tolist()
     [0.633, 0.533, 0.333]
@@ -246,11 +246,12 @@ def allocate(
     dtype: Any = jnp.float32,
     saved: Measurements = UNSAVED,
 ) -> Counts:
-    """Return the number of zeros of every matrix, if the layers of a model get different sparsities.
+    """Choose a sparsity for each layer of a model, and return the number of zeros of every matrix.
 
     First the calibration batches pass through the unpruned model, to measure the inputs of every matrix. If
-    `method.allocation` is by sensitivity, each layer is then pruned alone on the first batch (`scan`). This uses the
-    method's score without repair, or Wanda's score for SparseGPT. The parameters do not change.
+    `method.allocation` is by sensitivity, each layer is then pruned alone, and the error is measured on the first batch
+    (`scan`). These layers are pruned by the method's score without repair, or by Wanda's score if the method is
+    SparseGPT. The parameters do not change.
 
     Args:
       cfg: config of the model.

@@ -58,7 +58,7 @@ def counts(scores: Callable[[], Scores], sparsity: float) -> Counts:
 
 
 def _ordered(scores: Scores) -> Iterator[tuple[LayerAt, str, np.ndarray]]:
-    """Yield the scores of each matrix as a flat array of unsigned integers, which compare as the scores do."""
+    """Convert the scores of each matrix to a flat array of unsigned integers that have the same order."""
     from llmctl.distributed import host_arrays
 
     for at, module, score in scores:
@@ -68,5 +68,5 @@ def _ordered(scores: Scores) -> Iterator[tuple[LayerAt, str, np.ndarray]]:
 
 
 def _reached(amounts: np.ndarray, total: int) -> int:
-    """Return the first index up to which the amounts add up to `total` or more."""
+    """Return the first index at which the cumulative sum of `amounts` is at least `total`."""
     return min(int(np.searchsorted(np.cumsum(amounts), max(total, 1))), len(amounts) - 1)

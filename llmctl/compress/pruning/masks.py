@@ -23,16 +23,16 @@ def mask(
 ) -> jax.Array:
     """Return a mask [I, O] that is True for every weight to keep.
 
-    If scores are equal, the first is pruned first.
+    Of equal scores, those with lower indices are pruned first.
 
     Args:
       score_IO: scores; the lowest are pruned. A weight that is already zero has the score -infinity.
       pattern: sparsity pattern. In a block pattern, the score of a block is the sum of its weights' scores.
       per: group within which scores compete, except in an N:M pattern: the complete matrix, or each output's inputs.
-      count: number of weights or blocks to prune; by default the number that the pattern gives. In an N:M pattern it is
-        the number per M inputs. If it cannot be the same for every output of another pattern, the first outputs prune
-        one more. If scores compete per output, an array [O] gives the number of each output (of blocks: of each block
-        of outputs).
+      count: number of weights to prune in the matrix; by default the number that the pattern gives. In a block pattern,
+        it is a number of blocks. In an N:M pattern, it is the number per group of M inputs. If `per` is "output", the
+        number is divided over the outputs, and the first outputs prune one more if a rest remains. An array [O] sets
+        the number for each output (in a block pattern, for each block of outputs).
 
     Raises:
       RequestError: If the M of an N:M pattern does not divide the inputs.
@@ -58,11 +58,12 @@ def _shares(count: jax.Array | int, outputs: int) -> jax.Array:
 
 
 def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax.Array | int | None:
-    """Return the number of weights or blocks to prune in a matrix, in the form that `mask` expects as `count`.
+    """Return the argument `count` of `mask` for a matrix that may already contain zeros.
 
-    It is `count` itself, unless each output prunes its own share and an output already has more zeros than its share.
-    Zeros stay, so the other outputs must then prune fewer weights. In this case, the result is an array [O] of the
-    numbers per output. Its sum is `count`, or the number of zeros if that is larger.
+    Existing zeros stay and are counted. If scores compete per output, every output has an equal share of `count`. An
+    output may already have more zeros than its share. The other outputs then prune fewer weights, and the result is an
+    array [O] of numbers per output. Its sum is `count`, or the number of existing zeros if that is larger. In all other
+    cases, the result is `count` itself.
     """
     if method.per == "matrix" or count is None:
         return count
@@ -72,10 +73,11 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 
 @partial(jax.jit, static_argnames="pattern")
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
-    """Return the number of weights to prune per output, and whether any output has more zeros than its share.
+    """Return the number of zeros [O] that each output gets, and whether any output already has more than its share.
 
-    Further zeros are added until the matrix has `count`. Outputs with fewer zeros than their share get them, in
-    proportion to the number that they lack. In a block pattern, blocks and blocks of outputs are counted instead.
+    The numbers include existing zeros, and add up to `count` if the matrix has fewer zeros. New zeros are given to
+    outputs with fewer zeros than their share, in proportion to the difference. In a block pattern, blocks are counted
+    in place of weights.
     """
     zero_IO = block_pattern.all_true(values_IO == 0, pattern)
     zeros_O = jnp.sum(zero_IO, axis=0)

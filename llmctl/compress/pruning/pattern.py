@@ -15,7 +15,7 @@ from llmctl.config.errors import RequestError
 class Pattern:
     """Define a sparsity pattern: prune the fraction `sparsity`, or keep the `keep` best of every `of` inputs (N:M).
 
-    The fraction is one of single weights, or one of blocks of weights that are pruned together.
+    In a block pattern, all weights of a block are pruned together, and `sparsity` is the fraction of blocks.
 
     >>> Pattern.parse("2:4", 0.5)
     Pattern(sparsity=0.5, keep=2, of=4, block_inputs=1, block_outputs=1)
@@ -35,9 +35,10 @@ class Pattern:
         return self.block_inputs * self.block_outputs > 1
 
     def count(self, inputs: int, outputs: int, per: Literal["matrix", "output"]) -> int:
-        """Return the number of weights to prune in a matrix, or the number of blocks.
+        """Return the number of weights to prune in a matrix; in a block pattern, the number of blocks.
 
-        The fraction `sparsity` is rounded per matrix, or per output (of blocks: per block of outputs).
+        If `per` is "output", every output (or block of outputs) prunes the same number. This number is rounded, not
+        that of the matrix.
 
         >>> Pattern(0.3).count(5, 3, "matrix"), Pattern(0.3).count(5, 3, "output")
         (4, 6)
@@ -71,11 +72,11 @@ class Pattern:
     def parse(text: str, sparsity: float) -> Pattern:
         """Return the Pattern for "unstructured", "AxB" (blocks of A inputs and B outputs) or "N:M" (keep N of M).
 
-        The first two have the sparsity 0 < s < 1. An N:M pattern implies its sparsity, so the argument `sparsity` is
-        not used.
+        For "unstructured" and "AxB", `sparsity` must be between 0 and 1. An N:M pattern has the sparsity 1 - N / M, and
+        the argument `sparsity` is not used.
 
         Raises:
-          RequestError: If the text is none of them, or the sparsity is out of range.
+          RequestError: If the text is no pattern, or the sparsity is out of range.
         """
         a, cross, b = text.partition("x")
         blocks = bool(cross) and a.isdecimal() and b.isdecimal() and int(a) * int(b) > 1

@@ -223,7 +223,10 @@ def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
 
 
 def collector(method: SparseMethod) -> Collect:
-    """Return the function that selects the statistics of each matrix that the method needs (see `Collect`)."""
+    """Return the `Collect` function of a pruning method: the statistic that calibration collects for each matrix.
+
+    The statistic is a Gram matrix, a sum of squares per input, or None, depending on what the method reads.
+    """
     return grams if method.hessian else moments if method.moments else nothing
 
 

@@ -58,10 +58,10 @@ def fallbacks(layers: Sequence[Record]) -> list[str]:
 
 
 def table(layers: Sequence[Record]) -> Table:
-    """Return a table with one row per layer.
+    """Return a table of the pruned layers for the terminal, with one row per layer.
 
-    The errors of matrices are means over the layer's matrices, before and after the repair. A column without values is
-    left out.
+    The columns are the sparsity, the error of the layer's output, the mean error of its matrices (also before the
+    repair), and the matrices for which SparseGPT failed. Columns without values are omitted.
     """
     columns = {
         "layer": [f"{layer['stack']} {layer['layer']}" for layer in layers],
@@ -75,7 +75,10 @@ def table(layers: Sequence[Record]) -> Table:
 
 
 def layer_table(title: str, columns: dict[str, list[str]]) -> Table:
-    """Return the table of the layers, from lists of cells by column title. Columns without values are omitted."""
+    """Return a table with one row per layer. `columns` has the cells of each column by its title.
+
+    Columns that contain only empty strings are omitted.
+    """
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in shown:
@@ -93,6 +96,6 @@ def _record(stack: str, layer: int, matrices: dict[str, Any], measured: dict[str
 
 
 def mean(layer: Record, name: str) -> str:
-    """Return the mean of a number over those matrices of a layer that have it, as text; empty if none has it."""
+    """Format the mean of the field `name` over the matrices of a layer. Return "" if no matrix has the field."""
     values = [found[name] for found in layer["matrices"].values() if name in found]
     return f"{sum(values) / len(values):.4f}" if values else ""

@@ -27,7 +27,7 @@ from llmctl.model.program import Cost, Gather, Pass, Program, Tree
 def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, walk: Walk | None) -> list[Program]:
     """Return the compiled functions that set single weights to zero, as programs with abstract arguments.
 
-    One program prunes the largest matrix, and stands for the pruning of all matrices. If the method reads data, the
+    One program prunes the largest matrix, and represents the pruning of all matrices. If the method reads data, the
     programs that run the data through the layers come first.
 
     Args:
@@ -89,8 +89,9 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
 def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Walk) -> list[Program]:
     """Return the programs that choose how sparse each layer becomes.
 
-    They measure the inputs of the unpruned layers. If the choice is by outliers, one more program counts those of a
-    layer. If it is by sensitivity, two more programs run the model without changes and with one pruned layer.
+    The first programs collect statistics of the unpruned layers' inputs. For OWL, one more program counts the outliers
+    of a layer. For the allocation by sensitivity, two more programs run the model: without changes, and with one pruned
+    layer.
     """
     found = walk.programs(model, params, moments, changes=False)
     batch, mesh, stack = dict(walk.batch), walk.mesh, functional.stacks(model)[-1]
@@ -138,7 +139,7 @@ def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Wa
 
 
 def _shard(w: Tree) -> tuple[int, ...]:
-    """Return the shape that one device has of a weight's first array."""
+    """Return the shape of one device's shard of a weight. For a quantized weight, this is the array of integers."""
     leaf = jax.tree.leaves(w)[0]
     return leaf.sharding.shard_shape(leaf.shape)
 
@@ -170,7 +171,10 @@ def _repair_cost(w: Tree) -> Cost:
 
 
 def _score_cost(w: Tree, method: SparseMethod) -> Cost:
-    """Return the cost of computing the float32 scores of a matrix, and in a block pattern also the sum per block."""
+    """Return the cost, per device, of the program that computes the pruning scores of one matrix in float32.
+
+    In a block pattern, the program also sums the scores of each block.
+    """
     leaf, pattern = jax.tree.leaves(w)[0], method.pattern
     entries = math.prod(leaf.sharding.shard_shape(leaf.shape))
     sums = entries / (pattern.block_inputs * pattern.block_outputs) if pattern.blocks else 0.0
@@ -178,11 +182,12 @@ def _score_cost(w: Tree, method: SparseMethod) -> Cost:
 
 
 def _mask_cost(w: Tree, method: SparseMethod) -> Cost:
-    """Return the cost of computing a mask from a matrix's scores. The computation sorts the scores twice.
+    """Return the cost, per device, of the program that computes the mask of one matrix from its scores.
 
-    Each sort also moves the positions of the scores. If the scores of a complete matrix compete, every device gathers
-    and sorts all scores. The traffic of both sorts is counted as one pass over the bytes that they read and write. In a
-    block pattern, the sums of the blocks are sorted, and the scores and the mask are two more passes.
+    The program sorts the scores twice (`masks.mask`), together with their indices. Each sort is counted as reading and
+    writing every element once. If scores compete within the complete matrix, every device gathers and sorts all scores.
+    In a block pattern, one score per block is sorted. The memory traffic of summing the blocks and of expanding the
+    mask is then added.
     """
     leaf, pattern = jax.tree.leaves(w)[0], method.pattern
     everywhere = method.per == "matrix" and not pattern.of

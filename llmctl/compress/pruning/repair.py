@@ -17,17 +17,18 @@ import jax.numpy as jnp
 STEPS = 16
 """Number of conjugate-gradient steps."""
 ROUNDING = 1e-6
-"""Assumed rounding error when an output's squared error is computed in float32. It is a fraction of the sum of the
-absolute values that are added."""
+"""Assumed relative rounding error of an output's squared error in float32. The squared error is a sum of positive and
+negative terms, and the rounding error is relative to the sum of their absolute values. It is large if inputs are nearly
+collinear, because the terms then cancel."""
 
 
 @partial(jax.jit, static_argnames=("steps",))
 def repair(original_IO: jax.Array, pruned_IO: jax.Array, gram_II: jax.Array, *, steps: int = STEPS) -> jax.Array:
-    """Return the pruned matrix with new values for its nonzero weights.
+    """Recompute the nonzero weights of a pruned matrix, so that its outputs are closest to those before pruning.
 
-    The error of an output never increases. An output keeps its weights unless its error decreases by more than the
-    rounding error of the comparison. This error is large if the inputs are nearly collinear, because the terms of
-    the squared error then cancel.
+    The squared error of every output is compared before and after the repair. The weights of an output change only if
+    its error decreases by more than float32 rounding can explain (see `ROUNDING`). The error of an output therefore
+    never increases.
 
     Args:
       original_IO: the matrix before pruning, whose outputs are the target.

@@ -67,7 +67,7 @@ class SparseMethod:
     damping: float = DAMPING
     """Damping of SparseGPT's Hessian, as a fraction of the mean diagonal entry."""
     repair: bool = False
-    """Whether the kept weights get other values that minimize the error of the outputs
+    """Whether the kept weights are recomputed after pruning, to minimize the error of the outputs
     (`llmctl.compress.pruning.repair`)."""
     allocation: Allocation = Allocation()
 

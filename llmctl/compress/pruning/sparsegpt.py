@@ -105,7 +105,7 @@ def prune(
 
 
 def fallback(attempts: int, damping: float) -> str:
-    """Describe what is used instead if `attempts` damping values failed; return an empty text if none failed."""
+    """Return the message for reports if `attempts` damping values failed (see `error_feedback.fallback`)."""
     return error_feedback.fallback(attempts, damping, "wanda's score, kept weights unchanged")
 
 

@@ -1,1 +1,1 @@
-"""Replace weights by numbers of few bits."""
+"""Quantize weights: store them as integers or floats of 2 to 8 bits, with scales."""

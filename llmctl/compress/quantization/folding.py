@@ -1,4 +1,4 @@
-"""Move scales of a matrix's inputs into the norm or matrix that produces them; the layer's outputs do not change.
+"""Fold scales of a matrix's inputs into the norm or matrix before it. The outputs of the layer do not change.
 
 The inputs x of a matrix W are divided by the scales, and the rows of W are multiplied by them: (x / s) (s W) = x W. The
 division is folded into the parameters of the module that produces x. SmoothQuant and AWQ choose scales that reduce the
@@ -30,22 +30,24 @@ class Fold:
     readers: tuple[str, ...]
     """Paths of the matrices within the layer."""
     groups: int
-    """Number of groups of inputs: value heads if several query heads share one, otherwise 1."""
+    """Number of key/value heads in grouped-query attention, if the producer is the value projection; otherwise 1."""
     repeat: int
-    """Number of inputs that depend on the same output of the producer: query heads per value head, otherwise 1. These
-    inputs must have equal scales."""
+    """Number of inputs that depend on the same output of the producer: query heads per key/value head in grouped-query
+    attention, otherwise 1. These inputs must have equal scales."""
 
     def shared(self, values_I: jax.Array, reduce: Any) -> jax.Array:
-        """Return `values_I` with equal values for inputs that depend on the same output of the producer.
+        """Replace the values of inputs that depend on the same output of the producer by one common value.
 
-        `reduce` is a function (array, axis, keepdims), such as `jnp.max`.
+        Args:
+          values_I: one value per input.
+          reduce: function (array, axis, keepdims) that computes the common value, such as `jnp.max`.
         """
         values = values_I.reshape(self.groups, self.repeat, -1)
         return jnp.broadcast_to(reduce(values, axis=1, keepdims=True), values.shape).reshape(-1)
 
 
 def folds(cfg: ModelConfig, stack: str) -> list[Fold]:
-    """Return the places in a layer of `stack` ("encoder" or "decoder") where scales can be moved.
+    """Return all `Fold`s in a layer of `stack` ("encoder" or "decoder"): scales can be folded into their producers.
 
     >>> [fold.producer for fold in folds(ModelConfig(preset="llama-tiny"), "decoder")]
     ['attn_norm', 'attn/v', 'mlp_norm', 'mlp/up']
@@ -60,13 +62,12 @@ def folds(cfg: ModelConfig, stack: str) -> list[Fold]:
 
 
 def fold(cfg: ModelConfig, layer: Layer, at: Fold, scale_I: jax.Array) -> Layer:
-    """Return a layer in which the inputs of `at.readers` are divided by the scales, and the rows of these matrices
-    multiplied.
+    """Divide the outputs of `at.producer` by scales, multiply the rows of `at.readers` by them, and return the layer.
 
     Args:
       cfg: config of the model.
       layer: parameters of the layer. The matrices must be plain arrays.
-      at: where the scales are moved.
+      at: the producer and its readers.
       scale_I: positive scales, equal for inputs that depend on the same output of the producer (`Fold.shared`).
     """
     flat, changed = weights.flatten(layer), {}

@@ -56,7 +56,7 @@ def quantize(
       damping: fraction of the Hessian's mean diagonal entry that is added to its diagonal.
       grid: levels of the format.
       group: number of inputs with one scale, which must divide the inputs; 0 gives all inputs one scale.
-      act_order: whether to round inputs with larger sums of squares first, because later inputs compensate less.
+      act_order: whether to round inputs with larger sums of squares first, while many inputs remain to compensate.
       static_groups: whether scales are those of the unchanged matrix. Otherwise a group's scale is determined when its
           first input is rounded, from weights that include the compensation. That requires `act_order` to be false.
       clip: whether to search for smaller scales that clip the largest weights (see `grids.scales`), if scales are
@@ -104,5 +104,5 @@ def quantize(
 
 
 def fallback(attempts: int, damping: float) -> str:
-    """Describe what is used instead if `attempts` damping values failed; return an empty text if none failed."""
+    """Return the message for reports if `attempts` damping values failed (see `error_feedback.fallback`)."""
     return error_feedback.fallback(attempts, damping, "rounding to nearest")

@@ -1,9 +1,10 @@
 """Define the values that each quantization format can represent, so that calibrated methods can round to them.
 
-A grid is a set of levels. A weight of a group is a level times the group's scale. Methods that choose their own scales,
-or that round one input at a time, read the grid of a format; rounding without data calls the format's scheme
-(`llmctl.compress.quantization.schemes`). With unclipped scales both give the same weights, except that schemes may
-round the lowest integer of a group, 7.5 steps below 0, to -8 instead of -7.
+A grid is a set of levels, such as the integers from -7 to 7. A quantized weight is a level times the scale of its
+group. Grids serve methods that choose their own scales, or that round one input at a time. Plain rounding without data
+calls the format's scheme instead (`llmctl.compress.quantization.schemes`). If scales are not clipped, grids and schemes
+give the same weights, with one exception. In int4, a negative weight with the largest magnitude of its group is halfway
+between -7 and -8. A grid rounds it to -7, and a scheme may round it to -8.
 
 Shapes: I inputs, O outputs, G groups of K inputs.
 """
@@ -28,7 +29,7 @@ SMALLEST = float(jnp.finfo(jnp.float32).tiny) ** 0.5
 
 
 class Grid(abc.ABC):
-    """Base class for the levels of a format. Grids are hashable, so that compiled functions can take them.
+    """Define the levels of a format: a base class. Grids are hashable, so they can be static arguments of `jax.jit`.
 
     >>> grid = Integers(4)
     >>> grid.round(jnp.array([6.4, -9.0, 0.2]), jnp.float32(0.5)).tolist()
@@ -38,113 +39,117 @@ class Grid(abc.ABC):
     @property
     @abc.abstractmethod
     def bound(self) -> float:
-        """Return the magnitude, as a multiple of the scale, that the largest weight of a group gets."""
+        """Return max|w| / scale of a group whose scale is not clipped."""
 
     @abc.abstractmethod
     def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the level nearest to each element of `unit`, a weight divided by its scale, as float32."""
+        """Return the nearest level to each element of `unit`, float32. An element is a weight divided by its scale."""
 
     @abc.abstractmethod
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Node:
-        """Return the weight node that stores these levels and scales.
+        """Return the weight node that stores a quantized matrix.
 
         Args:
-          level_IO: levels of a matrix.
+          level_IO: levels of the matrix.
           scale_GO: scales, as `scale` returns them.
           whole: factor of the matrix, as `whole` returns it.
-          dtype: dtype of the matrix.
+          dtype: dtype of the matrix before quantization.
         """
 
     def table(self, node: Any) -> Any:
-        """Return a table [V, D] from the node of its transpose, a matrix [D, V]."""
+        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
         return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), node)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the factor of the matrix that all scales contain, float32; 1 for most formats."""
+        """Return the float32 factor that all scales of the matrix contain (nvfp4). It is 1 for other formats."""
         return jnp.float32(1)
 
     def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
-        """Return the scale of each group, given the group's largest magnitude: float32 numbers that the format stores.
+        """Return the scale of each group, rounded to a number that the format can store, as float32.
 
-        `dtype` is that of the matrix, and `whole` its factor.
+        Args:
+          magnitude: max|w| of each group.
+          dtype: dtype of the matrix before quantization.
+          whole: factor of the matrix, as `whole` returns it.
         """
         scale = (magnitude / self.bound).astype(dtype).astype(jnp.float32)
         return jnp.where(scale < SMALLEST, 1.0, scale)
 
     def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Return the level nearest to each weight, float32. The arrays are broadcast."""
+        """Return the nearest level to each weight, float32. `scale` is broadcast to the shape of `w`."""
         return self.nearest(w / scale)
 
     def round(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Return the representable value nearest to each weight, float32. The arrays are broadcast."""
+        """Round each weight to the nearest level times scale, float32. `scale` is broadcast to the shape of `w`."""
         return self.level(w, scale) * scale
 
 
 @dataclass(frozen=True)
 class Integers(Grid):
-    """Integers of `bits` bits, with scales that are symmetric around 0. Those of 2 and 3 bits are packed."""
+    """Define signed integers of 2, 3, 4 or 8 bits without a zero point. Those of 2 and 3 bits are packed into bytes."""
 
     bits: int
 
     @property
     def bound(self) -> float:
-        """Return the magnitude that the largest weight of a group gets, half a step above the largest integer."""
+        """Return max|w| / scale of a group: the largest integer plus 0.5."""
         return 2.0 ** (self.bits - 1) - 0.5
 
     def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest integers; halves are rounded to even integers.
+        """Return the nearest integers. Ties are rounded to even.
 
-        From 4 bits on, the lowest integer, such as -8, is not used: the largest weight of a group would be halfway
-        between -7 and -8, and its last bit would decide. Fewer bits cannot spare a level.
+        With 4 and 8 bits, the lowest integer (-8, -128) is not used. Otherwise, float rounding would decide between -7
+        and -8, because a group's largest weight can be -7.5 scales. With 2 and 3 bits, all integers are used, because
+        there are few.
         """
         top = 2.0 ** (self.bits - 1) - 1
         return jnp.clip(jnp.round(unit), -top - (self.bits < 4), top)
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Node:
-        """Return the weight node that stores these integers and scales."""
+        """Return the weight node that stores the integers and scales of a matrix."""
         if self.bits < 4:
             return Packed.of(f"int{self.bits}", level_IO, scale_GO.astype(dtype), _factor(whole, dtype))
         stored = jnp.dtype(f"int{self.bits}")
         return Quantized(qwix.QArray(level_IO.astype(stored), scale_GO.astype(dtype), qtype=stored))
 
     def table(self, node: Any) -> Any:
-        """Return a table [V, D] from the node of its transpose, a matrix [D, V]."""
+        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
         return _packed_table(super().table(node)) if self.bits < 4 else super().table(node)
 
 
 @dataclass(frozen=True)
 class Floats(Grid):
-    """Floats of 8 bits: float8_e4m3fn or float8_e5m2."""
+    """Define 8-bit floats: float8_e4m3fn or float8_e5m2."""
 
     name: str
 
     @property
     def bound(self) -> float:
-        """Return the largest finite float."""
+        """Return max|w| / scale of a group: the largest finite float of the format."""
         return float(jnp.finfo(self.name).max)
 
     def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest floats; halves are rounded to even codes."""
+        """Return the nearest floats of the format. Ties are rounded to even."""
         return jnp.clip(unit, -self.bound, self.bound).astype(self.name).astype(jnp.float32)
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Quantized:
-        """Return floats with scales."""
+        """Return the weight node that stores the 8-bit floats and scales of a matrix."""
         return Quantized(qwix.QArray(level_IO.astype(self.name), scale_GO.astype(dtype), qtype=jnp.dtype(self.name)))
 
 
 @dataclass(frozen=True)
 class BlockFloats(Grid):
-    """Floats of 4 bits (e2m1) with a scale per block: mxfp4 with powers of two, nvfp4 with float8_e4m3fn."""
+    """Define 4-bit floats (e2m1). Scales of mxfp4 are powers of two, and those of nvfp4 are float8_e4m3fn."""
 
     name: str
 
     @property
     def bound(self) -> float:
-        """Return 6, the largest float."""
+        """Return 6, the largest float of e2m1. In nvfp4, this is max|w| / scale of a block."""
         return 6.0
 
     def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest floats; halves are rounded to even codes, as ml_dtypes does, and signs of zeros stay."""
+        """Return the nearest floats of e2m1. Ties are rounded to even, and zeros keep their sign, as in ml_dtypes."""
         size = jnp.abs(unit)
         low, even = (0.25, 1.25, 2.5, 5.0), (0.75, 1.75, 3.5)  # midpoints that go to the lower float, and to the higher
         code = sum(((size > bound).astype(jnp.int32) for bound in low), jnp.int32(0))
@@ -155,16 +160,17 @@ class BlockFloats(Grid):
         return jnp.copysign(level, unit)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the factor of the matrix: for nvfp4, the largest block gets the largest scale, 448."""
+        """Return the factor of the matrix. For nvfp4, it is the largest scale / 448 (the maximum of float8_e4m3fn)."""
         if self.name == "mxfp4":
             return jnp.float32(1)
         return jnp.maximum(jnp.max(jnp.abs(w_IO)) / (self.bound * 448), SMALLEST)
 
     def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
-        """Return the scales of blocks.
+        """Return the scale of each block, float32, from max|w| of the block (see `Grid.scale`).
 
-        A scale of mxfp4 is the power of two of the largest weight, divided by 4, the power of two of the largest float
-        (OCP Microscaling specification 1.0, section 6.3). Weights may therefore be clipped.
+        For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), so max|w| / scale is from 4 to 8 (OCP Microscaling
+        specification 1.0, section 6.3). Weights above 6 * scale are clipped, because 6 is the largest float of e2m1.
+        For nvfp4, the scale is max|w| / 6, rounded to a float8_e4m3fn times the factor of the matrix.
         """
         if self.name == "mxfp4":
             stored = jnp.frexp(magnitude)[1] - 3 + packed.BIAS
@@ -173,41 +179,43 @@ class BlockFloats(Grid):
         return ratio.astype(jnp.float8_e4m3fn).astype(jnp.float32) * whole
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Packed:
-        """Return codes with scales."""
+        """Return the weight node that stores the packed codes and the scales of a matrix."""
         if self.name == "mxfp4":
             return Packed.of(self.name, level_IO, scale_GO, _factor(whole, dtype))
         scale_GO = (scale_GO / whole).astype(jnp.float8_e4m3fn)  # exact after rounding
         return Packed.of(self.name, level_IO, scale_GO, _factor(whole, jnp.float32))
 
     def table(self, node: Any) -> Any:
-        """Return a table [V, D] from the node of its transpose, a matrix [D, V]."""
+        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
         return _packed_table(super().table(node))
 
 
 @dataclass(frozen=True)
 class NormalFloats(Grid):
-    """The 16 levels of NF4, from -1 to 1."""
+    """Define the 16 levels of NF4, from -1 to 1."""
 
     @property
     def bound(self) -> float:
-        """Return 1, the largest level."""
+        """Return max|w| / scale of a block: 1, the largest level."""
         return 1.0
 
     def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
-        """Return the scales of groups. They are stored in float32, whatever the dtype of the matrix."""
+        """Return max|w| of each block as its scale. NF4 stores scales in float32 for every dtype of the matrix."""
         return jnp.where(magnitude == 0, 1.0, magnitude)
 
     def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Return the level nearest to each weight. Weights are multiplied by the scale's reciprocal, as in
-        bitsandbytes."""
+        """Return the nearest level to each weight, float32.
+
+        Weights are multiplied by the reciprocal of the scale, as in bitsandbytes, so the rounding is bit-identical.
+        """
         return self.nearest(w * (1 / scale))
 
     def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest levels."""
+        """Return the nearest level to each element of `unit`, float32."""
         return nf4.levels(nf4.codes(unit))
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> NormalFloat:
-        """Return codes with scales."""
+        """Return the weight node that stores the 4-bit codes and the scales of a matrix."""
         return NormalFloat(nf4.codes(level_IO), scale_GO.astype(jnp.float32))
 
 
@@ -219,11 +227,11 @@ GRIDS: dict[str, Grid] = {
     "mxfp4": BlockFloats("mxfp4"),
     "nvfp4": BlockFloats("nvfp4"),
 }
-"""Grids by the name of the format."""
+"""Grid of each quantization format, by the format's name."""
 
 
 def magnitudes(w_IO: jax.Array, group: int) -> jax.Array:
-    """Return the largest magnitude of each group [G, O]; `group` is the number of inputs of a group, 0 for all."""
+    """Return max|w| of each group of `group` inputs, float32 [G, O]. If `group` is 0, all inputs are one group."""
     inputs, outputs = w_IO.shape
     return jnp.max(jnp.abs(w_IO.astype(jnp.float32)).reshape(-1, group or inputs, outputs), axis=1)
 
@@ -235,7 +243,7 @@ def scales(w_IO: jax.Array, grid: Grid, group: int, dtype: Any, gram_II: jax.Arr
       w_IO: the matrix, float32.
       grid: the levels.
       group: number of inputs of a group; 0 for all inputs.
-      dtype: dtype of the stored matrix, which also limits the scales.
+      dtype: dtype of the matrix before quantization. Some formats store scales in it.
       gram_II: Gram matrix of the inputs, for the clipping search; None minimizes the error of the weights instead.
       clip: whether to search for the scale with the least squared error of the group's outputs (AWQ: Lin et al., 2023,
           arXiv:2306.00978). Otherwise, the largest weight of a group determines its scale.
@@ -272,13 +280,13 @@ def scales(w_IO: jax.Array, grid: Grid, group: int, dtype: Any, gram_II: jax.Arr
 
 
 def spread(scale_GO: jax.Array, inputs: int) -> jax.Array:
-    """Return the scales of groups [G, O] as one scale per weight [I, O]."""
+    """Repeat the scales of groups [G, O] to one scale per weight [I, O]."""
     return jnp.repeat(scale_GO, inputs // len(scale_GO), axis=0)
 
 
 @partial(jax.jit, static_argnames=("grid", "group", "clip"))
 def rounded(w_IO: jax.Array, gram_II: jax.Array | None, *, grid: Grid, group: int, clip: bool) -> Node:
-    """Return one matrix rounded to the levels of a grid. `scales` describes the arguments."""
+    """Quantize one matrix: round it to the levels of a grid. `scales` describes the arguments."""
     dtype, w_IO = w_IO.dtype, w_IO.astype(jnp.float32)
     scale_GO = scales(w_IO, grid, group, dtype, gram_II, clip)
     level_IO = grid.level(w_IO, spread(scale_GO, len(w_IO)))
@@ -286,10 +294,10 @@ def rounded(w_IO: jax.Array, gram_II: jax.Array | None, *, grid: Grid, group: in
 
 
 def quantized(w: jax.Array, grid: Grid, inputs: int, group: int, clip: bool) -> Node:
-    """Return a weight rounded without data.
+    """Quantize a weight without calibration data: round it to the levels of a grid.
 
     Args:
-      w: a matrix [..., I, O] (`inputs` -2), or a table [V, D] (`inputs` -1).
+      w: a matrix [..., I, O] (`inputs` -2), or an embedding table [V, D] (`inputs` -1).
       grid: the levels.
       inputs: axis of the inputs.
       group: number of inputs with one scale; 0 for all inputs.

@@ -1,6 +1,6 @@
-"""Choose a scale for each input of a matrix that reduces the error of quantized weights or activations.
+"""Choose a scale for each input of a matrix, so that quantization has a smaller error (AWQ, SmoothQuant).
 
-The scales are moved into the module before the matrix (`llmctl.compress.quantization.folding`).
+The scales are folded into the module before the matrix (`llmctl.compress.quantization.folding`).
 
 Shapes: I inputs, O outputs.
 """
@@ -17,24 +17,24 @@ from llmctl.compress.quantization.folding import Fold
 from llmctl.compress.quantization.grids import Grid
 
 STEPS = 20
-"""Number of exponents above 0 that AWQ tries, up to 1, as in the authors' code."""
+"""Number of steps between the exponents 0 and 1 that AWQ tries, as in the authors' code."""
 
 
 @partial(jax.jit, static_argnames=("at", "grid", "group"))
 def awq(
     kernels: tuple[jax.Array, ...], gram_II: jax.Array, *, at: Fold, grid: Grid, group: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return AWQ's scales [I] of matrices with the same inputs, and the exponent that gave them.
+    """Return AWQ's scales [I] for matrices with the same inputs, and the exponent of the scales.
 
-    (Lin et al., 2023, arXiv:2306.00978.) The scales are m^a: m is the root of the mean square of each input, and the
-    exponent a is that with the least squared error of the rounded matrices' outputs. The exponent 0 changes nothing.
-    The paper takes the mean absolute value; the mean square is already in the Gram matrix, whose products also give
-    the error of the outputs.
+    (Lin et al., 2023, arXiv:2306.00978.) The scale of an input is m^a, where m is the root mean square of the input.
+    The exponent a is one for all inputs: it minimizes the squared error of the rounded matrices' outputs. With the
+    exponent 0, all scales are 1. The paper uses the mean absolute value in place of m. This code uses the root mean
+    square, because the Gram matrix contains it.
 
     Args:
       kernels: the matrices [I, O].
       gram_II: Gram matrix of their inputs.
-      at: where the scales are moved.
+      at: the matrices, and the module into which the scales are folded.
       grid: levels of the format.
       group: number of inputs with one scale of the format; 0 for all inputs.
     """
@@ -68,13 +68,13 @@ def smooth(kernels: tuple[jax.Array, ...], peak_I: jax.Array, alpha: float, *, a
     """Return SmoothQuant's scales [I] of matrices with the same inputs (Xiao et al., 2022, arXiv:2211.10438).
 
     A scale is max|x|^alpha / max|w|^(1 - alpha). Activations are divided by it, so outliers move from activations to
-    weights. Inputs without activations or weights get the scale 1.
+    weights. Inputs whose activations or weights are all 0 get the scale 1.
 
     Args:
       kernels: the matrices [I, O].
       peak_I: largest magnitude of each input.
       alpha: migration strength, from 0 to 1.
-      at: where the scales are moved.
+      at: the matrices, and the module into which the scales are folded.
     """
     peak_I = at.shared(peak_I, jnp.max)
     weight_I = jnp.max(jnp.stack([jnp.max(jnp.abs(w.astype(jnp.float32)), axis=1) for w in kernels]), axis=0)

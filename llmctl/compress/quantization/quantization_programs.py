@@ -27,7 +27,7 @@ def quantization(
 ) -> tuple[list[Program], Tree]:
     """Return the compiled functions that quantize weights, as programs, and the abstract quantized parameters.
 
-    One program quantizes the largest weight, and stands for all weights. If the method reads data, the programs that
+    One program quantizes the largest weight, and represents all weights. If the method reads data, the programs that
     run the data through the layers come first.
 
     Args:
@@ -61,7 +61,7 @@ def _rounding(
     model: ModelConfig, params: Tree, left: Tree, mesh: Mesh, held: Tree, method: Quantization,
     paths: list[str], chosen: dict[str, int],
 ) -> Program:  # fmt: skip
-    """Return the program that rounds the largest of the weights `paths`."""
+    """Return the program that rounds a weight without data, for the largest weight among `paths`."""
     flat, integers = weights.flatten(params), weights.flatten(left)
     last = max(paths, key=lambda path: math.prod(flat[path].shape))
     w = flat[last]
@@ -133,9 +133,10 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
 
 
 def _search_cost(kernels: tuple[Tree, ...]) -> Cost:
-    """Return the cost of AWQ's search: a product of the Gram matrix with each matrix, for each exponent.
+    """Return the cost of AWQ's search for the best exponent.
 
-    Memory holds four arrays of the size of the largest matrix.
+    For each exponent, the Gram matrix is multiplied by the rounding errors of each matrix. Memory holds four arrays of
+    the size of the largest matrix.
     """
     tries, inputs = input_scales.STEPS + 1, kernels[0].shape[0]
     entries = sum(math.prod(w.shape) for w in kernels)
@@ -145,7 +146,10 @@ def _search_cost(kernels: tuple[Tree, ...]) -> Cost:
 
 
 def _clip_cost(w: Tree, group: int, method: Quantization) -> Cost:
-    """Return the cost of rounding one matrix, with a product of a group's Gram matrix for each scale that is tried."""
+    """Return the cost of rounding one matrix, including the search for clipped scales.
+
+    For each scale that the search tries, the Gram matrix of every group is multiplied by the group's rounding errors.
+    """
     inputs, outputs = w.shape
     entries, size = inputs * outputs, group or inputs
     tries = len(grids.CLIPS) if method.clips else 0

@@ -31,18 +31,23 @@ class Quantization:
     head: bool = False
     """Whether the output projection, pooler and task head are quantized."""
     activations: str = ""
-    """"int8" if products also quantize activations (W8A8)."""
+    """Dtype of quantized activations in products: "int8" (W8A8); empty if activations are not quantized."""
     method: MethodName = "rtn"
-    """rtn rounds every weight to the nearest level. gptq lets later weights compensate
-    (`llmctl.compress.quantization.gptq`). awq scales inputs (`llmctl.compress.quantization.input_scales`) and clips
-    before the weights are rounded, awq+gptq before GPTQ."""
+    """Method that chooses the rounded weights.
+
+    - "rtn": round every weight to the nearest level.
+    - "gptq": round input by input, and let later weights compensate (`llmctl.compress.quantization.gptq`).
+    - "awq": scale inputs (`llmctl.compress.quantization.input_scales`), clip weights, and round to the nearest level.
+    - "awq+gptq": scale inputs, clip weights, and round by GPTQ.
+    """
     damping: float = DAMPING
     act_order: bool = True
     static_groups: bool = True
-    """Argument of `llmctl.compress.quantization.gptq.quantize`, as `damping` and `act_order` are."""
+    """Whether GPTQ computes scales from the unchanged matrix. `llmctl.compress.quantization.gptq.quantize` describes
+    this setting, `damping` and `act_order`."""
     clip: bool = False
-    """Whether to search for scales below that of the largest weight (`llmctl.compress.quantization.grids.scales`). AWQ
-    always does.
+    """Whether to search for smaller scales that clip the largest weights (`llmctl.compress.quantization.grids.scales`).
+    AWQ searches even if this field is false.
     """
     smooth: bool = False
     """Whether SmoothQuant moves outliers from activations to weights."""
@@ -81,6 +86,6 @@ class Quantization:
 
     @property
     def rounding(self) -> dict[str, Any]:
-        """Return the arguments of `llmctl.compress.quantization.quantize.quantize`."""
+        """Return the keyword arguments of `llmctl.compress.quantization.quantize.quantize`, by name."""
         names = ("scheme", "group", "embeddings", "head", "activations", "clip")
         return {name: getattr(self, name) for name in names}

@@ -37,7 +37,10 @@ def weight_errors(layers: Sequence[Record]) -> dict[str, float]:
 
 
 def unscaled(layers: Sequence[Record]) -> list[str]:
-    """Return one line per stack with the matrices whose inputs could not be scaled."""
+    """Return one line for the encoder and one for the decoder: the matrices whose inputs could not be scaled.
+
+    A line is omitted if all inputs could be scaled.
+    """
     found: dict[str, dict[str, None]] = {}
     for layer in layers:
         for path, matrix in layer["matrices"].items():
@@ -50,7 +53,11 @@ def unscaled(layers: Sequence[Record]) -> list[str]:
 
 
 def table(layers: Sequence[Record]) -> Table:
-    """Return a table with one row per layer. The errors of matrices are means over the layer's matrices."""
+    """Return a table of the quantized layers for the terminal, with one row per layer.
+
+    The columns are the error of the layer's output, the mean errors of its matrices' outputs and weights, and the
+    matrices for which another method was used than the requested one.
+    """
     columns: dict[str, list[Any]] = {
         "layer": [f"{layer['stack']} {layer['layer']}" for layer in layers],
         "output error": [f"{layer['error']:.4f}" for layer in layers],

@@ -1,6 +1,7 @@
 """Quantize a saved model with calibration data, layer by layer as the data passes through.
 
-The inputs of a layer come from the quantized layers before it. Token tables have no inputs, and are rounded.
+The inputs of a layer come from the quantized layers before it. A token embedding table has no calibration inputs, so it
+is rounded to the nearest levels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from llmctl.model.weights import Matrix, Node, Weight
 
 Params = dict[str, Any]
 NO_INPUTS = "rounding to nearest: no calibration inputs"
-"""Fallback for a matrix whose inputs the walk does not collect."""
+"""Message in reports about a matrix that was rounded, because calibration collects no inputs of it."""
 
 
 def quantize_layers(
@@ -76,9 +77,10 @@ def quantize_layers(
 
 
 def collector(method: Quantization) -> Collect:
-    """Return the function that selects the statistics of each matrix (see `Collect`): a `Joined` of "gram" and "peaks".
+    """Return the `Collect` function of a quantization method: the statistics that calibration collects per matrix.
 
-    The token table has no statistics. It is rounded, even if it is also the output projection.
+    They are a `Joined` of the Gram matrix ("gram") and the largest magnitudes of the inputs ("peaks"), as far as the
+    method reads them. Nothing is collected for the token embedding table, even if it is also the output projection.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:

@@ -109,10 +109,9 @@ def inputs_per_scale(name: str, group: int) -> int:
 
 
 def has_grid(name: str) -> bool:
-    """Return whether calibrated methods and the clipping search can choose the rounded weights of a format.
+    """Return whether llmctl knows the levels of a format (`llmctl.compress.quantization.grids`).
 
-    They read the format's levels (`llmctl.compress.quantization.grids`), which formats of other packages do not
-    provide.
+    Calibrated methods and the clipping search need the levels. Formats of other packages do not provide them.
     """
     return name in SCHEMES.own
 

@@ -1,8 +1,8 @@
 """Find the sizes of a model that meet a budget of parameters, bytes or FLOPs, and estimate what each choice costs.
 
-The number of neurons is the finest size, so it is computed from the budget for every choice of layers, heads and hidden
-width. All choices are enumerated. The estimated loss of a choice is the sum of the losses that each size alone causes,
-interpolated between measured sizes. The module does not import JAX.
+All combinations of layers, heads and hidden width are enumerated. For each, the number of neurons is the largest that
+the budget allows. The estimated loss of a combination is the sum of four losses: each is the loss if only this size
+is reduced, interpolated between measured sizes. The module does not import JAX.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_mo
 """Sizes that a search may reduce, and the field of ModelConfig that counts each of them."""
 
 Curves = Mapping[str, Mapping[int, float]]
-"""Measured loss by the kept count, for each name in `PARTS`."""
+"""Measured increase of the loss if only one size is reduced: {name in `PARTS`: {kept count: increase}}."""
 
 
 class BudgetConfig(Config):
-    """Set the size that structured pruning reaches by choosing layers, heads, neurons and hidden channels.
+    """Configure a size budget, for which structured pruning chooses layers, heads, neurons and hidden channels.
 
     >>> BudgetConfig(parameters=0.5).asked
     ('parameters', 0.5)
@@ -95,8 +95,13 @@ def size_of(kind: str, bits: float, seq_len: int) -> Callable[[ModelConfig], flo
 def limit(cfg: ModelConfig, asked: tuple[str, float], size: Callable[[ModelConfig], float]) -> float:
     """Return the budget as a number of parameters, bytes or FLOPs.
 
+    Args:
+      cfg: config of the model before pruning.
+      asked: kind and amount of the budget (`BudgetConfig.asked`).
+      size: function that computes the size of a model (`size_of`).
+
     Raises:
-      RequestError: If the model already fits, or its smallest form does not.
+      RequestError: If the model already fits the budget, or if even the smallest choice of sizes does not fit.
     """
     kind, amount = asked
     whole, least = size(cfg), size(with_sizes(cfg, layers=1, heads=1, ffn=1, hidden=_hidden_sizes(cfg, 1)[-1]))
@@ -125,9 +130,10 @@ def with_sizes(cfg: ModelConfig, *, layers: int, heads: int, ffn: int, hidden: i
 
 
 def uniform(cfg: ModelConfig, wanted: float, size: Callable[[ModelConfig], float], multiple: int = 1) -> ModelConfig:
-    """Return the config in which heads, neurons, layers and channels keep about the same fraction.
+    """Return the config that meets the budget by keeping about the same fraction of every size.
 
-    The number of neurons fills the rest of the budget. The fraction is the one that is nearest to that of the neurons.
+    For each percentage, layers, heads and hidden width are reduced to it, and the neurons fill the rest of the budget.
+    The percentage is used for which the kept fraction of neurons is most similar.
     """
     best, distance = with_sizes(cfg, layers=1, heads=1, ffn=1, hidden=_hidden_sizes(cfg, multiple)[-1]), np.inf
     for percent in range(1, 101):
@@ -155,9 +161,10 @@ def points(cfg: ModelConfig, multiple: int = 1) -> dict[str, list[int]]:
 def candidates(
     cfg: ModelConfig, wanted: float, size: Callable[[ModelConfig], float], curves: Curves, multiple: int = 1
 ) -> list[Candidate]:
-    """Return all choices of sizes that meet the budget, the lowest estimated loss first.
+    """Return all combinations of sizes that meet the budget, sorted by estimated loss.
 
-    If no choice is within the tolerance, those nearest below the budget are returned.
+    A combination meets the budget if its size is at most `TOLERANCE` below it. If none is, those with the largest size
+    below the budget are returned.
     """
     found: list[Candidate] = []
     for layers in range(1, cfg.layers + 1):
@@ -174,7 +181,11 @@ def candidates(
 
 
 def finalists(found: list[Candidate], count: int) -> list[Candidate]:
-    """Return the first `count` candidates, no two of which differ by at most one layer and one step of hidden width."""
+    """Return up to `count` candidates from the start of the list, without those that are similar to an earlier one.
+
+    Two candidates are similar if they have the same number of heads, and differ by at most one layer and by at most an
+    eighth of the hidden width.
+    """
     chosen: list[Candidate] = []
     for c in found:
         alike = [
@@ -190,7 +201,10 @@ def finalists(found: list[Candidate], count: int) -> list[Candidate]:
 
 
 def estimate(cfg: ModelConfig, model: ModelConfig, curves: Curves) -> float:
-    """Return the sum over sizes of the increase of the loss, interpolated between measured counts."""
+    """Estimate by how much the loss increases if `cfg` is reduced to the sizes of `model`.
+
+    The increases that each size alone causes are interpolated from `curves` and added.
+    """
     total = 0.0
     for name, field in PARTS.items():
         curve = {getattr(cfg, field): 0.0, **curves.get(name, {})}
@@ -206,9 +220,9 @@ def measured(candidate: Candidate, loss: float) -> Candidate:
 
 
 def _hidden_sizes(cfg: ModelConfig, multiple: int) -> list[int]:
-    """Return the hidden widths that a search considers, descending: 16 steps down to a quarter of the width.
+    """Return the hidden widths that a search considers, descending from the model's width to a quarter of it.
 
-    All are multiples of `multiple`, except the present width.
+    The step is a sixteenth of the width. Reduced widths are multiples of `multiple`.
     """
     if cfg.positions == "sinusoidal":
         return [cfg.d_model]
@@ -226,7 +240,7 @@ def _filled(
     size: Callable[[ModelConfig], float],
     multiple: int,
 ) -> ModelConfig | None:
-    """Return the config with as many neurons as the budget allows; None if it allows none."""
+    """Return the config with these sizes and as many neurons as the budget `wanted` allows; None if it allows none."""
 
     def of(ffn: int) -> ModelConfig:
         return with_sizes(cfg, layers=layers, heads=heads, ffn=ffn, hidden=hidden)

@@ -51,7 +51,7 @@ FINALISTS = 6
 
 @dataclass(frozen=True)
 class Scan:
-    """Hold the importance of all parts of a model, and measure the loss of smaller forms of it."""
+    """Store the importance of a model's layers, heads, neurons and channels, and measure the loss without some."""
 
     cfg: ModelConfig
     params: Params
@@ -68,7 +68,10 @@ class Scan:
     """Compiled functions for the loss, by number of layers and hidden width."""
 
     def loss(self, model: ModelConfig) -> float:
-        """Return the mean loss of the calibration data if the model had the sizes of `model`."""
+        """Return the mean loss on the calibration data of the model, pruned to the sizes of `model`.
+
+        The layers, heads, neurons and channels of lowest importance are disabled or removed, without repair.
+        """
         cfg, params = self.cfg, weights.updated(self.params, self._masked(model))
         if cfg.norm_position == "post" and fewer_layers(cfg, model):
             cfg, params = drop_layers(cfg, params, kept_layers(cfg, model, self.influence))
@@ -84,7 +87,10 @@ class Scan:
         return float(total[0] / total[1])
 
     def _masked(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the weights in which everything that `model` lacks, except channels, is zero."""
+        """Return the matrices, by path, with zero rows for all heads, neurons and layers that `model` does not have.
+
+        Unchanged matrices are omitted.
+        """
         cfg, changed = self.cfg, {}
         flat = weights.flatten(self.params)
         for stack, layers in kept_layers(cfg, model, self.influence).items():
@@ -147,7 +153,10 @@ def measure(
 
 
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Any:
-    """Return the function that selects the statistics of heads and neurons (see `Collect`)."""
+    """Return the `Collect` function for the importance of heads and neurons.
+
+    It selects the statistic of each matrix that reads the outputs of heads or neurons.
+    """
     read = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
     scored = StructuredMethod(method.importance)
 
@@ -158,7 +167,7 @@ def collector(cfg: ModelConfig, method: StructuredMethod) -> Any:
 
 
 def unit_counts(cfg: ModelConfig) -> dict[str, int]:
-    """Return the number of heads or neurons by the path of each matrix that reads them."""
+    """Return {path of a matrix: number of heads or neurons whose outputs the matrix reads}."""
     return {
         f"{stack}/blocks/{path}/kernel": u.count
         for stack in wiring.stacks(cfg)
@@ -168,7 +177,16 @@ def unit_counts(cfg: ModelConfig) -> dict[str, int]:
 
 
 def choose(scan: Scan, wanted: float, size: Any, multiple: int = 1) -> tuple[list[Candidate], budget.Curves]:
-    """Return the measured candidates, the best first, and the measured curve of each size.
+    """Measure the loss of the best candidates and of uniform pruning, for a budget.
+
+    Args:
+      scan: importance in the unpruned model, and calibration batches.
+      wanted: the budget, in the unit of `size`.
+      size: function that computes the size of a model (`budget.size_of`).
+      multiple: the numbers of neurons and channels are multiples of this number.
+
+    Returns:
+      The candidates, sorted by measured loss, and the measured losses if only one size is reduced.
 
     Raises:
       RequestError: If no choice of sizes meets the budget.
@@ -189,7 +207,7 @@ def choose(scan: Scan, wanted: float, size: Any, multiple: int = 1) -> tuple[lis
 
 
 def table(found: Sequence[Candidate], kind: str) -> Table:
-    """Return a table of the measured candidates."""
+    """Return a table of the candidates for the terminal: sizes, estimated loss and measured loss."""
     out = Table(title="candidates", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for title in ("layers", "heads", "neurons", "hidden", kind, "estimated loss", "measured loss"):
         out.add_column(title, justify="right")
@@ -201,7 +219,7 @@ def table(found: Sequence[Candidate], kind: str) -> Table:
 
 
 def loss_program(task: Task, cfg: ModelConfig, dtype: Any) -> Any:
-    """Return a function (parameters, batch) -> [total loss, total weight], to be compiled."""
+    """Return a compiled function (parameters, batch) -> float32 [2]: the total loss and the total weight."""
     loss = task.loss_of(cfg, dtype=dtype)
 
     def run(params: Params, batch: Batch) -> jax.Array:

@@ -1,10 +1,10 @@
 """Select the channels of the residual stream that a smaller hidden width keeps, and compensate for the others.
 
-All layers share the channels, so the importance of a channel is summed over the outputs of all norms, where the
-matrices read it. Without norms before the matrices (post-norm models), it is the output of the norm after the previous
-sublayer. A first pass of the calibration data measures the unchanged model. With repair, a second pass recomputes the
-matrices that read the norms, layer by layer: each is the least-squares solution on the kept channels. A norm over fewer
-channels divides by another mean square, so its scale is multiplied by the root of the kept channels' mean square.
+All layers share the channels. Matrices read the channels at the outputs of norms, so the importance of a channel is
+summed over the outputs of all norms. A first pass of the calibration data measures the unchanged model. With repair, a
+second pass goes through the layers and recomputes the matrices that read the norms: each becomes the least-squares
+solution on the kept channels. A norm over fewer channels divides by another root mean square. The scale of the norm is
+therefore multiplied by the root mean square of the kept channels.
 
 Shapes: D hidden width, N tokens.
 """
@@ -45,10 +45,19 @@ def prune_channels(
     found: Gates | None = None,
     known_D: np.ndarray | None = None,
 ) -> tuple[ModelConfig, Params, dict[str, Any]]:
-    """Reduce the hidden width to `keep` channels. With repair, the layers' arrays are donated.
+    """Reduce the hidden width to `keep` channels.
 
-    `found` has the derivatives that the importance "taylor" reads. If the importance is already known, it is not
-    measured.
+    Args:
+      cfg: config of the model.
+      params: parameters of the model. With repair, those of the layers are donated.
+      batches: calibration batches.
+      keep: number of channels to keep.
+      method: importance and repair.
+      progress: function that is called with the report of each layer that a pass has finished.
+      dtype: dtype of the computation.
+      saved: folder in which repaired layers are saved.
+      found: derivatives for the importance "taylor" (`gates.accumulate`).
+      known_D: importance of the channels, if it was measured before.
 
     Returns:
       The config, the parameters, and JSON data: the indices of the kept channels and the importance of all.
@@ -70,7 +79,10 @@ def norm_feeds(cfg: ModelConfig) -> list[wiring.Feed]:
 
 
 def gate_paths(cfg: ModelConfig, params: Params) -> dict[str, int]:
-    """Return {path of the scale of a norm that matrices read: hidden width}, as `gates.accumulate` takes it."""
+    """Return the argument `units` of `gates.accumulate` for channels: {path of a norm's scale: hidden width}.
+
+    All norms are included whose outputs are inputs of matrices.
+    """
     flat = weights.flatten(params)
     scales = {f"{feed.producer}/scale" for feed in norm_feeds(cfg)}
     return {path: cfg.d_model for path in sorted(scales) if path in flat}
@@ -85,7 +97,7 @@ def channel_scores(
     dtype: Any = jnp.float32,
     found: Gates | None = None,
 ) -> np.ndarray:
-    """Return the importance [D] of each channel."""
+    """Return the importance of each channel, [D]. `prune_channels` describes the arguments."""
     total_D, flat = np.zeros(cfg.d_model), weights.flatten(params)
     if method.importance == "random":
         return np.random.default_rng([method.seed, zlib.crc32(b"channels")]).random(cfg.d_model)
@@ -114,7 +126,10 @@ def channel_scores(
 
 
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
-    """Return the function that selects the statistics by which channels are selected (see `Collect`)."""
+    """Return the `Collect` function for the importance of channels.
+
+    It selects the sum of squares of each channel or, for the importance "activation", the sum of magnitudes.
+    """
     names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -127,7 +142,7 @@ def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
 
 
 def grams(cfg: ModelConfig) -> Collect:
-    """Return the function that selects the statistics for compensation (see `Collect`)."""
+    """Return the `Collect` function for repair: Gram matrix and sum of the inputs of each matrix that reads a norm."""
     names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -148,7 +163,11 @@ def _compensated(
     dtype: Any,
     saved: Saved | None,
 ) -> tuple[Params, dict[str, np.ndarray]]:
-    """Return the parameters with compensated matrices, and the factors on the scales of norms by their paths."""
+    """Repair the matrices that read norms, for the channels `kept`. `prune_channels` describes the other arguments.
+
+    Returns:
+      The parameters, and {path of a norm: factor by which its scale must be multiplied, [layers] or []}.
+    """
     feeds = norm_feeds(cfg)
     flat = weights.flatten(params)
     norms = {*(feed.producer for feed in feeds), "embed/norm"}
@@ -205,9 +224,9 @@ def _norm_of(cfg: ModelConfig, feed: wiring.Feed, visit: Visit) -> tuple[str, tu
 def _ratio(
     cfg: ModelConfig, measured: Joined, scale_D: np.ndarray, bias_D: np.ndarray, after: float, kept: np.ndarray
 ) -> float:
-    """Return the root of the mean square of a norm's kept channels, before its scale and bias are applied.
+    """Return the root mean square of a norm's kept channels, before scale and bias of the norm are applied.
 
-    `measured` has the norm's outputs, multiplied by `after`.
+    `measured` has statistics of the norm's outputs, multiplied by the number `after`.
     """
     gram: Any = measured.parts[GRAM]
     sums: Any = measured.parts[TOTALS].sums
@@ -220,13 +239,13 @@ def _ratio(
 
 
 def _at(reader: str) -> tuple[str, str]:
-    """Return the stack that a walk visits for a matrix (`HEAD` for output heads), and the matrix's path there."""
+    """Split the path of a matrix into its stack ("encoder", "decoder", or `HEAD` for heads) and its path in a layer."""
     name = weights.parse(_path(reader))
     return (name.stack, name.module) if name.stacked else (HEAD, reader)
 
 
 def _path(reader: str) -> str:
-    """Return the path of the weight of a matrix."""
+    """Return the path of a matrix's weight: that of its kernel, or the path itself for the embedding table."""
     return reader if reader == "embed/tokens" else f"{reader}/kernel"
 
 
@@ -236,7 +255,7 @@ def _axis(reader: str) -> int:
 
 
 def _row_squares(flat: dict[str, Any], reader: str, layer: int) -> np.ndarray:
-    """Return the sums of squares [D] of the weights by which a matrix reads each channel."""
+    """Return the sum of squares of each row of a matrix, [D]: the weights that multiply one channel."""
     w = flat[_path(reader)]
     w = weights.layer_of(w, layer) if weights.is_stacked(_path(reader)) else w
     return np.square(np.asarray(dense(w), float)).sum(axis=0 if reader == "embed/tokens" else 1)

@@ -43,15 +43,16 @@ def hidden_axes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 def cut_channels(
     cfg: ModelConfig, params: Params, kept_E: np.ndarray, ratios: dict[str, np.ndarray] | None = None
 ) -> tuple[ModelConfig, Params]:
-    """Return the config and the parameters with only the channels `kept_E`, ascending indices.
+    """Return the config and the parameters with only the channels `kept_E`.
 
-    Factors that the model derives from its width, on embeddings and on hidden states before the output projection, stay
-    as they were: their change is merged into the embedding table and the norm before the projection.
+    Some models multiply embeddings by sqrt(D), or hidden states before the output projection by 1 / sqrt(D). These
+    factors change with the width. To undo the change, the embedding table and the norm before the output projection are
+    scaled.
 
     Args:
       cfg: config of the model.
       params: parameters of the model.
-      kept_E: indices of the kept channels.
+      kept_E: ascending indices of the kept channels.
       ratios: factors [layers] or [] by which the scales of norms are multiplied, by the path of the norm.
 
     Raises:
@@ -91,7 +92,10 @@ def check(cfg: ModelConfig, params: Params, width: int) -> None:
 
 
 def _keep_factors(cfg: ModelConfig, flat: dict[str, Any], root: float) -> None:
-    """Undo the change of the factors that the model derives from its width; `root` is sqrt(D / E)."""
+    """Scale embeddings and norms in `flat` so that factors sqrt(D) and 1 / sqrt(D) keep their effect at width E.
+
+    `flat` has the weights by path, and `root` is sqrt(D / E).
+    """
     after = 1.0
     if not cfg.embed_scale:  # sqrt(D)
         for path in (p for p in ("embed/tokens", "embed/prompt") if p in flat):

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 RIDGE = 1e-4
-"""Fraction of each kept input's sum of squares that is added to this sum. The addition limits the weights of nearly
-collinear inputs."""
+"""Ridge regularization, as a fraction of each kept input's sum of squares. It limits the weights of nearly collinear
+inputs."""
 
 
 def compensate(

@@ -96,7 +96,7 @@ def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
 
 
 def _squares(units: wiring.Units, layer: dict[str, Any]) -> list[jax.Array]:
-    """Return the sums of squares [N] of the units' columns in each writer, and of their rows in each reader."""
+    """Return one array [N] per matrix that computes or reads the units: the sum of squares of each unit's weights."""
 
     def of(path: str, axis: int) -> jax.Array:
         square = jnp.sum(jnp.square(dense(_kernel(layer, path))), axis=axis)

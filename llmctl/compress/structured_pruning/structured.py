@@ -1,6 +1,6 @@
 """Prune attention heads, feed-forward neurons and layers, so that arrays become smaller (structured pruning).
 
-All layers of an encoder or decoder keep the same number of heads and neurons, because they are scanned. Each layer
+All layers of an encoder or decoder keep the same number of heads and neurons, because `lax.scan` runs them. Each layer
 selects its own heads and neurons, by their importance (`llmctl.compress.structured_pruning.importance`). The layers are
 processed in order. A removed head or neuron is first disabled by zero rows in the matrix that reads its output. Later
 layers therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
@@ -124,14 +124,17 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiring.Units]:
-    """Return which heads or neurons of a stack must be pruned, by the path of the matrix that reads them ("attn/o")."""
+    """Return {path of a matrix ("attn/o"): the heads or neurons that it reads}, for those that must be pruned."""
     heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     found = {reader: u for u in wiring.units(cfg, stack) for reader in u.readers}
     return {p: u for p, u in found.items() if (heads if u.name.endswith("/heads") else target.d_ff != cfg.d_ff)}
 
 
 def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = StructuredMethod()) -> Collect:
-    """Return the function that selects the statistics for pruning from `cfg` to `target` (see `Collect`)."""
+    """Return the `Collect` function of structured pruning from the sizes of `cfg` to those of `target`.
+
+    It selects the statistics of each matrix that reads heads or neurons of which some are pruned.
+    """
     read = {path: u for stack in wiring.stacks(cfg) for path, u in readers(cfg, target, stack).items()}
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -142,9 +145,10 @@ def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = 
 
 
 def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
-    """Return the number of heads or neurons by the path of the matrix that reads them, as `gates.accumulate` takes it.
+    """Return the argument `units` of `gates.accumulate` for structured pruning from `cfg` to `target`.
 
-    Only those that must be pruned from `cfg` to `target` are included.
+    The result is {path of a matrix: number of heads or neurons whose outputs it reads}. It has the matrices that read
+    heads, if `target` has fewer heads than `cfg`, and those that read neurons, if `target` has fewer neurons.
     """
     return {
         f"{stack}/blocks/{path}/kernel": units.count
@@ -165,12 +169,23 @@ def prune_widths(
     found: Gates | None = None,
     known: UnitScores | None = None,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
-    """Reduce every layer to the heads, key/value heads and neurons of `target`. The layers' arrays are donated.
+    """Reduce every layer to the heads, key/value heads and neurons of `target`.
 
     Each layer selects its own heads and neurons. With relative positions, however, the layers of an encoder or decoder
     share one bias per head. All layers then keep the same self-attention heads, selected by scores that are normalized
-    per layer and summed. Finished layers and their selections are written to `saved`. `found` has the derivatives that
-    the importance "taylor" reads. If scores are `known`, they select the heads and neurons, and none are measured.
+    per layer and summed.
+
+    Args:
+      cfg: config of the model.
+      params: parameters of the model. Those of the layers are donated.
+      batches: calibration batches.
+      target: config of the model after pruning.
+      progress: function that is called with the report of each layer.
+      dtype: dtype of the computation.
+      saved: folder in which finished layers and their selections are saved.
+      method: importance and repair.
+      found: derivatives for the importance "taylor" (`gates.accumulate`).
+      known: importance of heads and neurons, if it was measured before.
 
     Returns:
       The config, the parameters, and a report per layer. The notes of a report have the indices of the kept heads and
@@ -225,7 +240,10 @@ def prune_widths(
 
 
 def common_scores(scores_LH: Sequence[np.ndarray]) -> np.ndarray:
-    """Return scores [H] of heads for all layers together: the sum of each layer's scores, normalized to sum 1."""
+    """Return one score per head for all layers together, [H].
+
+    The scores of each layer are divided by their sum, and then added over layers.
+    """
     total_H = np.zeros(len(scores_LH[0]), np.float32)
     for scores_H in scores_LH:
         total_H += scores_H / max(float(scores_H.sum()), 1e-30)
@@ -235,9 +253,9 @@ def common_scores(scores_LH: Sequence[np.ndarray]) -> np.ndarray:
 def disable(
     dense: dict[str, Any], kept: np.ndarray, measured: Joined | None, method: StructuredMethod
 ) -> dict[str, Any]:
-    """Return a dense layer that reads only the inputs `kept`: the rows of all others are zero.
+    """Return a dense layer with zero rows for all inputs except `kept`.
 
-    If the method repairs, the kept rows and the bias get other values, by the statistics `measured`.
+    With repair, the kept rows and the bias are recomputed from the statistics `measured`, to compensate for the others.
     """
     kernel = dense["kernel"]
     if method.repair and measured is not None:

@@ -23,7 +23,7 @@ class StructuredMethod:
     """Importance of a head, neuron or channel; the lowest are removed
     (`llmctl.compress.structured_pruning.importance`)."""
     repair: bool = False
-    """Whether the matrices that read what was removed get other values, by least squares on the calibration data."""
+    """Whether matrices whose inputs were removed are recomputed by least squares on the calibration data."""
     seed: int = 0
     """Seed of random importance."""
 

@@ -26,7 +26,7 @@ def structured_pruning(
 ) -> list[Program]:
     """Return the programs that remove layers, channels, heads and neurons, so that the model has the config `target`.
 
-    Only the programs of those steps are included that the sizes need.
+    Programs are omitted for sizes that do not change.
     """
     found: list[Program] = []
     if structured.fewer_layers(model, target):
@@ -71,7 +71,7 @@ def _of_width(model: ModelConfig, params: Tree, width: int, mesh: Mesh) -> tuple
 
 
 def _rows(model: ModelConfig, target: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return the numbers of inputs before and after, by the path of each matrix that reads removed units."""
+    """Return {path of a matrix: (number of inputs before pruning, after pruning)}, if its inputs are pruned."""
     stack = functional.stacks(model)[-1]
     after = {u.name: u.count * u.width for u in wiring.units(target, stack)}
     read = structured.readers(model, target, stack)
@@ -104,10 +104,10 @@ def _gates(model: ModelConfig, params: Tree, units: dict[str, int], walk: Walk) 
 def _compensation(
     model: ModelConfig, params: Tree, rows: dict[str, tuple[int, int]], walk: Program, mesh: Mesh
 ) -> Program:
-    """Return the program that compensates the matrix with most inputs, which stands for those of all layers.
+    """Return the program that compensates a matrix for removed inputs (repair), for the matrix with the most inputs.
 
-    The FLOPs of the Cholesky decomposition and of the triangular solves are not counted. `rows` has the numbers of
-    inputs of each matrix before and after pruning.
+    It represents the programs of all matrices. The FLOPs of the Cholesky decomposition and of the triangular solves are
+    not counted. `rows` has the numbers of inputs of each matrix before and after pruning.
     """
     stack, whole = functional.stacks(model)[-1], meshes.replicated(mesh)
     layer = layer_of(params, stack)

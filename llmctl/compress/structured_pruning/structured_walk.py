@@ -139,10 +139,10 @@ def choose_sizes(
 def budget_of(
     config: CalibrationConfig, base: Artifact, asked: tuple[str, float]
 ) -> tuple[Callable[[ModelConfig], float], float]:
-    """Return the function that computes the size which a budget limits, and the limit.
+    """Return a function that computes a model's size in the unit of the budget, and the budget in this unit.
 
     Raises:
-      RequestError: If the model already fits, or its smallest form does not.
+      RequestError: If the model already fits the budget, or if even the smallest choice of sizes does not fit.
     """
     size = budget.size_of(asked[0], base.manifest.bits, calibration_data.sequence_length(config, base))
     return size, budget.limit(base.model, asked, size)
@@ -188,7 +188,7 @@ def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
 
 
 def _units(report: LayerReport) -> dict[str, Any]:
-    """Return what one layer keeps and the importance of all its heads and neurons, as JSON data."""
+    """Return JSON data about one pruned layer: its kept heads and neurons, the importance of all, and its error."""
     kept = {name: choice for name, choice in report.notes.items() if name != "importance"}
     about = {"stack": report.stack, "layer": report.layer, "error": round(report.error, 6)}
     return {**about, "kept": kept, "importance": report.notes["importance"]}
