@@ -82,7 +82,7 @@ def abstract_result(
 
 
 def _storage(params: Params, base: Artifact | None, sparsity: float | None) -> dict[str, sparse_storage.Record]:
-    """Return the estimated records of the arrays in a sparse format, by name (see `abstract_result`)."""
+    """Estimate the manifest's records of arrays in a sparse format, by array name (see `sparse_storage.Record`)."""
     arrays = weights.arrays(params)
     before = weights.arrays(base.params) if base else {}
     inherited = {
@@ -98,7 +98,7 @@ def _storage(params: Params, base: Artifact | None, sparsity: float | None) -> d
 
 
 def masters(params: Params, trains: Callable[[str], bool] = lambda _: True) -> Params:
-    """Return the shapes of parameters with the dtypes that training saves: float32 for trained floating-point arrays.
+    """Return abstract parameters in the dtypes in which training saves them: float32 for trained floats.
 
     Args:
         params: Parameters as `jax.ShapeDtypeStruct`s.

@@ -74,7 +74,9 @@ def _beside(path: Path) -> dict[Path, Manifest]:
 
 
 def stored_arrays(base: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the arrays of a model that its base does not have: {path of the weight: {name in the weight: array}}.
+    """Return the arrays in which a model differs from its base: {path of the weight: {name in the weight: array}}.
+
+    They are arrays that the base lacks, and arrays with other values than in the base.
 
     Args:
         base: Parameters of the base. Training may have deleted those arrays that it replaced.
@@ -109,7 +111,12 @@ def _equal(a: Any, b: Any) -> Any:
 
 
 def _twin(parts: Mapping[str, Any], part: str) -> Any:
-    """Return the array of a base weight that corresponds to the array `part` of the adapted weight, or None."""
+    """Return the array of a base weight that corresponds to an array of the adapted weight, or None.
+
+    Args:
+        parts: Arrays of the base weight, by name.
+        part: Name of the array in the adapted weight, such as "base.scale".
+    """
     from llmctl.model import weights
 
     return parts.get(part, parts.get(weights.base_part(part)))
@@ -123,7 +130,7 @@ def names(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def selected(arrays: Mapping[str, Mapping[str, Any]], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return those of the arrays {path of the weight: {name in the weight: array}} whose full names are in `stored`."""
+    """Select the arrays whose full names are in `stored`, from {path of the weight: {name in the weight: array}}."""
     from llmctl.model import weights
 
     chosen, out = {*stored}, {}

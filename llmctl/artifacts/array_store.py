@@ -18,7 +18,7 @@ Arrays = Mapping[str, Mapping[str, Any]]
 
 
 def write(folder: Path, arrays: Arrays) -> None:
-    """Write arrays to a new folder."""
+    """Write arrays to a new folder, as an Orbax checkpoint."""
     import orbax.checkpoint as ocp
 
     from llmctl.model import weights
@@ -29,11 +29,13 @@ def write(folder: Path, arrays: Arrays) -> None:
 
 
 def sparse_parts(path: Path, target: Arrays, storage: Mapping[str, sparse_storage.Record]) -> dict[str, Any]:
-    """Return the parts of the arrays in a sparse format, as empty host arrays: {name of the array: parts}.
+    """Allocate host arrays into which the encoded arrays of a sparse format are read.
+
+    The result is {name of the dense array: {name of the part: array}}, such as parts "bitmask" and "values".
 
     Args:
         path: Folder of the artifact, for error messages.
-        target: Abstract arrays.
+        target: Abstract dense arrays.
         storage: Records of the manifest, by name of the array.
 
     Raises:
@@ -100,10 +102,9 @@ def first_line(text: str) -> str:
 
 
 def _plain(parts: dict[str, Any] | Mapping[str, Any]) -> Any:
-    """Return the arrays of a weight in the structure that Orbax stores.
+    """Return the arrays of a weight as Orbax stores them: one array for a plain weight, otherwise the dict `parts`.
 
-    The result is the dict `parts` {name in the weight: array}. If the weight is a single plain array, the result is
-    this array.
+    `parts` is {name in the weight: array}. The name of a plain array is the empty string.
     """
     return parts.get("", parts)
 

@@ -118,8 +118,8 @@ class Manifest(BaseModel):
     fitted: dict[str, Any] = {}
     """Values that the task fitted on validation data, such as one threshold per class."""
     fitted_for: str = ""
-    """Name of the earlier artifact whose predictions `fitted` was computed from; empty if they are those of this
-    artifact."""
+    """Name of the earlier artifact from whose predictions `fitted` was computed; empty if it was computed from those of
+    this artifact."""
     parameters: int
     bytes: int
     """Size of `params/` on disk in bytes. Two copies of equal weights may differ by a few bytes, because they are
@@ -172,8 +172,7 @@ class Manifest(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit `base` and `storage` if they are empty. Such manifests have the digest of those that were written before
-        the fields existed."""
+        """Omit `base` and `storage` if they are empty, so that manifests of earlier versions keep their digests."""
         return {name: value for name, value in fields(self).items() if value or name not in ("base", "storage")}
 
     @property
@@ -184,12 +183,12 @@ class Manifest(BaseModel):
 
     @property
     def weight_bytes(self) -> int:
-        """Return the size of the arrays in memory, in bytes. The field `bytes` is their compressed size on disk."""
+        """Return the size of all arrays in memory, in bytes. The field `bytes` has their compressed size on disk."""
         arrays = (part for record in self.weights.values() for part in record.get("parts", {}).values())
         return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
 
     def as_parent(self) -> Parent:
-        """Return the name and digests of this artifact, which artifacts made from it store as their parent."""
+        """Return the name and the digests of this artifact, for the field `parent` of artifacts made from it."""
         return Parent(name=self.name, digest=self.digest, content=self.content)
 
 

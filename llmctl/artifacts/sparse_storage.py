@@ -90,10 +90,10 @@ def encode_all(
 
 
 def stored(record: Record, shape: tuple[int, ...], dtype: Any) -> dict[str, np.ndarray]:
-    """Return the parts of an encoded array as empty arrays of the right shapes and dtypes.
+    """Allocate the arrays of an encoded array, into which the artifact's files are read.
 
     Args:
-        record: The record from the manifest.
+        record: Record of the encoded array in the manifest.
         shape: Shape of the dense array.
         dtype: Dtype of the dense array.
 
@@ -112,7 +112,7 @@ def stored(record: Record, shape: tuple[int, ...], dtype: Any) -> dict[str, np.n
 
 
 def nonzero(record: Record, shape: tuple[int, ...]) -> float:
-    """Return the fraction of the elements of a dense array that its encoded form stores."""
+    """Return the number of stored elements of an encoded array, as a fraction of the dense array's elements."""
     return 0.5 if record["format"] == TWO_OF_FOUR else record["values"] / max(math.prod(shape), 1)
 
 
@@ -123,7 +123,7 @@ def size(record: Record, shape: tuple[int, ...], dtype: Any) -> int:
 
 
 def decode(record: Record, parts: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Return the dense array of encoded parts; the inverse of `encode`.
+    """Decode an array to its dense form; inverse of `encode`.
 
     Raises:
         ValueError: If the parts contradict the record or one another.
@@ -170,9 +170,9 @@ def _counts() -> np.ndarray:
 
 
 def _indices() -> np.ndarray:
-    """Return the pair of positions of each 4-bit integer with at most two set bits, the first in the lower 2 bits.
+    """Return, for each 4-bit mask with at most two set bits, the positions of the set bits as two 2-bit integers.
 
-    The positions are increasing. If fewer bits are set, positions of zeros complete the pair.
+    The lower position is in the lower 2 bits. If fewer than two bits are set, positions of unset bits are added.
     """
     import numpy as np
 
@@ -185,7 +185,7 @@ def _indices() -> np.ndarray:
 
 
 def _positions(indices_GO: np.ndarray) -> np.ndarray:
-    """Return the two positions [..., 2, O] of each pair of 2-bit indices [..., O]."""
+    """Split each byte [..., O] into its two 2-bit positions [..., 2, O]."""
     import numpy as np
 
     return np.stack([indices_GO & 3, indices_GO >> 2], axis=-2).astype(np.intp)

@@ -1,4 +1,4 @@
-"""Find what converts a model to the Hugging Face format: the Bridge and the Head of its family.
+"""Find the Bridge and the Head that convert a model to and from the Hugging Face format.
 
 A Bridge maps the config and the tensor names of a family to those of a Hugging Face model. A Head does this for one
 kind of output head.

@@ -183,7 +183,7 @@ def _prove(
     say: Callable[[str], None],
     unread: str,
 ) -> tuple[float, float | None, str]:
-    """Compare the outputs of the artifact with those of the written files, on the same texts.
+    """Compare the outputs of the artifact with those of the written model, on the same texts.
 
     Args:
         found: The artifact.
@@ -192,13 +192,14 @@ def _prove(
         ours: Parameters of the artifact, in the dtype that was written.
         model: Config that was read back.
         back: Parameters that were read back.
-        to: The format.
+        to: Name of the format, such as "hf".
         say: Function that is called with one line of text per message to the user.
         unread: Reason why transformers cannot read the format; empty if it can.
 
     Returns:
-        The largest difference if llmctl reads the written files; the largest difference if transformers reads them, or
-        None if it cannot; and a description of the comparison.
+        (difference in llmctl, difference in transformers, description of the comparison). A difference is the largest
+        absolute difference between outputs of the artifact and of the written model. The second one is None if
+        transformers cannot read the files.
     """
     what = str(found.path)
     package = to.replace("-", "_") if to != "hf" else ""
@@ -217,9 +218,11 @@ def _prove(
 def _rows(
     found: artifact.Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
 ) -> tuple[text_proof.Rows, int, str]:
-    """Return (token ids of the test texts, their maximum length T, text for the report).
+    """Tokenize the texts on which the artifact and the written model are compared.
 
-    The text is "from text, " if a tokenizer was written, otherwise "". The report of the comparison contains it.
+    Returns:
+        (token ids, maximum number of tokens T, beginning of the comparison's description). The last is "from text, " if
+        a tokenizer was written, and "" if token ids are random.
 
     Args:
         found: The artifact.
@@ -278,10 +281,15 @@ function differently. The comparison of outputs verifies them."""
 
 
 def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
-    """Return the weights in the dtype in which they are written. Rounding then does not count as a difference.
+    """Round the weights as the written file does, so that the comparison of outputs does not measure this rounding.
 
-    If `packed` is true, the format is compressed-tensors, and quantized matrices stay quantized. Activations are not
-    quantized, because only the program that runs the exported weights quantizes them.
+    Args:
+        params: Parameters of the artifact.
+        dtype: Dtype of the written weights; None keeps every weight as it is.
+        packed: Whether the format is compressed-tensors, in which quantized matrices stay quantized.
+
+    Returns:
+        {path: weight}. Products with these weights do not quantize activations.
     """
 
     def cast(path: str, w: Any) -> Any:

@@ -3,7 +3,7 @@
 A GGUF file differs from a Hugging Face folder in four points:
 - Tensors have other names.
 - The "llama" architecture permutes the rows of queries and keys for interleaved rotary positions.
-- Gemma's norms include the added 1.
+- The norm weights of Gemma already include the added 1.
 - The rotary scaling of llama3 is a tensor of factors.
 """
 

@@ -192,7 +192,9 @@ def write(writer: Any, folder: Path, rows: int) -> str:
 def _tokenization_difference(words: Tokenizer, pieces: SentencePieces) -> str:
     """Describe how llama.cpp tokenizes differently from the artifact's tokenizer; return "" if there is no difference.
 
-    llama.cpp tokenizes with the SentencePiece pieces that llmctl exports.
+    Args:
+        words: Tokenizer of the artifact.
+        pieces: SentencePiece model that is exported, and that llama.cpp tokenizes with.
     """
     if isinstance(words, JsonTokenizer) and sentencepiece_json.spaces_differ(words, pieces):
         return "llama.cpp adds a space before a text that begins with one, and this tokenizer.json does not"
@@ -200,10 +202,7 @@ def _tokenization_difference(words: Tokenizer, pieces: SentencePieces) -> str:
 
 
 def _difference(words: SentencePieces) -> str:
-    """Describe the features of a SentencePiece model that llama.cpp lacks; return "" if it lacks none.
-
-    The features were found by comparing the tokenization of texts.
-    """
+    """Describe the feature of a SentencePiece model that llama.cpp does not support; return "" if it supports all."""
     pb = _protobuf()
     model = pb.ModelProto.FromString(words.model)
     if model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM:

@@ -103,9 +103,17 @@ def inspect(
 def understand(
     folder: Path, config: Fields, tensors: Tensors, ignore: tuple[str, ...] = (), drop: tuple[str, ...] = ()
 ) -> Found:
-    """Check that a config and its tensors fit together, and describe the model.
+    """Check that a config.json and tensors define a model that llmctl supports, and describe the model.
 
-    `inspect` and the GGUF reader call this function.
+    Args:
+        folder: Folder of the model, for error messages and further config files.
+        config: Content of config.json.
+        tensors: Tensors by name; their values are not read, unless two tensors must be equal.
+        ignore: Keys of config.json that are known to be irrelevant.
+        drop: Regular expressions for the names of tensors to omit.
+
+    Raises:
+        RequestError: If an architecture or key is unknown, or if tensors contradict the config.
     """
     where = folder / CONFIG
     known = architectures.bridges()
@@ -149,7 +157,7 @@ def understand(
 
 
 def _current_name(bridge: Bridge, name: str) -> str:
-    """Return the current name of a tensor; older files use other endings, such as LayerNorm.gamma."""
+    """Return the current name of a tensor. Older files have other name endings, such as LayerNorm.gamma."""
     return next((name.removesuffix(old) + new for old, new in bridge.renamed.items() if name.endswith(old)), name)
 
 
@@ -212,10 +220,10 @@ def _pooling(folder: Path) -> str:
 
 
 def _as_stored(model: ModelConfig, table: dict[str, str], tensors: Tensors, config: Fields) -> ModelConfig:
-    """Return the config with the fields that only the stored tensors determine.
+    """Correct the fields `tied` and `pooler` of a config, which depend on the stored tensors.
 
-    `tied` is true only if the output projection is not stored, or equals the embedding table. `pooler`
-    of an embedding model is true only if the pooler is stored.
+    `tied` becomes false if a stored output projection differs from the embedding table. `pooler` of an embedding model
+    becomes false if no pooler is stored.
     """
     update: Fields = {}
     table_out, table_in = table.get("lm_head/kernel"), table["embed/tokens"]

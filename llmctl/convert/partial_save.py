@@ -78,6 +78,8 @@ class Stream:
     def place(self, placer: name_map.Place, passed: Callable[[int], None]) -> name_map.Place:
         """Return a function that reads a parameter, writes it to the folder and frees its memory.
 
+        The function skips parameters that an earlier process has written.
+
         Args:
             placer: Function that reads a parameter onto its devices.
             passed: Function that is called with the size in bytes of each parameter that already exists in the folder.
@@ -101,7 +103,7 @@ class Stream:
         return write
 
     def finish(self, shardings: Mapping[str, Any]) -> Stored:
-        """Complete the folder after all parameters are written, and return a mapping that reads them from it."""
+        """Complete the folder after all parameters are written, and return a mapping that reads parameters by path."""
         from orbax.checkpoint.experimental.v1 import partial
 
         if not self._arrays.exists():

@@ -16,9 +16,9 @@ from llmctl.convert.name_map import Slot
 from llmctl.model import weights
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"init_ia3_weights": (True, False)}
-"""Config keys that may change the outputs, with the only supported value of each: the one that changes nothing."""
+"""Supported values of config keys that may change the outputs. Supported values do not change them."""
 KINDS = ("scaled",)
-"""Kinds of llmctl's adapters (names of weight classes) that this module writes."""
+"""Kinds of adapters that this module writes: names of llmctl's weight classes (`weights.Node.kind`)."""
 
 
 class Factors(NamedTuple):
@@ -29,16 +29,23 @@ class Factors(NamedTuple):
 
 
 def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the suffixes of the tensor names of one module."""
+    """Return the endings of the tensor names that PEFT stores for one adapted module."""
     return ("ia3_l",)
 
 
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Factors]:
-    """Return the factors of each of llmctl's matrices in a module; a fused module has several (`slots`).
+    """Read the factors of one module, and return one entry per matrix of llmctl.
 
-    The matrices of a fused module share the factors of inputs.
+    A fused module, such as one for queries, keys and values, has several matrices. They share factors of inputs.
+
+    Args:
+        config: Content of adapter_config.json.
+        module: Name of the module, for error messages.
+        tensors: Tensors of the module, by the ending of their names.
+        inputs: Number of inputs of the module.
+        slots: Matrices of the module.
 
     Raises:
         RequestError: If the factors do not fit the base's matrix.
@@ -59,7 +66,10 @@ def read(
 
 
 def node(w: Any, layers: Mapping[int, Factors]) -> weights.Scaled:
-    """Return the weight `w` wrapped in an adapter with these factors. Layers without factors get ones."""
+    """Wrap the weight `w` in an adapter with the factors of its layers. Layers without factors get factors of 1.
+
+    The keys of `layers` are layer indices, or -1 if the weight is not stacked over layers.
+    """
     first = next(iter(layers.values()))
     if any(one.side != first.side for one in layers.values()):
         raise RequestError("ia3_l scales the inputs of one layer and the outputs of another, which is not supported")
@@ -70,14 +80,20 @@ def node(w: Any, layers: Mapping[int, Factors]) -> weights.Scaled:
 
 
 def write(w: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of one layer's adapter, by suffix."""
+    """Return the tensors of one layer's adapter in PEFT's format, by the ending of their names."""
     return {"ia3_l": np.asarray(w.factor, np.float32).T}
 
 
 def settings(
     nodes: Mapping[str, Any], tensors: Mapping[str, Mapping[str, np.ndarray]], every: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the config keys of the format for the adapters of all modules."""
+    """Return the entries of adapter_config.json for (IA)^3.
+
+    Args:
+        nodes: Weights with adapters, by module name.
+        tensors: Written tensors of each module.
+        every: Names of all modules of the model, which are not used here.
+    """
     return {
         "peft_type": "IA3",
         "target_modules": sorted(tensors),

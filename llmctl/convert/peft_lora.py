@@ -30,7 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (), "kasa_config": (), "monteclora_config": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
-"""Config keys that may change the outputs, with the only supported value of each: the one that changes nothing.
+"""Supported values of config keys that may change the outputs. Supported values do not change them.
 
 Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
 (layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the stored tensors contain the
@@ -38,10 +38,10 @@ selection. fan_in_fan_out is not checked either. It describes the layout of the 
 pair does not depend on it.
 """
 KINDS = ("low_rank", "dora")
-"""Kinds of llmctl's adapters (names of weight classes) that this module writes."""
+"""Kinds of adapters that this module writes: names of llmctl's weight classes (`weights.Node.kind`)."""
 MAGNITUDE = "lora_magnitude_vector"
 SLOW = re.compile(r"\)[*+{]|(?:[*+}?].*){5}", re.DOTALL)
-"""Regular expressions whose matching may take very long: a repeated group, or more than four repetitions."""
+"""Pattern of regular expressions that may take very long to match: with a repeated group, or over four repetitions."""
 
 
 class Pair(NamedTuple):
@@ -54,7 +54,7 @@ class Pair(NamedTuple):
 
 
 def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the suffixes of the tensor names of one module."""
+    """Return the endings of the tensor names that PEFT stores for one adapted module."""
     if config["peft_type"] == "ADALORA":
         return "lora_A", "lora_B", "lora_E"
     return ("lora_A.weight", "lora_B.weight", *((MAGNITUDE,) if config.get("use_dora") else ()))
@@ -63,9 +63,17 @@ def suffixes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     config: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray], inputs: int, slots: tuple[Slot, ...]
 ) -> list[Pair]:
-    """Return the low-rank matrices of each of llmctl's matrices in a module; a fused module has several (`slots`).
+    """Read the adapter of one module, and return one entry per matrix of llmctl.
 
-    The matrices of a fused module share the first low-rank matrix [I, R].
+    A fused module, such as one for queries, keys and values, has several matrices. They share the first low-rank matrix
+    [I, R].
+
+    Args:
+        config: Content of adapter_config.json.
+        module: Name of the module, for error messages.
+        tensors: Tensors of the module, by the ending of their names.
+        inputs: Number of inputs of the module.
+        slots: Matrices of the module.
 
     Raises:
         RequestError: If the tensors do not fit the base's matrix.
@@ -101,7 +109,7 @@ def read(
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return the factor on a module's low-rank update, from the settings in adapter_config.json."""
+    """Return the factor by which a module's low-rank update is multiplied: alpha / rank, or alpha / sqrt(rank)."""
     patterns = config.get("alpha_pattern") or {}  # regular expressions that match the end of a name
     if not isinstance(patterns, dict):
         raise RequestError("adapter_config.json: alpha_pattern is no object")
@@ -128,10 +136,10 @@ def _number(config: Mapping[str, Any], key: str, least: float = -FLOAT32_MAX) ->
 
 
 def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
-    """Return the weight `w` wrapped in an adapter with the low-rank matrices of its layers.
+    """Wrap the weight `w` in an adapter with the low-rank matrices of its layers.
 
-    `layers` has the adapters by layer index. The index is -1 if the weight is not stacked over layers. Layers without
-    an adapter get zeros. If scales differ between layers, each is multiplied into the layer's second matrix.
+    The keys of `layers` are layer indices, or -1 if the weight is not stacked over layers. Layers without an adapter
+    get zeros. If scales differ between layers, the scale of each layer is multiplied into its second matrix.
     """
     scales = {p.scale for p in layers.values()}
     scale, rank = (scales.pop() if len(scales) == 1 else 1.0), max(1, *(p.a_IR.shape[1] for p in layers.values()))
@@ -154,7 +162,7 @@ def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
 
 
 def write(w: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of one layer's adapter, by suffix.
+    """Return the tensors of one layer's adapter in PEFT's format, by the ending of their names.
 
     Components of the rank that are zero in both matrices are omitted. If all are zero, return {}.
     """
@@ -171,7 +179,13 @@ def write(w: Any) -> dict[str, np.ndarray]:
 def settings(
     nodes: Mapping[str, Any], tensors: Mapping[str, Mapping[str, np.ndarray]], every: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the config keys of the format for the adapters of all modules; `every` lists the model's modules."""
+    """Return the entries of adapter_config.json for LoRA.
+
+    Args:
+        nodes: Weights with adapters, by module name.
+        tensors: Written tensors of each module.
+        every: Names of all modules of the model.
+    """
     sizes = {m: (t["lora_A.weight"].shape[0], nodes[m].scale) for m, t in tensors.items()}
     (rank, scale), _ = Counter(sizes.values()).most_common(1)[0]
     leaves = {m.rpartition(".")[2] for m in sizes}

@@ -118,10 +118,10 @@ def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> di
 
 
 def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
-    """Describe the index that a folder has in addition to a single file with all weights.
+    """Compare the shards of a folder's index with the single weight file, and return a clause about them for a message.
 
     Raises:
-        RequestError: If the shards of the index contain other tensors than the single file.
+        RequestError: If the shards contain other tensors than the single file.
     """
     try:
         placed = dict(parse_json((folder / INDEX).read_bytes())["weight_map"])

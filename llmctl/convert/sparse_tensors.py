@@ -70,7 +70,7 @@ def pack(
 
 
 def encode(w_OI: np.ndarray, two_of_four: bool) -> dict[str, np.ndarray]:
-    """Return the tensors of one layer by the last word of their names, without `shape`.
+    """Encode the weights of one layer: return {last component of the tensor's name: array}, without `shape`.
 
     Args:
         w_OI: Weights of the layer.

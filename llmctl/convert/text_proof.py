@@ -1,6 +1,6 @@
 """Compare exported files with llmctl on texts: tokenization, padding, pooling and outputs.
 
-A comparison from given token ids would not cover the special tokens around a text, the padding, and the pooling
+A comparison that starts from token ids would not test the special tokens around a text, the padding, and the pooling
 position in other programs. If transformers and torch are installed, they read the files; otherwise llmctl reads them.
 
 Shapes: B rows, T tokens.
@@ -86,7 +86,7 @@ def _padded(rows: Rows, T: int, prefix: str) -> dict[str, np.ndarray]:
 
 
 def available(found_bytes: int, package: str = "") -> str:
-    """Return why transformers cannot read the files, or "" if it can.
+    """Return the reason why transformers cannot load the model, or "" if it can.
 
     The reason is a missing package or too little memory.
 
@@ -161,13 +161,18 @@ def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str
 def answers_there(
     cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None, prompt: int = 0
 ) -> np.ndarray:
-    """Return the outputs of the model in `folder` for rows of token ids, computed by transformers.
+    """Compute the outputs of the model in `folder` by transformers, in the layout of `parity.answers`.
 
-    `parity.answers` describes the layout.
+    A classifier runs on all texts as one batch, padded by the written tokenizer. Other models run on one row at a time.
 
-    Rows of a classifier are padded as the written tokenizer pads them. Other rows run one by one. If `adapter` is
-    given, PEFT loads it onto the model. If the adapter is a trained prompt, `prompt` is the number of its vectors. The
-    model then also has an output for each vector. In an encoder-decoder it has no such outputs, and `prompt` is 0.
+    Args:
+        cfg: Config of the model.
+        folder: Folder of the model.
+        rows: Token ids of the texts.
+        T: Maximum number of tokens per row.
+        adapter: Folder of an adapter, which PEFT loads onto the model.
+        prompt: Number of vectors of a trained prompt, for each of which the model has an output too; otherwise 0. It is
+            also 0 for an encoder-decoder, whose decoder does not read the prompt.
 
     Raises:
         WorkError: If transformers cannot load the model, or finds that weights are missing.

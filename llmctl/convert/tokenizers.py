@@ -21,24 +21,24 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model.config import ModelConfig
 
 GENERATION = "generation_config.json"
-"""Name of the file with the tokens that end an answer, if there are several."""
+"""Name of the file that lists the tokens that end an answer, if there are several."""
 BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", GENERATION, "sentence_bert_config.json"),
 )
 """Files in the folder of a tokenizer that only other programs read. They are copied unchanged."""
 LEAST = 0.9
-"""Minimum number of tokens of a tokenizer, as a fraction of the rows of the model's embedding table. Tables have more
-rows than tokens only to reach a round number."""
+"""Minimum number of tokens of a tokenizer, as a fraction of the rows of the model's embedding table. Tables with more
+rows than tokens are usually padded to a round number."""
 
 
 def import_tokenizer(
     source: Path, work: Path, model: ModelConfig, config: Mapping[str, Any] | None = None, of: Path | None = None
 ) -> Path | None:
-    """Copy the tokenizer of an imported model into the folder `work`, in the form that an artifact contains.
+    """Convert the tokenizer of an imported model to the tokenizer folder of an artifact.
 
-    If the model reads complete texts, the special tokens that transformers adds around them are recorded. All tokens
-    that end an answer are written to a generation_config.json.
+    For all models except decoder language models, the folder also records which special tokens transformers adds before
+    and after a text. All tokens that end a generated answer are written to generation_config.json.
 
     Args:
         source: Folder or file of the tokenizer.
@@ -142,9 +142,12 @@ def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
 
 
 def _write_ends(folder: Path, words: tokenizers.Tokenizer, end_ids: Iterable[Any]) -> None:
-    """Write the tokens that end an answer to the generation_config.json in a tokenizer's folder.
+    """Add the tokens that end an answer to the generation_config.json in a tokenizer's folder.
 
-    They are those in this file, and `end_ids` from other files.
+    Args:
+        folder: Folder of the tokenizer.
+        words: The tokenizer, whose end token is added if the file has none.
+        end_ids: Values of `eos_token_id` in other files.
     """
     content = read_json(folder / GENERATION)
     own = ids_of(content.get("eos_token_id"))

@@ -1,6 +1,6 @@
 """Compute attention: grouped-query self-attention and cross-attention.
 
-The softmax is in `attention_xla`. Other modules contain features that only some runs need: `attention_kernels`,
+The softmax is computed in `attention_xla`. Other modules define optional features: `attention_kernels`,
 `ring_attention`, `relative_bias`, `kv_cache` and `prefix`.
 
 A sequence may consist of several packed texts. Each text is a segment, numbered from 1, and attention does not cross
@@ -29,7 +29,7 @@ from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotat
 from llmctl.model.prefix import Prefix
 
 PROJECTED = "projected"
-"""Checkpoint name of projected queries, keys and values, for rematerialization policies."""
+"""Name of the projected queries, keys and values in rematerialization policies (see `jax.ad_checkpoint`)."""
 
 Choose = Callable[..., jax.Array]
 """Function that selects and runs an attention kernel.

@@ -21,10 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from llmctl.model.config import ModelConfig
 
 KEPT = "attention"
-"""Checkpoint name of the arrays that the softmax needs for its backward pass. If a rematerialization policy saves them,
-the backward pass does not repeat the forward pass of the softmax."""
+"""Name, in rematerialization policies, of the arrays that the softmax needs for its backward pass. If a policy saves
+them, the backward pass does not repeat the forward pass of the softmax."""
 MASKED = -1e30
-"""Attention score of a masked query and key. It is finite, so that a query without visible keys has finite outputs."""
+"""Attention score of a masked query-key pair. It is finite, so that a query without visible keys has finite outputs."""
 
 
 def attend(

@@ -1,6 +1,6 @@
-"""Compute divergences between the token distributions of two models in chunks, as `chunked_loss` computes losses.
+"""Compute divergences between two token distributions in chunks, so that logits [B, T, V] are never stored.
 
-They are the loss of distillation, and the symmetric divergence of two forward passes.
+`distillation` compares a student with a teacher. `symmetric_divergence` compares two forward passes of one model.
 
 Shapes: B batch, T sequence, D model width, E model width of a teacher, V vocabulary.
 """

@@ -120,7 +120,7 @@ class ModelConfig(Config):
     embed_norm: bool = False
     """Normalize the sum of the embeddings."""
     token_types: int = Field(default=0, ge=0)
-    """Number of rows of the segment-type table; 0 means no table."""
+    """Number of token types with an embedding each, such as 2 for BERT's first and second text; 0 means none."""
     head_transform: bool = False
     """Apply a dense layer, activation and norm before the output projection, and a bias after it (BERT)."""
     head_activation: Literal["", "silu", "gelu", "gelu_tanh", "relu"] = ""
@@ -149,7 +149,7 @@ class ModelConfig(Config):
     labels: int = Field(default=0, ge=0)
     """Number of classes of a classification head."""
     pooling: Literal["last", "mean", "first"] = "last"
-    """Reduction of a sequence to one vector: last real token, mean, or first token."""
+    """Reduction of a sequence to one vector: last token (without padding), mean, or first token."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate on embeddings and sublayer outputs during training."""
 
@@ -225,7 +225,7 @@ class ModelConfig(Config):
 
     @property
     def pools(self) -> bool:
-        """Return True if the task head has a pooler."""
+        """Return True if the task head has a pooler, a dense layer that follows the pooling of a sequence."""
         return self.pooler and self.task_head and not self.head_kind.per_token
 
     @property
@@ -252,7 +252,11 @@ def family(name: str) -> ModuleType:
 
 
 def defaults(preset: str, name: str) -> dict[str, Any]:
-    """Return the fields of ModelConfig that a preset sets or, if `preset` is empty, that the family `name` sets.
+    """Return the default fields of ModelConfig for a preset or, if `preset` is empty, for a family.
+
+    Args:
+        preset: Name of the preset, such as "llama-tiny", or "".
+        name: Name of the family, or "".
 
     Raises:
         ValueError: If the preset or the family is unknown, or if the preset is of another family than `name`.

@@ -130,7 +130,7 @@ def _of_boxes(cfg: ModelConfig, part: Callable[[Any], Any]) -> Params:
 
 @functools.lru_cache(64)
 def _boxes(config: str) -> Params:
-    """Return abstract parameters with their logical axes. The result is cached, because many callers need it.
+    """Return abstract parameters with their logical axes, from a cache of the last 64 configs.
 
     Args:
         config: ModelConfig as JSON text, which can be a key of the cache.
@@ -150,7 +150,7 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
 
 
 def laid_out(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """Return abstract parameters with their shardings on `mesh`.
+    """Add the shardings on `mesh` to abstract parameters, and return these.
 
     Raises:
         RequestError: If the mesh does not fit the model.

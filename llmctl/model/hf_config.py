@@ -1,4 +1,4 @@
-"""Convert the keys of config.json between llmctl and Hugging Face.
+"""Convert keys of a Hugging Face config.json to fields of ModelConfig, and back.
 
 Each family (`llmctl.model.families`) converts its own keys with these functions. `hf_names` has the names of tensors.
 """
@@ -47,7 +47,7 @@ ACTIVATIONS = {
 class Keys:
     """Read the keys of a config.json one by one, and collect problems such as unsupported values.
 
-    Methods that read a key remove it. At the end, `finish` raises an error if there are problems or unread keys.
+    Every method that reads a key removes it from `given`. `finish` then reports problems and all keys that are left.
     """
 
     def __init__(self, given: Mapping[str, Any], ignore: frozenset[str] = frozenset()):
@@ -69,7 +69,7 @@ class Keys:
         return default
 
     def set_default(self, key: str, value: Any) -> None:
-        """Set a key that is missing to `value`, the default of `transformers`. If the key is null, it stays null."""
+        """Add a missing key with the default value in `transformers`. A key that is null is not changed."""
         self.given.setdefault(key, value)
 
     def check(self, key: str, *allowed: Any) -> None:
@@ -89,12 +89,15 @@ class Keys:
         return ACTIVATIONS.get(value, "silu")
 
     def drop(self, *keys: str) -> None:
-        """Remove keys that have no effect in this family."""
+        """Accept keys with any value, because they do not change the outputs of the model family.
+
+        The keys are removed, so that `finish` does not report them as unknown.
+        """
         for key in keys:
             self.given.pop(key, None)
 
     def finish(self, where: str) -> None:
-        """Check that all keys were read without problems.
+        """Raise an error if there are problems, or keys that no method has read.
 
         Args:
             where: Location of the config, for the error message.
@@ -141,7 +144,7 @@ SCALINGS = {
 
 
 def wrong_scaling(scaling: Mapping[str, Any]) -> str:
-    """Return the problem with a `rope_scaling` dict as text, or an empty string."""
+    """Return the error message for an invalid `rope_scaling` dict; an empty string if it is valid."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     numbers = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     if not scaling or kind == "default":

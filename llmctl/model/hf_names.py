@@ -55,7 +55,7 @@ class Bridge:
     in_out: str = ""
     """Regular expression for the names of matrices that Hugging Face stores as [in, out], as llmctl does."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Outdated names of tensors or classes that are accepted on import: {outdated name: current name}."""
+    """Outdated names of classes, and outdated endings of tensor names, that are accepted on import: {old: current}."""
 
     def table(self, cfg: Any, head: Head, bare: bool) -> dict[str, str]:
         """Return {parameter path: Hugging Face tensor name} for all parameters of a model with this head.

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
-    """Return the shape of the cached keys or values of a layer: [B, G, S, K], without B and G if they are 1.
+    """Return the shape of a layer's cached keys or values: [B, G, S, K], without the axes B and G if their size is 1.
 
-    `attention_xla.attend` multiplies arrays in this layout, so that XLA can update the cache in place. Axes of size 1
-    are dropped in the cache itself. If the program dropped them after the update, XLA's CPU backend would copy the
-    cache at every step.
+    `attention_xla.attend` multiplies arrays in this layout, so that XLA can update the cache in place. The cache has no
+    axes of size 1, because XLA's CPU backend would copy the cache at every step to drop them.
     """
     return (*(n for n in (B, G) if n > 1), S, K)
 

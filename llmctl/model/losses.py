@@ -68,7 +68,7 @@ def class_sums(
         weight_B: Weights of the examples.
         smoothing: Weight of the uniform distribution in the targets. The returned sums do not use it.
         z: Coefficient of log(Z)^2 in the loss. The returned sums do not use it.
-        among: Whether each class is possible, as 0 or 1, broadcast to the logits; None means that all are.
+        among: 1 for classes that are possible, 0 for excluded ones, broadcast to the logits; None excludes no class.
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0
     logits_BC = only(logits_BC, among)
@@ -106,7 +106,7 @@ def soft_class_sums(
         weight_B: Weights of the examples.
         temperature: Temperature of the KL divergence.
         hard: Weight of the cross-entropy.
-        among: Whether each class is possible, as 0 or 1, broadcast to the logits; None means that all are.
+        among: 1 for classes that are possible, 0 for excluded ones, broadcast to the logits; None excludes no class.
 
     Returns:
         (loss, sums over the examples). The sums are "loss", "accuracy" and "weight", with the meaning that `class_sums`

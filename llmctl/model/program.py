@@ -40,7 +40,7 @@ class Pass:
     trained: float = 1.0
     """Number of trained parameters, as a fraction of all parameters."""
     beside: float = 0.0
-    """FLOPs of another model in the same step, such as a teacher, summed over all devices."""
+    """FLOPs per step of another model, such as a teacher, summed over all devices."""
     predicted: float = 1.0
     """Fraction of the tokens to which the output projection is applied."""
     written: int = 0
@@ -67,7 +67,7 @@ class Gather(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Store the cost of a small program on one device, as computed by formulas."""
+    """Store the cost of one call of a small program on one device, as computed by formulas."""
 
     temporaries: float
     """Memory for temporaries and results in bytes, without the arguments."""
@@ -118,7 +118,7 @@ class Program:
     cache: Tree = ()
     """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Arrays of `parameters`, `optimizer`, `batch` and `cache` that are not arguments of the program."""
+    """Arrays in memory that the program does not have as arguments. They are also in one of the four fields above."""
     artifact_bytes: int = 0
     """Size of the arrays of the artifact that the stage writes, in bytes; 0 if it writes none."""
     work: Pass | Cost | None = None

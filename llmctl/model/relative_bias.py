@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 
 class RelativeBias(nn.Module):
-    """Return the table of relative position biases [U, H], a parameter that all layers share."""
+    """Define the table of relative position biases [U, H], one parameter that all layers share."""
 
     config: ModelConfig
 
@@ -38,7 +38,7 @@ def add(
     slot: jax.Array | int | None,
     order_BT: jax.Array | None,
 ) -> Shared:
-    """Return the inputs that all layers share, with the relative position bias [H, T, S] added as a field.
+    """Add the relative position bias [H, T, S] to the inputs that all layers share, and return these inputs.
 
     For a model with P trained keys (prefix tuning), also add the bias [H, T, P] of these keys, whose positions are
     before the text. For ring attention, which computes the bias block by block, add the bias table [U, H] instead.

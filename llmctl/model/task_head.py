@@ -21,7 +21,7 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
     Args:
         x_BTD: Hidden states.
         segments_BT: Number of the packed text that each token belongs to; 0 is padding.
-        pooling: "last" (last real token), "mean" (over real tokens) or "first" (first token).
+        pooling: "last" (last token), "mean" (over tokens) or "first" (first token), all without padding.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens. The first
             token stays first.
     """

@@ -169,7 +169,7 @@ class Stack(nn.Module):
         return self.finish(x_BTD), states_nBTD
 
     def _own(self) -> tuple[jax.Array, jax.Array | None]:
-        """Return the inputs that differ per layer, [L] each: whether attention is local, and dropout keys (or None)."""
+        """Return two arrays [L] with one element per layer: whether attention is local, and dropout keys (or None)."""
         key = self.make_rng("dropout") if self.train and self.config.dropout else None
         keys_L = None if key is None else jax.random.split(key, self.layers)
         return local_layers(self.config, self.layers), keys_L
@@ -277,9 +277,9 @@ def body_params(params: Params) -> Params:
 
 
 def product_rules(train: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that disables matrix products in 8 bits, unless `train` is true.
+    """Return a context manager that disables 8-bit matrix products if `train` is false.
 
-    Validation and teacher models therefore compute without them, even if training uses them.
+    Validation and teacher models therefore never use 8-bit products, even if training does.
     """
     off = not train and bool(quantized_matmul.rules_in_use.get())
     return quantized_matmul.use({}) if off else contextlib.nullcontext()

@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Feed:
-    """Describe one activation: the module that produces it, and all matrices whose input it is.
+    """Describe one activation: the module that produces it, and all matrices that have it as their input.
 
     >>> cfg = ModelConfig(preset="llama-tiny")
     >>> next(f for f in feeds(cfg) if f.producer == "decoder/blocks/mlp_norm").readers

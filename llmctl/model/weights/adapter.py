@@ -91,7 +91,7 @@ class Adapter(Node):
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return this adapter over a base that multiplies unquantized activations."""
+        """Return the same adapter, but with a base whose products do not quantize activations."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
@@ -151,9 +151,9 @@ def merge_adapters(params: Params) -> Params:
 
 
 def merge_bias_adapters(params: Params) -> Params:
-    """Merge adapters that also scale the bias of their layer, keep all others, and return the parameter tree.
+    """Merge those adapters that also scale the bias of their layer, and return the parameter tree.
 
-    In the result, biases can be read without looking at the adapter of the layer's matrix.
+    In the result, every stored bias is the one that the layer adds. Other adapters are not changed.
     """
     flat = flatten(params)
     changes: dict[str, Any] = {}
@@ -167,5 +167,5 @@ def merge_bias_adapters(params: Params) -> Params:
 
 
 def without_adapters(params: Params) -> Params:
-    """Return the parameter tree without adapters: each is replaced by the frozen weight to which it was applied."""
+    """Return the parameter tree with every adapter replaced by its frozen base weight."""
     return cast(Params, jax.tree.map(lambda w: as_node(w).bare(), params, is_leaf=is_weight))

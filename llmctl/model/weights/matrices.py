@@ -34,8 +34,8 @@ class Matrix:
     A token table that is also the output projection is an `embedding`.
     """
     stack: str
-    """`encoder` or `decoder`, if the matrix is one of their layers' matrices. Otherwise empty, and also empty for the
-    matrices that `layer_matrices` yields."""
+    """`encoder` or `decoder` for a matrix of their layers; empty for other matrices. Also empty for the matrices that
+    `layer_matrices` yields."""
     module: str
     """Path of the module within the layer, such as `attn/q`. Calibration uses it as the name of the matrix's inputs."""
 
@@ -58,7 +58,7 @@ class Matrix:
 def matrices(params: Params, *places: Place) -> Iterator[Matrix]:
     """Yield the matrices of a model, sorted by path.
 
-    If `places` are given, yield only matrices of these: "block" (layers), "head" (output heads), "embedding".
+    With `places`, yield only matrices of these kinds: "block" (layers), "head" (output heads), "embedding".
 
     >>> tree = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones((2, 8))}}}}}
     >>> [(m.stack, m.module, m.place, m.weight.shape) for m in matrices(tree)]
@@ -91,12 +91,15 @@ def per_layer(w: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def layer_of(tree: Any, index: int) -> Any:
-    """Return the weight of one layer from a weight that is stacked over layers, or do so for each weight of a tree."""
+    """Return one layer of a weight that is stacked over layers, or of every such weight in a tree."""
     return jax.tree.map(lambda a: a[index], tree)
 
 
 def value_names(params: Params) -> frozenset[str]:
-    """Return the names of the arrays with the values of the matrices in layers, integers included."""
+    """Return the names of the arrays that store the elements of the layers' matrices.
+
+    For a quantized matrix, this is the array of integers. Scales and adapter arrays are not included.
+    """
     found = ((m.path, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, part in found if part is not None)
 

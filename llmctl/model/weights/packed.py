@@ -26,9 +26,9 @@ FLOATS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BITS = {"int2": 2, "int3": 3, "mxfp4": 4, "nvfp4": 4}
 """Number of bits of a code, by format."""
 PER_WORD = {2: (4, 1), 3: (8, 3), 4: (2, 1)}
-"""(Number of codes, number of bytes) that are packed together, by the number of bits of a code."""
+"""(Number of codes, number of bytes) of the smallest unit that is packed, by the number of bits of a code."""
 BIAS = 127
-"""Exponent of 2 that a scale of mxfp4 stores as 0."""
+"""Exponent bias of the scales of mxfp4: the scale 2^n is stored as the integer n + 127."""
 
 
 @node_type
@@ -45,15 +45,15 @@ class Packed(Node):
     codes: jax.Array
     """Packed codes, uint8. The first code of a byte is in its lowest bits; integers are in two's complement."""
     scale: jax.Array
-    """Scale of each block. Those of mxfp4 are exponents of 2 plus 127, uint8."""
+    """Scale of each block. For mxfp4, the scale 2^n is stored as n + 127, uint8."""
     whole: jax.Array
-    """Factor of the whole matrix, [..., 1, 1]; 1 except for nvfp4."""
+    """Factor by which all scales of a matrix are multiplied, [..., 1, 1]; 1 except for nvfp4."""
     format: str = setting()
-    """int2, int3, mxfp4 or nvfp4."""
+    """Name of the format: int2, int3, mxfp4 or nvfp4."""
     size: int = setting()
-    """Length of the packed axis of the dense weight."""
+    """Length of the dense weight along the packed axis."""
     axis: int = setting(default=-2)
-    """Packed axis: -2 for a matrix, -1 for a table."""
+    """Axis along which codes are packed into bytes: -2 for a matrix, -1 for a table."""
 
     dtype = property(lambda self: self.whole.dtype)
     is_integer = property(lambda self: True)
@@ -68,9 +68,13 @@ class Packed(Node):
 
     @classmethod
     def of(cls, name: str, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array) -> Packed:
-        """Return a matrix [I, O] from levels of the format `name`, and from scales in the dtype that it stores.
+        """Pack a matrix [I, O].
 
-        Scales of mxfp4 are given as powers of two.
+        Args:
+            name: Name of the format.
+            level_IO: Values of the weights before scaling, all of which the format represents exactly.
+            scale_GO: Scales, in the dtype that the format stores. For mxfp4, they are powers of two in float32.
+            whole: Factor by which all scales are multiplied, [1, 1].
         """
         if name == "mxfp4":
             scale_GO = exponent(scale_GO)
@@ -113,7 +117,7 @@ class Packed(Node):
 
 
 def codes(name: str, level: jax.Array) -> jax.Array:
-    """Return the code of each level, uint8. Signs of zeros are kept in floats."""
+    """Encode levels of the format `name` (values before scaling) as codes, uint8. Floats keep the sign of zeros."""
     if name.startswith("int"):
         return (level.astype(jnp.int32) & (2 ** BITS[name] - 1)).astype(jnp.uint8)
     size = jnp.abs(level)
@@ -124,7 +128,7 @@ def codes(name: str, level: jax.Array) -> jax.Array:
 
 
 def levels(name: str, code: jax.Array) -> jax.Array:
-    """Return the level of each code, float32."""
+    """Decode codes of the format `name` to levels (values before scaling), float32; inverse of `codes`."""
     if name.startswith("int"):
         half = 2 ** (BITS[name] - 1)
         return ((code.astype(jnp.int32) ^ half) - half).astype(jnp.float32)
@@ -136,17 +140,20 @@ def levels(name: str, code: jax.Array) -> jax.Array:
 
 
 def exponent(scale: jax.Array) -> jax.Array:
-    """Return the stored exponents of scales that are powers of two, uint8."""
+    """Encode scales 2^n as the integers n + 127, uint8."""
     return (jnp.frexp(scale)[1] - 1 + BIAS).astype(jnp.uint8)
 
 
 def power(stored: jax.Array) -> jax.Array:
-    """Return the powers of two of stored exponents, float32. The exponential function of XLA is not exact."""
+    """Decode the integers n + 127 to scales 2^n, float32; inverse of `exponent`.
+
+    The bits of the floats are set directly, because the exponential function of XLA is not exact.
+    """
     return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def pack(code: jax.Array, bits: int, axis: int) -> jax.Array:
-    """Return codes packed along an axis into bytes. Zeros are added if they do not fill the last byte.
+    """Pack codes of `bits` bits into bytes along an axis. The last byte is padded with zeros.
 
     >>> pack(jnp.array([1, 2, 3, 0, 1], jnp.uint8), 2, 0).tolist()
     [57, 1]
@@ -161,7 +168,7 @@ def pack(code: jax.Array, bits: int, axis: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, bits: int, length: int, axis: int) -> jax.Array:
-    """Return the first `length` codes that `pack` packed along an axis, uint8."""
+    """Unpack the first `length` codes along an axis, uint8; inverse of `pack`."""
     number, size = PER_WORD[bits]
     parts = jnp.moveaxis(packed, axis, -1).astype(jnp.uint32)
     parts = parts.reshape(*parts.shape[:-1], -1, size)

@@ -17,7 +17,7 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 
 @node_type
 class Quantized(Node):
-    """Store a weight as symmetric integers or 8-bit floats with scales: integer * scale is the value.
+    """Store a weight as symmetric integers or 8-bit floats with scales. An element of the weight is integer * scale.
 
     If `activations` is "int8", products also quantize the activations, with one scale per token (W8A8).
     """

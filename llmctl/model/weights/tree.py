@@ -78,7 +78,7 @@ class Plain(Node):
         return take_along(self.array, index_LN, axis, self.shape[axis])
 
     def bare(self) -> Any:
-        """Return the array."""
+        """Return the array unchanged, because it has no adapter."""
         return self.array
 
     def merged(self) -> Any:
