@@ -22,7 +22,7 @@ from llmctl.compress.calibration import calibration_data, gradients
 from llmctl.compress.calibration.layer_passes import empty, passes
 from llmctl.compress.calibration.layer_stack import putter
 from llmctl.compress.calibration.settings import CalibrationConfig
-from llmctl.compress.calibration.statistics import Collect
+from llmctl.compress.calibration.statistics import Collect, LayerStats
 from llmctl.compress.pruning.sparse_method import SparseMethod
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.base import Task
@@ -114,12 +114,12 @@ class Walk:
                 with meshes.use(mesh):
                     return fn.trace(*takes)
 
-            layers, held_stats = ([layer], stats) if fn is look else ([layer, new], {})
+            layers, held_stats = ([layer], stats) if fn is look else ([layer, new], LayerStats({}, ()))
             return Program(
                 title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size,
                 seq_len=seq_len, dtype=str(dtype), steps=depth * self.batches, parameters=[params, held, made, layers],
                 batch=[(carry, batch)] * self.batches, cache=held_stats, beside=[params, held, made, waiting],
-                work=Pass(layers=len(layers), attention="xla", statistics=held_stats),
+                work=Pass(layers=len(layers), attention="xla", statistics=held_stats.of_inputs),
             )  # fmt: skip
 
         title = "statistics of a layer" if changes else "influence of a layer"

@@ -50,8 +50,8 @@ class Pass:
     eight: Mapping[str, float] = field(default_factory=dict)
     """Fraction of the layers' matrix products that are computed in 8 bits, by type: int8, float8."""
     statistics: Mapping[str, Tree] = field(default_factory=dict)
-    """Calibration statistics by matrix, such as "mlp/down". The inputs of these matrices stay in memory until the
-    statistics are updated."""
+    """Calibration statistics, one per input, by one matrix that reads the input, such as "mlp/down". These inputs stay
+    in memory until the statistics are updated."""
 
 
 class Gather(NamedTuple):

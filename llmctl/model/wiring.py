@@ -94,6 +94,21 @@ def feeds(cfg: ModelConfig) -> list[Feed]:
     return found + _head_feeds(cfg)
 
 
+def first_readers(cfg: ModelConfig, stack: str) -> dict[str, str]:
+    """Return, for each matrix of a layer, the first of the matrices that have the same input.
+
+    Paths are relative to the layer.
+
+    >>> first_readers(ModelConfig(preset="llama-tiny"), "decoder")["attn/v"]
+    'attn/q'
+    """
+    block, found = f"{stack}/blocks/", {}
+    for feed in feeds(cfg):
+        own = [reader.removeprefix(block) for reader in feed.readers if reader.startswith(block)]
+        found |= dict.fromkeys(own, next(iter(own), ""))
+    return found
+
+
 def _block_feeds(cfg: ModelConfig, stack: str) -> list[Feed]:
     block, post = f"{stack}/blocks", cfg.norm_position == "post"
     parts = ["attn", "cross", "mlp"] if has_cross_attention(cfg, stack) else ["attn", "mlp"]

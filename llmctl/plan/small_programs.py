@@ -6,6 +6,7 @@ with the program that XLA compiled.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -53,8 +54,8 @@ def layers(program: Program, work: Pass) -> Estimate:
     axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
     setup = Setup(model.model_copy(update=stack), axes, program.rows, program.seq_len, dtype, fused=False)
     unit, found = setup.item_bytes * setup.tokens, analytic_counts.counts(setup)
-    taps = unit * sum(_kept(statistics, setup).values())
-    products = 2 * setup.tokens * sum(_products(statistics, setup).values())
+    taps = unit * _kept(statistics, setup)
+    products = 2 * setup.tokens * _products(statistics, setup)
     types = {**found.flops_by_type}
     types["float32"] = types.get("float32", 0.0) + products
     counts = replace(found, flops=found.flops + products, bytes=found.bytes + taps, flops_by_type=types)
@@ -62,38 +63,22 @@ def layers(program: Program, work: Pass) -> Estimate:
     return temporaries, counts
 
 
-def _products(statistics: Any, setup: Setup) -> dict[tuple[str, str], float]:
-    """Return the number of elements of each Gram matrix that one device computes.
+def _products(statistics: Mapping[str, Any], setup: Setup) -> float:
+    """Return the number of elements of all Gram matrices that one device computes."""
+    elements = 0.0
+    for path, statistic in statistics.items():
+        elements += sum(a.size for a in jax.tree.leaves(statistic) if a.ndim == 3) / _shards(path, setup)
+    return elements
 
-    Matrices that read the same input are counted once. The keys are those of `_input_of`.
+
+def _kept(statistics: Mapping[str, Any], setup: Setup) -> float:
+    """Return the number of elements per token, on one device, of all inputs that have a statistic."""
+    return sum(statistic.inputs / _shards(path, setup) for path, statistic in statistics.items())
+
+
+def _shards(path: str, setup: Setup) -> int:
+    """Return the number of devices over which the input of a matrix is sharded.
+
+    Tensor parallelism shards the input of the last matrix of a block, `o` or `down`.
     """
-    found = {}
-    for path, statistic in dict(statistics).items():
-        key, squares = _input_of(path), [a.size for a in jax.tree.leaves(statistic) if a.ndim == 3]
-        if squares:
-            found[key] = sum(squares) / (setup.size("tensor") if key[1] == "inner" else 1)
-    return found
-
-
-def _kept(statistics: Any, setup: Setup) -> dict[tuple[str, str], float]:
-    """Return the number of elements per token, on one device, of each matrix input that has a statistic.
-
-    Matrices that read the same input are counted once. The keys are those of `_input_of`.
-    """
-    found = {}
-    for path, statistic in dict(statistics).items():
-        key = _input_of(path)
-        found[key] = statistic.inputs / (setup.size("tensor") if key[1] == "inner" else 1)
-    return found
-
-
-def _input_of(path: str) -> tuple[str, str]:
-    """Return a key (block, input) that is equal for matrices with the same input, such as q, k and v of self-attention.
-
-    The input is "inner" for the last matrix of a block, `o` or `down`. It is "encoder" for the keys and values of
-    cross-attention, which read the encoder's outputs. Otherwise it is "outer", the input of the block.
-    """
-    block, name = path.split("/")
-    if name in ("o", "down"):
-        return block, "inner"
-    return block, "encoder" if block == "cross" and name in ("k", "v") else "outer"
+    return setup.size("tensor") if path.endswith(("/o", "/down")) else 1

@@ -1,5 +1,7 @@
 """The wiring names the matrices of every preset, and scales may be moved where it says so."""
 
+import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,6 +64,24 @@ def tiny(name: str, **flags: Any) -> tuple[ModelConfig, dict[str, Any], dict[str
     if cfg.encoder_layers:
         batch |= {f"encoder_{k}": np.flip(v, 1) if k == "tokens" else v for k, v in batch.items()}
     return cfg, unflatten(flat), batch
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("llama", {}), ("bert", {"adapter_size": 4, "adapter_form": "parallel"}), ("t5", {"adapter_size": 4}),
+])  # fmt: skip
+def test_matrices_with_one_input_read_equal_activations(name, flags):
+    """Of every layer's captured inputs, exactly those that the wiring calls one are equal."""
+    cfg, params, batch = tiny(name, **flags)
+    memory = jax.jit(partial(functional.encode, cfg))(params, batch) if cfg.encoder_layers else None
+    for stack in wiring.stacks(cfg):
+        start = functional.embed_encoder if stack == "encoder" and cfg.encoder_layers else functional.embed
+        carry = start(cfg, params, batch) if start is functional.embed_encoder else start(cfg, params, batch, memory)
+        _, taps = functional.block(cfg, stack, functional.layer_params(params, stack, 0), carry, taps=True)
+        first = wiring.first_readers(cfg, stack)
+        assert first.keys() == taps.keys()
+        for a, b in itertools.combinations(sorted(taps), 2):
+            same = taps[a].shape == taps[b].shape and bool(jnp.array_equal(taps[a], taps[b]))
+            assert same == (first[a] == first[b]), (a, b)
 
 
 def answers(cfg: ModelConfig, batch: dict[str, Any]) -> Any:

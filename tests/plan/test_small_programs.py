@@ -5,7 +5,7 @@ import pytest
 
 from llmctl.pipeline import recipe
 from llmctl.plan import compile as compiling
-from llmctl.plan import modelled, planner, small_programs, topologies
+from llmctl.plan import modelled, planner, topologies
 from llmctl.plan.hlo import counts
 
 RECIPE = """
@@ -64,17 +64,6 @@ def programs(request, tmp_path_factory):
         axes = {axis: int(n) for axis, n in program.mesh.shape.items()}
         found[program.title] = (modelled.step(program, H100), done, counts.count(done.text, axes))
     return found
-
-
-def test_inputs_that_matrices_share_are_counted_once():
-    """Cross-attention reads two inputs: the decoder's by q, the encoder's by k and v."""
-    paths = {
-        ("attn", "outer"): ["attn/q", "attn/k", "attn/v"], ("attn", "inner"): ["attn/o"],
-        ("cross", "outer"): ["cross/q"], ("cross", "encoder"): ["cross/k", "cross/v"], ("cross", "inner"): ["cross/o"],
-        ("mlp", "outer"): ["mlp/gate", "mlp/up"], ("mlp", "inner"): ["mlp/down"],
-    }  # fmt: skip
-    for key, same in paths.items():
-        assert {small_programs._input_of(path) for path in same} == {key}
 
 
 def test_operations_are_those_of_the_compiled_program(programs):

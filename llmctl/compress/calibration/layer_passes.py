@@ -5,15 +5,17 @@ The functions also accept abstract arrays, so that `llmctl plan` can compile the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llmctl.compress.calibration.statistics import Collect, Stats
+from llmctl.compress.calibration.statistics import Collect, LayerStats
 from llmctl.distributed import mesh as meshes
-from llmctl.model import functional
+from llmctl.model import functional, wiring
 from llmctl.model.config import ModelConfig
 
 Batch = dict[str, Any]
@@ -37,16 +39,16 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
 
     @partial(jax.jit, donate_argnames=("stats",))
     def observe(
-        layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: Stats
-    ) -> tuple[Any, Stats, Any]:
+        layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: LayerStats
+    ) -> tuple[Any, LayerStats, Any]:
         """Run one batch through the unchanged layer. The statistics are donated, so memory holds them once.
 
         Returns:
           (output, updated statistics, the two sums of `_influence` from which the block influence is computed).
         """
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
-        stats = {path: stat.fold(taps[path], real(batch, path)) for path, stat in stats.items()}
-        return out, _replicated(stats), _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
+        stats = _folded(stats, {path: (taps[path], real(batch, path)) for path in stats.of_inputs})
+        return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
     def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
@@ -63,11 +65,13 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
     return observe, advance
 
 
-def empty(cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any) -> Stats:
+def empty(
+    cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any
+) -> LayerStats:
     """Return the initial statistics of one layer, before any tokens are added."""
     run = partial(functional.block, cfg, stack, taps=True, dtype=dtype)
     _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
-    return _selected(taps, collect)
+    return _selected(taps, collect, wiring.first_readers(cfg, stack))
 
 
 def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
@@ -77,7 +81,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
     """
 
     @partial(jax.jit, donate_argnames=("stats",))
-    def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: Stats) -> Stats:
+    def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: LayerStats) -> LayerStats:
         """Add the final hidden states of one batch to the statistics, which are donated, and return the statistics."""
         taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
@@ -85,7 +89,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
         def real(rows: int) -> jax.Array:  # pooled inputs have one row per sequence
             return real_BT.reshape(-1) if rows == real_BT.size else real_BT.any(axis=1)
 
-        return _replicated({path: stat.fold(taps[path], real(len(taps[path]))) for path, stat in stats.items()})
+        return _folded(stats, {path: (taps[path], real(len(taps[path]))) for path in stats.of_inputs})
 
     @jax.jit
     def compare(old: Layer, new: Layer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
@@ -114,29 +118,42 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
 
 def empty_of_head(
     cfg: ModelConfig, params: Layer, x_BTD: jax.Array, batch: Batch, collect: Collect, dtype: Any
-) -> Stats:
+) -> LayerStats:
     """Return the initial statistics of the output head, before any tokens are added."""
     taps = jax.eval_shape(partial(functional.head_taps, cfg, dtype=dtype), params, x_BTD, batch)
-    return _selected(taps, collect)
+    return _selected(taps, collect, {})
 
 
-def _selected(taps: dict[str, Any], collect: Collect) -> Stats:
-    found = {path: collect(path, tap.shape[-1]) for path, tap in sorted(taps.items())}
-    return {path: stat for path, stat in found.items() if stat is not None}
+def _selected(taps: dict[str, Any], collect: Collect, first_readers: Mapping[str, str]) -> LayerStats:
+    """Return the initial statistics that `collect` selects, one for all matrices that read the same input."""
+    of_inputs: dict[str, Any] = {}
+    keys: dict[Any, str] = {}
+    first: list[tuple[str, str]] = []
+    for path, tap in sorted(taps.items()):
+        stat = collect(path, tap.shape[-1])
+        if stat is None:
+            continue
+        leaves, kind = jax.tree.flatten(stat)
+        shapes = tuple((a.shape, a.dtype) for a in leaves)
+        key = keys.setdefault((first_readers.get(path, path), kind, shapes), path)
+        of_inputs.setdefault(key, stat)
+        first.append((path, key))
+    return LayerStats(of_inputs, tuple(first))
 
 
-def placed(stats: Stats) -> Stats:
+def placed(stats: LayerStats) -> LayerStats:
     """Replicate initial statistics on all devices of the current mesh. Without a mesh, return them unchanged."""
     current = meshes.current()
     return stats if current is None else jax.device_put(stats, meshes.replicated(current))
 
 
-def _replicated(stats: Stats) -> Stats:
-    """Replicate the statistics that a compiled function returns.
+def _folded(stats: LayerStats, inputs: Mapping[str, tuple[jax.Array, jax.Array]]) -> LayerStats:
+    """Return the statistics with a batch added: the inputs [N, I] and the mask [N] of real tokens, by `of_inputs`.
 
-    XLA reuses the memory of donated statistics only if argument and result have the same sharding.
+    They are replicated. XLA reuses the memory of donated statistics only if argument and result have the same sharding.
     """
-    return jax.tree.map(lambda a: meshes.constrain(a, *[None] * a.ndim), stats)
+    new = {path: stat.fold(*inputs[path]) for path, stat in stats.of_inputs.items()}
+    return replace(stats, of_inputs=jax.tree.map(lambda a: meshes.constrain(a, *[None] * a.ndim), new))
 
 
 def _influence(x_BTD: jax.Array, y_BTD: jax.Array, real_N: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ Shapes: N tokens of a batch, I inputs of a matrix, H blocks of K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self
@@ -179,12 +179,49 @@ class Peaks:
         return self.peaks.shape[-1]
 
 
-Stats = dict[str, Any]
+Stats = Mapping[str, Any]
 """Statistics of one layer, by path of the matrix ("attn/q", "mlp/down")."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["of_inputs"], meta_fields=["first"])
+@dataclass(frozen=True, eq=False)
+class LayerStats(Mapping[str, Any]):
+    """Store the statistics of one layer, one per input, and return them by path of the matrix.
+
+    Matrices that read the same input share one statistic, such as the query, key and value projections.
+
+    >>> shared = LayerStats({"attn/k": Totals.start(2)}, (("attn/k", "attn/k"), ("attn/q", "attn/k")))
+    >>> shared["attn/q"] is shared["attn/k"], len(jax.tree.leaves(shared))
+    (True, 1)
+    """
+
+    of_inputs: dict[str, Any]
+    """Statistic of each input, by the path of one matrix that reads the input."""
+    first: tuple[tuple[str, str], ...]
+    """Pairs (path of a matrix, key of its input's statistic in `of_inputs`), sorted."""
+
+    def __getitem__(self, path: str) -> Any:
+        """Return the statistic of a matrix's input."""
+        return self.of_inputs[dict(self.first)[path]]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the paths of the matrices."""
+        return (path for path, _ in self.first)
+
+    def __len__(self) -> int:
+        """Return the number of matrices."""
+        return len(self.first)
+
+    def without(self, path: str) -> dict[str, Any]:
+        """Return the statistics of the inputs that the matrix at `path` does not read."""
+        own = dict(self.first).get(path)
+        return {first: stat for first, stat in self.of_inputs.items() if first != own}
+
 
 Collect = Callable[[str, int], Statistic | None]
 """Function (path of a matrix, its number of inputs) -> an empty statistic, or None to collect nothing for this
-matrix."""
+matrix. Matrices that read the same input share one statistic if the function returns the same type and shapes for them.
+"""
 
 
 def moments(path: str, inputs: int) -> Statistic:

@@ -49,7 +49,7 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
     found = [replace(one, cache=[one.cache, sums], beside=[one.beside, sums]) for one in found] if sums else found
     found += [walk.gradients(model, params, method)] if walk and method.gradients else []
     found += _allocation(model, params, method, walk) if walk and method.allocation.calibrated else []
-    others = [{p: stat for p, stat in one.items() if p != name} for one in cache]
+    others = [one.without(name) for one in cache]
     pattern = method.pattern
     common = Program(
         f"zeros in {name}", model, mesh, lambda: prune.prune.trace(w, stats, own, method=method.name, pattern=pattern),
@@ -99,7 +99,7 @@ def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Wa
     layer, index = layer_of(params, stack), jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
     held = [] if params is walk.parent else [walk.parent]
     depth = sum(functional.depth(model, stack) for stack in functional.stacks(model))
-    stats = found[0].cache
+    stats = dict(found[0].cache)  # the sums of each matrix are saved, and read as arrays of their own
     if method.allocation.name == "owl":
         entries = sum(math.prod(_shard(m.weight)) for m in weights.layer_matrices(layer))
         matrices = {m.path: m.weight for m in weights.layer_matrices(layer)}

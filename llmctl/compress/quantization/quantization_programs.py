@@ -95,10 +95,9 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
 
     def program(title: str, trace: Any, modules: tuple[str, ...], work: Cost) -> Program:
         full = [whole[module] for module in modules]
-        others = {path: stat for path, stat in walk.cache.items() if path != modules[0]}
         return Program(
             title, model, mesh, trace, steps=model.layers, parameters=[walk.parameters, full], batch=walk.batch,
-            cache=walk.cache, beside=[walk.parameters, walk.batch, others], work=work,
+            cache=walk.cache, beside=[walk.parameters, walk.batch, walk.cache.without(modules[0])], work=work,
         )  # fmt: skip
 
     found: list[Program] = []

@@ -11,7 +11,7 @@ import pytest
 from llmctl.compress.calibration.calibrate import Visit, walk
 from llmctl.compress.calibration.layer_files import Saved
 from llmctl.compress.calibration.layer_stack import LayerStack
-from llmctl.compress.calibration.statistics import Gram, Moments, grams, moments, nothing
+from llmctl.compress.calibration.statistics import Gram, LayerStats, Moments, grams, moments, nothing
 from llmctl.compress.pruning.pattern import Pattern
 from llmctl.compress.pruning.prune import prune_layer
 from llmctl.compress.pruning.sparse_method import SparseMethod
@@ -110,9 +110,26 @@ def test_changed_layers_take_the_place_of_the_unchanged(tiny, batches):
         np.testing.assert_array_equal(jax.tree.leaves(same)[0], expected)
 
 
+def test_matrices_with_one_input_share_its_statistic(tiny, params, batches):
+    """Queries, keys and values read one input, gate and up another; a statistic of another shape is separate."""
+
+    def collect(path, inputs):
+        return None if path == "attn/k" else Gram.start(inputs, blocks=2 if path == "attn/v" else 1)
+
+    stats = walk(tiny, params, batches, collect, keep=True)[1][0].stats
+    assert isinstance(stats, LayerStats)
+    assert stats["mlp/gate"] is stats["mlp/up"]
+    assert stats["attn/q"] is not stats["attn/v"]
+    assert sorted(stats) == ["attn/o", "attn/q", "attn/v", "mlp/down", "mlp/gate", "mlp/up"]
+    assert sorted(stats.without("mlp/up")) == ["attn/o", "attn/q", "attn/v", "mlp/down"]
+    assert len(stats.without("attn/k")) == 5
+    blocks = [stats["attn/q"].products[0, half, half] for half in (slice(8), slice(8, 16))]
+    np.testing.assert_allclose(stats["attn/v"].products, blocks, rtol=1e-5)
+
+
 def test_memory_holds_the_gram_matrices_of_one_layer(tiny, params, batches):
     """Between batches, in the method and after a changed layer no other set is alive."""
-    found, whole = {}, sum(4 * inputs**2 for inputs in (16, 16, 16, 16, 16, 16, 24))
+    found, whole = {}, sum(4 * inputs**2 for inputs in (16, 16, 16, 24))  # of q, k, v; o; gate, up; down
     others = jax.live_arrays()  # of other tests; held, so that no new array gets the identity of one
 
     def look(where):
