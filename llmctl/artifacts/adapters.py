@@ -143,7 +143,7 @@ def selected(arrays: Mapping[str, Mapping[str, Any]], stored: Sequence[str]) -> 
 def composed(
     manifest: Manifest, target: dict[str, Any], stored: Mapping[str, Any], base: dict[str, Any]
 ) -> dict[str, Any]:
-    """Combine the arrays of an adapter and its base to the parameters of the model.
+    """Combine the arrays of an adapter and its base, and return the parameters of the complete model.
 
     Arrays of the base are not copied if they already have the sharding of `target`.
 

@@ -22,7 +22,7 @@ OLDER = "saved by an earlier llmctl, so only its arrays and its tokenizer are ch
 
 @dataclass(frozen=True)
 class Damage:
-    """List the differences between an artifact and its manifest: messages by the name of the field or file."""
+    """Store the differences between an artifact and its manifest, as {name of the field or file: message}."""
 
     content: dict[str, str]
     """Differences that can change predictions. An artifact with such a difference cannot be loaded."""

@@ -26,8 +26,8 @@ from llmctl.config.text_input import parse_json
 
 Part = Literal["content", "record"]
 ADVICE = "remove this folder and run the stage that made it again"
-"""Advice for a damaged artifact. The folder must be removed first, because stages whose artifact exists are skipped,
-without a look at its arrays."""
+"""Advice for a damaged artifact. The folder must be removed first, because a recipe skips stages whose artifact exists,
+without checking the arrays."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

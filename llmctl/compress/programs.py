@@ -1,7 +1,7 @@
 """Describe the compiled functions of pruning and quantization, so that `llmctl plan` can estimate their cost.
 
 A program is a function that JAX compiles, with abstract arguments. Compression runs calibration batches through the
-model layer by layer (calibration walk) and changes one weight at a time; each of these steps is a program. During the
+model layer by layer (calibration walk), and changes one weight at a time. Each of these steps is a program. During the
 walk, memory holds the arguments of the program, all parameters and the residual stream of every batch. Changed layers
 replace the unchanged ones in the parameters.
 """

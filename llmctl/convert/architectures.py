@@ -95,7 +95,7 @@ def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
     If `before` is given, it is the model from which a stage starts, and `model` is the stage's result. The string is
     then also empty if `before` cannot be exported either.
 
-    Stages print the warning before they start, because export would refuse the model only after hours of work.
+    Stages print the warning before they start, so that hours of training are not spent on a model that export refuses.
 
     Example:
         >>> notice(ModelConfig(preset="modern-tiny"))[:56]

@@ -254,7 +254,7 @@ def _rows(
 
 
 def _with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """Extend the embedding table by rows of zeros to `rows` rows, and return the changed (config, parameters).
+    """Extend the embedding table to `rows` rows, by rows of zeros, and return the new config and parameters.
 
     The new rows belong to tokens that the export adds.
     """

@@ -27,7 +27,7 @@ from llmctl.model.config import ModelConfig
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FULL = "trained_in_full"
-"""Key in the config of an import: the paths of the weights that the adapter replaced (modules trained in full)."""
+"""Key in the manifest's config of an imported adapter. It lists the paths of the weights that the adapter replaces."""
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
 """Modules that read and write one kind of adapter, by the value of `peft_type`."""

@@ -89,7 +89,7 @@ def import_tokenizer(
 def unread_files(folder: Path) -> tuple[str, ...]:
     """Return the names of files in an artifact's tokenizer folder that no stage reads.
 
-    If the folder has both a tokenizer.json and a SentencePiece model, no stage reads the latter.
+    If the folder has both a tokenizer.json and a SentencePiece model, no stage reads the SentencePiece model.
     """
     return (SentencePieces.file,) if (folder / JsonTokenizer.file).is_file() else ()
 

@@ -192,7 +192,7 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the final hidden states, and the outputs of selected layers.
+    """Compute the final hidden states of the model, and the outputs of selected layers.
 
     Args:
         cfg: Config of the model.

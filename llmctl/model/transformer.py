@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         return x_BTD if meshes.axis_size("pipeline") == 1 else pipeline_parallel.spread(x_BTD)
 
     def states(self, batch: Batch, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Return the result of `__call__`, and the outputs [n, B, T, D] of selected layers of the same stack."""
+        """Return the final hidden states [B, T, D], and the outputs [n, B, T, D] of chosen layers of the last stack."""
         memory = self.encode(batch) if self.config.encoder_layers else None
         return self._last().states(*self.start(batch, memory), layers)
 
@@ -230,8 +230,8 @@ class Transformer(nn.Module):
         """Return the embeddings of `batch["tokens"]`, and the attention inputs that all layers share, such as masks.
 
         The layers are those of the decoder or, if there is none, of the encoder. With a key-value cache of S positions,
-        the batch also contains `slot`, the cache position of the first token, and `cached_segments` [B, S], the segment
-        of the token at each cache position.
+        the batch has two more arrays. `slot` is the cache position of the first token. `cached_segments` [B, S] has the
+        segment of the token at each cache position.
         """
         stack = self._last()
         offset_BTD, prefix = batch.get("embedding_offset"), self.config.prefix_tokens

@@ -31,10 +31,9 @@ class Feed:
     """Paths of the matrices whose input is the activation. They include the table `embed/tokens` if the output
     projection is tied."""
     foldable: bool
-    """Whether a scale can be moved between the producer and the readers: if a channel of the activation is multiplied
-    by a positive factor and the readers' rows for this channel are divided by it, the model's outputs do not change.
-    False if another module reads the activation, or if a nonlinearity between producer and readers is not positively
-    homogeneous."""
+    """Whether scales can be folded: if the producer multiplies a channel by a positive factor, and the readers divide
+    their rows of this channel by it, the outputs of the model do not change. False if another module reads the
+    activation, or if a nonlinearity f between producer and readers does not satisfy f(c x) = c f(x)."""
     repeat: int = 1
     """Number of query heads per value head, if the producer is a value projection in grouped-query attention; otherwise
     1."""
@@ -56,8 +55,8 @@ class Units:
     width: int
     """Number of matrix columns or rows per head or neuron."""
     tables: tuple[str, ...] = ()
-    """Paths, relative to the stack, of parameters that all layers share and that have one element per head on the last
-    axis, such as the table of relative position biases."""
+    """Paths, relative to the stack, of parameters that all layers share, with one element per head on the last axis. An
+    example is the table of relative position biases."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,7 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Return two groups of modules of a stack, "encoder" or "decoder": those that write to its residual stream, and
-    those that read it."""
+    """Return the modules that write to the residual stream of a stack ("encoder" or "decoder"), and its readers."""
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

@@ -189,7 +189,8 @@ class _Walk:
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
-        `carries` has the hidden states of each batch before the stack. Afterwards it has those after the stack.
+        The list `carries` has the inputs of the first layer, one entry per batch. They are replaced by the outputs of
+        the last layer.
         """
         observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])

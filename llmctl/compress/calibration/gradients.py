@@ -7,8 +7,8 @@ parameters, memory holds:
 - one float32 array per matrix and requested sum
 - a float32 copy of every matrix with another dtype
 
-A backward pass per layer would need memory for the sums of one layer only, but would take as many times longer as there
-are layers.
+With one backward pass per layer, memory would hold the sums of one layer only. But L layers would take L backward
+passes per batch.
 """
 
 from __future__ import annotations

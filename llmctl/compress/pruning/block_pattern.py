@@ -1,6 +1,6 @@
-"""Reduce a matrix to one entry per block of a block pattern, and expand such a matrix again.
+"""Convert between matrices with one entry per weight and matrices with one entry per block of a block pattern.
 
-In an unstructured pattern, each weight is a block of its own, and the functions return their argument unchanged.
+In an unstructured pattern, each weight is a block. The functions then return their argument unchanged.
 
 Shapes: I inputs and O outputs of a matrix, A inputs and B outputs per block, M = I / A and N = O / B blocks.
 """
@@ -43,5 +43,5 @@ def expand(block_MN: jax.Array, pattern: Pattern) -> jax.Array:
 
 
 def _split(a_IO: jax.Array, pattern: Pattern) -> jax.Array:
-    """Return the matrix as an array [M, A, N, B]."""
+    """Reshape a matrix [I, O] to [M, A, N, B], in which axes 1 and 3 are the weights of a block."""
     return a_IO.reshape(a_IO.shape[0] // pattern.block_inputs, pattern.block_inputs, -1, pattern.block_outputs)

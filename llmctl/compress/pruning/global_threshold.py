@@ -1,7 +1,7 @@
 """Choose how many weights of each matrix become zero, if the weights of all matrices compete (global pruning).
 
-One threshold separates the lowest scores of the complete model. Each matrix gets as many zeros as it has scores below
-the threshold, so that pruning it alone sets exactly these weights to zero.
+One threshold separates the lowest scores of the complete model. This module counts how many scores of each matrix are
+below the threshold. Each matrix is then pruned separately, by this number of weights.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _shard(w: Tree) -> tuple[int, ...]:
 def _sparsegpt_cost(w: Tree) -> Cost:
     """Return the cost of SparseGPT for one matrix.
 
-    Its FLOPs are those of the products that propagate each block's errors to all inputs. Those of the triangular solve
+    Only the FLOPs of the products are counted that propagate each block's errors to later inputs. The triangular solve
     and the Cholesky decomposition are not counted. Memory holds four arrays of the Hessian's size and six of the
     matrix's size.
     """
@@ -161,8 +161,8 @@ def _sparsegpt_cost(w: Tree) -> Cost:
 def _repair_cost(w: Tree) -> Cost:
     """Return the cost of `repair` for one matrix.
 
-    Its FLOPs are those of the products of the Gram matrix with another matrix: one per step, one for the first
-    residual, and four for the errors at the end and their rounding errors.
+    Only the FLOPs of products with the Gram matrix are counted: one product per step, one for the first residual, and
+    four for the final errors and their rounding errors.
     """
     inputs, outputs = w.shape
     entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 5

@@ -206,7 +206,7 @@ class NormalFloats(Grid):
     def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
         """Return the nearest level to each weight, float32.
 
-        Weights are multiplied by the reciprocal of the scale, as in bitsandbytes, so the rounding is bit-identical.
+        Weights are multiplied by the reciprocal of the scale, as in bitsandbytes, so that both give identical bits.
         """
         return self.nearest(w * (1 / scale))
 

@@ -161,7 +161,7 @@ def _clip_cost(w: Tree, group: int, method: Quantization) -> Cost:
 def _solve_cost(w: Tree) -> Cost:
     """Return the cost of GPTQ for one matrix.
 
-    Its FLOPs are those of the products that propagate each block's errors to all inputs. Those of the triangular solve
+    Only the FLOPs of the products are counted that propagate each block's errors to later inputs. The triangular solve
     and the Cholesky decomposition are not counted. Memory holds five arrays of the Hessian's size, one of them in
     another order, and six of the matrix's size.
     """

@@ -79,8 +79,8 @@ def quantize_layers(
 def collector(method: Quantization) -> Collect:
     """Return the `Collect` function of a quantization method: the statistics that calibration collects per matrix.
 
-    They are a `Joined` of the Gram matrix ("gram") and the largest magnitudes of the inputs ("peaks"), as far as the
-    method reads them. Nothing is collected for the token embedding table, even if it is also the output projection.
+    They are a `Joined` of the Gram matrix ("gram") and the largest magnitudes of the inputs ("peaks"), or of one of
+    them, if the method reads only this one. Nothing is collected for the token embedding table.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -125,7 +125,7 @@ def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tupl
 def _scaled(
     cfg: ModelConfig, visit: Visit, method: Quantization
 ) -> tuple[Params, dict[str, jax.Array], dict[str, dict[str, Any]]]:
-    """Scale the inputs of a layer's matrices by AWQ or SmoothQuant, if the method does so.
+    """Scale the inputs of a layer's matrices by AWQ or SmoothQuant. For other methods, return the layer unchanged.
 
     Returns:
       The layer, whose outputs are unchanged, the scales of each matrix's inputs, and JSON data about each matrix.

@@ -163,8 +163,8 @@ def candidates(
 ) -> list[Candidate]:
     """Return all combinations of sizes that meet the budget, sorted by estimated loss.
 
-    A combination meets the budget if its size is at most `TOLERANCE` below it. If none is, those with the largest size
-    below the budget are returned.
+    A combination meets the budget if its size is at most `TOLERANCE` below the budget. If there is none, the
+    combinations with the largest size below the budget are returned.
     """
     found: list[Candidate] = []
     for layers in range(1, cfg.layers + 1):
@@ -183,8 +183,8 @@ def candidates(
 def finalists(found: list[Candidate], count: int) -> list[Candidate]:
     """Return up to `count` candidates from the start of the list, without those that are similar to an earlier one.
 
-    Two candidates are similar if they have the same number of heads, and differ by at most one layer and by at most an
-    eighth of the hidden width.
+    Two candidates are similar if they have equally many heads, and differ by at most one layer and an eighth of the
+    hidden width.
     """
     chosen: list[Candidate] = []
     for c in found:

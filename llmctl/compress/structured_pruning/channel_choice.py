@@ -1,4 +1,4 @@
-"""Select the channels of the residual stream that a smaller hidden width keeps, and compensate for the others.
+"""Select the channels of the residual stream to keep for a smaller hidden width, and compensate for removed channels.
 
 All layers share the channels. Matrices read the channels at the outputs of norms, so the importance of a channel is
 summed over the outputs of all norms. A first pass of the calibration data measures the unchanged model. With repair, a

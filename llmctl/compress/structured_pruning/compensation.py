@@ -1,10 +1,9 @@
 """Compensate a matrix for removed inputs, by least squares on the calibration data.
 
-The kept inputs predict what the removed inputs added to the outputs. The matrix with the kept rows becomes the one that
-minimizes the squared error of the outputs: W' = W_kept + C_kept^-1 C_kept,removed W_removed, with the Gram matrix C of
-the inputs (SliceGPT: Ashkboos et al., 2024, arXiv:2401.15024, solves the same problem for rotated inputs). If the
-matrix has a bias, C is the covariance, and the bias absorbs the mean of what was removed (FLAP: An et al., 2024,
-arXiv:2312.11983).
+The kept rows of the matrix are recomputed, so that the squared error of the outputs becomes minimal:
+W' = W_kept + C_kept^-1 C_kept,removed W_removed, where C is the Gram matrix of the inputs. SliceGPT solves the same
+problem for rotated inputs (Ashkboos et al., 2024, arXiv:2401.15024). If the matrix has a bias, C is the covariance. The
+mean of the removed inputs' contribution is then added to the bias (FLAP: An et al., 2024, arXiv:2312.11983).
 
 Shapes: I inputs, O outputs, K kept inputs, R removed inputs.
 """
@@ -31,7 +30,7 @@ def compensate(
     count: jax.Array,
     ridge: float = RIDGE,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the matrix [I, O] with zero rows for removed inputs and new values in the others, and the new bias.
+    """Return the matrix [I, O] with zero rows for removed inputs and recomputed rows for kept inputs, and the new bias.
 
     If the least-squares problem has no solution in float32, the kept rows do not change.
 

@@ -1,6 +1,6 @@
 """Prune attention heads, feed-forward neurons and layers, so that arrays become smaller (structured pruning).
 
-All layers of an encoder or decoder keep the same number of heads and neurons, because `lax.scan` runs them. Each layer
+All layers of an encoder or decoder keep equally many heads and neurons, because `lax.scan` runs the layers. Each layer
 selects its own heads and neurons, by their importance (`llmctl.compress.structured_pruning.importance`). The layers are
 processed in order. A removed head or neuron is first disabled by zero rows in the matrix that reads its output. Later
 layers therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
@@ -147,8 +147,8 @@ def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = 
 def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
     """Return the argument `units` of `gates.accumulate` for structured pruning from `cfg` to `target`.
 
-    The result is {path of a matrix: number of heads or neurons whose outputs it reads}. It has the matrices that read
-    heads, if `target` has fewer heads than `cfg`, and those that read neurons, if `target` has fewer neurons.
+    The result is {path of a matrix: number of heads or neurons whose outputs it reads}. Matrices are omitted if
+    `target` does not have fewer of these heads or neurons than `cfg`.
     """
     return {
         f"{stack}/blocks/{path}/kernel": units.count
@@ -255,7 +255,7 @@ def disable(
 ) -> dict[str, Any]:
     """Return a dense layer with zero rows for all inputs except `kept`.
 
-    With repair, the kept rows and the bias are recomputed from the statistics `measured`, to compensate for the others.
+    With repair, the kept rows and the bias are recomputed from the statistics `measured`, to compensate for the change.
     """
     kernel = dense["kernel"]
     if method.repair and measured is not None:

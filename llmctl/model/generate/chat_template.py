@@ -238,9 +238,9 @@ class Template:
     def _with_ends(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Change the ranges of characters that a template marks as answers, so that they end with an end token.
 
-        White space after an end token is removed. Some templates mark only the text of an answer, without the end
-        token. Then the special token right after the last answer is taken as the end token, and each answer that the
-        same token follows is extended by this token.
+        White space after an end token is removed. Some templates mark only the text of an answer, without its end
+        token. The special token right after the last answer then counts as the end token. Each answer is extended by
+        this token if the token follows the answer.
         """
         spans = [(first, first + self._answer_length(text[first:last])) for first, last in spans]
         if not spans or self._ends_with_special(text[slice(*spans[-1])]):
