@@ -39,7 +39,7 @@ H100 = topologies.find("h100:4")
 GPTQ = 'method = "gptq"\nformat = "int4"\nexamples = 16\nbatch_size = 8'
 METHODS = {
     "gptq": GPTQ,
-    "awq": GPTQ.replace("gptq", "awq") + "\ngroup = 64",
+    "awq": GPTQ.replace("gptq", "awq") + '\ngroup = 64\nrules = { up = "int8" }',
     "wanda": 'allocation = "owl"',
     "sparsegpt": 'repair = true\nallocation = "sensitivity"',
     "magnitude": 'pattern = "4x1"\nallocation = "global"',

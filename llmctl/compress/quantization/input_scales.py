@@ -20,9 +20,9 @@ STEPS = 20
 """Number of steps between the exponents 0 and 1 that AWQ tries, as in the authors' code."""
 
 
-@partial(jax.jit, static_argnames=("at", "grid", "group"))
+@partial(jax.jit, static_argnames=("at", "levels"))
 def awq(
-    kernels: tuple[jax.Array, ...], gram_II: jax.Array, *, at: Fold, grid: Grid, group: int
+    kernels: tuple[jax.Array, ...], gram_II: jax.Array, *, at: Fold, levels: tuple[tuple[Grid, int], ...]
 ) -> tuple[jax.Array, jax.Array]:
     """Return AWQ's scales [I] for matrices with the same inputs, and the exponent of the scales.
 
@@ -32,11 +32,10 @@ def awq(
     square, because the Gram matrix contains it.
 
     Args:
-      kernels: the matrices [I, O].
+      kernels: the matrices [I, O] that are quantized.
       gram_II: Gram matrix of their inputs.
       at: the matrices, and the module into which the scales are folded.
-      grid: levels of the format.
-      group: number of inputs with one scale of the format; 0 for all inputs.
+      levels: for each matrix, the levels of its format and the number of inputs with one scale; 0 for all inputs.
     """
     size_I = jnp.sqrt(at.shared(jnp.diagonal(gram_II), jnp.mean))
     live_I = size_I > 0
@@ -49,7 +48,7 @@ def awq(
 
     def error(exponent: jax.Array) -> jax.Array:
         scale_I1, total = scales(exponent)[:, None], jnp.float32(0)
-        for w in kernels:
+        for w, (grid, group) in zip(kernels, levels, strict=True):
             w_IO = w.astype(jnp.float32)
             new_IO = w_IO * scale_I1
             scale_IO = grids.spread(grids.scales(new_IO, grid, group, w.dtype, None, False), len(w_IO))
@@ -71,7 +70,7 @@ def smooth(kernels: tuple[jax.Array, ...], peak_I: jax.Array, alpha: float, *, a
     weights. Inputs whose activations or weights are all 0 get the scale 1.
 
     Args:
-      kernels: the matrices [I, O].
+      kernels: the matrices [I, O] that are quantized.
       peak_I: largest magnitude of each input.
       alpha: migration strength, from 0 to 1.
       at: the matrices, and the module into which the scales are folded.

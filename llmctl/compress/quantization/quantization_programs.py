@@ -14,7 +14,7 @@ from llmctl.compress.quantization import folding, gptq, grids, input_scales
 from llmctl.compress.quantization import quantize as rounding
 from llmctl.compress.quantization.grids import GRIDS
 from llmctl.compress.quantization.quantize_method import Quantization
-from llmctl.compress.quantization.quantize_walk import collector
+from llmctl.compress.quantization.quantize_walk import collector, full_path
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
@@ -38,20 +38,19 @@ def quantization(
       method: how the model is quantized.
       walk: the calibration walk; None for a method that reads no data.
     """
-    flat, group = weights.flatten(params), method.inputs
-    chosen = rounding.chosen(flat, method.scheme, group, embeddings=method.embeddings, head=method.head)
+    flat = weights.flatten(params)
+    chosen = rounding.chosen(flat, method)
 
     def rounded(path: str, w: Any) -> Any:
-        inputs = chosen[path]
-        node, _ = jax.eval_shape(lambda a: rounding.measured(a, method.scheme, inputs, group, method.clips), w)
-        return rounding.with_activations(node, inputs, method.activations)
+        node, _ = jax.eval_shape(lambda a: rounding.measured(a, chosen[path], method.clips), w)
+        return rounding.with_activations(node, chosen[path].inputs, method.activations)
 
     small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
     left = functional.laid_out(model, weights.unflatten(small), mesh)
     if walk is not None:
         found = walk.programs(model, params, collector(method), changes=True, after=left)
         found += _layer_programs(found[0], model, params, mesh, method)
-        if method.embeddings:
+        if "embed/tokens" in chosen:
             found.append(_rounding(model, params, left, mesh, held, method, ["embed/tokens"], chosen))
         return found, left
     return [_rounding(model, params, left, mesh, held, method, [*chosen], chosen)], left
@@ -59,7 +58,7 @@ def quantization(
 
 def _rounding(
     model: ModelConfig, params: Tree, left: Tree, mesh: Mesh, held: Tree, method: Quantization,
-    paths: list[str], chosen: dict[str, int],
+    paths: list[str], chosen: dict[str, rounding.Target],
 ) -> Program:  # fmt: skip
     """Return the program that rounds a weight without data, for the largest weight among `paths`."""
     flat, integers = weights.flatten(params), weights.flatten(left)
@@ -69,7 +68,7 @@ def _rounding(
     done = {path: q for path, q in integers.items() if path in chosen and path != last}
     return Program(
         f"rounding of {last}", model, mesh,
-        lambda: rounding.measured.trace(w, method.scheme, chosen[last], method.inputs, method.clips), steps=1,
+        lambda: rounding.measured.trace(w, chosen[last], method.clips), steps=1,
         parameters=[params, held, done], beside=[rest, held, done],
         # Read for the scales, the integers and the error; the integers are written and read.
         work=Cost(float(bytes_of(integers[last])), 3.0 * bytes_of(w) + 2 * bytes_of(integers[last])),
@@ -83,7 +82,10 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
     """
     stack = functional.stacks(model)[-1]
     matrices = {m.module: m.weight for m in weights.layer_matrices(layer_of(params, stack))}
-    name = max(matrices, key=lambda module: math.prod(matrices[module].shape))
+    formats = {module: form for module in matrices if (form := method.format_of(full_path(stack, module)))}
+    if not formats:  # rules leave the layers of this stack as they are
+        return []
+    name = max(formats, key=lambda module: math.prod(matrices[module].shape))
     whole = {m: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=meshes.replicated(mesh)) for m, w in matrices.items()}
 
     def statistic(module: str, part: str) -> Any:
@@ -102,21 +104,24 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
 
     found: list[Program] = []
     places = folding.folds(model, stack) if method.scales_inputs or method.smooth else []
+    places = [at for at in places if formats.keys() & set(at.readers)]
     if places:
         at = max(places, key=lambda at: sum(math.prod(whole[module].shape) for module in at.readers))
-        kernels = tuple(whole[module] for module in at.readers)
-        first = at.readers[0]
+        readers = tuple(module for module in at.readers if module in formats)
+        kernels = tuple(whole[module] for module in readers)
+        levels = tuple((GRIDS[formats[module].scheme], formats[module].group) for module in readers)
+        first = readers[0]
         if method.smooth:
             peaks, fn = statistic(first, "peaks").peaks, input_scales.smooth
             trace: Any = lambda: fn.trace(kernels, peaks, method.alpha, at=at)  # noqa: E731
             cost = Cost(16.0 * len(peaks), float(bytes_of(kernels)))
         else:
             trace = lambda: input_scales.awq.trace(  # noqa: E731
-                kernels, gram_of(first), at=at, grid=GRIDS[method.scheme], group=method.inputs
+                kernels, gram_of(first), at=at, levels=levels
             )
             cost = _search_cost(kernels)
-        found.append(program(f"scales of the inputs of {first}", trace, at.readers, cost))
-    w, grid, group, gram_II = whole[name], GRIDS[method.scheme], method.inputs, None
+        found.append(program(f"scales of the inputs of {first}", trace, readers, cost))
+    w, grid, group, gram_II = whole[name], GRIDS[formats[name].scheme], formats[name].group, None
     if method.hessian:
         gram_II = gram_of(name)
     if method.solves:

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llmctl.compress.quantization import grids
+from llmctl.compress.quantization import rules as patterns
 from llmctl.compress.quantization.grids import GRIDS
-from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES, inputs_per_scale
+from llmctl.compress.quantization.quantize_method import Format, Quantization
+from llmctl.compress.quantization.rules import Rules
+from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.model.weights import Node, Weight, flatten, unflatten
@@ -33,6 +36,7 @@ def quantize(
     head: bool = False,
     activations: str = "",
     clip: bool = False,
+    rules: Rules = (),
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Quantize the matrices of a parameter tree. Norms, biases and position tables do not change.
 
@@ -44,31 +48,48 @@ def quantize(
       head: whether to quantize the output projection, pooler and task head.
       activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).
       clip: whether to search for the scales with the least squared error of the weights.
+      rules: formats of the matrices whose module paths match patterns, in place of `scheme`.
 
     Returns:
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
+      RequestError: If a group does not divide the inputs of a weight, if a weight is already quantized or low-rank, or
+        if a pattern of `rules` matches no weight.
     """
-    flat, group = flatten(params), inputs_per_scale(scheme, group)
-    errors: dict[str, float] = {}
-    for path, inputs in chosen(flat, scheme, group, embeddings=embeddings, head=head).items():
-        node, error = measured(flat[path], scheme, inputs, group, clip)
+    flat, errors = flatten(params), {}
+    method = Quantization(scheme, group, embeddings=embeddings, head=head, rules=rules)
+    for path, target in chosen(flat, method).items():
+        node, error = measured(flat[path], target, clip)
         errors[path] = float(error)
-        flat[path] = with_activations(node, inputs, activations)
+        flat[path] = with_activations(node, target.inputs, activations)
     return unflatten(flat), errors
 
 
-def chosen(flat: dict[str, Any], scheme: str, group: int, *, embeddings: bool, head: bool) -> dict[str, int]:
-    """Return {path: axis of the inputs} of every weight that the settings select. `quantize` describes the arguments.
+class Target(NamedTuple):
+    """Describe how one weight is quantized."""
+
+    format: Format
+    inputs: int
+    """Axis of the inputs: -2 for a matrix [..., I, O], -1 for a table [V, D]."""
+
+
+def chosen(flat: dict[str, Any], method: Quantization) -> dict[str, Target]:
+    """Return a target for the path of every weight that is quantized.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a weight, or a weight is already quantized or low-rank.
+      RequestError: If a group does not divide the inputs of a weight, if a weight is already quantized or low-rank, if
+        a pattern matches no weight, or if patterns leave no weight to quantize.
     """
-    found = dict(targets(flat, embeddings=embeddings, head=head))
-    for path, inputs in found.items():
-        check(path, flat[path], inputs, scheme, group)
+    axes = dict(targets(flat, embeddings=method.embeddings, head=method.head))
+    everything = {weights.module_path(path) for path, _ in targets(flat, embeddings=True, head=True)}
+    modules = {path: weights.module_path(path) for path in axes}
+    patterns.check(modules.values(), method.rules, everything - {*modules.values()})
+    found = {path: Target(form, axes[path]) for path, name in modules.items() if (form := method.format_of(name))}
+    for path, target in found.items():
+        check(path, flat[path], target.inputs, target.format.scheme, target.format.group)
+    if modules and not found:
+        raise RequestError("rules leave no matrix to quantize")
     return found
 
 
@@ -113,9 +134,10 @@ def with_activations(node: Node, inputs: int, activations: str) -> Node:
     return node.with_activations(activations) if activations and inputs != -1 else node
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def measured(w: jax.Array, scheme: str, inputs: int, group: int, clip: bool = False) -> tuple[Node, jax.Array]:
+@partial(jax.jit, static_argnums=(1, 2))
+def measured(w: jax.Array, target: Target, clip: bool = False) -> tuple[Node, jax.Array]:
     """Quantize one weight, and return (quantized weight, its relative error as a float32 scalar)."""
+    (scheme, group), inputs = (target.format.scheme, target.format.group), target.inputs
     node = grids.quantized(w, GRIDS[scheme], inputs, group, True) if clip else SCHEMES[scheme](w, inputs, group)
     return node, relative_error(w, node)
 

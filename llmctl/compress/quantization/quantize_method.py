@@ -9,23 +9,36 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmctl.compress.calibration.settings import DAMPING
+from llmctl.compress.quantization import rules
+from llmctl.compress.quantization.rules import Rules
 from llmctl.compress.quantization.schemes import inputs_per_scale
 
 MethodName = Literal["rtn", "gptq", "awq", "awq+gptq"]
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """Describe how a model is quantized.
-
-    >>> Quantization("int4", group=128).calibrated, Quantization("nf4", method="gptq").inputs
-    (False, 64)
-    """
+class Format:
+    """Describe how one matrix is stored."""
 
     scheme: str
     """Name of the format in `llmctl.compress.quantization.schemes.SCHEMES`."""
+    group: int
+    """Number of inputs per scale; 0 for one scale per output."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Describe how a model is quantized.
+
+    >>> Quantization("int4", group=128).calibrated, Quantization("nf4", method="gptq").calibrated
+    (False, True)
+    """
+
+    scheme: str
+    """Name of the format in `llmctl.compress.quantization.schemes.SCHEMES` of all matrices that no rule selects."""
     group: int = 0
-    """Requested number of inputs per scale; 0 means the format's own number."""
+    """Requested number of inputs per scale; 0 means the format's own number. Formats that define it ignore the request.
+    """
     embeddings: bool = False
     """Whether the token embeddings are quantized."""
     head: bool = False
@@ -53,6 +66,8 @@ class Quantization:
     """Whether SmoothQuant moves outliers from activations to weights."""
     alpha: float = 0.5
     """Migration strength of SmoothQuant."""
+    rules: Rules = ()
+    """Formats of the matrices whose module paths match patterns (`llmctl.compress.quantization.rules`)."""
 
     @property
     def calibrated(self) -> bool:
@@ -79,13 +94,21 @@ class Quantization:
         """Return whether the method searches for scales that clip the largest weights."""
         return self.clip or self.scales_inputs
 
-    @property
-    def inputs(self) -> int:
-        """Return the number of inputs per scale; 0 for one scale per output."""
-        return inputs_per_scale(self.scheme, self.group)
+    def format_of(self, module: str) -> Format | None:
+        """Return the format of a module's matrix, or None if a rule leaves the matrix unquantized.
+
+        >>> method = Quantization("int4", group=128, rules=(("attn/*", "nvfp4"), ("lm_head", "none")))
+        >>> [method.format_of(module) for module in ("decoder/blocks/attn/q", "lm_head")]
+        [Format(scheme='nvfp4', group=16), None]
+
+        Args:
+          module: path of the module, such as `decoder/blocks/attn/q`.
+        """
+        name = rules.format_of(module, self.rules, self.scheme)
+        return None if name == rules.NONE else Format(name, inputs_per_scale(name, self.group))
 
     @property
     def rounding(self) -> dict[str, Any]:
         """Return the keyword arguments of `llmctl.compress.quantization.quantize.quantize`, by name."""
-        names = ("scheme", "group", "embeddings", "head", "activations", "clip")
+        names = ("scheme", "group", "embeddings", "head", "activations", "clip", "rules")
         return {name: getattr(self, name) for name in names}

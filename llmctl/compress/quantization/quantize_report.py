@@ -9,6 +9,8 @@ from rich.table import Table
 
 from llmctl.compress.calibration.calibrate import LayerReport
 from llmctl.compress.pruning.prune_report import Record, layer_table, mean
+from llmctl.compress.quantization.quantize_walk import full_path
+from llmctl.model import weights
 
 
 def records(reports: Sequence[LayerReport]) -> list[Record]:
@@ -30,8 +32,7 @@ def weight_errors(layers: Sequence[Record]) -> dict[str, float]:
     found: dict[str, float] = {}
     for layer in layers:
         for module, matrix in layer["matrices"].items():
-            block = f"{layer['stack']}/blocks/" if layer["stack"] in ("encoder", "decoder") else ""
-            path = f"{block}{module}/kernel"
+            path = weights.kernel_of(full_path(layer["stack"], module))
             found[path] = max(found.get(path, 0.0), matrix["weight_error"])
     return found
 

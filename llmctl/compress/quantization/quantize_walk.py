@@ -21,7 +21,7 @@ from llmctl.compress.calibration.settings import CalibrationConfig
 from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Peaks, Statistic
 from llmctl.compress.quantization import folding, gptq, grids, input_scales, quantize
 from llmctl.compress.quantization.grids import GRIDS
-from llmctl.compress.quantization.quantize_method import Quantization
+from llmctl.compress.quantization.quantize_method import Format, Quantization
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Matrix, Node, Weight
@@ -57,8 +57,7 @@ def quantize_layers(
     Raises:
       RequestError: If a weight cannot be quantized, or the calibration data cannot be read.
     """
-    which = {"embeddings": method.embeddings, "head": method.head}
-    quantize.chosen(weights.flatten(params), method.scheme, method.inputs, **which)
+    chosen = quantize.chosen(weights.flatten(params), method)
     batches = calibration_data.load(config, base, mesh)
 
     def change(visit: Visit) -> Params:
@@ -70,9 +69,10 @@ def quantize_layers(
         head=method.head, progress=progress, saved=saved, dtype=config.dtype,
     )  # fmt: skip
     flat, errors = weights.flatten(params), {}
-    for m in weights.matrices(params, "embedding") if method.embeddings else ():
-        flat[m.path], error = quantize.measured(m.weight, method.scheme, m.inputs, method.inputs, method.clips)
-        errors[m.path] = float(error)
+    for m in weights.matrices(params, "embedding"):
+        if m.path in chosen:
+            flat[m.path], error = quantize.measured(m.weight, chosen[m.path], method.clips)
+            errors[m.path] = float(error)
     return weights.unflatten(flat), reports, errors
 
 
@@ -93,7 +93,7 @@ def collector(method: Quantization) -> Collect:
 
 
 def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tuple[Params, dict[str, Any]]:
-    """Quantize every matrix of one layer. Biases do not change, and norms only if scales are moved into them.
+    """Quantize the matrices of one layer. Biases do not change, and norms only if scales are moved into them.
 
     Args:
       cfg: config of the model.
@@ -110,11 +110,13 @@ def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tupl
     layer, scales, notes_of = _scaled(cfg, visit, method)
 
     def change(m: Matrix) -> Weight:
+        if (form := method.format_of(full_path(visit.stack, m.module))) is None:
+            return m.weight
         parts = stat.parts if (stat := visit.stats.get(m.module)) else {}
         gram_II = replicated(parts["gram"].products[0]) if "gram" in parts else None
         if gram_II is not None and m.module in scales:
             gram_II = gram_II / scales[m.module][:, None] / scales[m.module][None, :]
-        node, found = _quantized(replicated(m.weight), gram_II, method)
+        node, found = _quantized(replicated(m.weight), gram_II, form, method)
         error = round(float(_weight_error(m.weight, node)), 6)
         notes[m.module] = {"shape": list(m.weight.shape), **found, "weight_error": error, **notes_of.get(m.module, {})}
         return quantize.with_activations(node, -2, method.activations)
@@ -136,24 +138,31 @@ def _scaled(
     flat = weights.flatten(visit.layer)
     places = folding.folds(cfg, visit.stack) if visit.stack != HEAD else []
     for at in places:
-        kernels = tuple(replicated(flat[weights.kernel_of(reader)]) for reader in at.readers)
+        formats = {reader: method.format_of(full_path(visit.stack, reader)) for reader in at.readers}
+        rounded = [reader for reader, form in formats.items() if form]
+        if not rounded:
+            continue
+        kernels = tuple(replicated(flat[weights.kernel_of(reader)]) for reader in rounded)
         parts, found = visit.stats[at.readers[0]].parts, {}
         if method.smooth:
             scale_I = input_scales.smooth(kernels, replicated(parts["peaks"].peaks), method.alpha, at=at)
         else:
-            gram_II, grid = replicated(parts["gram"].products[0]), GRIDS[method.scheme]
-            scale_I, exponent = input_scales.awq(kernels, gram_II, at=at, grid=grid, group=method.inputs)
+            levels = tuple((GRIDS[form.scheme], form.group) for form in formats.values() if form)
+            gram_II = replicated(parts["gram"].products[0])
+            scale_I, exponent = input_scales.awq(kernels, gram_II, at=at, levels=levels)
             found = {"exponent": round(float(exponent), 6)}
         layer = folding.fold(cfg, layer, at, scale_I)
         scales |= dict.fromkeys(at.readers, scale_I)
         notes |= dict.fromkeys(at.readers, found)
-    unscaled = {m.module for m in weights.layer_matrices(layer)} - scales.keys()
-    return layer, scales, notes | {module: {"unscaled": True} for module in unscaled}
+    modules = [m.module for m in weights.layer_matrices(layer)]
+    return layer, scales, {module: notes.get(module, {"unscaled": True}) for module in modules}
 
 
-def _quantized(w: jax.Array, gram_II: jax.Array | None, method: Quantization) -> tuple[Node, dict[str, Any]]:
+def _quantized(
+    w: jax.Array, gram_II: jax.Array | None, form: Format, method: Quantization
+) -> tuple[Node, dict[str, Any]]:
     """Quantize one matrix, and return it with its output error and the fallback, if there are any."""
-    grid, group, found = GRIDS[method.scheme], method.inputs, {}
+    grid, group, found = GRIDS[form.scheme], form.group, {}
     if method.solves and gram_II is not None:
         node, attempts = gptq.quantize(
             w, gram_II, method.damping, grid=grid, group=group, clip=method.clips,
@@ -168,6 +177,15 @@ def _quantized(w: jax.Array, gram_II: jax.Array | None, method: Quantization) ->
     if gram_II is not None:
         found["error"] = rounded_error(gram_II, w, weights.dense(node))
     return node, found
+
+
+def full_path(stack: str, module: str) -> str:
+    """Return the path of a module in the model, given its path in a layer of a stack or in the output head.
+
+    >>> full_path("decoder", "attn/q"), full_path("head", "lm_head")
+    ('decoder/blocks/attn/q', 'lm_head')
+    """
+    return module if stack == HEAD else f"{stack}/blocks/{module}"
 
 
 _weight_error = jax.jit(quantize.relative_error)

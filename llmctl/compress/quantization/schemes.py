@@ -102,10 +102,12 @@ nf4.group = 64  # type: ignore[attr-defined]
 def inputs_per_scale(name: str, group: int) -> int:
     """Return the number of inputs per scale: `group`, or the scheme's own number if `group` is 0.
 
+    The formats in `BLOCKS` define the number.
+
     >>> inputs_per_scale("nf4", 0), inputs_per_scale("nf4", 32), inputs_per_scale("int4", 0)
     (64, 32, 0)
     """
-    return group or getattr(SCHEMES[name], "group", 0)
+    return BLOCKS.get(name) or group or getattr(SCHEMES[name], "group", 0)
 
 
 def has_grid(name: str) -> bool:

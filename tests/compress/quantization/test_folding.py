@@ -63,7 +63,7 @@ def test_awq_equals_a_search_by_hand_and_lowers_the_error():
         return np.linalg.norm(x @ (np.clip(np.round(w * scale / step), -7, 7) * step / scale - w))
 
     errors = [error(i / 20) for i in range(21)]
-    scale_I, exponent = input_scales.awq((jnp.asarray(w),), gram, at=ALONE, grid=GRIDS["int4"], group=0)
+    scale_I, exponent = input_scales.awq((jnp.asarray(w),), gram, at=ALONE, levels=((GRIDS["int4"], 0),))
     assert float(exponent) == pytest.approx(np.argmin(errors) / 20, abs=1e-6) and min(errors) < 0.85 * errors[0]
     expected = size ** float(exponent)
     np.testing.assert_allclose(scale_I, expected / np.sqrt(expected.max() * expected.min()), rtol=1e-4)
@@ -84,7 +84,7 @@ def test_smoothing_lowers_the_error_of_integer_products():
 def test_inputs_that_are_always_zero_keep_their_scale():
     x, w = inputs_with_outliers()
     x[:, 5] = 0
-    scale_I, _ = input_scales.awq((jnp.asarray(w),), x.T @ x, at=ALONE, grid=GRIDS["int4"], group=8)
+    scale_I, _ = input_scales.awq((jnp.asarray(w),), x.T @ x, at=ALONE, levels=((GRIDS["int4"], 8),))
     smoothed_I = input_scales.smooth((jnp.asarray(w),), jnp.abs(x).max(axis=0), 0.5, at=ALONE)
     assert scale_I[5] == smoothed_I[5] == 1 and np.isfinite(scale_I).all()
 

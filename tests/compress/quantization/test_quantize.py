@@ -98,6 +98,9 @@ def test_every_family_is_reached_through_the_tree():
     cfg = ModelConfig(architecture="encoder_decoder", encoder_layers=1, layers=1, d_model=8, heads=2, kv_heads=2,
                       head_dim=4, d_ff=8, vocab_size=16, gated=False, positions="relative", tied=False)  # fmt: skip
     params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
-    _, errors = quantize(params, scheme="int8", head=True)
+    got, errors = quantize(params, scheme="int8", head=True, rules=(("encoder/*", "int4"),))
+    kinds = {path: w.format_name for path, w in flatten(got).items() if isinstance(w, Quantized)}
+    assert {kind for path, kind in kinds.items() if path.startswith("encoder/")} == {"int4"}
+    assert {kind for path, kind in kinds.items() if not path.startswith("encoder/")} == {"int8"}
     assert {"encoder/blocks/attn/q/kernel", "decoder/blocks/cross/k/kernel", "lm_head/kernel"} <= set(errors)
     assert "decoder/relative_bias/table" not in errors

@@ -65,6 +65,15 @@ def test_what_stays_as_it_is_has_a_line_with_its_setting(artifacts, tmp_path, ca
     assert "stay float32" not in capsys.readouterr().err
 
 
+def test_rules_and_settings_that_are_not_read_have_a_line(artifacts, tmp_path, capsys):
+    rules = {"mlp/*": "int4", "head/*": "none"}
+    made = run(artifacts, tmp_path, "classifier", rules=rules, head=True, examples=3, seq_len=8)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "examples, seq_len: not read, because method 'rtn' rounds without calibration data" in said
+    assert "4 weights to int8, 3 to int4; largest relative error" in said and "head = true" not in said
+    assert weights.is_plain(weights.flatten(made.params)["head/out/kernel"])
+
+
 def test_int4_is_half_of_int8_on_disk(tmp_path, artifacts):
     """Values that do not compress, so that the bytes are those of the numbers."""
     base = artifact.load(artifacts / "lm")

@@ -43,18 +43,20 @@ def test_layers_are_reported(artifacts, tmp_path, reviews, parent, capsys):
 
 
 def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews):
-    one = run(artifacts, tmp_path / "one", "lm", **GPTQ, data=reviews, group=8)
-    many = run(
-        artifacts, tmp_path / "many", "lm", **GPTQ, data=reviews, group=8,
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-    )  # fmt: skip
+    settings = {**GPTQ, "data": reviews, "group": 8, "rules": {"attn/*": "int8", "mlp/up": "none"}}
+    one = run(artifacts, tmp_path / "one", "lm", **settings)
+    many = run(artifacts, tmp_path / "many", "lm", **settings, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    assert {m.name: m.node.format_name for m in weights.matrices(one.params, "block") if m.node.is_integer} == {
+        "q": "int8", "k": "int8", "v": "int8", "o": "int8", "gate": "int4", "down": "int4",
+    }  # fmt: skip
     for a, b in zip(*(weights.matrices(m.params, "block") for m in (one, many)), strict=True):
         np.testing.assert_array_equal(np.asarray(a.node.values(), int), np.asarray(b.node.values(), int))
 
 
 def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monkeypatch):
     """Of three layers the first is done when the stage is killed; the others get the same bits when it runs again."""
-    whole = run(artifacts, tmp_path / "whole", "lm", **GPTQ, data=reviews)
+    settings = {**GPTQ, "data": reviews, "rules": {"mlp/*": "int2"}}
+    whole = run(artifacts, tmp_path / "whole", "lm", **settings)
     quantize_layer, done = quantize_walk.quantize_layer, []
 
     def killed(*args):
@@ -65,8 +67,8 @@ def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monke
 
     monkeypatch.setattr(quantize_walk, "quantize_layer", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(artifacts, tmp_path / "killed", "lm", **GPTQ, data=reviews)
-    made = run(artifacts, tmp_path / "killed", "lm", **GPTQ, data=reviews)
+        run(artifacts, tmp_path / "killed", "lm", **settings)
+    made = run(artifacts, tmp_path / "killed", "lm", **settings)
     assert len(done) == 4
     assert made.manifest.digest == whole.manifest.digest and made.manifest.metrics == whole.manifest.metrics
 
@@ -160,6 +162,9 @@ def test_data_is_no_part_of_the_key_without_calibration(reviews):
     ({"format": "mxfp4", "group": 16}, "group 16: mxfp4 has one scale for every 32 inputs"),
     ({"format": "int3", "activations": "int8"}, "activations: not for format 'int3'; choose int8 or int4"),
     ({"alpha": 0.2}, "alpha: only with smooth = true"),
+    ({"rules": {"mlp/*": "int5"}}, "unknown scheme 'int5'"),
+    ({"rules": {"": "int4"}}, "a pattern is empty"),
+    ({"rules": {"mlp/*": "nf4"}, "activations": "int8"}, "activations: not for format 'nf4'"),
 ])  # fmt: skip
 def test_settings_that_contradict_one_another(settings, message):
     with pytest.raises(ValidationError, match=message):

@@ -1,0 +1,185 @@
+"""Define the settings of quantization: the format, the method, and what is quantized.
+
+The module does not import JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
+
+from llmctl.compress.calibration.settings import DAMPING, CalibrationConfig
+from llmctl.compress.quantization.quantize_method import MethodName, Quantization
+from llmctl.compress.quantization.rules import NONE
+from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES, has_grid, inputs_per_scale
+
+SHORT = {"int8": 8, "int4": 4}
+"""Value of the setting `bits` that selects each of these formats."""
+CALIBRATION = frozenset(CalibrationConfig.model_fields)
+"""Settings that only methods with calibration data read."""
+RTN = "rtn"
+"""Name of the method without calibration data."""
+
+
+def _scheme(name: str) -> str:
+    return name and SCHEMES.check(name)
+
+
+def _rules(rules: dict[str, str]) -> dict[str, str]:
+    for pattern, name in rules.items():
+        if not pattern:
+            raise ValueError("a pattern is empty; write one such as 'mlp/*'")
+        if name != NONE:
+            SCHEMES.check(name)
+    return rules
+
+
+class QuantizeConfig(CalibrationConfig):
+    """Set how a model is quantized. The config of the stage `quantize` inherits these fields."""
+
+    added: ClassVar[frozenset[str]] = CALIBRATION | {
+        *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha", "rules"),
+    }
+
+    bits: int = 8
+    """Bits per weight: 8 or 4, for the formats int8 and int4."""
+    format: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
+    """Format of the weights. int8, int4, int3, int2: integers. fp8_e4m3, fp8_e5m2: 8-bit floats. mxfp4, nvfp4: 4-bit
+    floats with 8-bit scales for blocks of 32 and of 16 inputs. nf4: 4-bit quantiles of the normal distribution, for
+    unmerged LoRA (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
+    group: int = Field(default=0, ge=0)
+    """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output,
+    64 inputs for nf4, 32 for mxfp4 and 16 for nvfp4."""
+    rules: Annotated[dict[str, str], AfterValidator(_rules)] = {}
+    """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
+    longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a
+    stack have the same formats."""
+    embeddings: bool = False
+    """Also quantize the token embeddings, with one scale per token. Tied embeddings are the output projection too."""
+    head: bool = False
+    """Also quantize the output projection and the task head."""
+    activations: Literal["", "int8"] = ""
+    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8)."""
+    method: MethodName = RTN
+    """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
+    other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
+    matrices by their magnitude in calibration data, clip, and round to nearest. awq+gptq: the scales of awq, then gptq.
+    Token embeddings are always rounded to nearest."""
+    clip: bool = False
+    """Search for scales with the least squared error, which may clip the largest weights. Method rtn measures the error
+    of the weights, the others that of the outputs. Method awq always searches."""
+    smooth: bool = False
+    """Divide activations by one scale per channel, and multiply the weights that read them by the same scale
+    (SmoothQuant). Outliers of activations then have less effect. Requires calibration data and activations = "int8"."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Migration strength of `smooth`: 0 scales by the weights alone, 1 by the activations alone."""
+    damping: float = Field(default=DAMPING, gt=0, le=1)
+    """Method gptq: fraction of the Hessian's mean diagonal entry to add to its diagonal. If a Hessian has no inverse,
+    the fraction is multiplied by 10, and the matrix is reported."""
+    act_order: bool = True
+    """Method gptq: round inputs with larger sums of squares first."""
+    static_groups: bool = True
+    """Method gptq with groups: use scales of the unchanged weights. If false, a group's scale is determined when its
+    first input is rounded; this requires act_order = false."""
+
+    _unread: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_unread(cls, given: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
+        """Drop settings of calibration data if the method reads no calibration data, and remember their names.
+
+        A finished stage is therefore not repeated if only such settings change, as a recipe's shared data.
+        """
+        unread = ()
+        if isinstance(given, dict) and given.get("method", RTN) == RTN and not given.get("smooth"):
+            unread = tuple(key for key in given if key in CALIBRATION)
+            given = {key: value for key, value in given.items() if key not in CALIBRATION}
+        made = make(given)
+        if unread:
+            made._unread = unread
+        return made
+
+    @property
+    def unread(self) -> list[str]:
+        """Return the names of the settings that were given and are not read. `data` is left out: stages share it."""
+        return [name for name in self._unread if name != "data"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        """Normalize the settings: replace `format` by `bits` if `bits` can select the format.
+
+        Equal results then have equal settings, so that a finished stage is not repeated.
+        """
+        if not isinstance(given, dict):
+            return given
+        if (bits := SHORT.get(str(given.get("format", "")))) is None:
+            return given
+        if given.get("bits", bits) != bits:
+            raise ValueError(f"bits {given['bits']} contradicts format {given['format']}")
+        return {key: value for key, value in given.items() if key != "format"} | {"bits": bits}
+
+    @field_validator("bits")
+    @classmethod
+    def _known(cls, bits: int) -> int:
+        if bits not in (8, 4):
+            raise ValueError(f"must be 8 or 4, got {bits}")
+        return bits
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.format and "bits" in self.model_fields_set:
+            raise ValueError(f"bits {self.bits} has no meaning for format {self.format}")
+        return self
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Self:
+        told = self.model_fields_set
+        method = self.quantization
+        formats = [name for name in (self.scheme_name, *self.rules.values()) if name != NONE]
+        stray = sorted(told & {"damping", "act_order", "static_groups"})
+        if stray and not method.solves:
+            raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to 'gptq'")
+        name, block = self.scheme_name, BLOCKS.get(self.scheme_name)
+        if block and self.group not in (0, block):
+            raise ValueError(f"group {self.group}: {name} has one scale for every {block} inputs; leave it out")
+        for other in formats if self.activations else ():
+            if has_grid(other) and other not in SHORT:
+                raise ValueError(f"activations: not for format {other!r}; choose {' or '.join(SHORT)}")
+        if "alpha" in told and not self.smooth:
+            raise ValueError("alpha: only with smooth = true")
+        if self.smooth and not self.activations:
+            raise ValueError("smooth: only with quantized activations; set activations = 'int8'")
+        if self.smooth and method.scales_inputs:
+            raise ValueError(f"smooth: not with method {self.method!r}, which scales the same inputs")
+        for other in formats if method.calibrated or self.clip else ():
+            if not has_grid(other):
+                what = f"method {self.method!r}" if self.method != RTN else "smooth" if self.smooth else "clip"
+                raise ValueError(f"{what}: not for format {other!r}, whose levels are not known; choose another")
+        if "static_groups" in told and not any(inputs_per_scale(other, self.group) for other in formats):
+            raise ValueError("static_groups: only with groups; set group, such as 128")
+        if not self.static_groups and (self.act_order or method.clips):
+            other = "act_order = true" if self.act_order else "clip = true" if self.clip else f"method {self.method!r}"
+            raise ValueError(f"static_groups = false: not with {other}")
+        return self
+
+    @property
+    def scheme_name(self) -> str:
+        """Return the name of the quantization scheme."""
+        return self.format or f"int{self.bits}"
+
+    @property
+    def quantization(self) -> Quantization:
+        """Return the description of the quantization that `llmctl.compress` reads."""
+        names = ("group", "embeddings", "head", "activations", "method", "clip", "smooth", "alpha", "damping")
+        given = {name: getattr(self, name) for name in (*names, "act_order", "static_groups")}
+        return Quantization(self.scheme_name, rules=tuple(sorted(self.rules.items())), **given)
