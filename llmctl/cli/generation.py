@@ -49,7 +49,7 @@ class NamedModels:
         self._decoders, self.filler = decoders, filler
 
     def decoder(self, named_model: NamedModel) -> Decoder:
-        """Return the decoder with the parameters of a model."""
+        """Return the decoder, after setting its parameters to those of `named_model`."""
         assert self._decoders is not None
         return self._decoders.use(named_model.name)
 
@@ -184,7 +184,7 @@ def chat(
 def fill(named_models: NamedModels, texts: Iterable[str], k: int, json: bool) -> None:
     """Print every text with its masks replaced by the most likely tokens.
 
-    With `json`, print the `k` most likely tokens per mask.
+    If `json` is true, print the `k` most likely tokens of each mask as JSON instead.
     """
     assert named_models.filler is not None
     done = []

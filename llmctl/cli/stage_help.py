@@ -27,8 +27,7 @@ SYNTAX = {
     "LIST": 'LIST is items with commas, such as a,b or 0.1,0.2, or a TOML list: \'["a, b", "c"]\'.',
     "TABLE": 'TABLE is a TOML table in quotes for the shell: \'{text = "review", label = "stars"}\'.',
 }
-"""Explanation, printed in the help, of how to write lists and tables on the command line, by their placeholder (LIST,
-TABLE)."""
+"""Help texts that explain how to write a list and a table on the command line, by placeholder (LIST, TABLE)."""
 
 
 class StageCommand(TyperCommand):
@@ -105,7 +104,9 @@ def help_all(ctx: typer.Context, value: bool) -> None:
 
 
 def _heading(cls: Any, path: tuple[str, ...]) -> str:
-    """Return the help heading of a field, from the innermost section around it that defines a heading."""
+    """Return the help heading of a field: that of the innermost section that contains the field and defines a
+    heading.
+    """
     if path == ("platform",):  # a setting of the stage that belongs to the mesh
         return WHERE
     found = cls.heading

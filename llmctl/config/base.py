@@ -244,12 +244,13 @@ def keyed(value: Any) -> Any:
 
 
 def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """Complete nested settings that are only partly set, with the defaults that `cls` declares for them.
+    """Complete nested settings that the user set only in part, with the defaults that `cls` declares for them.
 
     If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
-    number of steps is 300. Fields in `Config.deciding`, such as a preset, determine the defaults of the other fields.
-    If the class of the nested settings has deciding fields, only the deciding fields are completed, and only if the
-    user sets none of them.
+    number of steps is 300.
+
+    Exception: if the class of the nested settings has `deciding` fields, such as a preset, these determine the defaults
+    of its other fields. In this case only the deciding fields are completed, and only if the user set none of them.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():

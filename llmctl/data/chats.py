@@ -25,7 +25,7 @@ Message = dict[str, Any]
 templates."""
 
 NAMES = ("messages", "conversations")
-"""Names of columns that contain conversations."""
+"""Names that the column of conversations may have in a source."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool"}  # fmt: skip
 """Role in chat templates for each role in OpenAI's format."""

@@ -258,8 +258,8 @@ class TokenizerConfig(Config):
     sentinels: int = Field(default=0, ge=0, le=1000)
     """Number of extra tokens `<extra_id_0>`, `<extra_id_1>`, … for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"
-    """Whether documents and prompts begin with a begin-of-sequence token. auto: yes for a trained tokenizer; as in the
-    file for a loaded one."""
+    """Whether documents and prompts begin with a begin-of-sequence token. auto: yes if the tokenizer is trained; as in
+    its file if it is loaded."""
 
     def inputs(self) -> list[str]:
         """Return the paths of the tokenizer's files. If their content changes, stages that read them run again.

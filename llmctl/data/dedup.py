@@ -66,8 +66,7 @@ class Scan:
     labels: list[Label]
     """Label of each row with the state KEPT, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """Location of the first row that contains each label of a word, for error messages; empty if words have no
-    labels."""
+    """Location of the first row with each word label, by label, for error messages; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:

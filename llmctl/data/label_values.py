@@ -65,8 +65,8 @@ def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, s
     """Choose one spelling per class, and return {label as spelled in the data: class name}.
 
     Labels such as "1" and "1.0" are one class, because `canonical` returns the same text for both. The name of a class
-    is its spelling in `known`, if the class is in `known`. For all other classes, labels keep their spelling if each
-    class has only one in the data. If any class has several, these labels get their canonical spelling.
+    is its spelling in `known`, if the class is in `known`. If every other class has only one spelling in the data, this
+    spelling is its name. Otherwise all other classes get their canonical spelling.
 
     Args:
         found: Labels as spelled in the data.

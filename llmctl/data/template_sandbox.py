@@ -55,8 +55,8 @@ SHALLOW = frozenset([
     "rejectattr", "reverse", "attr", "random", "defined", "undefined", "none", "mapping", "iterable", "sequence",
     "string", "number", "true", "false", "boolean", "integer", "float", "callable", "sameas", "filter", "test",
 ])  # fmt: skip
-"""Names of filters and tests that do not read the content of a value's items. Exception: the filter `string` reads it,
-and only the test `string` does not."""
+"""Names of filters and tests that do not read the content of a value's items. The name `string` stands only for the
+test, because the filter `string` reads the items."""
 CONTAINERS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 

@@ -93,7 +93,8 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
 def row_nll(model: ModelConfig, dtype: str) -> Any:
     """Return a compiled function (params, batch) -> negative log-likelihood [B] of each row's targets, in nats.
 
-    A target counts by its weight. Logits are computed in chunks, never for all positions at once.
+    The value of each target is multiplied by its weight. Logits are computed in chunks, never for all positions at
+    once.
     """
 
     def step(params: functional.Params, batch: dict[str, jax.Array]) -> jax.Array:

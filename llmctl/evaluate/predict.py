@@ -30,7 +30,8 @@ from llmctl.evaluate.tasks.registry import of
 from llmctl.evaluate.tasks.rows import RowSettings
 
 SHORTEST = 16
-"""Smallest padded length in tokens. The others are larger powers of two, and the maximum sequence length."""
+"""Smallest padded length in tokens. The other padded lengths are larger powers of two, and the maximum sequence
+length."""
 
 
 class Predictor:

@@ -33,7 +33,8 @@ class TextPredictor:
     """
 
     window = 4
-    """Number of batches that are predicted together. It is small, because no answer is written before all are done."""
+    """Number of batches that are predicted together. It is small, because the answers are written only when all these
+    batches are done."""
 
     def __init__(
         self,
@@ -106,8 +107,8 @@ class TextPredictor:
     def answers(self, rows: Sequence[Continuation], every: bool = False) -> list[dict[str, Any]]:
         """Return the answer to each row as JSON data.
 
-        "ended" is "end" if the model ended the answer, and "length" if the answer has the maximum number of tokens.
-        `every` is not used.
+        The key "ended" is "end" if the model ended the answer, and "length" if the answer has the maximum number of
+        tokens. The argument `every` is not used.
         """
         self._writer.fill(rows)
         return [{"answer": row.text, "ended": row.ended} for row in rows]
@@ -121,7 +122,8 @@ class TextPredictor:
     def _conversation(self, messages: list[chats.Message], tools: list[Any] | None) -> list[int]:
         """Return the tokens of a conversation up to the next answer.
 
-        If it is too long, its first exchanges are left out, as in training.
+        If the conversation is too long, its first exchanges are removed, as in training. An exchange is a user's
+        message and all messages before the user's next message.
         """
         if self._template is None:
             raise RequestError("the tokenizer has no chat template, so the model knows no conversations")

@@ -26,8 +26,8 @@ from llmctl.model.generate.decode import Decoder
 class Writer:
     """Generate the most likely answer to each prompt, greedily or by beam search.
 
-    A prompt that leaves no room for the answer is truncated: a decoder reads its end, an encoder its beginning, as in
-    training.
+    A prompt that leaves no room for the answer is truncated, as in training. A decoder reads the end of the prompt, and
+    an encoder reads the beginning.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Writer:
         self.encoded = model.architecture == "encoder_decoder"
         self.room, self.max_new = lengths(model, settings, seq_len)
         self.cut = 0
-        """Number of prompts that were truncated since the last call."""
+        """Number of prompts that were truncated in the last call."""
         self._device = jax.local_devices()[0]
         self._decoder: Decoder | None = None
         self._search: BeamSearch | None = None
@@ -132,7 +132,7 @@ class Writer:
                         pass
 
     def _alone(self) -> Any:
-        """Return a context manager in which arrays are not sharded, because generation runs on one device."""
+        """Return a context manager that sets a mesh of one device, because generation runs on one device."""
         return meshes.use(meshes.make(MeshConfig(data=1), [self._device]))
 
     def rows(self, prompts: Sequence[str]) -> list[Continuation]:

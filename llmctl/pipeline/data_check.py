@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Recipe, Step
 
 ROWS = 100
-"""Number of first rows of each source whose labels are checked."""
+"""Number of rows at the beginning of each source whose labels are checked."""
 LARGEST = 64_000_000
 """Largest size in bytes of a csv, jsonl or text file that is checked. Other sources have a schema, which is read
 quickly."""

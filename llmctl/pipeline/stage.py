@@ -80,7 +80,9 @@ class StageConfig(Config):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether the stage reads its setting `data`, if it has this setting."""
+        """Return whether the stage reads the data that its setting `data` describes. Stages without this setting also
+        return True.
+        """
         return True
 
     @property

@@ -56,7 +56,7 @@ def is_done(step: Step, key: str) -> bool:
 
 
 def remark(step: Step) -> str:
-    """Return a remark in parentheses on an artifact that is up to date; empty without a remark.
+    """Return a remark in parentheses on an artifact that is up to date; empty if there is nothing to remark.
 
     A remark is made if metrics or lineage differ from their checksums, or if an earlier version of llmctl wrote the
     artifact.

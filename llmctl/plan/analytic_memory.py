@@ -88,7 +88,7 @@ def entries(model: ModelConfig, size: Mapping[str, int]) -> Entries:
 
 
 def estimate(setup: Setup) -> Memory:
-    """Return the memory of one device at the peak of a step."""
+    """Return the bytes in use on one device at the memory peak of a step, by kind of array."""
     own = entries(setup.model, setup.mesh)
     trained = 4.0 * setup.trained * (2 if setup.ema else 1) if setup.optimizer else 0.0
     return Memory(

@@ -34,7 +34,8 @@ class Setup:
     """Fraction of the parameters that are trained. For LoRA, it is the adapters' number of parameters divided by the
     model's."""
     stored: float = 0.0
-    """Bytes per parameter of parameters that are not in the training state, such as frozen weights or a teacher."""
+    """Bytes of arrays outside the training state, such as frozen weights or a teacher, divided by the model's number of
+    parameters."""
     fused: bool = True
     """Whether attention runs in a fused kernel of the platform, which stores no attention scores."""
     eight: Mapping[str, float] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class Setup:
     """Whether calibration keeps, for one layer at a time, the second moments [I, I] of the inputs of every matrix."""
 
     def size(self, *axes: str) -> int:
-        """Return the product of the sizes of these mesh axes."""
+        """Return the product of the sizes of the mesh axes `axes`."""
         return math.prod(self.mesh.get(axis, 1) for axis in axes)
 
     @property

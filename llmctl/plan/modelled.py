@@ -74,7 +74,9 @@ def on(setup: Setup, topology: Topology) -> Setup:
 
 
 def step(program: Program, topology: Topology) -> tuple[float, Counts]:
-    """Return (bytes of temporaries, counts of operations, memory traffic and collectives), both per device."""
+    """Estimate a program as (bytes of temporaries, counts of operations, memory traffic and collectives), both per
+    device.
+    """
     work = program.work
     if work is None:
         return small_programs.least(program)

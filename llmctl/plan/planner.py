@@ -214,7 +214,9 @@ def _memory(program: Program, topology: Topology, result: compiling.Compiled | f
 
 
 def _work(program: Program, topology: Topology, counts: hlo.Counts, axes: dict[str, int], tokens: int) -> Found:
-    """Return operations, memory traffic and collectives as counted, and the time that the roofline model predicts."""
+    """Return a dictionary with operations, memory traffic and collectives as counted, and the time by the roofline
+    model.
+    """
     bound = roofline.of(counts, topology, axes, program.dtype) if counts.flops or counts.bytes else None
     budget = (tokens or program.steps * program.tokens) if program.tokens else 0
     seconds = bound.seconds if bound else None

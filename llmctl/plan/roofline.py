@@ -41,7 +41,7 @@ class Roofline:
 
     @property
     def binds(self) -> str:
-        """Return the resource that takes the longest: compute, hbm, ici or dcn."""
+        """Return the resource whose time is the longest: compute, hbm, ici or dcn."""
         times = {"compute": self.compute, "hbm": self.hbm, "ici": self.ici, "dcn": self.dcn}
         return max(times, key=lambda name: times[name])
 

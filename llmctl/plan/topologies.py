@@ -26,7 +26,7 @@ SHAPES = {
 """Shapes of the slices that can be rented, by TPU chip (docs.cloud.google.com/tpu/docs)."""
 GPUS = ("a100", "h100", "h200")
 NODE = 8
-"""Number of GPUs that share an NVLink switch (a node). More GPUs are several nodes, connected by a network."""
+"""Number of GPUs that share an NVLink switch (a node). More GPUs form several nodes, which a network connects."""
 MOST = {"tpu": 2**15, "cuda": 2**12, "cpu": 2**12}
 """Maximum number of devices in a plan, by platform. The number is limited because JAX creates an object for each
 device.
@@ -49,7 +49,7 @@ class Topology:
     """One of tpu, cuda and cpu."""
     chip: Chip
     shape: tuple[int, ...]
-    """Number of chips of a slice (GPUs of a node) along each axis."""
+    """Number of chips along each axis of a slice; for GPUs, the number of GPUs per node."""
     slices: int = 1
     """Number of slices (nodes) that the data-center network connects."""
 

@@ -178,7 +178,9 @@ def run(
 def calibrated(
     config: Any, learner: Learner, params: dict[str, Any], held_out: Validation
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return parameters whose class probabilities are calibrated on the validation rows, and their metrics."""
+    """Calibrate the class probabilities on the validation rows; return (parameters, validation metrics of these
+    parameters).
+    """
     with meshes.use(held_out.mesh):
         setup = _setup(config, held_out)
         params, found = learner.task.calibrated(learner.model, params, held_out.rows, setup)

@@ -105,7 +105,7 @@ class Allocator:
     def choose(self, scores: Named, budget: jax.Array) -> dict[str, jax.Array]:
         """Return masks [L, 1, R] of the singular values to keep, by path of the adapter.
 
-        The `budget` most important ones of all adapters together are kept.
+        The number of kept singular values is `budget`, over all adapters. The most important ones are kept.
         """
         importance = {path: self.importance(scores, path) for path in self.shapes}
         flat = jnp.concatenate([a.reshape(-1) for a in importance.values()])

@@ -185,7 +185,9 @@ class Reporter:
         self._show(step)
 
     def log_layer(self, report: LayerReport) -> None:
-        """Log the report of one layer of a calibration walk. The number of layers so far is the step."""
+        """Log the report of one layer, when calibration proceeds layer by layer. The step is the number of reported
+        layers.
+        """
         self._layers += 1
         self.log(self._layers, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
 

@@ -53,7 +53,8 @@ OVERLAP = {
     "xla_enable_async_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
 }
-"""Options of the TPU compiler that overlap collectives with matrix products. By default only few kinds of TPU do so."""
+"""Options of the TPU compiler that overlap collectives with matrix products. By default, only few kinds of TPU use
+these options."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,8 @@ class Program:
     begin: Any
     """Compiled function (trained arrays) -> first state. The arrays are donated."""
     named: Params
-    """Trained arrays by name, in float32. In bfloat16, as a saved model may have them, small updates would round to
-    zero.
-    """
+    """Trained arrays by name, in float32. A saved model may have bfloat16 arrays, in which small updates would round to
+    zero."""
     fixed: Params
     """Arrays that are not trained, by name."""
     state: State

@@ -38,7 +38,7 @@ def import_(
     replace: Annotated[bool, typer.Option("--replace", help="Replace an artifact that was not imported.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a published model to an artifact. Unknown settings and tensors are errors, and none is dropped."""
+    """Convert a published model to an artifact. Unknown settings and tensors are errors; none is dropped silently."""
     from llmctl.artifacts import atomic
     from llmctl.config.errors import RequestError
     from llmctl.convert import importing, peft

@@ -51,10 +51,10 @@ def predict(
     ] = 0,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
 ) -> None:
-    """Predict labels, numbers, tags, choices, texts or embeddings of new rows, in their order, one answer per row.
+    """Predict one answer per new row: a label, number, tags, choice, text or embedding.
 
-    A language model answers a prompt, or a conversation (messages, tools) with a chat template. A row that cannot be
-    read is reported on standard error, and its answer has the field "error".
+    Answers are in the order of the rows. A language model answers a prompt, or a conversation (messages, tools) with a
+    chat template. A row that cannot be read is reported on standard error, and its answer has the field "error".
     """
     from llmctl.data import row_stream
 

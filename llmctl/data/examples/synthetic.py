@@ -53,7 +53,7 @@ class SyntheticText(Text):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the class names."""
+        """Return the class names of the synthetic labels."""
         return self._examples.classes
 
     @property

@@ -13,16 +13,15 @@ from llmctl.data.file_bytes import buffer, line_offsets
 from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
-"""Maximum number of rows, and maximum number of bytes, at the beginning of a file from which the column names are read.
-A later row with a further column that llmctl would read, such as `label`, is an error."""
+"""Limits of the part at the beginning of a file from which the column names are read: maximum number of rows, and
+maximum number of bytes. A later row with a further column that llmctl would read, such as `label`, is an error."""
 
 
 class JsonLines(Source):
     """Read a file of JSON lines: one object per line.
 
     Line offsets are found at construction, and rows are parsed at access. `columns` contains the keys of the first
-    rows:
-    at most `ROWS` rows, within the first `BYTES` bytes.
+    rows: at most `ROWS` rows, within the first `BYTES` bytes.
     """
 
     def __init__(self, path: epath.Path):

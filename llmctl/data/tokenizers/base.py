@@ -223,7 +223,8 @@ class Tokenizer(ABC):
 
     @property
     def template(self) -> TextTemplate:
-        """Return the special tokens to add around texts. The default is `bos` if `add_bos` is set, the text, and `eos`.
+        """Return the special tokens to add around texts. By default, `eos` follows a text, and `bos` precedes it if
+        `add_bos` is set.
 
         A trained prompt (`prefix`) comes first.
         """

@@ -93,7 +93,7 @@ class JsonTokenizer(Tokenizer):
         return cls(model, saved_options.get("bos"), special)
 
     def options(self) -> dict[str, Any]:
-        """Return the saved options, including the texts of special tokens."""
+        """Return the options to save in the JSON file next to the model file, including the texts of special tokens."""
         return super().options() | {"special": self.special}
 
     def _find(self, name: str) -> int | None:
@@ -116,7 +116,7 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def backend(self) -> Backend:
-        """Return a new tokenizer object of the `tokenizers` library, from the same file."""
+        """Return a new object of the library `tokenizers`, built from this tokenizer's file."""
         return Backend.from_buffer(self.model)
 
     @property
@@ -139,8 +139,9 @@ class JsonTokenizer(Tokenizer):
         return found.ids, found.offsets
 
     def _encode_special(self, text: str) -> Any:
-        """Encode a text. If the text contains the name of a special token, such as `<s>`, this name becomes the
-        token."""
+        """Encode a text. If the text contains the name of a special token, such as `<s>`, this name is encoded as that
+        token.
+        """
         self._backend.encode_special_tokens = False
         try:
             return rust_errors.call(self._backend.encode, text, add_special_tokens=False)

@@ -53,8 +53,8 @@ class Metric:
     unless: str = ""
     """Name of another metric with the same value. A table that shows the other metric omits this one."""
     baseline: str = ""
-    """Name of another metric: the value of this metric for a baseline that ignores the input. Empty if there is no
-    baseline."""
+    """Name of the metric that has this metric's value for a baseline, which ignores the input; empty if there is
+    none."""
     compute: Callable[[Any, Any], float] | None = None
     """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
 

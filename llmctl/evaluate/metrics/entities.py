@@ -15,7 +15,8 @@ Entity = tuple[str, int, int]
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
 """Tag letters of the supported schemes, in addition to O: IOB2 and IOBES, BILOU, BMES, BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
-"""Letter in "BIES" with the same meaning as a letter of another scheme: M (middle), L (last), U (unit), W (whole)."""
+"""Letter of the scheme BIES for each letter of another scheme with the same meaning: M (middle), L (last), U (unit), W
+(whole)."""
 UNTYPED = "entity"
 """Entity type for tags without a type, such as those of word segmentation."""
 

@@ -24,7 +24,9 @@ class Words:
     """
 
     def __init__(self, characters: bool = False) -> None:
-        """Compile the pattern of words, or of single characters of any script."""
+        """Compile the regular expression that matches a word or, if `characters` is true, a single character of any
+        script.
+        """
         import regex  # sacrebleu requires it
 
         alone = r"\p{Han}\p{Hiragana}\p{Katakana}ー"

@@ -1,7 +1,8 @@
 """Select one of several choices as the right continuation of a prompt (multiple choice).
 
-A language model scores a choice by its log-likelihood after the prompt, so it can be measured without any training
-(Brown et al., 2020, arXiv:2005.14165). An encoder gets a head with one output per pair of prompt and choice.
+A language model scores a choice by its log-likelihood after the prompt. It can therefore be measured without training
+for the task (Brown et al., 2020, arXiv:2005.14165). An encoder gets a head with one output per pair of prompt and
+choice.
 
 Shapes: B questions, K choices per question, R = B * K rows, T tokens per row.
 """
@@ -191,7 +192,7 @@ class Choice(Task):
 
 
 def choice_scores(cfg: ModelConfig, params: functional.Params, x_RTD: jax.Array, batch: Batch, dtype: Any) -> jax.Array:
-    """Return the score of each row, [R]: its log-likelihood in nats, or the output of the head of an encoder."""
+    """Return the score of each row, [R]: its log-likelihood in nats or, for an encoder, the output of the head."""
     if cfg.head_kind.vocabulary:
         return log_likelihood(cfg, params, x_RTD, batch, dtype)
     return functional.outputs(cfg, params, x_RTD, batch, dtype)

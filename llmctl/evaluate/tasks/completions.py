@@ -1,4 +1,7 @@
-"""Complete prompts. A decoder reads prompt and completion; an encoder-decoder reads the prompt in its encoder."""
+"""Define the task "completions": train and measure the completion of prompts.
+
+A decoder reads prompt and completion as one sequence. In an encoder-decoder, the encoder reads the prompt.
+"""
 
 from __future__ import annotations
 

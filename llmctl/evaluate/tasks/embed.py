@@ -1,7 +1,7 @@
 """Train text embeddings, from text pairs or from similarity scores.
 
-With text pairs, training moves the vector of each text nearest to the vector of its own second text. With scores,
-training makes the cosine of two vectors equal to the score of their texts.
+With text pairs, training makes the vector of each text more similar to the vector of its own second text than to those
+of other texts. With scores, training makes the cosine of two vectors equal to the score of their texts.
 
 Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
 """

@@ -1,4 +1,4 @@
-"""Compute the losses of tasks, from the batch that the training step reads to the summed loss and metrics.
+"""Compute the loss and the metrics of a task, both summed over a batch.
 
 `Losses` runs the network and reads the outputs of the task head. `TokenLosses` reads the logits of predicted tokens
 instead; all language-modelling tasks inherit it.

@@ -23,9 +23,9 @@ class TaskRecord:
     architectures: ClassVar[tuple[str, ...]] = ("decoder", "encoder")
     """Model architectures that support the task."""
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
-    """Canonical column names (see `data.columns`) that labelled rows must have."""
+    """Columns that labelled rows must have, by llmctl's own column names (see `data.columns`)."""
     columns_read: ClassVar[tuple[str, ...]] = ()
-    """Canonical columns that rows without labels must have; if empty, one text column is enough."""
+    """Columns that rows without labels must have, by llmctl's own column names; if empty, one text column is enough."""
     label_type: ClassVar[str] = ""
     """Required value of `data.label_type`; empty accepts every value."""
     classes: ClassVar[bool] = False

@@ -50,7 +50,9 @@ class RowSettings:
 
     @property
     def order(self) -> dict[str, Any]:
-        """Return the keyword arguments of row classes that decide the order of rows."""
+        """Return the settings that determine the order of rows, `seed` and `shuffle`, as keyword arguments of row
+        classes.
+        """
         return {"seed": self.seed, "shuffle": self.shuffle}
 
 
@@ -134,7 +136,7 @@ class RowMethods(TaskRecord):
             split: train, validation or test.
             tokenizer: Tokenizer of the model.
             cache: Folder that caches tokenized raw text.
-            settings: Settings of the rows. `target_len` is that of the data.
+            settings: Settings of the rows, except `target_len`, which is taken from `text`.
             needed: Number of rows that will be read.
 
         Raises:

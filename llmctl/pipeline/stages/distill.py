@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Train a student to match a teacher's outputs: a pruned artifact (`from`), or a new network (`model`)."""
+    """Train a student, a pruned artifact (`from`) or a new network (`model`), to match a teacher's outputs."""
 
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}

@@ -275,7 +275,10 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return the training step and the finetuned artifact."""
+    """Return (the programs of finetuning, the finetuned artifact with abstract arrays).
+
+    The programs are the training step and, if the task generates answers in validation, their generation.
+    """
     import jax
 
     from llmctl.artifacts import abstract_artifact

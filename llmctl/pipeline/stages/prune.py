@@ -223,7 +223,9 @@ class Config(CalibrationConfig, StageConfig):
 
     @property
     def structure(self) -> StructuredMethod:
-        """Return the method that removes heads, neurons, hidden channels and layers."""
+        """Return the configured method of structured pruning, which removes heads, neurons, hidden channels and
+        layers.
+        """
         return StructuredMethod(self.importance, self.repair, self.seed)
 
     @property
@@ -233,7 +235,7 @@ class Config(CalibrationConfig, StageConfig):
 
     @property
     def zeros(self) -> SparseMethod:
-        """Return the method that sets single weights to zero."""
+        """Return the configured method of unstructured pruning, which sets single weights to zero."""
         allocation = Allocation(self.allocation, self.spread, self.outlier)
         pattern = Pattern.parse(self.pattern, self.sparsity)
         return SparseMethod(self.method, pattern, self.damping, self.repair, allocation)

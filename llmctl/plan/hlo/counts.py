@@ -42,9 +42,9 @@ class Collective:
     """Number of these collectives that overlap with computation: matrix products run between the instruction that
     starts the collective and the one that waits for its end."""
     payload: float = 0.0
-    """Bytes of the full arrays: the larger of all inputs together and all outputs together."""
+    """Bytes of the full arrays: the total size of the inputs or of the outputs, whichever is larger."""
     hidden: float = 0.0
-    """Bytes that the overlapped collectives send, as a part of `bytes`."""
+    """Bytes that the overlapped collectives send. They are included in `bytes`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ HOUSEKEEPING = hbm_traffic.FREE_CALLS | {
 ASYNC_STARTS = ("async-start", "call-start")
 """Opcodes that start an asynchronous computation. The computation of call-start runs on other cores of the chip."""
 SLICES = "slices"
-"""Name of the network between TPU slices, used instead of a mesh axis."""
+"""Value of `Collective.axis` for the network between TPU slices, which is not a mesh axis."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -235,7 +235,8 @@ def _branches(i: Instruction) -> list[str]:
 def _kind(i: Instruction) -> str:
     """Return the kind of the collective that starts at `i`; empty if none starts there.
 
-    A TPU program repeats an asynchronous collective in every fusion that overlaps it. Only the first is counted.
+    A TPU program repeats an asynchronous collective in every fusion that overlaps it. The result is empty for
+    repetitions, so that the collective is counted once.
     """
     kind = i.opcode.removesuffix("-start")
     config = i.attributes.partition('"async_collective_fusion_config":')[2].partition("}")[0]

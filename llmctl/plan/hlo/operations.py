@@ -12,7 +12,7 @@ TYPES = {
     "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8", "u8": "int8",
     "s4": "int4", "u4": "int4", "s32": "int32",
 }  # fmt: skip
-"""Names of dtypes in JAX, by their names in HLO. All float8 types are named "float8"."""
+"""Name of each dtype in JAX, by its name in HLO. All float8 types are named "float8"."""
 
 
 def matrix(computation: Computation, i: Instruction) -> tuple[float, str]:
@@ -136,7 +136,7 @@ def attention(computation: Computation, i: Instruction) -> float:
 
 
 def _share(inputs: list[Array]) -> float:
-    """Return the fraction of the attention's block pairs (queries, keys) that the kernel computes."""
+    """Return the fraction of the attention matrix's blocks (query block, key block) that the kernel computes."""
     table = inputs[0]  # absent if every block runs
     if len(table.dims) != 3 or not table.dtype.startswith("s"):
         return 1.0

@@ -109,7 +109,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Return, by the name of each instruction, the instructions that read its result."""
+        """Return {name of an instruction: instructions that read its result}."""
         found: dict[str, list[Instruction]] = {i.name: [] for i in self.instructions}
         for i in self.instructions:
             for name in dict.fromkeys(i.operands):

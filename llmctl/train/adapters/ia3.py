@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
-"""Side of each matrix, its outputs or its inputs, that the trained factors multiply. Other matrices get no factors."""
+"""Matrices with trained factors, and whether the factors multiply the matrix's outputs or its inputs."""
 
 
 class Ia3(Method):

@@ -1,4 +1,4 @@
-"""Train keys and values that attention reads in front of those of every text (prefix tuning).
+"""Train keys and values that attention reads in front of the keys and values of every text (prefix tuning).
 
 (Li and Liang, 2021, arXiv:2101.00190)
 
@@ -79,7 +79,8 @@ class Prefix(Method):
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
         """Return the config of the model with the prefix. If the model already has a prefix, it is trained further.
 
-        The prefix takes the first positions, so fewer remain for texts. With relative positions, texts lose none.
+        The prefix takes the first positions, so fewer remain for texts. With relative positions, texts keep all
+        positions.
 
         Raises:
           RequestError: If an existing prefix has another length.

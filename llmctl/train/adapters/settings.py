@@ -43,7 +43,7 @@ class LoraConfig(Settings):
 
 
 class AdaLoraConfig(Settings):
-    """Set the rank budget that all adapters share, for method adalora. `lora` sets the mean rank at the end."""
+    """Set the rank budget that all adapters share, for method adalora. Their mean rank at the end is `lora.rank`."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class FreeLb(Adversary):
-    """Perturb embeddings by steps of gradient ascent on the loss. Each step also adds to the gradients of the weights.
+    """Perturb embeddings by steps of gradient ascent on the loss. The gradients of the weights are averaged over all
+    steps.
 
     K steps therefore cost K forward and backward passes. Dropout is the same in all steps of a batch, as in the paper.
     """

@@ -29,7 +29,7 @@ class Site(NamedTuple):
     name: str
     """Name of the perturbation among the arrays of a batch. The model adds this array to its token embeddings."""
     mask_BT1: jax.Array
-    """1 at tokens, 0 at padding."""
+    """Mask of the positions to perturb: 1 at tokens, 0 at padding."""
     tokens_BT: jax.Array
     width: int
     entries_B11: jax.Array
@@ -82,7 +82,7 @@ class Search:
     mask_BT1: Any
     size_B11: Any
     epsilon: float
-    """Radius of the ball."""
+    """Radius of the ball of allowed perturbations."""
     step_size: float
     norm: str = "l2"
     """Norm of a row's perturbation: "l2" over all its entries, or "linf", its largest entry."""

@@ -114,8 +114,9 @@ def class_counts(examples: Examples) -> list[int]:
 def class_weights(given: Any, labels: Sequence[str], counts: Sequence[int]) -> np.ndarray:
     """Return the weight of each class, float32 [C].
 
-    If `given` is "balanced", the weight of class c is n / (C * n_c), for n_c of n examples and C classes with examples.
-    The mean weight of the examples is then 1. A class without examples has weight 1.
+    If `given` is "balanced", the weight of class c is n / (C * n_c). Here n is the number of examples, n_c is that of
+    class c, and C is the number of classes with examples. The mean weight of the examples is then 1. A class without
+    examples has weight 1.
 
     Raises:
       RequestError: If a class is unknown.

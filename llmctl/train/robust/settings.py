@@ -110,7 +110,7 @@ class RegularizeConfig(Settings):
     finetuned model. 0 disables it.
     """
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
-    """Weight of each class in the loss, such as {"rare" = 5.0}; classes that are not listed have weight 1. Or balanced:
-    weights inversely proportional to the number of training examples of the class."""
+    """Weight of each class in the loss: a table such as {"rare" = 5.0}, in which missing classes have weight 1; or
+    balanced, for weights inversely proportional to the number of training examples of the class."""
     balance: bool = False
     """Sample every class equally often. Examples of rare classes are repeated."""

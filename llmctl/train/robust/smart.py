@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from llmctl.train.robust.problem import Problem
 
 EARLY, EARLY_DECAY = 0.1, 0.99
-"""Fraction of first steps in which the moving average of the weights has a smaller decay, and this decay. Both are from
-the paper.
-"""
+"""Fraction of the training steps, from the start, in which the decay of the moving average of the weights is limited,
+and the maximum decay in these steps. Both are from the paper."""
 
 
 class Smart(Adversary):
