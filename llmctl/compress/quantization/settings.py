@@ -22,9 +22,9 @@ from llmctl.compress.quantization.rules import NONE
 from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES, has_grid, inputs_per_scale
 
 SHORT = {"int8": 8, "int4": 4}
-"""Value of the setting `bits` that selects each of these formats."""
+"""Value of the setting `bits` that selects each format, by the format's name."""
 CALIBRATION = frozenset(CalibrationConfig.model_fields)
-"""Settings that only methods with calibration data read."""
+"""Names of the settings that have an effect only with calibration data."""
 RTN = "rtn"
 """Name of the method without calibration data."""
 
@@ -63,7 +63,8 @@ class QuantizeConfig(CalibrationConfig):
     longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a
     stack have the same formats."""
     embeddings: bool = False
-    """Also quantize the token embeddings, with one scale per token. Tied embeddings are the output projection too."""
+    """Also quantize the token embeddings, with one scale per token. If embeddings are tied, the output projection is
+    quantized too."""
     head: bool = False
     """Also quantize the output projection and the task head."""
     activations: Literal["", "int8"] = ""
