@@ -119,7 +119,7 @@ def _heading(cls: Any, path: tuple[str, ...]) -> str:
 def _is_common(cls: Any, path: tuple[str, ...]) -> bool:
     """Return whether `--help` lists the flag of a field.
 
-    It does if the field's class lists the field in `common`, or if the class's `common` is None.
+    The flag is listed if the field's class lists the field in `common`, or if this `common` is None.
     """
     for part in path[:-1]:
         cls = section(cls, part)

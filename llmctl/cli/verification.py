@@ -16,7 +16,7 @@ Entry = dict[str, Any]
 
 
 def run(path: Path, say: Callable[[str], None], bases: Sequence[Path] = ()) -> list[Entry]:
-    """Compare the artifact, the run or the prepared data at a path with its checksums.
+    """Compare the artifact, the run or the prepared data at a path with the checksums that were saved with it.
 
     Args:
       path: an artifact, the folder of a run, or prepared data.

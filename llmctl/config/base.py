@@ -1,8 +1,8 @@
 """Define `Config`, the base class of all settings, and read and validate settings from TOML.
 
 A setting is a field of a settings class. Its name, type, default and help text are defined only there. An error message
-is one line. It contains the file, the dotted path of the setting, and the problem. For an unknown setting, the message
-suggests one with a similar name.
+is one line with the file, the dotted path of the setting, and the problem. For an unknown setting, the message suggests
+one with a similar name.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ CHUNK = 1024
 
 
 class Tokens(Protocol):
-    """Define the interface of the token ids of all documents. They are indexed like one array, but may be stored in
-    files."""
+    """Define the interface of the token ids of all documents. The ids are indexed like one array, but may be in
+    files.
+    """
 
     def __getitem__(self, at_N: np.ndarray, /) -> np.ndarray:
         """Return the token ids at the positions `at_N`, integers [N]."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 SAMPLE = 256
-"""Maximum number of rows to measure. They are evenly spaced over the first epoch."""
+"""Maximum number of rows to measure. The rows are evenly spaced over the first epoch."""
 REPORTED_FRACTION = 0.25
 """Fraction of padding above which a log line is written."""
 

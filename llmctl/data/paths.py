@@ -102,7 +102,8 @@ def _glob(path: epath.Path) -> Iterable[epath.Path]:
 def _remote(spec: str) -> epath.Path:
     """Convert a URL such as `gs://…` to a path, and check that the remote store can be read.
 
-    It cannot be read, for example, if the optional package for this store is not installed."""
+    The check fails, for example, if the optional package for this store is not installed.
+    """
     try:
         path = epath.Path(spec)
         path.exists()

@@ -1,7 +1,7 @@
 """Define the base classes of data sources, and open sources.
 
-A source is a sequence of rows, which are dicts {column: value}. It also returns the location of each row in its file,
-for error messages.
+A source is a sequence of rows, which are dicts {column: value}. A source also returns the location of each row in its
+file, for error messages.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def process_0_first() -> Iterator[None]:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Check that all processes have the same `value`. It must be JSON data.
+    """Check that all processes have the same `value`, which must be JSON data.
 
     Args:
         value: Value of this process.

@@ -43,7 +43,7 @@ class Protocol:
     stride: int
     dtype: str = "float32"
     first: bool = True
-    """Whether the first token of a document is scored. This needs a prefix token (BOS) or a prompt before it."""
+    """Whether the first token of a document is scored, which requires a prefix token (BOS) or a prompt before it."""
     unit: str = "document"
     """Unit of scoring: a document, or the completion of a prompt."""
 

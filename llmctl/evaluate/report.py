@@ -51,7 +51,7 @@ def lines(results: Sequence[Result]) -> list[Result]:
 def determined(results: Sequence[Result]) -> list[Result]:
     """Return the results without the values that may differ between two runs with equal weights.
 
-    These values are times, throughput, device names and sizes on disk.
+    Such values are times, throughput, device names and sizes on disk.
     """
 
     def same(name: str) -> bool:

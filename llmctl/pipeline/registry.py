@@ -36,9 +36,9 @@ def module(name: str) -> str:
 
 
 def symbol(name: str) -> str:
-    """Return the name that the command's file and function have.
+    """Return the name of a command's file and function.
 
-    This is the command's name, with an underscore appended if the name is a Python keyword.
+    It is the command's name, with an underscore appended if the name is a Python keyword.
     """
     return name if (COMMANDS / f"{name}.py").exists() else f"{name}_"
 

@@ -128,7 +128,7 @@ def _factored(setup: Setup, own: Entries) -> float:
 def widths(setup: Setup) -> tuple[float, float, float]:
     """Return three widths, in elements per token on one device.
 
-    They are, in this order: the residual stream; one feed-forward activation; q, k and v together.
+    The widths are, in this order: the residual stream; one feed-forward activation; q, k and v together.
     """
     model, tensor = setup.model, setup.size("tensor")
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim

@@ -132,8 +132,8 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
     """Return (topology, layout) for the first topology on which a compiled program fits; None if none fits.
 
-    Three layouts are compiled per topology. They are those that the analytic model estimates to be the fastest, the
-    fastest with spare memory, and the smallest.
+    Three layouts are compiled per topology: those that, by the analytic model, are the fastest, the fastest with spare
+    memory, and the smallest.
     """
     for topology in slices:
         ordered = candidates(setup, topology)

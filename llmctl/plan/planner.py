@@ -198,7 +198,7 @@ def _memory(program: Program, topology: Topology, result: compiling.Compiled | f
     analytic model reports the rest. For TPUs, there are two upper bounds of the total, and the smaller one is used:
 
     - The compiler's peak counts all kinds of memory, also on-chip memory.
-    - The sum of arguments, results and temporaries counts only HBM, but as if all of them existed at the same time.
+    - The sum of arguments, results and temporaries counts only HBM. It assumes that all of them exist at the same time.
     """
     held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
     arrays, refused = sum(held.values()), False

@@ -158,7 +158,7 @@ class Checkpoints:
         shutil.move(self.folder / "steps" / str(step), aside)
 
     def restore_best(self, step: int, abstract: Any) -> Any:
-        """Restore and return the best parameters. They were saved at `step`, and get the shardings of `abstract`.
+        """Restore and return the best parameters, which were saved at `step`. They get the shardings of `abstract`.
 
         Raises:
           WorkError: If the parameters cannot be read.

@@ -89,11 +89,10 @@ class Job:
     function must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is discarded.
     """
     memory: Callable[[Params], Any] | None = None
-    """Function from the trained arrays to a tree of further arrays. They are kept between steps, as the entry "memory"
-    of the training state. The function `after_step` reads and updates them. None means no such entry.
-    """
+    """Function from the trained arrays to a tree of further arrays that are kept between steps, as the entry "memory"
+    of the training state. The function `after_step` reads and updates them. None means no such entry."""
     state_metrics: Callable[[State], Sums] | None = None
-    """Function from the state after a step to further metrics of the step, such as the sparsity. They are logged."""
+    """Function from the state after a step to further metrics of the step that are logged, such as the sparsity."""
     reads_memory: bool = False
     """Whether the loss reads the arrays that `memory` keeps between steps. If true, the loss gets them as the keyword
     argument `memory`.

@@ -66,7 +66,7 @@ class Allocator:
     def memory(self, named: Named) -> State:
         """Return the initial values of the arrays that are kept between steps.
 
-        They are moving averages, which are zero, and masks of the triplets to keep, which are all True.
+        The arrays are moving averages, which are zero, and masks of the triplets to keep, which are all True.
         """
         entries = {join(path, part): named[join(path, part)] for path in self.shapes for part in ("a", "b", "e")}
         return {

@@ -41,7 +41,7 @@ def plan(
 ) -> None:
     """Compile a recipe's stages for chips that are not attached, and report memory, time, and whether the stages fit.
 
-    This requires no accelerator, no data and little memory.
+    Planning requires no accelerator, no data and little memory.
     """
     from llmctl.config.errors import RequestError
     from llmctl.pipeline import console, recipe

@@ -1,4 +1,6 @@
-"""Define the source for data that `llmctl prepare` tokenized (`data.source = "prepared"`). It has no rows of text."""
+"""Define the source for data that `llmctl prepare` tokenized (`data.source = "prepared"`), which has no rows of
+text.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def refuse(cfg: SourceConfig) -> Source:
 
 
 def listed(cfg: SourceConfig) -> list[epath.Path]:
-    """Return [path of prepared.json]. This file contains the checksums of all others."""
+    """Return [path of prepared.json], the file that contains the checksums of all other files."""
     return resolve(f"{cfg.path.rstrip('/')}/prepared.json")
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from etils import epath
 
 DESCRIPTOR = "llmctl_tokenizer.json"
-"""Name of the file that describes a saved tokenizer: its kind, digest and options. It is in the folder of the model
-file."""
+"""Name of the file, next to the model file, that describes a saved tokenizer: its kind, digest and options."""
 
 
 SENTINEL = "<extra_id_{}>"
@@ -183,11 +182,10 @@ class Tokenizer(ABC):
         return {name: names[i] for name, i in ids.items() if i in names}
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Return the token ids of a text. If the text contains the name of a special token, such as `<s>`, this name is
-        encoded as the special token.
+        """Return the token ids of a text, such as the output of a chat template, that may contain special tokens.
 
-        This is for the output of chat templates. If the text of a special token contains `ESCAPE`, it is encoded as
-        ordinary text, without that character.
+        The name of a special token, such as `<s>`, is encoded as the special token. If the name contains `ESCAPE`, it
+        is encoded as ordinary text, without that character.
         """
         special = self.special_ids
         out: list[int] = []

@@ -1,4 +1,4 @@
-"""Tokenize text as UTF-8 bytes. This needs no training and can encode every text, but sequences are long."""
+"""Tokenize text as UTF-8 bytes, without training. Every text can be encoded, but sequences are long."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Chat(Language):
         return jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure the perplexity of the assistant's tokens. They include the token that ends each answer."""
+        """Measure the perplexity of the assistant's tokens, including the token that ends each answer."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
         rows = self.rows(artifact.model, held.examples, tokenizer, RowSettings(setup.seq_len))
         step, metrics = scored(self, artifact, rows, setup)

@@ -22,8 +22,8 @@ Found = Iterable[tuple[Batch, Any]]
 Scored = (
     tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
 )
-"""Result of `metrics`, a tuple: the metrics by name; (true labels, predictions) of all examples, or None if the task
-returns none; the records of predictions.jsonl, only if the task writes them."""
+"""Result of `metrics`: a tuple of two or three items. They are the metrics by name; (true labels, predictions) of all
+examples, or None if the task returns none; and, if the task writes any, the records of predictions.jsonl."""
 
 
 class EvaluationMethods(RowMethods):

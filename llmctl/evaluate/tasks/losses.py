@@ -183,8 +183,8 @@ class TokenLosses(Losses):
     ) -> tuple[jax.Array, Sums]:
         """Return the distillation loss, and the metrics summed over the batch.
 
-        The loss is (1 - hard) * KL divergence + hard * cross-entropy. It sums over tokens, and over
-        next-sentence labels if both networks predict them.
+        The loss is (1 - hard) * KL divergence + hard * cross-entropy, summed over tokens. If both networks predict
+        next-sentence labels, the loss also sums over these labels.
         """
         (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)

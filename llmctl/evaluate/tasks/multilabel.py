@@ -51,7 +51,7 @@ class MultiLabel(Classify):
     problem_type = "multi_label_classification"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "micro_f1", the validation metric that selects the best checkpoint. It is computed at the threshold
+        """Return "micro_f1", the validation metric that selects the best checkpoint. Its probability threshold is
         0.5.
         """
         return "micro_f1"
@@ -126,7 +126,7 @@ class MultiLabel(Classify):
         return scored, (truth, predicted)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return a description of the measurement. It names the data on which the thresholds were fitted."""
+        """Return a description of the measurement, which names the data on which the thresholds were fitted."""
         manifest = artifact.manifest
         chosen = "thresholds chosen on validation"
         if not manifest.fitted:

@@ -60,7 +60,7 @@ class Span(Task):
     def best(self, labels: Sequence[str] = ()) -> str:
         """Return "accuracy", the validation metric that selects the best checkpoint.
 
-        It is the mean of two accuracies: that of the answer's first token and that of its last token.
+        This accuracy is the mean of those of the answer's first token and of its last token.
         """
         return "accuracy"
 
@@ -118,8 +118,8 @@ class Span(Task):
     def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
         """Return exact match and word F1 of the best span over all windows of a context.
 
-        If the data has questions without an answer, the model may also give no answer. It gives none if the score of no
-        answer exceeds the score of the best span.
+        If the data has questions without an answer, the model may also give no answer. The model gives no answer if the
+        score of no answer exceeds the score of the best span.
         """
         asked = list(examples)
         N = len(asked)

@@ -94,8 +94,8 @@ class Config(StageConfig):
     """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
     store: Literal["model", "adapter"] = "model"
     """Content of the artifact. model: all parameters. adapter: only the trained parameters, with adapters that are not
-    merged. Later commands then also need the base, the artifact from which training started. They search the folders
-    next to the adapter, or read the folder given by --base."""
+    merged. Later commands then also need the base, the artifact from which training started. Commands search for the
+    base in the folders next to the adapter, or read it from the folder given by --base."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of first layers to freeze, together with the embeddings."""
     trained: TrainedConfig = TrainedConfig()
@@ -200,9 +200,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def _metric(config: Config, made: Manifest) -> str:
-    """Return the name of the metric that selects the best seed.
+    """Return the name of the metric that selects the best of several seeds.
 
-    `made` is the manifest of one of the artifacts, which differ only in the seed.
+    `made` is the manifest of the artifact of any seed, because the artifacts differ only in the seed.
     """
     return config.train.best_by or TASKS[config.task].best(made.labels)
 

@@ -30,7 +30,7 @@ class Collective:
     kind: str
     """One of all-gather, reduce-scatter, all-reduce, all-to-all and collective-permute."""
     bytes: float
-    """Bytes that a device sends. It receives as many bytes."""
+    """Bytes that a device sends, which equal the bytes that it receives."""
     axis: str
     """Mesh axis of the collective.
 

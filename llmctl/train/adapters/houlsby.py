@@ -1,7 +1,7 @@
 """Train bottleneck adapters in the layers of a frozen model. The model may be quantized.
 
 An adapter follows each sublayer (Houlsby et al., 2019, arXiv:1902.00751), or runs in parallel to the feed-forward layer
-(He et al., 2022, arXiv:2110.04366). The adapters are part of the network, so ModelConfig contains their size. They
+(He et al., 2022, arXiv:2110.04366). The adapters are part of the network, so ModelConfig contains their size. Adapters
 cannot be merged into other matrices.
 """
 

@@ -159,10 +159,10 @@ class Prefix(Method):
 
 
 def projection(config: Any, params: Params) -> dict[str, jax.Array]:
-    """Return the initial parameters, by name, of the network that computes the prefix. They are replicated.
+    """Return the initial parameters, by name and replicated, of the network that computes the prefix.
 
-    The arrays are abstract if those of `params` are. `embedding` [P, W] is normally distributed. `first` [W, H], `last`
-    [H, 2 * L * W] and their biases are uniform, as the linear layers of torch.
+    The arrays are abstract if the arrays of `params` are. `embedding` [P, W] is normally distributed. `first` [W, H],
+    `last` [H, 2 * L * W] and their biases are uniform, as the linear layers of torch.
     """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec

@@ -116,8 +116,8 @@ def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
     """Return the level of each array, by name: its distance in layers from the output.
 
     The level is 0 for heads and final norms, 1 for the last layer of the encoder or decoder, 2 for the layer before it,
-    and so on. It is the number of layers plus 1 for embeddings. The shape broadcasts with the array: [L, 1, ...] for
-    stacked layers, and [] otherwise.
+    and so on. The level of embeddings is the number of layers plus 1. The shape broadcasts with the array: [L, 1, ...]
+    for stacked layers, and [] otherwise.
     """
     from llmctl.model import weights
 

@@ -43,7 +43,9 @@ class LoraConfig(Settings):
 
 
 class AdaLoraConfig(Settings):
-    """Set the rank budget that all adapters share, for method adalora. Their mean rank at the end is `lora.rank`."""
+    """Set the rank budget that all adapters share, for method adalora. The mean rank of the adapters at the end is
+    `lora.rank`.
+    """
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -103,7 +105,7 @@ class PrefixConfig(Settings):
     saved model contains only the outputs of the network. 0 trains the keys and values themselves.
     """
     deviation: float = Field(default=0.02, gt=0)
-    """Standard deviation of new keys and values; PEFT uses 1. It has no effect with a projection."""
+    """Standard deviation of new keys and values; PEFT uses 1. The value has no effect with a projection."""
 
 
 class TrainedConfig(Settings):

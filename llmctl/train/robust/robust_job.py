@@ -157,7 +157,7 @@ def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
 def remembering(job: Job, kept: Sequence[Kept]) -> Job:
     """Return the job with further arrays that are kept between steps, and that the loss reads.
 
-    They are added to the entry "memory" of the training state. Arrays that the job kept before do not change.
+    The new arrays are added to the entry "memory" of the training state. Arrays that the job kept before do not change.
     """
 
     def memory(named: Params) -> dict[str, Any]:

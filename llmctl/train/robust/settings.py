@@ -105,12 +105,11 @@ class RegularizeConfig(Settings):
     task's head. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
     """
     mixout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability with which each weight is replaced by its value before finetuning in a training step (Mixout),
-    without the task's head. 0.1 to 0.9 are usual, in place of dropout. Only for methods that train the weights of the
-    finetuned model. 0 disables it.
-    """
+    """Probability with which a training step replaces a weight by its value before finetuning (Mixout). The task's head
+    is excluded. 0.1 to 0.9 are usual, in place of dropout. Only for methods that train the weights of the finetuned
+    model. 0 disables it."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
-    """Weight of each class in the loss: a table such as {"rare" = 5.0}, in which missing classes have weight 1; or
-    balanced, for weights inversely proportional to the number of training examples of the class."""
+    """Weight of each class in the loss, as a table such as {"rare" = 5.0}; classes that it does not contain have weight
+    1. balanced: weights inversely proportional to the number of training examples of the class."""
     balance: bool = False
     """Sample every class equally often. Examples of rare classes are repeated."""

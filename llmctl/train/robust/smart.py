@@ -56,8 +56,8 @@ class Smart(Adversary):
     def cost(self, config: Any) -> float:
         """Return the FLOPs of a training step with the method, divided by those of a step without it.
 
-        This is 2 for the passes of clean and of perturbed rows, plus 2/3 per search step, and plus 1/3 if the moving
-        average of the weights is used.
+        The result is 2 for the passes of clean and of perturbed rows, plus 2/3 per search step. If the moving average
+        of the weights is used, 1/3 is added.
         """
         options = self.options(config)
         return 2 + options["steps"] * 2 / 3 + bool(options["proximal"]) / 3
