@@ -77,8 +77,8 @@ def prepare(
 ) -> Prepared:
     """Tokenize a corpus, write it to the folder `out`, and return the description of the folder.
 
-    `llmctl.data.pretraining.prepared` describes the files. They are first written to a hidden folder next to `out`, and the
-    folder is renamed when it is complete.
+    `llmctl.data.pretraining.prepared` describes the files. They are first written to a hidden folder next to `out`,
+    which is renamed when it is complete.
 
     Args:
         data: Settings of the data.
