@@ -27,7 +27,8 @@ class MeshConfig(Config):
     fsdp: int = Field(default=1, ge=-1)
     """Number of devices that shard one copy of the parameters; each reads different examples."""
     context: int = Field(default=1, ge=-1)
-    """Number of devices that shard each sequence, and also the parameters. Above 1, the model uses ring attention."""
+    """Number of devices that shard each sequence, and also the parameters. If above 1, the model uses ring
+    attention."""
     tensor: int = Field(default=1, ge=-1)
     """Number of devices that shard each layer's heads and neurons, and the vocabulary."""
     pipeline: int = Field(default=1, ge=-1)

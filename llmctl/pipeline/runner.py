@@ -237,7 +237,7 @@ def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], N
 
 
 def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: bool) -> None:
-    """Check, if the user chose the stages to run (`only`), that the inputs of these stages are up to date.
+    """Check that the inputs of the stages to run are up to date, if the user chose these stages (`only`).
 
     Raises:
       RequestError: If an input is not up to date, and its stage is not among the stages to run.

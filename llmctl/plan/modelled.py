@@ -58,10 +58,10 @@ def setup_of(program: Program, work: Pass) -> Setup:
 
 
 def on(setup: Setup, topology: Topology) -> Setup:
-    """Return a copy of the setup whose field `fused` is right for a topology.
-
-    `fused` becomes false if `llmctl.model.attention_kernels` has no kernel for the topology's chips and the setup's
+    """Return a copy of the setup with `fused` set to false if the topology has no attention kernel for the setup's
     shapes.
+
+    The conditions are those of `llmctl.model.attention_kernels`.
     """
     model, kernel = setup.model, False
     if topology.platform == "tpu":

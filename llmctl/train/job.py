@@ -55,10 +55,10 @@ class Job:
     keep_best: bool = False
     """Whether training returns the parameters with the best validation metric. Otherwise it returns the last ones."""
     trains: Callable[[str], bool] = lambda _: True
-    """Function from the name of an array of `params` to whether the array is trained."""
+    """Predicate on the names of the arrays in `params`: True for arrays that are trained."""
     rate: Callable[[str], Any] = lambda _: 1.0
-    """Function from the name of a trained array to the factor on its learning rate. The factor is a number or, for an
-    array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
+    """Function from the name of a trained array to the factor by which its learning rate is multiplied. The factor is a
+    number or, for an array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
     starts: Callable[[str], Any] = lambda _: 0
     """Function from the name of a trained array to the number of updates after which its training starts. The result is
     a number, or for stacked layers one number per layer [L, 1, ...]. Until then its gradient, its optimizer state and
@@ -67,7 +67,7 @@ class Job:
     frozen_layers: int = 0
     """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
     holds_zeros: Callable[[str], bool] = lambda _: False
-    """Function from the name of an array to whether its zeros stay zero, such as those of pruned matrices."""
+    """Predicate on array names: True for arrays whose zeros stay zero, such as pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Trained arrays that are not part of the model, by name. Examples are projections for the distillation of hidden
     states, and a network that computes a trained prefix. These arrays keep their sharding and are trained in float32.

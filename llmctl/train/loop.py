@@ -224,9 +224,7 @@ class _Loop:
         return state, meta
 
     def raise_if_stopped(self, done: int | None = None) -> None:
-        """Raise Interrupted if the run has to stop. The caller must have written the checkpoint of the last step
-        before.
-        """
+        """Raise Interrupted if the run has to stop. The caller must first write the checkpoint of the last step."""
         if self.stop.requested(now=True):
             where = f"at step {done}" if done else "after the last step"
             raise Interrupted(f"{self.report.title}: stopped {where}; the same command goes on from there")
@@ -293,7 +291,7 @@ class _Loop:
 
 
 def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Check, before any computation, that the settings fit the model and the mesh.
+    """Check that the settings fit the model and the mesh, before any computation.
 
     Raises:
       RequestError: If the sequence length, the batch size or the mesh does not fit.

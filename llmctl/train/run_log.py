@@ -185,9 +185,7 @@ class Reporter:
         self._show(step)
 
     def log_layer(self, report: LayerReport) -> None:
-        """Log the report of one layer, when calibration proceeds layer by layer. The step is the number of reported
-        layers.
-        """
+        """Log the report of one calibrated layer. The step of the log line is the number of layers reported so far."""
         self._layers += 1
         self.log(self._layers, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
 

@@ -22,8 +22,8 @@ Found = Iterable[tuple[Batch, Any]]
 Scored = (
     tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
 )
-"""Result of `metrics`: a tuple of two or three items. They are the metrics by name; (true labels, predictions) of all
-examples, or None if the task returns none; and, if the task writes any, the records of predictions.jsonl."""
+"""Result of `metrics`: (metrics by name, predictions), optionally followed by the records of predictions.jsonl. Here
+predictions are a pair (true labels, predictions) of all examples, or None if the task returns none."""
 
 
 class EvaluationMethods(RowMethods):

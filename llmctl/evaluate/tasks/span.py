@@ -60,7 +60,7 @@ class Span(Task):
     def best(self, labels: Sequence[str] = ()) -> str:
         """Return "accuracy", the validation metric that selects the best checkpoint.
 
-        This accuracy is the mean of those of the answer's first token and of its last token.
+        It averages two accuracies: that of the answer's first token, and that of its last token.
         """
         return "accuracy"
 

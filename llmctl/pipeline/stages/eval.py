@@ -89,7 +89,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def _can_draw() -> None:
-    """Check, before the evaluation, that matplotlib is installed.
+    """Check that matplotlib is installed, before the evaluation starts.
 
     Raises:
       RequestError: If matplotlib is not installed.

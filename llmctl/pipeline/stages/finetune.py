@@ -277,7 +277,7 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return (the programs of finetuning, the finetuned artifact with abstract arrays).
 
-    The programs are the training step and, if the task generates answers in validation, their generation.
+    The programs are the training step and, if validation generates answers, the programs that generate them.
     """
     import jax
 

@@ -125,7 +125,7 @@ def _formats(config: Config, paths: list[str]) -> str:
 
 
 def left_out(config: Config, params: dict[str, Any], parameters: int) -> list[str]:
-    """Return one line per kind of matrix that stays unquantized, unless a rule says so.
+    """Return one line per kind of matrix that stays unquantized because of a setting, and not because of a rule.
 
     The line has the fraction of the weights that are in these matrices, and the setting that quantizes them too.
     """

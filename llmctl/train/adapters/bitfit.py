@@ -18,7 +18,7 @@ class BitFit(Method):
     name = "bitfit"
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from an array's name to whether it is trained: True for biases and the task's head.
+        """Return a predicate on array names: True for arrays that are trained, the biases and the task's head.
 
         Raises:
           RequestError: If the layers have no biases, as in Llama and T5.

@@ -18,7 +18,7 @@ class Full(Method):
     changes_base = True
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function that is True for every array name, so that all arrays are trained."""
+        """Return a predicate on array names that is always True, because all arrays are trained."""
         return lambda _: True
 
 

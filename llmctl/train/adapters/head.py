@@ -18,7 +18,7 @@ class Head(Method):
     name = "head"
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from an array's name to whether it belongs to the task's head.
+        """Return a predicate on array names: True for the arrays of the task's head, which are trained.
 
         Raises:
           RequestError: If the task has no head of its own.

@@ -104,9 +104,9 @@ class Houlsby(Method):
         return weights.updated(params, new)
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from an array's name to whether it is trained.
+        """Return a predicate on array names: True for arrays that are trained.
 
-        The adapters and the task's head are trained. In the sequential form, the layers' norms are trained too.
+        These are the adapters and the task's head and, in the sequential form, the layers' norms.
         """
         from llmctl.model import weights
 

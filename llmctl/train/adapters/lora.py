@@ -103,9 +103,9 @@ class Lora(Method):
         return attach(model, params, config.lora, key, mesh)
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from an array's name to whether it is trained.
+        """Return a predicate on array names: True for arrays that are trained.
 
-        The adapters, the task's head and the modules in `lora.modules_to_save` are trained.
+        These are the adapters, the task's head and the modules in `lora.modules_to_save`.
 
         Raises:
           RequestError: If a module to save does not exist, has an adapter, or is quantized.

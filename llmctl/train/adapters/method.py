@@ -106,9 +106,8 @@ class Method:
         return params
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from an array's name to whether it is trained.
-
-        By default adapters and the task's head are trained.
+        """Return a predicate on array names: True for arrays that are trained. By default these are adapters and the
+        task's head.
 
         Raises:
           RequestError: If the model has no parameters that the method trains.

@@ -134,7 +134,7 @@ class Prefix(Method):
         return weights.updated(params, new)
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a function from an array's name to whether it is trained: the prefix and the task's head.
+        """Return a predicate on array names: True for arrays that are trained, the prefix and the task's head.
 
         If the setting `prefix.projection` is used, the network that computes the prefix is trained instead of the
         prefix.
@@ -159,7 +159,7 @@ class Prefix(Method):
 
 
 def projection(config: Any, params: Params) -> dict[str, jax.Array]:
-    """Return the initial parameters, by name and replicated, of the network that computes the prefix.
+    """Return the initial parameters, by name, of the network that computes the prefix. All parameters are replicated.
 
     The arrays are abstract if the arrays of `params` are. `embedding` [P, W] is normally distributed. `first` [W, H],
     `last` [H, 2 * L * W] and their biases are uniform, as the linear layers of torch.
