@@ -39,7 +39,7 @@ class StageCommand(TyperCommand):
     """Variables of the flags that `--help` lists, in this order."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the common flags under their headings."""
+        """Write the help's list of flags: the common flags, under their headings."""
         self._write(ctx, formatter, whole=False)
 
     def _write(self, ctx: Any, formatter: Any, whole: bool) -> None:

@@ -215,7 +215,7 @@ def presets() -> list[dict[str, Any]]:
 
 
 def preset_table(found: list[dict[str, Any]]) -> Table:
-    """Return the result of `presets` as a table."""
+    """Return the presets, the result of `presets`, as a table."""
     out = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", caption=EXPORTS, caption_justify="left")
     for column in ("preset", "family", "architecture"):
         out.add_column(column, overflow="fold")
@@ -237,7 +237,7 @@ EXPORTS = (
 
 
 def size_table(found: dict[str, Any]) -> Table:
-    """Return the result of `llmctl.model.size_report.report` as a table."""
+    """Return a model's sizes, the result of `llmctl.model.size_report.report`, as a table."""
     out = Table(title=found["config"], title_justify="left", show_header=False)
     for _ in range(2):
         out.add_column(overflow="fold")

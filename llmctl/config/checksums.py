@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 1 << 20
-"""Number of bytes per read of a file."""
+"""Number of bytes to read from a file at a time."""
 
 
 def of_json(value: Any) -> str:

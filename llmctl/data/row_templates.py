@@ -18,7 +18,7 @@ from llmctl.config.errors import RequestError
 
 
 class RowTemplates:
-    """Render the text columns of a row from templates."""
+    """Create the text columns of a row by Jinja templates."""
 
     def __init__(self, templates: Mapping[str, str], words: Mapping[str, str]) -> None:
         """Compile the templates.

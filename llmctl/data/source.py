@@ -61,7 +61,7 @@ class Source:
 
 
 class Chain(Source):
-    """Concatenate several sources."""
+    """Concatenate several sources into one."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = [s for s in sources if len(s)] or list(sources[:1])

@@ -145,7 +145,7 @@ class Splits:
     config: DataConfig
     examples: dict[str, Examples]
     rows: int
-    """Number of rows in the files."""
+    """Number of rows in the files, before any row is removed."""
     filtered: int
     """Number of rows that the filter removed."""
     blank: int

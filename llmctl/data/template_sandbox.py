@@ -179,7 +179,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._checked(super().call_binop(context, operator, left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Return True if a template may use the attribute."""
+        """Return True if a template may use the attribute `attr` of the object `obj`."""
         return attr not in REJECTED_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:

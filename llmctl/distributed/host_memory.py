@@ -15,7 +15,7 @@ import platform
 import sys
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-"""Numbers of the parameters of mallopt in glibc (malloc.h)."""
+"""Numbers by which mallopt of glibc identifies its parameters (malloc.h)."""
 HUGEPAGE = 14
 """Value of MADV_HUGEPAGE, with which madvise on Linux requests huge pages."""
 HUGE = 2 << 20

@@ -44,9 +44,9 @@ class Topology:
     """
 
     name: str
-    """Name such as v5e:4x4, 2*v5p:4x4x4, h100:8 or cpu:8."""
+    """Name of the topology, such as v5e:4x4, 2*v5p:4x4x4, h100:8 or cpu:8."""
     platform: str
-    """One of tpu, cuda and cpu."""
+    """Platform of the chips: tpu, cuda or cpu."""
     chip: Chip
     shape: tuple[int, ...]
     """Number of chips along each axis of a slice; for GPUs, the number of GPUs per node."""

@@ -57,7 +57,7 @@ class Learner:
     settings: Any = None
     """Settings that only the task reads: the section of the config whose name is `task.section`."""
     labels: Sequence[str] = ()
-    """Names of the classes."""
+    """Names of the classes; empty if the task has no classes."""
     job_fields: dict[str, Any] = field(default_factory=dict)
     """Further fields of the training job (`llmctl.train.job.Job`), by name."""
     step_fields: Callable[[dict[str, Any], int], dict[str, Any]] = lambda params, steps: {}

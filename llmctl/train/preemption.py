@@ -34,7 +34,7 @@ class Stop:
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.signalled = threading.Event()
-        """Whether this process received a signal."""
+        """Event that is set when this process has received SIGTERM or Ctrl-C."""
         self.agreed = False
         """Whether this run stops: the processes have exchanged their requests, and at least one process received a
         signal.

@@ -59,9 +59,9 @@ class Allocator:
     """Shape [L, 1, R] of the singular values of each adapter, by path of the adapter."""
     budget: Budget
     sensitivity: float
-    """Decay of the moving average of sensitivities."""
+    """Decay rate of the moving average of the sensitivities |weight * gradient|."""
     uncertainty: float
-    """Decay of the moving average of uncertainties."""
+    """Decay rate of the moving average of the uncertainties of the sensitivities."""
 
     def memory(self, named: Named) -> State:
         """Return the initial values of the arrays that are kept between steps.

@@ -92,7 +92,7 @@ class Sparsifier:
     """Sparsity pattern of the result."""
     schedule: Schedule
     movement: bool = False
-    """Whether the score is movement. Otherwise it is magnitude."""
+    """Whether weights are scored by movement instead of magnitude."""
 
     def memory(self, named: Params) -> dict[str, Any]:
         """Return the initial values of the arrays that are kept between steps.

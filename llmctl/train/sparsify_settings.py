@@ -74,7 +74,7 @@ class SparsifyConfig(Config):
 
     @property
     def active(self) -> bool:
-        """Return whether the training prunes."""
+        """Return whether these settings prune during training."""
         return bool(self.sparsity) or ":" in self.pattern
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 CHUNK = 256
-"""Number of rows to build at a time."""
+"""Number of rows to build at a time, to limit memory."""
 
 
 def constant_scores(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, float]:

@@ -51,7 +51,7 @@ class Text:
 
     @functools.cached_property
     def splits(self) -> splits.Splits:
-        """Return the splits of the raw text."""
+        """Return the train, validation and test splits of the raw text."""
         return splits.load(self._cfg, labels=self._labels, conversations=self._conversations)
 
     @property

@@ -38,7 +38,7 @@ class Worker:
 
     @functools.cached_property
     def source(self) -> Chain:
-        """Return the concatenation of all sources."""
+        """Return all sources of the data config, concatenated into one source."""
         return Chain(self.views)
 
     @functools.cached_property

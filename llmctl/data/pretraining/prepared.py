@@ -68,7 +68,7 @@ class Prepared(BaseModel):
     key: str
     """SHA-256 of everything that determines the content: data, settings and tokenizer."""
     tokenizer: str
-    """Digest of the tokenizer."""
+    """Digest of the tokenizer that tokenized the data."""
     dtype: Dtype
     """NumPy dtype of the token ids in a record."""
     data: dict[str, Any]

@@ -25,7 +25,8 @@ from llmctl.config.registry import Registry
 Direction = Literal["maximize", "minimize", "neither"]
 Table = Literal["run", "file", "none"]
 TABLES: tuple[Table, ...] = ("run", "file")
-"""Tables from the narrowest to the widest. Each table also has the columns of the narrower ones."""
+"""Names of the tables with metrics, from the narrowest to the widest. The table "run" ends a run; "file" is that of
+`eval`. Each table also has the columns of the narrower ones."""
 VALIDATION = "validation_"
 """Prefix of the names of metrics that are measured during training."""
 
@@ -39,7 +40,7 @@ class Metric:
     title: str
     """Column heading, also used as the metric's name in sentences."""
     better: Direction
-    """Direction of improvement."""
+    """Direction of improvement: "maximize", "minimize", or "neither" for figures without one."""
     format: str = "{:.4f}"
     """Format of the printed value, which is the value times `scale`."""
     unit: str = ""

@@ -17,7 +17,7 @@ import numpy as np
 BINS = 15
 """Number of intervals of the confidence, as in Guo et al. (2017)."""
 COLDEST, HOTTEST = 0.05, 20.0
-"""Lowest and highest temperature that is searched."""
+"""Lowest and highest temperature that the search in `temperature` tries."""
 STEPS = 60
 """Number of bisections of the interval of log temperatures; the result is exact to float64."""
 

@@ -27,7 +27,7 @@ Network = tuple[ModelConfig, functional.Params, jax.Array]
 
 @dataclass(frozen=True)
 class Options:
-    """Configure a training or validation loss."""
+    """Configure the training or validation loss of a task."""
 
     dtype: Any = jnp.float32
     """Dtype of the computation."""

@@ -38,7 +38,7 @@ class Predicts:
     asks: ClassVar[tuple[str, ...]] = ("text",)
     """Columns that a new row must have, by llmctl's own column names."""
     text_field: ClassVar[str] = "label"
-    """Field of an answer that `predict --to text` writes."""
+    """Name of the answer's field that `predict --to text` writes."""
     averages: ClassVar[bool] = True
     """Whether outputs of several artifacts may be averaged."""
 

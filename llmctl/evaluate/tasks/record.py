@@ -15,7 +15,7 @@ class TaskRecord:
     """
 
     name: ClassVar[str]
-    """Name in the registry of tasks."""
+    """Name of the task in the registry of tasks."""
     head: ClassVar[str]
     """Model head that the task needs, a key of `llmctl.model.head_kinds.HEAD_KINDS`."""
     title: ClassVar[str]

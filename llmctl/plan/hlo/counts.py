@@ -28,7 +28,7 @@ class Collective:
     """Store the counts of all collectives of one kind over one mesh axis: sums over one step, per device."""
 
     kind: str
-    """One of all-gather, reduce-scatter, all-reduce, all-to-all and collective-permute."""
+    """Kind of the collectives: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute."""
     bytes: float
     """Bytes that a device sends, which equal the bytes that it receives."""
     axis: str
@@ -57,7 +57,7 @@ class Counts:
     """Bytes that all operations read from and write to HBM."""
     collectives: list[Collective] = field(default_factory=list)
     flops_by_type: dict[str, float] = field(default_factory=dict)
-    """`flops` by operand dtype: bfloat16, int8, …"""
+    """Part of `flops` by operand dtype: bfloat16, int8, …"""
     kernels: dict[str, float] = field(default_factory=dict)
     """Number of executions of each custom kernel (splash attention), by name."""
     kernel_flops: float = 0.0

@@ -38,7 +38,7 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Return the number of elements."""
+        """Return the number of elements of the array."""
         return math.prod(self.dims)
 
     @property
@@ -54,7 +54,7 @@ class Array:
 
 @dataclass
 class Instruction:
-    """Store one instruction of a computation."""
+    """Store one instruction of an HLO computation, and parse its attributes."""
 
     name: str
     opcode: str
@@ -99,7 +99,7 @@ class Computation:
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """Return the instructions by name."""
+        """Return the instructions of the computation, by name."""
         return {i.name: i for i in self.instructions}
 
     @cached_property

@@ -27,7 +27,7 @@ class Problem:
     model: ModelConfig
     """Config of the model in training."""
     options: Options
-    """Options of the task's loss."""
+    """Options with which the task's loss is computed."""
     remat: str = "none"
     """Rematerialization policy: which activations the backward pass recomputes (the value of `train.remat`)."""
     prepare: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
