@@ -81,7 +81,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Rows:
     """Build language-model rows that score every token once.
 
-    A row has tokens, targets, weights, segments and positions, each [context]. Rows are built when `batch` is called.
+    A row consists of the arrays tokens, targets, weights, segments and positions, of length `context`. Rows are built
+    when `batch` is called.
     """
 
     def __init__(

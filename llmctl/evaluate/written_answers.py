@@ -106,7 +106,7 @@ class Writer:
         """Generate the answer to each row, with the parameters that `hold` set.
 
         Args:
-            rows: Prompts, as the method `rows` returns them. Their answers are stored in them.
+            rows: Prompts, as the method `rows` returns them. Each answer is stored in its prompt's row.
             check_stop: Function that is called before each batch; it may raise an exception to stop.
 
         Raises:

@@ -143,7 +143,7 @@ def single(
 
 
 def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the `[[stage]]` tables and their names.
+    """Return the `[[stage]]` tables of a recipe, and the names of the stages.
 
     Raises:
       RequestError: If a kind is unknown, or a name is invalid or not unique.

@@ -51,7 +51,7 @@ def counts(setup: Setup) -> Counts:
 
 
 def _attention(setup: Setup, trains: bool, recomputes: bool) -> float:
-    """Return the operations of attention on one device per step.
+    """Return the FLOPs of attention on one device per step.
 
     If `trains` is true, the backward pass is included, with recomputation if `recomputes` is true. The forward pass has
     2 matrix products. The backward pass has 7 in the kernels, and 5 in plain attention.

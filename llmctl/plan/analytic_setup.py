@@ -1,4 +1,7 @@
-"""Describe a training step or a forward pass by its sizes, the input of the analytic model of memory and work."""
+"""Describe a training step or a forward pass by its sizes.
+
+The analytic model estimates memory and work from this description.
+"""
 
 from __future__ import annotations
 

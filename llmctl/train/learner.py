@@ -1,4 +1,4 @@
-"""Train the model of a training command: from settings and rows to trained parameters and validation metrics."""
+"""Train a model, given the settings and rows of a training command, and return parameters and validation metrics."""
 
 from __future__ import annotations
 

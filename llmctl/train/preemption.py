@@ -20,9 +20,8 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps between an exchange of stop requests and the reading of its result. The result has arrived by then,
-so reading does not wait.
-"""
+"""Number of steps from the start of an exchange of stop requests to the reading of its result. The exchange is finished
+by then, so that reading does not wait."""
 
 
 class StopRequested(Interrupted):

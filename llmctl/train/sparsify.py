@@ -70,9 +70,9 @@ class Schedule:
         return jnp.asarray(1.0 - rest**3)
 
     def due(self, step: Any, settled: jax.Array) -> jax.Array:
-        """Return whether the masks change after a step. `settled` is whether the last change was made.
+        """Return whether the masks change after a step. `settled` is true if the last change was already made.
 
-        The last change is made later than at step `end` if the step `end` is skipped.
+        If step `end` is skipped as a bad step, the last change is made after the next step that is not skipped.
         """
         first = 1 if self.name == "constant" else self.every
         regular = (step > self.start) & ((step - self.start - first) % self.every == 0)
@@ -127,7 +127,10 @@ class Sparsifier:
         return [key for key in ("params", "ema") if key in state]
 
     def _scores(self, memory: dict[str, Any], state: State) -> Named:
-        """Return the sums of -w g with this step's gradients, for the weights before the step."""
+        """Return the movement scores after a step: the sums over steps of -w g.
+
+        Here w is a weight before the step, and g is its gradient in the step.
+        """
         found = {}
         for name in self.names:
             before = state["before"][name]

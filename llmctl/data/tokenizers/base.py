@@ -19,7 +19,8 @@ DESCRIPTOR = "llmctl_tokenizer.json"
 
 
 SENTINEL = "<extra_id_{}>"
-"""Text of the sentinels of span corruption (Raffel et al., 2019, arXiv:1910.10683)."""
+"""Format of the text of a sentinel, a token that stands for a removed span in span corruption (Raffel et al., 2019,
+arXiv:1910.10683)."""
 
 
 MASK = "<mask>"

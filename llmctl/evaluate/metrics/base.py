@@ -28,7 +28,7 @@ TABLES: tuple[Table, ...] = ("run", "file")
 """Names of the tables with metrics, from the narrowest to the widest. The table "run" ends a run; "file" is that of
 `eval`. Each table also has the columns of the narrower ones."""
 VALIDATION = "validation_"
-"""Prefix of the names of metrics that are measured during training."""
+"""Prefix of the names of metrics that are computed on validation data during training."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class RowMethods(TaskRecord):
         return not HEAD_KINDS[self.head].vocabulary
 
     def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:
-        """Check the data of a training stage.
+        """Check that the data of a training stage has the label type and the classes that the task needs.
 
         Raises:
             RequestError: If the label type is wrong, or if there are fewer than two classes.

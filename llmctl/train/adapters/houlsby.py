@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SCALE = {"sequential": 1.0, "parallel": 4.0}
-"""Default factor on the adapters' output, by form ("sequential" or "parallel"). Each is from the paper of the form."""
+"""Default factor by which the adapters' output is multiplied, by form. Each default is from the paper that introduced
+the form."""
 
 
 class Houlsby(Method):
