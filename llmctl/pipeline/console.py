@@ -35,7 +35,9 @@ def result(value: Any) -> None:
 
 
 def show(renderable: Any, *, stderr: bool = False) -> None:
-    """Print a table or a text to stdout or stderr. If that is not a terminal, lines are not truncated to a width."""
+    """Print a table or a text to stdout or stderr. If the stream is not a terminal, lines are not truncated to a
+    width.
+    """
     if processes.first():
         screen = terminal(stderr=stderr)
         (screen if screen.is_terminal else terminal(stderr=stderr, width=400)).print(renderable)

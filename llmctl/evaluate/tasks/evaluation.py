@@ -18,7 +18,7 @@ from llmctl.evaluate.tasks.rows import RowMethods, RowSettings
 from llmctl.model.config import ModelConfig
 
 Found = Iterable[tuple[Batch, Any]]
-"""Batches on the host with the model's outputs for them. Each row occurs exactly once; padding rows are removed."""
+"""Pairs (host batch, the model's outputs for the batch). Each row occurs exactly once; padding rows are removed."""
 Scored = (
     tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
 )

@@ -107,7 +107,7 @@ class Houlsby(Method):
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a predicate on array names: True for arrays that are trained.
 
-        These are the adapters and the task's head and, in the sequential form, the layers' norms.
+        These are the adapters and the task's head. In the sequential form, the layers' norms are trained too.
         """
         from llmctl.model import weights
 
