@@ -98,7 +98,7 @@ def _storage(params: Params, base: Artifact | None, sparsity: float | None) -> d
 
 
 def masters(params: Params, trains: Callable[[str], bool] = lambda _: True) -> Params:
-    """Return abstract parameters in the dtypes in which training saves them: float32 for trained floats.
+    """Return abstract parameters in the dtypes that training saves: trained floating-point arrays become float32.
 
     Args:
         params: Parameters as `jax.ShapeDtypeStruct`s.

@@ -1,7 +1,6 @@
 """Encode and decode pruned arrays for an artifact's folder: only nonzero elements, and their positions, are stored.
 
-In memory, a pruned array is dense, because products and training need it so. An artifact may store it in one of two
-formats:
+In memory, a pruned array is dense, as products and training require. An artifact may store it in one of two formats:
 
 - "bitmask": the nonzero elements in row-major order, and a bitmask with one bit per element, the lowest bit first.
 - "2:4": for every four consecutive inputs of an output, two elements and two indices of 2 bits. A byte contains the
@@ -34,7 +33,8 @@ Record = dict[str, Any]
 
 BITMASK, TWO_OF_FOUR = "bitmask", "2:4"
 FEWER = 0.95
-"""Smallest fraction of the elements of a 2:4 array that must be nonzero. Below it, the bitmask is smaller."""
+"""Minimum number of nonzero elements in the 2:4 format, as a fraction of the elements that it stores (half of the dense
+array's). With fewer, the bitmask is smaller."""
 
 
 def encode(a: np.ndarray) -> tuple[Record, dict[str, np.ndarray]] | None:

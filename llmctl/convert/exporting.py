@@ -281,7 +281,7 @@ function differently. The comparison of outputs verifies them."""
 
 
 def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
-    """Round the weights as the written file does, so that the comparison of outputs does not measure this rounding.
+    """Round weights to the dtype of the written file, so that the comparison of outputs does not measure this rounding.
 
     Args:
         params: Parameters of the artifact.
@@ -306,7 +306,7 @@ def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) 
     If PEFT is not installed, llmctl loads the adapter.
 
     Returns:
-        The same as `_prove`.
+        (largest difference in llmctl, largest difference in PEFT or None, description of the comparison).
 
     Raises:
         RequestError: If the base cannot be written in the Hugging Face format.
@@ -342,7 +342,7 @@ def _vectors(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) 
     """Write a trained prompt or prefix, and compare the outputs of base and adapter in PEFT with those of the artifact.
 
     Returns:
-        The same as `_prove`.
+        (largest difference in llmctl, largest difference in PEFT or None, description of the comparison).
 
     Raises:
         RequestError: If the artifact has both, or if the vectors cannot be written.

@@ -16,7 +16,7 @@ from llmctl.convert.name_map import Slot
 from llmctl.model import weights
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"init_ia3_weights": (True, False)}
-"""Supported values of config keys that may change the outputs. Supported values do not change them."""
+"""Values of config keys that llmctl accepts, because they do not change the outputs. Other values may change them."""
 KINDS = ("scaled",)
 """Kinds of adapters that this module writes: names of llmctl's weight classes (`weights.Node.kind`)."""
 

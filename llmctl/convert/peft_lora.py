@@ -30,7 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (), "kasa_config": (), "monteclora_config": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
-"""Supported values of config keys that may change the outputs. Supported values do not change them.
+"""Values of config keys that llmctl accepts, because they do not change the outputs. Other values may change them.
 
 Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
 (layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the stored tensors contain the

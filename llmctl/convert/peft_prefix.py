@@ -85,7 +85,8 @@ def export(found: Artifact, folder: Path) -> float:
 def load(base: Artifact, folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Load a trained prefix.
 
-    The files contain the computed keys and values even if a network computed them in training.
+    Prefix tuning may train a network that computes the keys and values. The files then contain these keys and values,
+    not the network.
 
     Returns:
         The config and the parameters of the base with the prefix.

@@ -40,7 +40,7 @@ def is_prompt(folder: Path) -> bool:
 
 
 def without_prompt(found: Artifact) -> Artifact:
-    """Return the base of a trained prompt: the model without it, with zeros in the place of a trained head."""
+    """Return the model without its trained prompt. The weights of a task head are replaced by zeros."""
     model = found.model.model_copy(update={"prompt_tokens": 0})
     flat = {path: w for path, w in weights.flatten(found.params).items() if path != TABLE}
     flat |= {path: jnp.zeros(w.shape, jnp.float32) for path, w in flat.items() if weights.parse(path).task_head}
@@ -135,7 +135,7 @@ def vector_count(config: dict[str, Any], folder: Path, base: Artifact) -> int:
     """Return the number of trained vectors that an adapter's config declares.
 
     Raises:
-        RequestError: If the number is missing, or if the base's longest sequence has no place for a text after them.
+        RequestError: If the number is missing, or if it leaves no positions for a text in the base's longest sequence.
     """
     count, longest = config.get("num_virtual_tokens"), base.model.max_seq_len
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < longest:

@@ -1,6 +1,6 @@
 """Convert keys of a Hugging Face config.json to fields of ModelConfig, and back.
 
-Each family (`llmctl.model.families`) converts its own keys with these functions. `hf_names` has the names of tensors.
+Each family (`llmctl.model.families`) converts its own keys with these functions. `hf_names` maps the names of tensors.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def microbatches(batch: int, mesh: Mesh, wanted: int = 0) -> int:
 
 
 def describe(batch: int, mesh: Mesh, wanted: int) -> list[str]:
-    """Return [log line that describes the pipeline], or [] if the mesh has no pipeline."""
+    """Return a list with one log line that describes the pipeline; an empty list if the mesh has no pipeline."""
     P = mesh.shape["pipeline"]
     if P == 1:
         return []

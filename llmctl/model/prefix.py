@@ -31,7 +31,7 @@ def added(cfg: ModelConfig, tokens: int) -> dict[str, int]:
 
 
 def removed(cfg: ModelConfig) -> dict[str, int]:
-    """Return new values for the config's fields that change when the prefix is removed: the opposite of `added`."""
+    """Return new values for the config's fields that change when the prefix is removed; inverse of `added`."""
     return {"prefix_tokens": 0, "max_seq_len": cfg.max_seq_len + (0 if _unbounded(cfg) else cfg.prefix_tokens)}
 
 

@@ -50,8 +50,8 @@ class Pass:
     eight: Mapping[str, float] = field(default_factory=dict)
     """Fraction of the layers' matrix products that are computed in 8 bits, by type: int8, float8."""
     statistics: Mapping[str, Tree] = field(default_factory=dict)
-    """Calibration statistics, one per input, by one matrix that reads the input, such as "mlp/down". These inputs stay
-    in memory until the statistics are updated."""
+    """Calibration statistics: {path of a matrix, such as "mlp/down": statistic of its inputs}. Matrices with the same
+    inputs have one entry. The inputs stay in memory until the statistics are updated."""
 
 
 class Gather(NamedTuple):
@@ -118,7 +118,7 @@ class Program:
     cache: Tree = ()
     """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Arrays in memory that the program does not have as arguments. They are also in one of the four fields above."""
+    """Arrays of the four fields from `parameters` to `cache` that are in memory, but no arguments of the program."""
     artifact_bytes: int = 0
     """Size of the arrays of the artifact that the stage writes, in bytes; 0 if it writes none."""
     work: Pass | Cost | None = None

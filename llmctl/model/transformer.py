@@ -218,7 +218,10 @@ class Transformer(nn.Module):
         return x_BTD if meshes.axis_size("pipeline") == 1 else pipeline_parallel.spread(x_BTD)
 
     def states(self, batch: Batch, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Return the final hidden states [B, T, D], and the outputs [n, B, T, D] of chosen layers of the last stack."""
+        """Return the final hidden states [B, T, D], and the outputs [n, B, T, D] of the layers with indices `layers`.
+
+        The layers are those of the decoder or, if there is none, of the encoder.
+        """
         memory = self.encode(batch) if self.config.encoder_layers else None
         return self._last().states(*self.start(batch, memory), layers)
 

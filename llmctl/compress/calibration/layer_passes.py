@@ -148,9 +148,13 @@ def placed(stats: LayerStats) -> LayerStats:
 
 
 def _folded(stats: LayerStats, inputs: Mapping[str, tuple[jax.Array, jax.Array]]) -> LayerStats:
-    """Return the statistics with a batch added: the inputs [N, I] and the mask [N] of real tokens, by `of_inputs`.
+    """Add one batch to the statistics of a layer, and return them replicated.
 
-    They are replicated. XLA reuses the memory of donated statistics only if argument and result have the same sharding.
+    XLA reuses the memory of donated statistics only if argument and result have the same sharding.
+
+    Args:
+      stats: statistics before the batch.
+      inputs: (inputs [N, I] of a matrix, mask [N] that is False at padding), by the keys of `stats.of_inputs`.
     """
     new = {path: stat.fold(*inputs[path]) for path, stat in stats.of_inputs.items()}
     return replace(stats, of_inputs=jax.tree.map(lambda a: meshes.constrain(a, *[None] * a.ndim), new))

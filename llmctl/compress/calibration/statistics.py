@@ -186,9 +186,9 @@ Stats = Mapping[str, Any]
 @partial(jax.tree_util.register_dataclass, data_fields=["of_inputs"], meta_fields=["first"])
 @dataclass(frozen=True, eq=False)
 class LayerStats(Mapping[str, Any]):
-    """Store the statistics of one layer, one per input, and return them by path of the matrix.
+    """Map the path of each matrix of a layer to the statistic of its inputs.
 
-    Matrices that read the same input share one statistic, such as the query, key and value projections.
+    Matrices that read the same inputs share one statistic, such as the query, key and value projections.
 
     >>> shared = LayerStats({"attn/k": Totals.start(2)}, (("attn/k", "attn/k"), ("attn/q", "attn/k")))
     >>> shared["attn/q"] is shared["attn/k"], len(jax.tree.leaves(shared))
@@ -196,9 +196,9 @@ class LayerStats(Mapping[str, Any]):
     """
 
     of_inputs: dict[str, Any]
-    """Statistic of each input, by the path of one matrix that reads the input."""
+    """Stored statistics. The key is the path of one of the matrices that share the statistic."""
     first: tuple[tuple[str, str], ...]
-    """Pairs (path of a matrix, key of its input's statistic in `of_inputs`), sorted."""
+    """Pairs (path of a matrix, key of its statistic in `of_inputs`), sorted."""
 
     def __getitem__(self, path: str) -> Any:
         """Return the statistic of a matrix's input."""
@@ -213,7 +213,7 @@ class LayerStats(Mapping[str, Any]):
         return len(self.first)
 
     def without(self, path: str) -> dict[str, Any]:
-        """Return the statistics of the inputs that the matrix at `path` does not read."""
+        """Return all stored statistics except that of the matrix at `path`."""
         own = dict(self.first).get(path)
         return {first: stat for first, stat in self.of_inputs.items() if first != own}
 

@@ -46,8 +46,8 @@ class Score:
     statistics: bool = False
     """Whether the function needs the sums of squares of each matrix's inputs (`Moments`)."""
     gradients: tuple[Literal["sum", "absolute", "square"], ...] = ()
-    """Names of the gradient sums that the function needs. Each is a sum over calibration batches of a function of the
-    loss's gradient g: g, |g| or g^2."""
+    """Names of the gradient sums that the function needs. Each is a sum of g, |g| or g^2 over calibration batches, for
+    the gradient g of the loss."""
 
     @property
     def calibrated(self) -> bool:

@@ -110,7 +110,7 @@ def fallback(attempts: int, damping: float) -> str:
 
 
 def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array | int) -> jax.Array:
-    """Return the number of zeros in each block of inputs. The sum is `count`, or the existing zeros if they are more.
+    """Return the number of zeros in each block of inputs. The sum is `count`, or the number of zeros if that is larger.
 
     Existing zeros stay. Further zeros are distributed over the blocks in proportion to each block's number of nonzero
     weights. In a block pattern, blocks of weights are counted in place of weights.

@@ -29,7 +29,7 @@ class Solution(NamedTuple):
     """Store a quantized matrix and the number of damping values that failed (see `error_feedback.Factor`)."""
 
     node: Any
-    """The weight node."""
+    """Weight node that stores the quantized matrix."""
     attempts: jax.Array
 
 

@@ -29,7 +29,7 @@ SMALLEST = float(jnp.finfo(jnp.float32).tiny) ** 0.5
 
 
 class Grid(abc.ABC):
-    """Define the levels of a format: a base class. Grids are hashable, so they can be static arguments of `jax.jit`.
+    """Define the interface of all grids. Grids are hashable, so they can be static arguments of `jax.jit`.
 
     >>> grid = Integers(4)
     >>> grid.round(jnp.array([6.4, -9.0, 0.2]), jnp.float32(0.5)).tolist()
@@ -168,8 +168,8 @@ class BlockFloats(Grid):
     def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
         """Return the scale of each block, float32, from max|w| of the block (see `Grid.scale`).
 
-        For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), so max|w| / scale is from 4 to 8 (OCP Microscaling
-        specification 1.0, section 6.3). Weights above 6 * scale are clipped, because 6 is the largest float of e2m1.
+        For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), so max|w| / scale is between 4 and 8 (OCP Microscaling
+        specification 1.0, section 6.3). Magnitudes above 6 * scale are clipped, because 6 is the largest float of e2m1.
         For nvfp4, the scale is max|w| / 6, rounded to a float8_e4m3fn times the factor of the matrix.
         """
         if self.name == "mxfp4":

@@ -27,7 +27,7 @@ def awq(
     """Return AWQ's scales [I] for matrices with the same inputs, and the exponent of the scales.
 
     (Lin et al., 2023, arXiv:2306.00978.) The scale of an input is m^a, where m is the root mean square of the input.
-    The exponent a is one for all inputs: it minimizes the squared error of the rounded matrices' outputs. With the
+    All inputs have the same exponent a, which minimizes the squared error of the rounded matrices' outputs. With the
     exponent 0, all scales are 1. The paper uses the mean absolute value in place of m. This code uses the root mean
     square, because the Gram matrix contains it.
 

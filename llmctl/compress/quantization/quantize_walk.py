@@ -93,7 +93,7 @@ def collector(method: Quantization) -> Collect:
 
 
 def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tuple[Params, dict[str, Any]]:
-    """Quantize the matrices of one layer. Biases do not change, and norms only if scales are moved into them.
+    """Quantize the matrices of one layer. Biases do not change. Norms change only if scales are folded into them.
 
     Args:
       cfg: config of the model.
@@ -103,7 +103,7 @@ def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tupl
     Returns:
       The quantized layer, and JSON data about each matrix by its path: `shape`, `error` (relative error of the outputs
       on the calibration inputs, if there is a Gram matrix), `weight_error` (relative error of the weights, whose rows
-      may be scaled), `exponent` (of AWQ's scales), `unscaled` (true if scales were asked for and cannot be moved), and
+      may be scaled), `exponent` (of AWQ's scales), `unscaled` (true if scales were requested and cannot be folded), and
       `fallback` (what was used instead, if the method could not be used as asked).
     """
     notes: dict[str, Any] = {}
@@ -161,7 +161,12 @@ def _scaled(
 def _quantized(
     w: jax.Array, gram_II: jax.Array | None, form: Format, method: Quantization
 ) -> tuple[Node, dict[str, Any]]:
-    """Quantize one matrix, and return it with its output error and the fallback, if there are any."""
+    """Quantize one matrix.
+
+    Returns:
+      The quantized matrix, and JSON data: `error` (of the outputs, if there is a Gram matrix) and `fallback` (if the
+      requested method failed).
+    """
     grid, group, found = GRIDS[form.scheme], form.group, {}
     if method.solves and gram_II is not None:
         node, attempts = gptq.quantize(

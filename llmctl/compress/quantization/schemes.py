@@ -26,7 +26,7 @@ have an attribute `group`: the number of inputs per scale that is used if 0 is r
 
 NAMES = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "nf4", "mxfp4", "nvfp4")
 BLOCKS = {"mxfp4": 32, "nvfp4": 16}
-"""Number of inputs per scale of the formats that define it."""
+"""Number of inputs per scale, by format, for formats whose specification fixes this number."""
 
 SCHEMES: Registry[Scheme] = Registry("scheme", {name: f"{__name__}:{name}" for name in NAMES})
 

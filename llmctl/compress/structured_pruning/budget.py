@@ -24,7 +24,7 @@ TOLERANCE = 0.01
 FRACTIONS = (7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
 """Fractions of each size at which the loss is measured."""
 PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_model"}
-"""Sizes that a search may reduce, and the field of ModelConfig that counts each of them."""
+"""Sizes that a search may reduce: {name: field of ModelConfig that counts it}."""
 
 Curves = Mapping[str, Mapping[int, float]]
 """Measured increase of the loss if only one size is reduced: {name in `PARTS`: {kept count: increase}}."""

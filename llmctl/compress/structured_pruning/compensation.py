@@ -62,7 +62,7 @@ def solve(
     ridge: float,
     centered: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the changes of the kept rows [K, O] and of the bias [O]."""
+    """Solve the least-squares problem, and return the changes of the kept rows [K, O] and of the bias [O]."""
     mean_I = sums_I / jnp.maximum(count, 1.0)
     if centered:
         gram_II = gram_II - jnp.outer(mean_I, sums_I)

@@ -1,9 +1,9 @@
 """Compute derivatives of the loss with respect to a factor on each head, neuron or hidden channel (its gate).
 
-The gate of a unit multiplies its output. The derivative at 1 is the sum of w * g over the weights w that read the unit,
-where g is the gradient of the loss. Its absolute value is the change of the loss, to first order, if the unit is
-removed (Molchanov et al., 2019, arXiv:1906.10771). The gate of a hidden channel multiplies one channel of a norm's
-output.
+The gate of a unit multiplies its output. The derivative with respect to the gate, at the value 1, is the sum of w * g.
+Here w are the weights that read the unit, and g is the gradient of the loss. The absolute value of the derivative is
+the change of the loss, to first order, if the unit is removed (Molchanov et al., 2019, arXiv:1906.10771). The gate of a
+hidden channel multiplies one channel of a norm's output.
 
 Only the gradients of these matrices and norms are computed. Between batches, memory holds one number per unit.
 
@@ -45,8 +45,8 @@ def accumulate(
       cfg: config of the model.
       params: parameters of the model.
       batches: training batches, with labels or targets.
-      units: number of units by the path of the matrix that reads them ("decoder/blocks/attn/o/kernel"), or of the scale
-          of the norm whose output channels are the units.
+      units: {path: number of units}. The path is that of a matrix that reads units ("decoder/blocks/attn/o/kernel"), or
+          that of a norm's scale. In the latter case, the units are the output channels of the norm.
       dtype: dtype of the computation.
 
     Raises:
@@ -65,7 +65,7 @@ def read(params: Params, units: Mapping[str, int]) -> dict[str, jax.Array]:
 
 
 def shapes(params: Params, units: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each sum: [layers, units], or [units] for a norm outside of the layers."""
+    """Return {path: shape of the sum of derivatives}: [layers, units], or [units] for a norm outside of the layers."""
     flat = weights.flatten(params)
     return {
         path: (*weights.as_node(flat[path]).shape[: -1 if path.endswith("/scale") else -2], n)
@@ -74,9 +74,9 @@ def shapes(params: Params, units: Mapping[str, int]) -> dict[str, tuple[int, ...
 
 
 def adder(task: Task, cfg: ModelConfig, units: Mapping[str, int], dtype: Any) -> Any:
-    """Return a compiled function (weights of `read`, parameters, totals, batch) -> (totals, total weight of the loss).
+    """Return a compiled function (dense weights, parameters, totals, batch) -> (totals, total weight of the tokens).
 
-    The totals are donated.
+    The function differentiates with respect to the dense weights, which `read` returns. The totals are donated.
     """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 

@@ -1,6 +1,6 @@
 """Compute the importance of attention heads and neurons, by which structured pruning selects them.
 
-Each importance is one function of a sublayer's matrices and of what calibration measured:
+Each importance is one function of a sublayer's matrices and of calibration statistics:
 
 - contribution: norm of the head's or neuron's contribution to the residual stream
 - activation: sum over tokens of the norm of the head's output or of the neuron's output (Minitron: Muralidharan et al.,
@@ -28,11 +28,11 @@ from llmctl.model import wiring
 from llmctl.model.weights import dense
 
 SCORE, GRAM, TOTALS = "score", "gram", "totals"
-"""Names of the statistics that structured pruning joins: for the importance, and for compensation."""
+"""Names of the statistics in a `Joined`: SCORE for the importance, GRAM and TOTALS for compensation."""
 
 
 def statistic(method: StructuredMethod, inputs: int, units: int) -> Statistic | None:
-    """Return the empty statistic of a matrix's inputs that the method reads; None if it reads none.
+    """Return the empty statistic that calibration collects of a matrix's inputs; None if the method needs none.
 
     Args:
       method: the method.

@@ -105,7 +105,7 @@ def prune_layers(
 
 
 def kept_layers(cfg: ModelConfig, target: ModelConfig, influence: dict[str, list[float]]) -> dict[str, list[int]]:
-    """Return the indices of the layers that `target` keeps, given the block influence of all, for each stack."""
+    """Return the indices of the layers with the highest block influence, by stack, as many as `target` has."""
     kept = {}
     for stack, values in influence.items():
         kinds = cfg.local_layers(len(values))
@@ -124,7 +124,7 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiring.Units]:
-    """Return {path of a matrix ("attn/o"): the heads or neurons that it reads}, for those that must be pruned."""
+    """Return {path of a matrix ("attn/o"): heads or neurons that it reads}, for matrices whose inputs are pruned."""
     heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     found = {reader: u for u in wiring.units(cfg, stack) for reader in u.readers}
     return {p: u for p, u in found.items() if (heads if u.name.endswith("/heads") else target.d_ff != cfg.d_ff)}

@@ -64,7 +64,7 @@ def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_width(model: ModelConfig, params: Tree, width: int, mesh: Mesh) -> tuple[ModelConfig, Tree]:
-    """Return the config and the abstract parameters with another hidden width."""
+    """Return the config and the abstract parameters of the model with the hidden width `width`."""
     target = model.model_copy(update={"d_model": width})
     small = jax.eval_shape(lambda p: channel_cut.cut_channels(model, p, np.arange(width))[1], params)
     return target, functional.laid_out(target, small, mesh)

@@ -112,7 +112,7 @@ def choose_sizes(
       base: artifact of the saved model.
       params: parameters of the model, with merged adapters.
       asked: kind and amount of the budget (`BudgetConfig.asked`).
-      method: importance of what is removed.
+      method: how the importance is measured.
       mesh: the devices.
       multiple: the numbers of neurons and channels are multiples of this number.
       progress: function that is called with the report of each layer that was measured.
@@ -149,7 +149,7 @@ def budget_of(
 
 
 def layer_steps(model: ModelConfig, target: ModelConfig, method: StructuredMethod) -> int:
-    """Return how often `prune_structure` calls its argument `progress`."""
+    """Return the number of layers that `prune_structure` visits in all passes: the total of its progress bar."""
     before, after = (cfg.layers + cfg.encoder_layers for cfg in (model, target))
     steps = before if structured.fewer_layers(model, target) else 0
     if model.d_model != target.d_model:

@@ -263,7 +263,7 @@ class Node(abc.ABC):
 
         Raises:
             RequestError: If the weight is quantized with one scale per group along this axis, because the selection
-                would break up groups. The caller adds the name of the weight to the message.
+                would break up groups. The message does not contain the name of the weight.
         """
         return jax.tree.map(lambda a: take_along(a, index_LN, axis, self.shape[axis]), self)
 

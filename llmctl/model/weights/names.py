@@ -47,57 +47,54 @@ class Name(NamedTuple):
 
     @property
     def bias(self) -> bool:
-        """Return True for the bias of a matrix, a norm or an output head."""
+        """Return True if the parameter is a bias, such as that of a matrix or a norm."""
         return self.leaf == BIAS
 
     @property
     def vector(self) -> bool:
-        """Return True for an adapter array that is one vector per matrix: factors, magnitudes or singular values."""
+        """Return True if the array is one vector per matrix of an adapter: factors, magnitudes or singular values."""
         return self.part in VECTORS
 
     @property
     def bottleneck(self) -> bool:
-        """Return True for all parameters of a layer's bottleneck adapters."""
+        """Return True if the parameter belongs to a bottleneck adapter."""
         return self.stacked and self.module.partition("/")[0].endswith("_adapter")
 
     @property
     def norm(self) -> bool:
-        """Return True for the scale or the bias of a norm."""
+        """Return True if the parameter is the scale or the bias of a norm."""
         return self.module.endswith("norm")
 
     @property
     def embeds(self) -> bool:
-        """Return True for all parameters of the embeddings: tokens, positions, types and their norm."""
+        """Return True if the parameter belongs to the embeddings: tokens, positions, types or their norm."""
         return self.path.startswith(f"{EMBED}/")
 
     def belongs(self, module: str) -> bool:
-        """Return True for a parameter of the modules with the name `module`.
-
-        The name is the last keys of a module's path, such as `attn/q` or `q`.
-        """
+        """Return True if the parameter belongs to a module whose path ends with `module`, such as `attn/q` or `q`."""
         return f"/{self.path.rpartition('/')[0]}".endswith(f"/{module}")
 
     @property
     def below(self) -> bool:
-        """Return True for parameters that are used below the first layer, or by all layers.
+        """Return True if the parameter belongs to the embeddings or to the relative position bias.
 
-        These are the embeddings and the relative position bias.
+        These parameters are used before the first layer, or by all layers.
         """
         return self.embeds or RELATIVE in self.path.split("/")
 
     @property
     def prompt(self) -> bool:
-        """Return True for the table of trained prompt vectors (prompt tuning)."""
+        """Return True if the parameter is the table of trained prompt vectors (prompt tuning)."""
         return self.path == f"{EMBED}/prompt"
 
     @property
     def prefix(self) -> bool:
-        """Return True for the trained keys and values before every text."""
+        """Return True if the parameter is the trained keys or values of prefix tuning."""
         return self.stacked and self.module == "attn/prefix"
 
     @property
     def task_head(self) -> bool:
-        """Return True for all parameters of a task head. The language-model head is not a task head."""
+        """Return True if the parameter belongs to a task head. The language-model head is not a task head."""
         return self.path.startswith(f"{HEAD}/")
 
 

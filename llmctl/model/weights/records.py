@@ -1,7 +1,7 @@
 """Convert the type of a weight to a JSON record for the manifest, and rebuild a weight from its record and arrays.
 
 The manifest is the JSON file that describes a saved model. A weight is a plain array or a weight node, an object that
-stores one weight as several arrays (`llmctl.model.weights.base`). The record of both contains "parts", which is {name:
+stores one weight as several arrays (`llmctl.model.weights.base`). Every record contains "parts", which is {name:
 [dtype, shape]} of the stored arrays. The record of a weight node also contains "node", the name of its class, and the
 fields of the node that are not arrays (its settings).
 """
