@@ -43,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the layer's parameters have other names than the stack's. Also if the type of a weight changes in
-              this layer but not in the first replaced one, or the reverse.
+          ValueError: If the layer's parameters have other names than the stack's. Also if the type of a weight changes
+              in this layer but not in the first replaced one, or the reverse.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
