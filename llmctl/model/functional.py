@@ -316,8 +316,8 @@ def cached_block(
         stack: Name of the stack, "encoder" or "decoder".
         layer: Parameters of the layer.
         carry: Inputs of the layer. For the first layer, they are the result of `embed`. The batch that `embed` gets
-            must contain `slot`, the cache position of the first token, and `cached_segments`, the segment of the token
-            at each cache position.
+            must contain `slot` and `cached_segments`. `slot` is the cache position of the first token.
+            `cached_segments` has the segment of the token at each cache position.
         index: Index of the layer in the stack.
         cache: Cache of this layer, {"attn": {"past_k", "past_v"}}.
         dtype: Dtype of the computation.

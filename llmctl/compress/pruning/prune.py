@@ -104,9 +104,11 @@ def prune_layer(
         gives.
 
     Returns:
-      The pruned layer, and JSON data about each matrix by its path: `shape`, `zeros` (their number), `error` (the
-      relative error of its outputs, if there is a Gram matrix), `error_before_repair`, and `fallback` (what was used
-      instead, if the method could not be used as asked).
+      The pruned layer, and JSON data about each matrix by its path:
+
+      - `shape`, and `zeros`, their number
+      - `error`, the relative error of the outputs, and `error_before_repair`, if there is a Gram matrix
+      - `fallback`, what was used if SparseGPT failed
     """
     notes: dict[str, Any] = {}
 

@@ -79,8 +79,8 @@ def quantize_layers(
 def collector(method: Quantization) -> Collect:
     """Return the `Collect` function of a quantization method: the statistics that calibration collects per matrix.
 
-    They are a `Joined` of the Gram matrix ("gram") and the largest magnitudes of the inputs ("peaks"), or of one of
-    them, if the method reads only this one. Nothing is collected for the token embedding table.
+    They are a `Joined` of "gram" (the Gram matrix) and "peaks" (the largest magnitude of each input), without those
+    that the method does not read. Nothing is collected for the token embedding table.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -101,10 +101,14 @@ def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tupl
       method: how the matrices are quantized.
 
     Returns:
-      The quantized layer, and JSON data about each matrix by its path: `shape`, `error` (relative error of the outputs
-      on the calibration inputs, if there is a Gram matrix), `weight_error` (relative error of the weights, whose rows
-      may be scaled), `exponent` (of AWQ's scales), `unscaled` (true if scales were requested and cannot be folded), and
-      `fallback` (what was used instead, if the method could not be used as asked).
+      The quantized layer, and JSON data about each matrix by its path:
+
+      - `shape`
+      - `error`, the relative error of the outputs on the calibration inputs, if there is a Gram matrix
+      - `weight_error`, the relative error of the weights, after AWQ or SmoothQuant have scaled their rows
+      - `exponent`, that of AWQ's scales
+      - `unscaled`, true if scales were requested and cannot be folded
+      - `fallback`, what was used if the requested method failed
     """
     notes: dict[str, Any] = {}
     layer, scales, notes_of = _scaled(cfg, visit, method)

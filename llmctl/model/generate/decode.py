@@ -249,8 +249,8 @@ class Decoder:
         of the program.
 
         Returns:
-            The hidden state [B, D] of the last token of each prompt, and the decoding state (a dict with the cache and
-            the position of the next token), from which `advance` continues.
+            The hidden state [B, D] of the last token of each prompt, and the decoding state, from which `advance`
+            continues. The decoding state is a dict with the cache and the position of the next token.
         """
         cfg, (B, T) = self.model, prompts.tokens_BT.shape
         real_BS = jnp.pad(prompts.segments_BT, ((0, 0), (0, slots - T)))
