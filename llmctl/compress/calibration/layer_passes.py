@@ -125,7 +125,7 @@ def empty_of_head(
 
 
 def _selected(taps: dict[str, Any], collect: Collect, first_readers: Mapping[str, str]) -> LayerStats:
-    """Return the initial statistics that `collect` selects, one for all matrices that read the same input."""
+    """Return the initial statistics that `collect` selects. Matrices with the same inputs share one statistic."""
     of_inputs: dict[str, Any] = {}
     keys: dict[Any, str] = {}
     first: list[tuple[str, str]] = []

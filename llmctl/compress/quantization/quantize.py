@@ -67,7 +67,7 @@ def quantize(
 
 
 class Target(NamedTuple):
-    """Describe how one weight is quantized."""
+    """Describe how one weight is quantized: its format, and the axis along which inputs share scales."""
 
     format: Format
     inputs: int
@@ -75,7 +75,7 @@ class Target(NamedTuple):
 
 
 def chosen(flat: dict[str, Any], method: Quantization) -> dict[str, Target]:
-    """Return a target for the path of every weight that is quantized.
+    """Select the weights to quantize, and return {path of the weight: how it is quantized}.
 
     Raises:
       RequestError: If a group does not divide the inputs of a weight, if a weight is already quantized or low-rank, if

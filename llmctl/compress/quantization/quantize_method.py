@@ -18,7 +18,7 @@ MethodName = Literal["rtn", "gptq", "awq", "awq+gptq"]
 
 @dataclass(frozen=True)
 class Format:
-    """Describe how one matrix is stored."""
+    """Describe the storage format of one quantized matrix."""
 
     scheme: str
     """Name of the format in `llmctl.compress.quantization.schemes.SCHEMES`."""
@@ -37,8 +37,8 @@ class Quantization:
     scheme: str
     """Name of the format in `llmctl.compress.quantization.schemes.SCHEMES` of all matrices that no rule selects."""
     group: int = 0
-    """Requested number of inputs per scale; 0 means the format's own number. Formats that define it ignore the request.
-    """
+    """Requested number of inputs per scale; 0 means the format's own number. Formats whose specification fixes this
+    number ignore the request."""
     embeddings: bool = False
     """Whether the token embeddings are quantized."""
     head: bool = False

@@ -16,7 +16,7 @@ from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 
 NONE = "none"
-"""Format of a matrix that is not quantized."""
+"""Name that a rule gives in place of a format, to leave matrices unquantized."""
 Rules = tuple[tuple[str, str], ...]
 """Pairs (pattern, format)."""
 
