@@ -247,7 +247,7 @@ def presets() -> list[str]:
 
 
 def family(name: str) -> ModuleType:
-    """Import the module of a family, which defines FLAGS, SIZES and, if Hugging Face checkpoints exist, BRIDGE."""
+    """Return the module of a family. It defines FLAGS, SIZES and, if Hugging Face checkpoints exist, BRIDGE."""
     return importlib.import_module(f"{FAMILIES}.{name}")
 
 

@@ -47,7 +47,9 @@ class Fold:
 
 
 def folds(cfg: ModelConfig, stack: str) -> list[Fold]:
-    """Return all `Fold`s in a layer of `stack` ("encoder" or "decoder"): scales can be folded into their producers.
+    """Return the producers in a layer of `stack` ("encoder" or "decoder") into which scales can be folded.
+
+    Each `Fold` also names the readers of the producer.
 
     >>> [fold.producer for fold in folds(ModelConfig(preset="llama-tiny"), "decoder")]
     ['attn_norm', 'attn/v', 'mlp_norm', 'mlp/up']

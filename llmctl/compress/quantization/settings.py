@@ -111,7 +111,10 @@ class QuantizeConfig(CalibrationConfig):
 
     @property
     def unread(self) -> list[str]:
-        """Return the names of the settings that were given and are not read. `data` is left out: stages share it."""
+        """Return the names of settings that the user has set, but that the method does not read.
+
+        `data` is omitted, because stages share it.
+        """
         return [name for name in self._unread if name != "data"]
 
     @model_validator(mode="before")

@@ -55,7 +55,7 @@ class Scaled(Adapter):
         return b.astype(dtype) * self.factor.astype(dtype)[..., 0, :] if self.scales_bias else b.astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return this weight with its frozen base in the form that is fastest for decoding.
+        """Return this weight with its frozen base converted to the form that is fastest for decoding.
 
         The factor is not merged, because it may also scale the bias.
         """
