@@ -33,8 +33,8 @@ Record = dict[str, Any]
 
 BITMASK, TWO_OF_FOUR = "bitmask", "2:4"
 FEWER = 0.95
-"""Minimum number of nonzero elements in the 2:4 format, as a fraction of the elements that it stores (half of the dense
-array's). With fewer, the bitmask is smaller."""
+"""Minimum fraction of nonzero elements among those that the 2:4 format stores, which are half of all elements. With a
+smaller fraction, the bitmask format needs fewer bytes."""
 
 
 def encode(a: np.ndarray) -> tuple[Record, dict[str, np.ndarray]] | None:

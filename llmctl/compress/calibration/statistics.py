@@ -98,7 +98,7 @@ class Gram:
 class Norms:
     """Sum the Euclidean norms [H] of H blocks of a matrix's inputs over tokens, and count the tokens.
 
-    If every input is a block of its own, the norms are absolute values.
+    If every block has a single input, the norms are absolute values.
     """
 
     sums: jax.Array

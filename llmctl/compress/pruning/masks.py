@@ -75,9 +75,9 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
     """Return the number of zeros [O] that each output gets, and whether any output already has more than its share.
 
-    The numbers include existing zeros, and add up to `count` if the matrix has fewer zeros. New zeros are given to
-    outputs with fewer zeros than their share, in proportion to the difference. In a block pattern, blocks are counted
-    in place of weights.
+    The share of an output is `count` divided by the number of outputs. The numbers include existing zeros. They add up
+    to `count`, or to the number of existing zeros if that is larger. New zeros are given to outputs with fewer zeros
+    than their share, in proportion to the difference. In a block pattern, blocks are counted in place of weights.
     """
     zero_IO = block_pattern.all_true(values_IO == 0, pattern)
     zeros_O = jnp.sum(zero_IO, axis=0)
