@@ -6,7 +6,6 @@ The written files are read back for the comparison.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts import artifact, atomic
-from llmctl.config.errors import RequestError, WorkError
+from llmctl.config.errors import RequestError
 from llmctl.convert import (
+    adapter_export,
     architectures,
     compressed_tensors,
     gguf,
@@ -26,10 +26,8 @@ from llmctl.convert import (
     merging,
     name_map,
     parity,
-    peft,
-    peft_prefix,
-    peft_prompt,
     safetensors,
+    sentence_transformer,
     sparse_tensors,
     text_proof,
     tokenizer_export,
@@ -37,14 +35,11 @@ from llmctl.convert import (
 )
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.importing import bar, placer
-from llmctl.data.tokenizers.prompt_prefix import with_prefix
 from llmctl.evaluate.tasks import registry
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 FORMATS = ("hf", "compressed-tensors", "peft", "gguf", "artifact")
-
-SENTENCE = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 
 
 def run(
@@ -107,12 +102,11 @@ def run(
         )
     with atomic.writing(out) as draft:
         if to == "gguf":
-            delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, OUR_READER
+            delta, theirs, proof = _gguf(found, draft / "model.gguf", kind, say), None, text_proof.OUR_READER
         elif to == "peft":
-            vectors = found.model.prompt_tokens or found.model.prefix_tokens
-            delta, theirs, proof = (_vectors if vectors else _adapter)(found, draft, say)
+            delta, theirs, proof = adapter_export.write(found, draft, say)
         elif to == "artifact":
-            delta, theirs, proof = merging.write(found, draft, merge, out.name), None, OUR_READER
+            delta, theirs, proof = merging.write(found, draft, merge, out.name), None, text_proof.OUR_READER
         else:
             delta, theirs, proof = _folder(found, draft, to, dtype, shard_bytes, say)
         files = sorted(p for p in draft.rglob("*") if p.is_file())
@@ -130,9 +124,6 @@ def run(
     }
 
 
-OUR_READER = "llmctl reads the written weights"
-
-
 def _folder(
     found: artifact.Artifact, draft: Path, to: str, dtype: str, shard_bytes: int, say: Callable[[str], None]
 ) -> tuple[float, float | None, str]:
@@ -143,7 +134,7 @@ def _folder(
     for line in written.differences if written else ("has no tokenizer; the folder has none",):
         say(f"{found.path}: {line}")
     if written and written.rows:
-        cfg, params = _with_rows(cfg, params, written.rows)
+        cfg, params = tokenizer_export.with_rows(cfg, params, written.rows)
     if tokenizers.reads_texts(cfg) and found.manifest.truncate == "head_tail":
         say(f"{found.path}: long texts lose their middle in llmctl, and their end in other programs")
     tokens, unread = written.ids if written else {}, ""
@@ -160,7 +151,7 @@ def _folder(
     with bar("writing", safetensors.total(theirs.values())) as wrote:
         folders.save(draft, config, theirs, shard_bytes, wrote)
     if cfg.head_kind.bare:
-        sentence_transformer(cfg, draft)
+        sentence_transformer.save(cfg, draft)
     again = folders.inspect(draft)
     if again.model != cfg.model_copy(update={"preset": ""}):
         odd = [k for k in type(cfg).model_fields if getattr(again.model, k) != getattr(cfg, k) and k not in FREE]
@@ -204,64 +195,15 @@ def _prove(
     what = str(found.path)
     package = to.replace("-", "_") if to != "hf" else ""
     missing = unread or text_proof.available(4 * found.manifest.parameters, package)
-    rows, T, begin = _rows(found, cfg, draft, not missing, say)
+    rows, T, begin = text_proof.read_rows(found, cfg, draft, not missing, say)
     with jax.default_matmul_precision("highest"):
         batch = text_proof.batch_of(cfg, rows, T)
         expected = np.asarray(parity.answers(cfg, ours, batch))
         delta = parity.prove(what, parity.answers(model, back, batch), expected)
     if missing:
-        return delta, None, f"{begin}{OUR_READER} ({missing})"
+        return delta, None, f"{begin}{text_proof.OUR_READER} ({missing})"
     theirs = parity.prove(what, text_proof.answers_there(cfg, draft, rows, T), expected[-len(rows) :])
     return delta, theirs, f"{begin}transformers reads what was written"
-
-
-def _rows(
-    found: artifact.Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
-) -> tuple[text_proof.Rows, int, str]:
-    """Tokenize the texts on which the artifact and the written model are compared.
-
-    Returns:
-        (token ids, maximum number of tokens T, beginning of the comparison's description). The last is "from text, " if
-        a tokenizer was written, and "" if token ids are random.
-
-    Args:
-        found: The artifact.
-        cfg: Config of the written model.
-        folder: Folder of the written model.
-        theirs: Whether transformers reads the written tokenizer; if false, the library tokenizers does.
-        say: Function that is called with one line if the written tokenizer gives other ids than the artifact's. The ids
-            of the written tokenizer are then returned.
-
-    Raises:
-        WorkError: If the written tokenizer gives other ids than the artifact's, and the model reads complete texts.
-    """
-    rows, T = text_proof.texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
-    if not (folder / "tokenizer.json").is_file():
-        return rows, T, ""
-    try:
-        there = text_proof.tokens_there(cfg, folder, T, theirs=theirs)
-    except Exception as e:  # the libraries raise many exception types
-        raise RequestError(
-            f"{found.path}: other programs cannot read its tokenizer ({type(e).__name__}: "
-            f"{' '.join(str(e).split())[:200]}); correct its tokenizer_config.json"
-        ) from None
-    if differs := text_proof.same_tokens(str(found.path), rows, there):
-        if tokenizers.reads_texts(cfg):
-            raise WorkError(f"{differs}; nothing was written")
-        say(f"{differs}; both sides are compared on theirs, and prompts there need llmctl's tokens for its answers")
-        rows = there
-    return rows, T, "from text, "
-
-
-def _with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """Extend the embedding table to `rows` rows, by rows of zeros, and return the new config and parameters.
-
-    The new rows belong to tokens that the export adds.
-    """
-    flat = weights.flatten(params)
-    table_VD = weights.dense(flat["embed/tokens"], flat["embed/tokens"].dtype)
-    flat["embed/tokens"] = jnp.pad(table_VD, ((0, rows - len(table_VD)), (0, 0)))
-    return cfg.model_copy(update={"vocab_size": rows}), weights.unflatten(flat)
 
 
 FREE = {
@@ -300,83 +242,6 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
     return {path: cast(path, w) for path, w in weights.flatten(params).items()}
 
 
-def _adapter(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an adapter, and compare the outputs of base and adapter, loaded by PEFT, with those of the artifact.
-
-    If PEFT is not installed, llmctl loads the adapter.
-
-    Returns:
-        (largest difference in llmctl, largest difference in PEFT or None, description of the comparison).
-
-    Raises:
-        RequestError: If the base cannot be written in the Hugging Face format.
-    """
-    cfg, task, labels = found.model, registry.of(found.manifest), found.manifest.labels
-    folders.config_of(cfg, task, labels, {}, "float32")
-    if left := task.hf_fields(cfg, labels, found.manifest.fitted).keys() - task.hf_fields(cfg, labels, {}).keys():
-        say(f"{found.path}: an adapter's files have no place for {', '.join(sorted(left))}, which stay behind")
-    delta = peft.export(found, draft)
-    bases = weights.flatten(weights.without_adapters(found.params)).values()
-    integers = [weights.as_node(w).integers() for w in bases]
-    missing = text_proof.available(4 * found.manifest.parameters, "peft")
-    if any(w is not None and w.activations for w in integers):
-        missing = "the base quantizes activations, which a dense base does not"
-    if missing:
-        return delta, None, f"{OUR_READER} ({missing})"
-    with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
-        base, theirs, params = Path(work), cfg, peft.base_of(found)
-        written = tokenizer_export.export_tokenizer(found.tokenizer_dir, base, cfg, found.manifest.seq_len)
-        if written and written.rows:
-            theirs, params = _with_rows(cfg, params, written.rows)
-        config = folders.config_of(theirs, task, labels, written.ids if written else {}, "float32")
-        folders.save(base, config, folders.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
-        if cfg.head_kind.bare:
-            sentence_transformer(cfg, base)
-        rows, T, begin = _rows(found, theirs, base, True, say)
-        expected = np.asarray(parity.answers(cfg, found.params, text_proof.batch_of(cfg, rows, T)))
-        got = text_proof.answers_there(theirs, base, rows, T, adapter=draft)
-    return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
-
-
-def _vectors(found: artifact.Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write a trained prompt or prefix, and compare the outputs of base and adapter in PEFT with those of the artifact.
-
-    Returns:
-        (largest difference in llmctl, largest difference in PEFT or None, description of the comparison).
-
-    Raises:
-        RequestError: If the artifact has both, or if the vectors cannot be written.
-    """
-    if found.model.prompt_tokens and found.model.prefix_tokens:
-        raise RequestError(f"{found.path}: has a trained prompt and a trained prefix; PEFT's files hold one of the two")
-    prompt = found.model.prompt_tokens > 0
-    delta = (peft_prompt if prompt else peft_prefix).export(found, draft)
-    if missing := text_proof.available(4 * found.manifest.parameters, "peft"):
-        return delta, None, f"{OUR_READER} ({missing})"
-    cfg, about = found.model, found.manifest
-    with tempfile.TemporaryDirectory(prefix="llmctl-") as work, jax.default_matmul_precision("highest"):
-        folder = Path(work) / "base"
-        folder.mkdir()
-        if prompt:
-            bare = dataclasses.replace(peft_prompt.without_prompt(found), path=Path(work) / "bare")
-            with_prefix(found.tokenizer_dir, bare.tokenizer_dir, ())
-        else:
-            bare = peft_prefix.without_prefix(found)
-        theirs, params = bare.model, bare.params
-        written = tokenizer_export.export_tokenizer(bare.tokenizer_dir, folder, theirs, about.seq_len)
-        if written and written.rows:
-            theirs, params = _with_rows(theirs, params, written.rows)
-        ids = written.ids if written else {}
-        config = folders.config_of(theirs, registry.of(about), about.labels, ids, "float32")
-        folders.save(folder, config, folders.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
-        rows, T, begin = _rows(bare, theirs, folder, True, say)
-        batch = text_proof.batch_of(bare.model, rows, T)
-        expected = np.asarray(parity.answers(cfg, found.params, parity.prompted(cfg, batch) if prompt else batch))
-        outputs = 0 if cfg.encoder_layers else cfg.prompt_tokens
-        got = text_proof.answers_there(theirs, folder, rows, T, adapter=draft, prompt=outputs)
-    return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
-
-
 def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:
     if differs := gguf_export.write(found, file, kind):
         say(f"{found.path}: {differs}")
@@ -386,19 +251,3 @@ def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], 
     return parity.prove(
         str(found.path), parity.answers(again.model, back, batch), gguf_export.expected(found, kind, batch)
     )
-
-
-def sentence_transformer(cfg: ModelConfig, folder: Path) -> None:
-    """Write the config files with an embedding model's pooling and normalization, for sentence-transformers."""
-    import json
-
-    modes = {flag: cfg.pooling == pooling for pooling, flag in SENTENCE.items()}
-    (folder / "1_Pooling").mkdir()
-    content = {"word_embedding_dimension": cfg.d_model, **modes}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(kinds.items())
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")

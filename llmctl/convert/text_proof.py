@@ -14,7 +14,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.config.errors import WorkError
+from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError, WorkError
 from llmctl.convert import parity
 from llmctl.convert.tokenizers import pools_last, projects_pooled, reads_texts
 from llmctl.data.examples.labelled import templated
@@ -41,6 +42,8 @@ LENGTH = 24
 """Maximum number of tokens per row."""
 COPY = 1.5
 """Memory that transformers needs to load a model, as a multiple of the size of its float32 weights."""
+
+OUR_READER = "llmctl reads the written weights"
 
 Rows = list[list[int]]
 
@@ -141,6 +144,44 @@ def same_tokens(what: str, ours: Rows, there: Rows) -> str:
         if a != b:
             return f"{what}: others read {text!r} as {b[:8]}…{b[-2:]} ({len(b)} tokens), llmctl as {a[:8]}…{a[-2:]}"
     return ""
+
+
+def read_rows(
+    found: Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
+) -> tuple[Rows, int, str]:
+    """Tokenize the texts on which the artifact and the written model are compared.
+
+    Returns:
+        (token ids, maximum number of tokens T, beginning of the comparison's description). The last is "from text, " if
+        a tokenizer was written, and "" if token ids are random.
+
+    Args:
+        found: The artifact.
+        cfg: Config of the written model.
+        folder: Folder of the written model.
+        theirs: Whether transformers reads the written tokenizer; if false, the library tokenizers does.
+        say: Function that is called with one line if the written tokenizer gives other ids than the artifact's. The ids
+            of the written tokenizer are then returned.
+
+    Raises:
+        WorkError: If the written tokenizer gives other ids than the artifact's, and the model reads complete texts.
+    """
+    rows, T = texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
+    if not (folder / "tokenizer.json").is_file():
+        return rows, T, ""
+    try:
+        there = tokens_there(cfg, folder, T, theirs=theirs)
+    except Exception as e:  # the libraries raise many exception types
+        raise RequestError(
+            f"{found.path}: other programs cannot read its tokenizer ({type(e).__name__}: "
+            f"{' '.join(str(e).split())[:200]}); correct its tokenizer_config.json"
+        ) from None
+    if differs := same_tokens(str(found.path), rows, there):
+        if reads_texts(cfg):
+            raise WorkError(f"{differs}; nothing was written")
+        say(f"{differs}; both sides are compared on theirs, and prompts there need llmctl's tokens for its answers")
+        rows = there
+    return rows, T, "from text, "
 
 
 def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from llmctl.convert import post_processor, sentencepiece_json
 from llmctl.convert.tokenizers import BESIDE, GENERATION, ids_of, pools_last, read_json, reads_texts
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import TextTemplate
 from llmctl.data.tokenizers.sentencepieces import SentencePieces
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
+from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 
@@ -137,3 +140,14 @@ def _rename_pad(file: Path, pad: str) -> None:
     """Set the padding token in a special_tokens_map.json, if the file exists."""
     if stored := read_json(file):
         file.write_text(json.dumps(stored | {"pad_token": pad}, indent=2) + "\n")
+
+
+def with_rows(cfg: ModelConfig, params: dict[str, Any], rows: int) -> tuple[ModelConfig, dict[str, Any]]:
+    """Extend the embedding table to `rows` rows, by rows of zeros, and return the new config and parameters.
+
+    The new rows belong to tokens that the export adds.
+    """
+    flat = weights.flatten(params)
+    table_VD = weights.dense(flat["embed/tokens"], flat["embed/tokens"].dtype)
+    flat["embed/tokens"] = jnp.pad(table_VD, ((0, rows - len(table_VD)), (0, 0)))
+    return cfg.model_copy(update={"vocab_size": rows}), weights.unflatten(flat)
