@@ -42,6 +42,7 @@ MEANINGS = {
     "sparsity": "share of zeros in the matrices of the layers",
     "influence": "change of the hidden states by the layer, 0 if none",
     "layer_error": "change of the layer's output by the compression, relative",
+    "calibration_loss": "loss of the calibration data if the model had other sizes",
 }
 """Explanations of the short names in the progress line. Each process prints an explanation once, before the first line
 with the name."""
@@ -111,7 +112,7 @@ class Reporter:
         self._shown = -math.inf
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}
-        self._layers = 0
+        self._steps = 0
 
     def __enter__(self) -> Reporter:
         if not self.writes:
@@ -185,9 +186,14 @@ class Reporter:
         self._show(step)
 
     def log_layer(self, report: LayerReport) -> None:
-        """Log the report of one calibrated layer. The step of the log line is the number of layers reported so far."""
-        self._layers += 1
-        self.log(self._layers, {"layer": report.layer, "influence": report.influence, "layer_error": report.error})
+        """Log the report of one layer of a calibration walk as the next step."""
+        self.log_next({"layer": report.layer, "influence": report.influence, "layer_error": report.error})
+
+    def log_next(self, metrics: Mapping[str, Any]) -> None:
+        """Log metrics as the next step of a stage whose steps are not numbered, such as the layers of a calibration
+        walk."""
+        self._steps += 1
+        self.log(self._steps, metrics)
 
     def _add_events(self, values: Mapping[str, Any], step: int) -> None:
         """Write metrics to TensorBoard.
@@ -214,7 +220,7 @@ class Reporter:
         text = "  ".join(f"{SHORT.get(name, name)} {_brief(value)}" for name, value in shown)
         self._explain(SHORT.get(name, name) for name, _ in shown)
         if self._bar:
-            self._bar.update(self._task, completed=step, metrics=text)
+            self._bar.update(self._task, completed=step, total=self.total, metrics=text)
             return
         now = self.clock()
         first, began = self._first = self._first or (step, now)  # earlier time includes compilation

@@ -7,12 +7,14 @@ removed. A post-norm model would still apply the layer's norms, so its layers ar
 lowest estimates, and the one with uniform ratios, are measured in the same way with all sizes reduced together. The
 candidate with the lowest loss is chosen. It is pruned by the same importance, so that without repair its loss is the
 measured one.
+
+Every measurement is saved. A run that continues after a kill measures only what is missing, and chooses the same sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,15 +23,18 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llmctl.compress.calibration.calibrate import Batch, walk
+from llmctl.compress.calibration.calibrate import Batch, LayerReport
+from llmctl.compress.calibration.measurements import Measurements
 from llmctl.compress.calibration.statistics import Statistic
 from llmctl.compress.structured_pruning import budget, channel_choice, importance
 from llmctl.compress.structured_pruning.budget import Candidate
 from llmctl.compress.structured_pruning.channel_cut import cut_channels
 from llmctl.compress.structured_pruning.gates import Gates, accumulate
+from llmctl.compress.structured_pruning.measured_walk import UNSAVED, Progress, measure_once
+from llmctl.compress.structured_pruning.measured_walk import measure as measured_walk
+from llmctl.compress.structured_pruning.search_space import Size, Space
 from llmctl.compress.structured_pruning.shrink import columns, drop_layers
 from llmctl.compress.structured_pruning.structured import (
-    Progress,
     UnitScores,
     choose_heads,
     choose_neurons,
@@ -44,6 +49,8 @@ from llmctl.model import functional, weights, wiring
 from llmctl.model.config import ModelConfig
 
 Params = dict[str, Any]
+Note = Callable[[Mapping[str, float]], None] | None
+"""Function that is called with the name and the value of each measured loss."""
 
 FINALISTS = 6
 """Number of candidates whose loss is measured, besides the one with uniform ratios."""
@@ -58,12 +65,17 @@ class Scan:
     batches: Sequence[Batch]
     task: Task
     dtype: Any
-    influence: dict[str, list[float]]
+    influence: dict[str, list[float]] = field(default_factory=dict)
     """Block influence of the layers, by stack."""
-    scores: UnitScores
+    scores: UnitScores = field(default_factory=dict)
     """Importance of the heads and neurons."""
-    channels_D: np.ndarray
+    channels_D: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Importance of the hidden channels."""
+    saved: Measurements = UNSAVED
+    """Losses that an interrupted run measured."""
+    note: Note = None
+    losses: dict[str, float] = field(default_factory=dict)
+    """Losses of this run, by the sizes."""
     programs: dict[tuple[int, int], Any] = field(default_factory=dict)
     """Compiled functions for the loss, by number of layers and hidden width."""
 
@@ -71,7 +83,26 @@ class Scan:
         """Return the mean loss on the calibration data of the model, pruned to the sizes of `model`.
 
         The layers, heads, neurons and channels of lowest importance are disabled or removed, without repair.
+
+        Raises:
+          RequestError: If the calibration data has no labels or targets.
         """
+        name = self._name(model)
+        if name not in self.losses:
+            self.losses[name] = measure_once(self.saved, name, lambda: self._measured(model))
+            if self.note is not None:
+                self.note({"calibration_loss": self.losses[name]})
+        return self.losses[name]
+
+    def measured(self, model: ModelConfig) -> bool:
+        """Return whether this run has the loss of a model with these sizes."""
+        return self._name(model) in self.losses
+
+    def _name(self, model: ModelConfig) -> str:
+        sizes = model.layers, model.encoder_layers, model.heads, model.kv_heads, model.d_ff, model.d_model
+        return ".".join(map(str, ("loss", *sizes)))
+
+    def _measured(self, model: ModelConfig) -> float:
         cfg, params = self.cfg, weights.updated(self.params, self._masked(model))
         if cfg.norm_position == "post" and fewer_layers(cfg, model):
             cfg, params = drop_layers(cfg, params, kept_layers(cfg, model, self.influence))
@@ -92,6 +123,8 @@ class Scan:
         Unchanged matrices are omitted.
         """
         cfg, changed = self.cfg, {}
+        if model == cfg:
+            return {}
         flat = weights.flatten(self.params)
         for stack, layers in kept_layers(cfg, model, self.influence).items():
             influence = self.influence[stack]
@@ -116,40 +149,54 @@ class Scan:
         return choose_neurons(scores, model.d_ff)
 
 
-def measure(
-    task: Task,
-    cfg: ModelConfig,
-    params: Params,
-    batches: Sequence[Batch],
-    method: StructuredMethod,
-    progress: Progress = None,
-    dtype: Any = jnp.float32,
-) -> Scan:
-    """Measure the importance of layers, heads, neurons and channels, all in the unpruned model."""
+def measure(scan: Scan, method: StructuredMethod, progress: Progress = None) -> Scan:
+    """Measure the importance of layers, heads, neurons and channels, all in the unpruned model.
+
+    Args:
+      scan: the model and the data. Its importance is empty.
+      method: the importance.
+      progress: function that is called with the report of each layer.
+
+    Returns:
+      The scan with the importance.
+    """
+    cfg, params, dtype, saved = scan.cfg, scan.params, scan.dtype, scan.saved
     gates: Gates = {}
     channels = channel_choice.gate_paths(cfg, params)
     if method.gradients:
-        gates = accumulate(task, cfg, params, batches, {**unit_counts(cfg), **channels}, dtype)
+        units = {**unit_counts(cfg), **channels}
+        gates = accumulate(scan.task, cfg, params, scan.batches, units, dtype, saved=saved, name="scan.gates")
+
+    def reduce(reports: list[LayerReport]) -> dict[str, np.ndarray]:
+        found = {}
+        for r in reports:
+            layer = functional.layer_params(params, r.stack, r.layer)
+            for units in wiring.units(cfg, r.stack):
+                for path in units.readers:
+                    gate = gates.get(f"{r.stack}/blocks/{path}/kernel")
+                    gate_N = None if gate is None else gate[r.layer]
+                    at = (r.stack, r.layer)
+                    own = importance.of_units(method, units, layer, r.stats.get(path), gate_N, at)
+                    found[f"{r.stack}.{r.layer}.{path}"] = own
+        return found
+
     collect = collector(cfg, method)
-    _, reports = walk(cfg, params, batches, collect, keep=True, progress=progress, dtype=dtype)
-    scores: UnitScores = {stack: [] for stack in functional.stacks(cfg)}
-    for r in reports:
-        layer, own = functional.layer_params(params, r.stack, r.layer), {}
-        for units in wiring.units(cfg, r.stack):
-            for path in units.readers:
-                gate = gates.get(f"{r.stack}/blocks/{path}/kernel")
-                at = (r.stack, r.layer)
-                gate_N = None if gate is None else gate[r.layer]
-                own[path] = importance.of_units(method, units, layer, r.stats.get(path), gate_N, at)
-        scores[r.stack].append(own)
+    found, influence = measured_walk(
+        "scan.units", saved, cfg, params, scan.batches, collect, reduce, progress=progress, dtype=dtype
+    )
+    scores: UnitScores = {stack: [{} for _ in values] for stack, values in influence.items()}
+    for name, own in found.items():
+        stack, i, path = name.split(".", 2)
+        scores[stack][int(i)][path] = own
     if cfg.positions == "relative":  # the layers of a stack share one bias per head
         for layers in scores.values():
             common_H = common_scores([layer["attn/o"] for layer in layers])
             layers[:] = [{**layer, "attn/o": common_H} for layer in layers]
-    influence = {stack: [r.influence for r in reports if r.stack == stack] for stack in functional.stacks(cfg)}
-    found = {path: gates[path] for path in channels} if method.gradients else None
-    channels_D = channel_choice.channel_scores(cfg, params, batches, method, None, dtype, found)
-    return Scan(cfg, params, batches, task, dtype, influence, scores, channels_D)
+    own_gates = {path: gates[path] for path in channels} if method.gradients else None
+    channels_D = channel_choice.channel_scores(
+        cfg, params, scan.batches, method, progress, dtype, own_gates, saved, "scan.channels"
+    )
+    return replace(scan, influence=influence, scores=scores, channels_D=channels_D)
 
 
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Any:
@@ -176,32 +223,37 @@ def unit_counts(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
-def choose(scan: Scan, wanted: float, size: Any, multiple: int = 1) -> tuple[list[Candidate], budget.Curves]:
+def loss_steps(space: Space, count: int = FINALISTS + 1) -> int:
+    """Return how many losses `choose` measures, if it measures `count` candidates."""
+    return 1 + sum(map(len, space.points().values())) + count
+
+
+def choose(
+    scan: Scan, space: Space, wanted: float, size: Size, planned: Callable[[int], None] | None = None
+) -> tuple[list[Candidate], budget.Curves]:
     """Measure the loss of the best candidates and of uniform pruning, for a budget.
 
     Args:
       scan: importance in the unpruned model, and calibration batches.
+      space: the sizes that are allowed. One choice of them meets the budget (`budget.limit`).
       wanted: the budget, in the unit of `size`.
-      size: function that computes the size of a model (`budget.size_of`).
-      multiple: the numbers of neurons and channels are multiples of this number.
+      size: function that computes the size of a model.
+      planned: function that is called with the number of losses that remain to be measured.
 
     Returns:
       The candidates, sorted by measured loss, and the measured losses if only one size is reduced.
-
-    Raises:
-      RequestError: If no choice of sizes meets the budget.
     """
     cfg, base = scan.cfg, scan.loss(scan.cfg)
-    curves: dict[str, dict[int, float]] = {}
-    for name, counts in budget.points(cfg, multiple).items():
-        whole = {part: getattr(cfg, field) for part, field in budget.PARTS.items()}
-        curves[name] = {n: max(0.0, scan.loss(budget.with_sizes(cfg, **{**whole, name: n})) - base) for n in counts}
-    found = budget.candidates(cfg, wanted, size, curves, multiple)
-    if not found:
-        raise RequestError(f"budget: no choice of layers, heads, neurons and channels has at most {wanted:,.0f}")
-    even = budget.uniform(cfg, wanted, size, multiple)
-    tried = budget.finalists(found, FINALISTS)
-    tried.append(Candidate(even, size(even), budget.estimate(cfg, even, curves)))
+    curves: dict[str, dict[int, float]] = {
+        name: {n: max(0.0, scan.loss(space.one(name, n)) - base) for n in counts}
+        for name, counts in space.points().items()
+    }
+    even = space.uniform(wanted, size)
+    tried = budget.finalists(budget.candidates(space, wanted, size, curves), FINALISTS)
+    if all(c.model != even for c in tried):
+        tried.append(Candidate(even, size(even), budget.estimate(cfg, even, curves)))
+    if planned is not None:
+        planned(sum(not scan.measured(c.model) for c in tried))
     done = [budget.measured(c, scan.loss(c.model) - base) for c in tried]
     return sorted(done, key=lambda c: c.measured if c.measured is not None else c.estimate), curves
 

@@ -18,13 +18,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.compress.calibration.calibrate import HEAD, Batch, Visit, walk
+from llmctl.compress.calibration.calibrate import HEAD, Batch, LayerReport, Visit, walk
 from llmctl.compress.calibration.layer_files import Saved
+from llmctl.compress.calibration.measurements import Measurements
 from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Moments, Norms, Statistic, Totals
 from llmctl.compress.structured_pruning.channel_cut import cut_channels, hidden_axes
 from llmctl.compress.structured_pruning.gates import Gates
 from llmctl.compress.structured_pruning.importance import GRAM, SCORE, TOTALS
-from llmctl.compress.structured_pruning.structured import Progress, disable
+from llmctl.compress.structured_pruning.measured_walk import UNSAVED, Progress, measure
+from llmctl.compress.structured_pruning.structured import disable
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
 from llmctl.model import functional, weights, wiring
 from llmctl.model.config import ModelConfig
@@ -44,6 +46,7 @@ def prune_channels(
     saved: Saved | None = None,
     found: Gates | None = None,
     known_D: np.ndarray | None = None,
+    measurements: Measurements = UNSAVED,
 ) -> tuple[ModelConfig, Params, dict[str, Any]]:
     """Reduce the hidden width to `keep` channels.
 
@@ -58,12 +61,14 @@ def prune_channels(
       saved: folder in which repaired layers are saved.
       found: derivatives for the importance "taylor" (`gates.accumulate`).
       known_D: importance of the channels, if it was measured before.
+      measurements: importance that an interrupted run measured.
 
     Returns:
       The config, the parameters, and JSON data: the indices of the kept channels and the importance of all.
     """
-    measured = known_D is None
-    scores_D = channel_scores(cfg, params, batches, method, progress, dtype, found) if measured else known_D
+    scores_D = known_D
+    if scores_D is None:
+        scores_D = channel_scores(cfg, params, batches, method, progress, dtype, found, measurements)
     kept = np.sort(np.argsort(-scores_D, kind="stable")[:keep])
     about = {"kept": kept.tolist(), "importance": [float(f"{x:.4g}") for x in scores_D]}
     ratios: dict[str, np.ndarray] = {}
@@ -96,8 +101,13 @@ def channel_scores(
     progress: Progress = None,
     dtype: Any = jnp.float32,
     found: Gates | None = None,
+    saved: Measurements = UNSAVED,
+    name: str = "channels",
 ) -> np.ndarray:
-    """Return the importance of each channel, [D]. `prune_channels` describes the arguments."""
+    """Return the importance of each channel, [D]. `prune_channels` describes the arguments.
+
+    The importance is saved as `name`. If an interrupted run saved it, it is not measured.
+    """
     total_D, flat = np.zeros(cfg.d_model), weights.flatten(params)
     if method.importance == "random":
         return np.random.default_rng([method.seed, zlib.crc32(b"channels")]).random(cfg.d_model)
@@ -109,20 +119,23 @@ def channel_scores(
                 square = np.square(np.asarray(dense(flat[path]), float))
                 total_D += np.moveaxis(square, axis, -1).reshape(-1, cfg.d_model).sum(0)
         return np.sqrt(total_D)
-    _, reports = walk(
-        cfg, params, batches, collector(cfg, method), head=True, keep=True, progress=progress, dtype=dtype
-    )
     feeds = {(stack, name): feed for feed in norm_feeds(cfg) for stack, name in [_at(feed.readers[0])]}
-    for r in reports:
-        for name, joined in r.stats.items():
-            stat: Any = joined.parts[SCORE]
-            if method.importance == "activation":
-                total_D += np.asarray(stat.sums, float)
-                continue
-            readers = feeds[r.stack, name].readers
-            square_D = np.asarray(stat.squares, float) * sum(_row_squares(flat, p, r.layer) for p in readers)
-            total_D += square_D / max(float(square_D.sum()), 1e-30)
-    return total_D
+
+    def reduce(reports: list[LayerReport]) -> dict[str, np.ndarray]:
+        for r in reports:
+            for path, joined in r.stats.items():
+                stat: Any = joined.parts[SCORE]
+                if method.importance == "activation":
+                    total_D[:] += np.asarray(stat.sums, float)
+                    continue
+                readers = feeds[r.stack, path].readers
+                square_D = np.asarray(stat.squares, float) * sum(_row_squares(flat, p, r.layer) for p in readers)
+                total_D[:] += square_D / max(float(square_D.sum()), 1e-30)
+        return {"scores": total_D}
+
+    collect = collector(cfg, method)
+    measured, _ = measure(name, saved, cfg, params, batches, collect, reduce, head=True, progress=progress, dtype=dtype)
+    return measured["scores"]
 
 
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:

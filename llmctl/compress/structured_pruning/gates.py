@@ -18,15 +18,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmctl.compress.calibration.gradients import summed
+from llmctl.compress.calibration.measurements import Arrays, Measurements
+from llmctl.distributed import host_arrays
 from llmctl.evaluate.tasks.base import Task
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 Params = dict[str, Any]
 
-Gates = dict[str, jax.Array]
+Gates = dict[str, np.ndarray]
 """Sums over batches of the absolute derivatives [..., N], by the path of the matrix or of the norm's scale."""
 
 
@@ -37,6 +40,9 @@ def accumulate(
     batches: Sequence[dict[str, Any]],
     units: Mapping[str, int],
     dtype: Any = jnp.float32,
+    *,
+    saved: Measurements = Measurements(None),
+    name: str = "gates",
 ) -> Gates:
     """Sum the absolute derivatives over batches. For each batch, the total loss is differentiated.
 
@@ -48,13 +54,19 @@ def accumulate(
       units: {path: number of units}. The path is that of a matrix that reads units ("decoder/blocks/attn/o/kernel"), or
           that of a norm's scale. In the latter case, the units are the output channels of the norm.
       dtype: dtype of the computation.
+      saved: sums of an interrupted run.
+      name: name of the sums in `saved`.
 
     Raises:
       RequestError: If no batch has a label or target.
     """
-    step, inner = adder(task, cfg, units, dtype), read(params, units)
-    totals = {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes(params, units).items()}
-    return summed(step, inner, params, totals, batches)
+
+    def measured() -> Arrays:
+        step, inner = adder(task, cfg, units, dtype), read(params, units)
+        totals = {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes(params, units).items()}
+        return {p: host_arrays.read(a) for p, a in summed(step, inner, params, totals, batches).items()}
+
+    return saved.get(name, measured)
 
 
 def read(params: Params, units: Mapping[str, int]) -> dict[str, jax.Array]:
@@ -93,7 +105,7 @@ def adder(task: Task, cfg: ModelConfig, units: Mapping[str, int], dtype: Any) ->
         return found + inner[bias] * grads[bias] if bias in inner else found
 
     @partial(jax.jit, donate_argnums=2)
-    def step(inner: dict[str, jax.Array], params: Params, totals: Gates, batch: dict[str, Any]) -> Any:
+    def step(inner: dict[str, jax.Array], params: Params, totals: dict[str, jax.Array], batch: dict[str, Any]) -> Any:
         grads, weight = jax.grad(total, has_aux=True)(inner, params, batch)
         return {path: a + jnp.abs(gate(path, inner, grads)) for path, a in totals.items()}, weight
 

@@ -54,7 +54,7 @@ def of_units(
     units: wiring.Units,
     layer: dict[str, Any],
     measured: Joined | None,
-    gates_N: jax.Array | None,
+    gates_N: np.ndarray | None,
     at: tuple[str, int],
 ) -> np.ndarray:
     """Return the importance [N] of the heads or neurons of one sublayer.

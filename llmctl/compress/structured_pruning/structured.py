@@ -10,7 +10,7 @@ Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,18 +18,18 @@ import numpy as np
 
 from llmctl.compress.calibration.calibrate import Batch, LayerReport, Visit, walk
 from llmctl.compress.calibration.layer_files import Saved
+from llmctl.compress.calibration.measurements import Measurements
 from llmctl.compress.calibration.output_error import replicated
 from llmctl.compress.calibration.statistics import Collect, Joined, Statistic, Stats, nothing
 from llmctl.compress.pruning import prune
 from llmctl.compress.structured_pruning import importance
 from llmctl.compress.structured_pruning.compensation import compensate
 from llmctl.compress.structured_pruning.gates import Gates
+from llmctl.compress.structured_pruning.measured_walk import UNSAVED, Progress, measure
 from llmctl.compress.structured_pruning.shrink import Kept, columns, cut, drop_layers
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
 from llmctl.model import functional, wiring
 from llmctl.model.config import ModelConfig
-
-Progress = Callable[[LayerReport], None] | None
 
 UnitScores = dict[str, list[dict[str, np.ndarray]]]
 """Importance of heads and neurons: "encoder" or "decoder" -> layer -> path of the matrix that reads them -> scores."""
@@ -90,18 +90,21 @@ def prune_layers(
     target: ModelConfig,
     progress: Progress = None,
     dtype: Any = jnp.float32,
-) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]]]:
+    measurements: Measurements = UNSAVED,
+) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]], dict[str, list[float]]]:
     """Remove the layers with the least block influence, until the model has as many layers as `target`.
 
     (ShortGPT, arXiv:2403.03853)
 
     Returns:
-      The config, the parameters, and the indices of the kept layers of the encoder and of the decoder.
+      The config, the parameters, the indices of the kept layers of the encoder and of the decoder, and the influence
+      of all layers.
     """
-    _, reports = walk(cfg, params, batches, nothing, progress=progress, dtype=dtype)
-    influence = {stack: [r.influence for r in reports if r.stack == stack] for stack in functional.stacks(cfg)}
+    _, influence = measure(
+        "layers", measurements, cfg, params, batches, nothing, lambda _: {}, progress=progress, dtype=dtype
+    )
     kept = kept_layers(cfg, target, influence)
-    return (*drop_layers(cfg, params, kept), kept)
+    return (*drop_layers(cfg, params, kept), kept, influence)
 
 
 def kept_layers(cfg: ModelConfig, target: ModelConfig, influence: dict[str, list[float]]) -> dict[str, list[int]]:
@@ -168,6 +171,7 @@ def prune_widths(
     method: StructuredMethod = StructuredMethod(),
     found: Gates | None = None,
     known: UnitScores | None = None,
+    measurements: Measurements = UNSAVED,
 ) -> tuple[ModelConfig, dict[str, Any], list[LayerReport]]:
     """Reduce every layer to the heads, key/value heads and neurons of `target`.
 
@@ -186,6 +190,7 @@ def prune_widths(
       method: importance and repair.
       found: derivatives for the importance "taylor" (`gates.accumulate`).
       known: importance of heads and neurons, if it was measured before.
+      measurements: importance that an interrupted run measured.
 
     Returns:
       The config, the parameters, and a report per layer. The notes of a report have the indices of the kept heads and
@@ -202,14 +207,18 @@ def prune_widths(
         own_N = None if own is None else own[index]
         return importance.of_units(method, units, layer, stats.get(path), own_N, (stack, index))
 
-    common: dict[str, np.ndarray] = {}
-    if heads_change and cfg.positions == "relative" and known is None:
-        _, reports = walk(cfg, params, batches, collect, keep=True, dtype=dtype)
+    def in_common(reports: list[LayerReport]) -> dict[str, np.ndarray]:
         each: dict[str, list[np.ndarray]] = {stack: [] for stack in functional.stacks(cfg)}
         for r in reports:
             layer = functional.layer_params(params, r.stack, r.layer)
             each[r.stack].append(score(r.stack, r.layer, layer, r.stats, "attn/o"))
-        common = {stack: common_scores(scores) for stack, scores in each.items()}
+        return {stack: common_scores(scores) for stack, scores in each.items()}
+
+    common: dict[str, np.ndarray] = {}
+    if heads_change and cfg.positions == "relative" and known is None:
+        common, _ = measure(
+            "heads", measurements, cfg, params, batches, collect, in_common, progress=progress, dtype=dtype
+        )
 
     def change(visit: Visit) -> dict[str, Any]:
         out = {name: dict(part) for name, part in visit.layer.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import jax
@@ -12,7 +11,16 @@ from jax.sharding import Mesh
 
 from llmctl.compress.calibration.statistics import nothing
 from llmctl.compress.programs import Walk, layer_of, sharding_of
-from llmctl.compress.structured_pruning import channel_choice, channel_cut, compensation, gates, structured
+from llmctl.compress.structured_pruning import (
+    budget_scan,
+    channel_choice,
+    channel_cut,
+    compensation,
+    gates,
+    shrink,
+    structured,
+)
+from llmctl.compress.structured_pruning.search_space import Space
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
 from llmctl.distributed import mesh as meshes
 from llmctl.model import flops as cost
@@ -22,35 +30,88 @@ from llmctl.model.program import Cost, Program, Tree
 
 
 def structured_pruning(
-    model: ModelConfig, params: Tree, target: ModelConfig, method: StructuredMethod, mesh: Mesh, walk: Walk
+    model: ModelConfig,
+    params: Tree,
+    target: ModelConfig,
+    method: StructuredMethod,
+    mesh: Mesh,
+    walk: Walk,
+    *,
+    known: bool = False,
 ) -> list[Program]:
     """Return the programs that remove layers, channels, heads and neurons, so that the model has the config `target`.
 
-    Programs are omitted for sizes that do not change.
+    Programs are omitted for sizes that do not change. `known` tells whether a search measured the
+    importance.
     """
     found: list[Program] = []
+    gradients = method.gradients and not known
     if structured.fewer_layers(model, target):
-        found += walk.programs(model, params, nothing, changes=False)
+        found += [] if known else walk.programs(model, params, nothing, changes=False)
         model = model.model_copy(update={"layers": target.layers, "encoder_layers": target.encoder_layers})
         params = _of_depth(model, params, mesh)
     if model.d_model != target.d_model:
-        passes: list[list[Program]] = []
-        if method.importance in ("contribution", "activation"):
-            passes.append(walk.programs(model, params, channel_choice.collector(model, method), changes=False))
-        if method.gradients:
-            passes.append([_gates(model, params, channel_choice.gate_paths(model, params), walk)])
+        found += [] if known else _channels(model, params, method, walk)
         if method.repair:
-            passes.append(walk.programs(model, params, channel_choice.grams(model), changes=True))
+            changed = walk.programs(model, params, channel_choice.grams(model), changes=True)
             rows = {"attn/q": (model.d_model, target.d_model), "mlp/up": (model.d_model, target.d_model)}
-            passes[-1].append(_compensation(model, params, rows, passes[-1][0], mesh))
-        found += itertools.chain.from_iterable(passes)
+            found += [*changed, _compensation(model, params, rows, changed[0], mesh)]
         model, params = _of_width(model, params, target.d_model, mesh)
     if structured.narrower(model, target):
         first = len(found)
         found += walk.programs(model, params, structured.collector(model, target, method), changes=True)
-        found += [_gates(model, params, structured.gates(model, target), walk)] if method.gradients else []
+        found += [_gates(model, params, structured.gates(model, target), walk)] if gradients else []
         found += [_compensation(model, params, _rows(model, target), found[first], mesh)] if method.repair else []
     return found
+
+
+def search(model: ModelConfig, params: Tree, space: Space, method: StructuredMethod, walk: Walk) -> list[Program]:
+    """Return the programs of a budget search: for the importance of all units, and for the loss of the candidates.
+
+    The loss is that of the unpruned sizes, the most expensive.
+    """
+    collect = budget_scan.collector(model, method)
+    found = walk.programs(model, params, collect, changes=False)
+    if method.gradients:
+        units = {**budget_scan.unit_counts(model), **channel_choice.gate_paths(model, params)}
+        found.append(_gates(model, params, units, walk))
+    else:
+        found += _channels(model, params, method, walk)
+    return [*found, _loss(model, params, budget_scan.loss_steps(space), walk)]
+
+
+def _channels(model: ModelConfig, params: Tree, method: StructuredMethod, walk: Walk) -> list[Program]:
+    """Return the programs that measure the importance of the hidden channels."""
+    if method.gradients:
+        return [_gates(model, params, channel_choice.gate_paths(model, params), walk)]
+    if method.importance in ("contribution", "activation"):
+        return walk.programs(model, params, channel_choice.collector(model, method), changes=False)
+    return []
+
+
+def _loss(model: ModelConfig, params: Tree, count: int, walk: Walk) -> Program:
+    """Return the program that `llmctl.compress.structured_pruning.budget_scan.Scan.loss` runs per batch."""
+    batch = dict(walk.batch)
+    held = [] if params is walk.parent else [walk.parent]
+    size, seq_len = batch["tokens"].shape
+    flat = weights.flatten(params)
+    read = {shrink.kernel_of(f"{s}/blocks/{p}") for s in wiring.stacks(model) for p in _readers(model, s)}
+    masked = {path: flat[path] for path in sorted(read)}
+
+    def trace() -> Any:
+        with meshes.use(walk.mesh):
+            return budget_scan.loss_program(walk.task, model, jnp.dtype(walk.dtype)).trace(params, batch)
+
+    return Program(
+        "loss of smaller sizes", model, walk.mesh, trace, flops=cost.row(model, seq_len) * size, tokens=size * seq_len,
+        rows=size, seq_len=seq_len, dtype=walk.dtype, steps=count * walk.batches, parameters=[params, held, masked],
+        batch=[batch] * walk.batches, beside=[held, masked, [batch] * (walk.batches - 1)],
+    )  # fmt: skip
+
+
+def _readers(model: ModelConfig, stack: str) -> list[str]:
+    """Return the paths of the matrices that read heads and neurons."""
+    return [path for units in wiring.units(model, stack) for path in units.readers]
 
 
 def _of_depth(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:

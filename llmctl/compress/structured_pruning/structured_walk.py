@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from jax.sharding import Mesh
-from rich.table import Table
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.compress.calibration import calibration_data
 from llmctl.compress.calibration.calibrate import LayerReport
 from llmctl.compress.calibration.layer_files import Saved
-from llmctl.compress.calibration.settings import CalibrationConfig
-from llmctl.compress.structured_pruning import budget, budget_scan, channel_choice, gates, structured
+from llmctl.compress.calibration.measurements import Measurements
+from llmctl.compress.structured_pruning import budget_scan, channel_choice, gates, sizes, structured
+from llmctl.compress.structured_pruning.budget import TOLERANCE
 from llmctl.compress.structured_pruning.budget_scan import Scan
+from llmctl.compress.structured_pruning.search_space import Space, with_sizes
+from llmctl.compress.structured_pruning.settings import StructuredSettings
 from llmctl.compress.structured_pruning.shrink import drop_layers
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
-from llmctl.config.errors import RequestError
 from llmctl.evaluate.tasks.registry import of
-from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 Params = dict[str, Any]
 
 
+class Log(Protocol):
+    """Log the steps of structured pruning: the layers that were visited, and the losses that were measured."""
+
+    total: int
+    """Number of steps."""
+
+    def log_layer(self, report: LayerReport) -> None:
+        """Log the report of one layer as the next step."""
+
+    def log_next(self, metrics: Mapping[str, Any]) -> None:
+        """Log metrics as the next step."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+
+
 def prune_structure(
-    config: CalibrationConfig,
+    config: StructuredSettings,
     base: Artifact,
     params: Params,
     target: ModelConfig,
@@ -34,24 +50,24 @@ def prune_structure(
     mesh: Mesh,
     *,
     saved: Saved,
-    progress: Callable[[LayerReport], None],
+    log: Log,
     scan: Scan | None = None,
 ) -> tuple[ModelConfig, Params, dict[str, Any]]:
     """Prune layers first, then the hidden width, then heads and neurons.
 
     The order ensures that heads and neurons are scored on the inputs of the remaining layers. Each step runs the
-    calibration data through the model. Steps that change layers save each finished layer, so that an interrupted run
-    can resume. Steps that only measure layers start again.
+    calibration data through the model. Steps that change layers save each finished layer, and steps that only measure
+    layers save their measurements when they end, so that an interrupted run can resume.
 
     Args:
-      config: calibration settings.
+      config: settings of the stage.
       base: artifact of the saved model.
       params: parameters of the model, with merged adapters. Those of the layers are donated.
       target: config of the model after pruning.
       method: importance and compensation.
       mesh: the devices.
-      saved: folder of finished layers.
-      progress: function that is called with the report of each layer that was measured or pruned.
+      saved: folder of finished layers and of measurements.
+      log: function that is called with the report of each layer that was measured or pruned.
       scan: importance of everything in the unpruned model, if it was measured to meet a budget.
 
     Returns:
@@ -60,34 +76,36 @@ def prune_structure(
     Raises:
       RequestError: If the calibration data cannot be read.
     """
-    model, found, dtype = base.model, dict[str, Any](), config.dtype
+    model, found, dtype, progress = base.model, dict[str, Any](), config.dtype, log.log_layer
     batches = scan.batches if scan else calibration_data.load(config, base, mesh, labels=method.gradients)
-    scores = scan.scores if scan else None
+    scores, measurements = scan.scores if scan else None, Measurements(saved.folder)
 
-    def derivatives(units: dict[str, int]) -> gates.Gates | None:
+    def derivatives(units: dict[str, int], name: str) -> gates.Gates | None:
         if not method.gradients or scan:
             return None
-        return gates.accumulate(of(base.manifest), model, params, batches, units, dtype)
+        task = of(base.manifest)
+        return gates.accumulate(task, model, params, batches, units, dtype, saved=measurements, name=name)
 
     if structured.fewer_layers(model, target) and scan and scores:
         found["layers_kept"] = kept = structured.kept_layers(model, target, scan.influence)
         scores = {stack: [scores[stack][i] for i in layers] for stack, layers in kept.items()}
         model, params = drop_layers(model, params, kept)
     elif structured.fewer_layers(model, target):
-        model, params, found["layers_kept"] = structured.prune_layers(
-            model, params, batches, target, progress=progress, dtype=dtype
+        model, params, found["layers_kept"], influence = structured.prune_layers(
+            model, params, batches, target, progress, dtype, measurements
         )
+        found["influence"] = influence
     if model.d_model != target.d_model:
-        slopes = derivatives(channel_choice.gate_paths(model, params))
+        slopes = derivatives(channel_choice.gate_paths(model, params), "gates.channels")
         own = Saved(saved.folder.with_name("channels"))  # other layers than those of the next step
         model, params, found["channels"] = channel_choice.prune_channels(
             model, params, batches, target.d_model, method, progress, dtype, own, slopes,
-            scan.channels_D if scan else None,
+            scan.channels_D if scan else None, measurements,
         )  # fmt: skip
     if structured.narrower(model, target):
-        slopes = derivatives(structured.gates(model, target))
+        slopes = derivatives(structured.gates(model, target), "gates.units")
         model, params, reports = structured.prune_widths(
-            model, params, batches, target, progress, dtype, saved, method, slopes, scores
+            model, params, batches, target, progress, dtype, saved, method, slopes, scores, measurements
         )
         found["layer_error"] = _errors(reports)
         found["units"] = [_units(r) for r in reports]
@@ -95,88 +113,94 @@ def prune_structure(
 
 
 def choose_sizes(
-    config: CalibrationConfig,
+    config: StructuredSettings,
     base: Artifact,
     params: Params,
     asked: tuple[str, float],
     method: StructuredMethod,
     mesh: Mesh,
     *,
-    multiple: int,
-    progress: Callable[[LayerReport], None],
-) -> tuple[Scan, ModelConfig, dict[str, Any], Table]:
+    saved: Saved,
+    log: Log,
+    show: Callable[[Any], None],
+) -> tuple[Scan, ModelConfig, dict[str, Any]]:
     """Choose the sizes that meet a budget with the lowest loss on the calibration data.
 
+    All measurements are saved, so that an interrupted run can resume.
+
     Args:
-      config: calibration settings.
+      config: settings of the stage.
       base: artifact of the saved model.
       params: parameters of the model, with merged adapters.
       asked: kind and amount of the budget (`BudgetConfig.asked`).
       method: how the importance is measured.
       mesh: the devices.
-      multiple: the numbers of neurons and channels are multiples of this number.
-      progress: function that is called with the report of each layer that was measured.
+      saved: folder of finished layers and of measurements.
+      log: log of the layers and losses that were measured. Its total becomes that of the search and of the pruning.
+      show: function that prints the table of candidates.
 
     Returns:
-      The measured importance, the config of the pruned model, metrics (the candidates and the loss by size), and a
-      table of the candidates.
+      The measured importance, the config of the pruned model, and metrics (the candidates and the loss by size).
 
     Raises:
       RequestError: If no sizes meet the budget, or the calibration data cannot be read.
     """
-    model = base.model
-    size, wanted = budget_of(config, base, asked)
+    space, size, wanted = sizes.search(config, base, params, asked, method, mesh)
+    before, done = search_steps(space, method), _most_steps(space, method)
+    log.total = before + done
     batches = calibration_data.load(config, base, mesh, labels=True)
-    scan = budget_scan.measure(of(base.manifest), model, params, batches, method, progress, config.dtype)
-    found, curves = budget_scan.choose(scan, wanted, size, multiple)
+    scan = Scan(
+        base.model, params, batches, of(base.manifest), config.dtype, saved=Measurements(saved.folder),
+        note=log.log_next,
+    )  # fmt: skip
+    scan.loss(base.model)  # raises if the data has no targets, before anything else is measured
+    scan = budget_scan.measure(scan, method, log.log_layer)
+
+    def planned(count: int) -> None:
+        nonlocal before
+        before = search_steps(space, method, count)
+        log.total = before + done
+
+    found, curves = budget_scan.choose(scan, space, wanted, size, planned)
     best = ModelConfig.model_validate(found[0].model.model_dump())
+    log.total = before + pruning_steps(base.model, best, method, known=True)
+    if (reached := size(best)) < (1 - TOLERANCE) * wanted:
+        log.say(f"no sizes are within {TOLERANCE:.0%} of the budget of {wanted:,.0f}; the nearest have {reached:,.0f}")
+    show(budget_scan.table(found, asked[0]))
     losses = {name: {str(n): round(loss, 5) for n, loss in curve.items()} for name, curve in curves.items()}
-    about = {"kind": asked[0], "limit": wanted, "size": size(best)}
+    about = {"kind": asked[0], "limit": wanted, "size": reached}
     about |= {"candidates": [c.record for c in found], "losses": losses}
-    return scan, best, about, budget_scan.table(found, asked[0])
+    return scan, best, about
 
 
-def budget_of(
-    config: CalibrationConfig, base: Artifact, asked: tuple[str, float]
-) -> tuple[Callable[[ModelConfig], float], float]:
-    """Return a function that computes a model's size in the unit of the budget, and the budget in this unit.
-
-    Raises:
-      RequestError: If the model already fits the budget, or if even the smallest choice of sizes does not fit.
-    """
-    size = budget.size_of(asked[0], base.manifest.bits, calibration_data.sequence_length(config, base))
-    return size, budget.limit(base.model, asked, size)
+def search_steps(space: Space, method: StructuredMethod, *candidates: int) -> int:
+    """Return how many layers and losses a budget search logs, if it measures a number of candidates (the most)."""
+    layers = space.cfg.layers + space.cfg.encoder_layers
+    return layers + _channel_walks(method) * (layers + 1) + budget_scan.loss_steps(space, *candidates)
 
 
-def layer_steps(model: ModelConfig, target: ModelConfig, method: StructuredMethod) -> int:
-    """Return the number of layers that `prune_structure` visits in all passes: the total of its progress bar."""
+def _most_steps(space: Space, method: StructuredMethod) -> int:
+    """Return how many layers the pruning logs at most that follows a budget search."""
+    whole = space.cfg
+    least = with_sizes(whole, layers=whole.layers, heads=whole.kv_heads, ffn=1, hidden=min(space.hidden))
+    return pruning_steps(whole, least, method, known=True)
+
+
+def pruning_steps(model: ModelConfig, target: ModelConfig, method: StructuredMethod, *, known: bool = False) -> int:
+    """Return how many layers `prune_structure` logs. `known` tells whether a search measured the importance."""
     before, after = (cfg.layers + cfg.encoder_layers for cfg in (model, target))
-    steps = before if structured.fewer_layers(model, target) else 0
+    steps = before if structured.fewer_layers(model, target) and not known else 0
     if model.d_model != target.d_model:
-        passes = (method.importance in ("contribution", "activation")) + method.repair
-        steps += passes * (after + 1)  # and the output head
-    return steps + (after if structured.narrower(model, target) else 0)
+        steps += (method.repair + (0 if known else _channel_walks(method))) * (after + 1)  # and the output head
+    if structured.narrower(model, target):
+        heads = (model.heads, model.kv_heads) != (target.heads, target.kv_heads)
+        steps += after * (1 + (heads and model.positions == "relative" and not known))
+    return steps
 
 
-def check(base: Artifact, params: Params, method: StructuredMethod) -> None:
-    """Check, before any computation, that the method fits the model.
-
-    Raises:
-      RequestError: If repair would change integers, or fill zeros that pruning made.
-    """
-    if not method.repair:
-        return
-    if base.manifest.pruned:
-        raise RequestError(
-            f"{base.path}: is pruned ({base.manifest.sparsity:.1%} zeros), and repair would fill the zeros; remove "
-            "heads, neurons and channels first, or leave out repair"
-        )
-    for m in weights.matrices(params, "block"):
-        if not weights.is_plain(m.weight):
-            raise RequestError(
-                f"{m.path} is quantized, and repair gives other values to the weights that it keeps; leave out repair, "
-                "or prune the artifact that was quantized"
-            )
+def _channel_walks(method: StructuredMethod) -> int:
+    """Return how many walks measure the importance of channels."""
+    return int(method.importance in ("contribution", "activation"))
 
 
 def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:

@@ -4,36 +4,41 @@ import jax
 import numpy as np
 import optax
 import pytest
+import qwix
 
-from llmctl.compress.structured_pruning import budget, budget_scan, channel_choice, structured
+from llmctl.compress.structured_pruning import budget, budget_scan, channel_choice, stored_bytes, structured
+from llmctl.compress.structured_pruning.budget_scan import Scan
+from llmctl.compress.structured_pruning.search_space import Space, with_sizes
 from llmctl.compress.structured_pruning.shrink import drop_layers
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.tasks.registry import default
-from llmctl.model import flops, functional
+from llmctl.model import flops, functional, weights
+from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
 
 BIG = ModelConfig(preset="smollm2-135m")
-COUNT = budget.size_of("parameters", 32, 512)
+COUNT = budget.size_of("parameters", 512)
+SPACE = Space(BIG)
 
 
-@pytest.mark.parametrize(("kind", "amount"), [("parameters", 0.5), ("bytes", 120e6), ("flops", 0.4)])
+@pytest.mark.parametrize(("kind", "amount"), [("parameters", 0.5), ("parameters", 60e6), ("flops", 0.4)])
 def test_candidates_meet_the_budget_and_none_is_larger(kind, amount):
-    size = budget.size_of(kind, 16, 512)
-    wanted = budget.limit(BIG, (kind, amount), size)
-    found = budget.candidates(BIG, wanted, size, {})
+    size = budget.size_of(kind, 512)
+    wanted = budget.limit(SPACE, (kind, amount), size)
+    found = budget.candidates(SPACE, wanted, size, {})
     assert len(found) > 100
     for c in found[:: len(found) // 20]:
         assert 0.99 * wanted <= c.size <= wanted and c.size == size(c.model)
         ModelConfig.model_validate(c.model.model_dump())
-    even = budget.uniform(BIG, wanted, size)
+    even = SPACE.uniform(wanted, size)
     assert 0.99 * wanted <= size(even) <= wanted
     assert even.heads == 3 * even.kv_heads
 
 
 def test_uniform_ratios_keep_about_the_same_of_everything():
-    wanted = budget.limit(BIG, ("parameters", 0.5), COUNT)
-    even = budget.uniform(BIG, wanted, COUNT)
+    wanted = budget.limit(SPACE, ("parameters", 0.5), COUNT)
+    even = SPACE.uniform(wanted, COUNT)
     shares = [getattr(even, f) / getattr(BIG, f) for f in ("layers", "d_ff", "d_model")]
     assert max(shares) - min(shares) < 0.15
 
@@ -49,14 +54,14 @@ def test_estimates_are_interpolated_and_never_fall():
 
 
 def test_budgets_that_cannot_be():
-    least = COUNT(budget.with_sizes(BIG, layers=1, heads=1, ffn=1, hidden=144))
+    least = COUNT(with_sizes(BIG, layers=1, heads=1, ffn=1, hidden=144))
     for asked, message in (
         (("parameters", 10.0), f"is less than one head, neuron and layer allow, which is {least:,.0f}"),
         (("parameters", 1e12), "but the artifact has only .*; nothing to remove"),
         (("flops", 0.0001), "budget.flops: .* is less than one head"),
     ):
         with pytest.raises(RequestError, match=message):
-            budget.limit(BIG, asked, budget.size_of(asked[0], 32, 512))
+            budget.limit(SPACE, asked, budget.size_of(asked[0], 512))
     with pytest.raises(ValueError, match="parameters and flops: say one"):
         budget.BudgetConfig(parameters=0.5, flops=0.5)
 
@@ -64,10 +69,58 @@ def test_budgets_that_cannot_be():
 @pytest.mark.parametrize("multiple", [100, 128])
 def test_hidden_widths_are_multiples(multiple):
     """Neither number divides the present width, 576."""
-    wanted = budget.limit(BIG, ("parameters", 0.3), COUNT)
-    widths = {c.model.d_model for c in budget.candidates(BIG, wanted, COUNT, {}, multiple)} - {BIG.d_model}
+    space = Space(BIG, multiple)
+    wanted = budget.limit(space, ("parameters", 0.3), COUNT)
+    widths = {c.model.d_model for c in budget.candidates(space, wanted, COUNT, {})} - {BIG.d_model}
     assert widths and all(n % multiple == 0 for n in widths)
-    assert all(n % multiple == 0 for n in budget.points(BIG, multiple)["hidden"])
+    assert all(n % multiple == 0 for n in space.points()["hidden"])
+
+
+def test_a_budget_below_one_multiple_of_neurons_is_refused_before_anything_is_measured():
+    """With 1,000 neurons the smallest model is larger than the budget, which one neuron would meet."""
+    asked, coarse = ("parameters", 0.056), Space(BIG, 1000)
+    least = COUNT(with_sizes(BIG, layers=1, heads=1, ffn=1000, hidden=576))
+    assert budget.limit(SPACE, asked, COUNT) < least
+    with pytest.raises(RequestError, match=f"one head, 1,000 neurons and one layer allow, which is {least:,.0f}"):
+        budget.limit(coarse, asked, COUNT)
+    wanted = budget.limit(coarse, ("parameters", float(least)), COUNT)
+    assert [c.model.d_ff for c in budget.candidates(coarse, wanted, COUNT, {})] == [1000]
+
+
+def test_a_space_is_restricted_to_what_can_be_made():
+    def check(model):
+        if model.kv_heads % 3 or model.d_ff % 6 or model.d_model != BIG.d_model:
+            raise RequestError("no")
+
+    space = Space(BIG, 2).restricted(check, tries=4)
+    assert (space.heads, space.hidden, space.multiple, len(space.layers)) == ([3], [576], 6, 30)
+    with pytest.raises(RequestError, match="no"):
+        Space(BIG, 2).restricted(check, tries=2)
+    assert Space(BIG).restricted(lambda model: None, each=False) == SPACE
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_bytes_are_those_of_the_arrays(family):
+    """Integers, scales, tables and norms of another dtype follow the sizes, as arrays of the smaller config do."""
+    cfg = ModelConfig.model_validate({
+        "family": family, "vocab_size": 16, "d_model": 16, "layers": 3, "heads": 4, "kv_heads": 4, "head_dim": 4,
+        "d_ff": 24, "max_seq_len": 8,
+        "encoder_layers": 2 if family == "t5" else 0,
+    })  # fmt: skip
+
+    def stored(model):
+        """Return abstract parameters: int8 matrices with a scale per output, everything else in bfloat16."""
+        flat = {p: a.update(dtype="bfloat16") for p, a in weights.flatten(functional.abstract(model)).items()}
+        for m in weights.matrices(weights.unflatten(flat), "block"):
+            scale = m.weight.update(shape=(m.weight.shape[0], 1, m.weight.shape[2]))
+            array = qwix.QArray(m.weight.update(dtype="int8"), scale, qtype="int8")
+            flat[m.path] = weights.Quantized(array)
+        return weights.unflatten(flat)
+
+    count = stored_bytes.counter(cfg, stored(cfg))
+    for sizes in ({}, {"layers": 2}, {"heads": 1}, {"ffn": 7}, {"hidden": 10}, {"layers": 1, "heads": 3, "hidden": 8}):
+        model = with_sizes(cfg, **{"layers": 3, "heads": 4, "ffn": 24, "hidden": 16} | sizes)
+        assert count(model) == bytes_of(stored(model)), sizes
 
 
 def test_the_measured_loss_of_fewer_layers_is_that_of_the_pruned_post_norm_model():
@@ -85,8 +138,8 @@ def test_the_measured_loss_of_fewer_layers_is_that_of_the_pruned_post_norm_model
     batch = {"tokens": tokens, "segments": ones, "positions": places, "types": 0 * ones, "targets": tokens}
     batch["weights"] = ones.astype(np.float32)
     task = default(cfg)
-    scan = budget_scan.measure(task, cfg, params, [batch], StructuredMethod("magnitude"))
-    target = budget.with_sizes(cfg, layers=1, heads=2, ffn=8, hidden=8)
+    scan = budget_scan.measure(Scan(cfg, params, [batch], task, "float32"), StructuredMethod("magnitude"))
+    target = with_sizes(cfg, layers=1, heads=2, ffn=8, hidden=8)
     model, new = drop_layers(cfg, params, structured.kept_layers(cfg, target, scan.influence))
     total, weight = np.asarray(budget_scan.loss_program(task, model, "float32")(new, batch))
     assert scan.loss(target) == pytest.approx(total / weight, rel=1e-5)
@@ -127,9 +180,10 @@ def test_a_searched_budget_beats_uniform_ratios():
         params, state, value = train(params, state, batch(32))
     assert value < 0.5, value
     batches = [batch(16) for _ in range(2)]
-    wanted = budget.limit(cfg, ("parameters", 0.5), COUNT)
-    scan = budget_scan.measure(task, cfg, params, batches, StructuredMethod("activation"))
-    found, curves = budget_scan.choose(scan, wanted, COUNT)
+    space = Space(cfg)
+    wanted = budget.limit(space, ("parameters", 0.5), COUNT)
+    scan = budget_scan.measure(Scan(cfg, params, batches, task, "float32"), StructuredMethod("activation"))
+    found, curves = budget_scan.choose(scan, space, wanted, COUNT)
     assert set(curves) == {"layers", "heads", "ffn", "hidden"} and 0.99 * wanted <= found[0].size <= wanted
     assert [c.measured for c in found] == sorted(c.measured for c in found)
 
@@ -148,6 +202,6 @@ def test_a_searched_budget_beats_uniform_ratios():
         held = np.array([np.asarray(budget_scan.loss_program(task, model, "float32")(new, b)) for b in batches])
         return float(held[:, 0].sum() / held[:, 1].sum())
 
-    base, even = scan.loss(cfg), budget.uniform(cfg, wanted, COUNT)
+    base, even = scan.loss(cfg), space.uniform(wanted, COUNT)
     assert pruned(found[0].model) == pytest.approx(base + found[0].measured, rel=1e-4)
     assert found[0].measured < next(c.measured for c in found if c.model == even) - 0.1

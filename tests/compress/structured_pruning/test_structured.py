@@ -134,7 +134,7 @@ def test_queries_go_evenly_within_groups(tiny, params, batches):
 def test_a_layer_that_does_nothing_goes(tiny, params, batches):
     silent = zero(params, "decoder/blocks/attn/o/kernel", 1, slice(None))
     silent = zero(silent, "decoder/blocks/mlp/down/kernel", 1, slice(None))
-    cfg, got, kept = prune_layers(tiny, silent, batches, target(tiny, layers=1 / 3))
+    cfg, got, kept, _ = prune_layers(tiny, silent, batches, target(tiny, layers=1 / 3))
     assert kept == {"decoder": [0, 2]} and cfg.layers == 2
     assert_shapes(cfg, got)
     before, after = hidden(tiny, silent, batches[0]), hidden(cfg, got, batches[0])

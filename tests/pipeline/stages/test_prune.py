@@ -1,5 +1,7 @@
 """The prune stage: what it writes loads, has the shapes or the zeros it claims, and bad requests write nothing."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,16 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
 from llmctl.cli import app
 from llmctl.compress.pruning import allocation, prune, sparsegpt
+from llmctl.compress.structured_pruning import budget_scan, measured_walk, sizes, structured
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import prune as stage
 from llmctl.pipeline.stages import quantize
+from llmctl.train import run_log
 
 
 def run(artifacts, tmp_path, parent, **settings):
@@ -68,6 +73,65 @@ def test_a_budget_is_met_and_its_candidates_are_kept(artifacts, tmp_path, review
     losses = [c["measured"] for c in found["candidates"]]
     assert losses == sorted(losses) and set(found["losses"]) == {"layers", "heads", "ffn", "hidden"}
     assert "candidates" in capsys.readouterr().err
+
+
+def test_a_killed_search_measures_nothing_twice(artifacts, tmp_path, reviews, monkeypatch):
+    """Killed at a loss, and again at a layer of the pruning, it goes on at both; the log counts every step once."""
+    settings = {"data": reviews, "examples": 16, "budget": {"bytes": 0.7}, "repair": True}
+    whole = run(artifacts, tmp_path / "whole", "lm", **settings)
+    loss, disable, calls = budget_scan.Scan._measured, structured.disable, []
+
+    def kill(name, real, *kills):
+        def killed(*args, **how):
+            calls.append(name)
+            if calls.count(name) in kills:
+                raise KeyboardInterrupt
+            return real(*args, **how)
+
+        return killed
+
+    monkeypatch.setattr(budget_scan.Scan, "_measured", kill("loss", loss, 12))
+    monkeypatch.setattr(structured, "disable", kill("disable", disable, 3))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(artifacts, tmp_path / "killed", "lm", **settings)
+        monkeypatch.setattr(measured_walk, "walk", None)  # the importance is not measured again
+    made = run(artifacts, tmp_path / "killed", "lm", **settings)
+    log = (made.path / "log.jsonl").read_text()
+    assert log.count("calibration_loss") == calls.count("loss") - 1
+    assert made.manifest.digest == whole.manifest.digest and made.manifest.metrics == whole.manifest.metrics
+
+
+def test_the_progress_of_a_search_ends_at_its_total(artifacts, tmp_path, reviews, capsys, monkeypatch):
+    monkeypatch.setattr(
+        run_log.Reporter.__init__, "__kwdefaults__", {**run_log.Reporter.__init__.__kwdefaults__, "every": 0}
+    )
+    for number, settings in enumerate(({"budget": {"parameters": 0.6}}, {"remove_layers": 0.3, "remove_hidden": 0.5})):
+        made = run(artifacts, tmp_path / str(number), "lm", data=reviews, examples=16, **settings)
+        steps = [tuple(map(int, s)) for s in re.findall(r"step (\d+)/(\d+)", capsys.readouterr().err)]
+        assert [at for at, _ in steps] == list(range(1, len(steps) + 1)) and steps[-1][0] == steps[-1][1]
+        assert all(at <= total for at, total in steps)
+        assert (made.path / "log.jsonl").read_text().count("\n") == len(steps)
+
+
+def test_what_a_weight_does_not_allow_is_refused_before_the_search(artifacts, tmp_path, reviews, monkeypatch):
+    """Groups of inputs cannot be broken up, and a mesh takes equal parts; the search leaves such sizes out."""
+    monkeypatch.setattr(budget_scan, "measure", None)
+    settings = {"budget": {"parameters": 0.6}, "data": reviews, "examples": 16}
+    quantize.run(quantize.Config(group=8), artifacts / "lm", Context(tmp_path / "int8", tmp_path / "work", "key"))
+    with pytest.raises(RequestError, match="mlp/down/kernel is quantized in groups of 8 along what would be cut"):
+        run(tmp_path, tmp_path, "int8", **settings)
+    base = artifact.load(artifacts / "lm")
+    config = stage.Config(**settings, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    devices = meshes.make(config.mesh)
+    space, _, _ = sizes.search(config, base, base.params, ("parameters", 0.6), config.structure, devices)
+    assert (space.heads, space.multiple, space.hidden) == ([2], 2, [16, 14, 12, 10, 8, 6, 4])
+
+
+def test_a_budget_of_bytes_is_that_of_the_arrays(artifacts, tmp_path, reviews):
+    quantize.run(quantize.Config(), artifacts / "lm", Context(tmp_path / "int8", tmp_path / "work", "key"))
+    made = run(tmp_path, tmp_path, "int8", budget={"bytes": 0.8}, data=reviews, examples=16)
+    assert made.manifest.metrics["budget"]["size"] == made.manifest.weight_bytes
 
 
 def test_budgets_below_the_smallest_model_write_nothing(artifacts, tmp_path, reviews):
@@ -297,10 +361,12 @@ def test_structured_pruning_says_what_it_did():
     before, after = ModelConfig(preset="llama-tiny", layers=4), ModelConfig(preset="llama-tiny", layers=1, d_ff=64)
     config = stage.Config(layers=0.75, keep_ffn=64)
     d_ff = before.d_ff
-    assert stage.sizes(config, before, after) == (f"remove_layers = 0.75: layers 4 → 1; keep_ffn = 64: ffn {d_ff} → 64")
+    assert sizes.describe(config, before, after) == (
+        f"remove_layers = 0.75: layers 4 → 1; keep_ffn = 64: ffn {d_ff} → 64"
+    )
     both = before.model_copy(update={"encoder_layers": 6})
     one = after.model_copy(update={"encoder_layers": 2})
-    assert stage.sizes(stage.Config(layers=0.75), both, one) == ("remove_layers = 0.75: layers 4 → 1, encoder 6 → 2")
+    assert sizes.describe(stage.Config(layers=0.75), both, one) == "remove_layers = 0.75: layers 4 → 1, encoder 6 → 2"
 
 
 def test_requests_that_cannot_be_met_write_nothing(artifacts, tmp_path, reviews):

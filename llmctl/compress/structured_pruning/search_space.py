@@ -1,0 +1,168 @@
+"""List the sizes that a budget search considers: numbers of layers, heads, neurons and hidden channels.
+
+The number of neurons is the largest that the budget allows, for each combination of the other sizes. The module does
+not import JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.model.config import ModelConfig
+
+FRACTIONS = (7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
+"""Fractions of each size at which the loss is measured."""
+PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_model"}
+"""Sizes that a search may reduce: {name: field of ModelConfig that counts it}."""
+
+Size = Callable[[ModelConfig], float]
+"""Function that computes the parameters, bytes or FLOPs per token of a model."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Store the values that each size may take.
+
+    >>> space = Space(ModelConfig(preset="smollm2-135m"), multiple=64)
+    >>> space.hidden
+    [576, 512, 448, 384, 320, 256, 192]
+    """
+
+    cfg: ModelConfig
+    """Config of the unpruned model."""
+    multiple: int = 1
+    """The numbers of neurons and of hidden channels are multiples of this number."""
+    layers: list[int] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
+    """Numbers of key/value heads."""
+    hidden: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Allow all sizes that are not given, descending."""
+        whole = {"layers": range(self.cfg.layers, 0, -1), "heads": range(self.cfg.kv_heads, 0, -1)}
+        for name, counts in {**whole, "hidden": hidden_sizes(self.cfg, self.multiple)}.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, list(counts))
+
+    def restricted(self, check: Callable[[ModelConfig], None], *, each: bool = True, tries: int = 1) -> Space:
+        """Return the sizes that `check` allows if no other size changes. The present sizes are always allowed.
+
+        Args:
+          check: function that raises a RequestError if the model cannot be pruned to a config.
+          each: whether to check every count. Otherwise, the smallest count of each size decides for all of its counts.
+          tries: number of multiples of `multiple` that are tried as steps of the number of neurons.
+
+        Raises:
+          RequestError: If no number of neurons is allowed.
+        """
+
+        def passes(name: str, count: int) -> bool:
+            try:
+                check(self.one(name, count))
+            except RequestError:
+                return False
+            return True
+
+        allowed = {}
+        for name, counts in self._counts().items():
+            whole = getattr(self.cfg, PARTS[name])
+            good = {n: passes(name, n) for n in (counts if each else {min(counts)} - {whole})}
+            allowed[name] = [n for n in counts if n == whole or good.get(n if each else min(counts))]
+        steps = [self.multiple * (k + 1) for k in range(tries) if self.multiple * (k + 1) < self.cfg.d_ff]
+        step = next((n for n in steps if passes("ffn", n)), None)
+        if step is None and steps:
+            check(self.one("ffn", steps[0]))
+        return Space(self.cfg, step or self.multiple, **allowed)
+
+    def one(self, name: str, count: int) -> ModelConfig:
+        """Return the config in which only the size `name` differs."""
+        whole = {part: getattr(self.cfg, of) for part, of in PARTS.items()}
+        return with_sizes(self.cfg, **{**whole, name: count})
+
+    def points(self) -> dict[str, list[int]]:
+        """Return the counts at which the loss of each size is measured, descending, for each name in `PARTS`."""
+        found = {}
+        for name, counts in {**self._counts(), "ffn": range(1, self.cfg.d_ff + 1)}.items():
+            found[name] = sorted({_nearest(self.cfg, name, counts, f) for f in FRACTIONS}, reverse=True)
+            found[name] = [n for n in found[name] if n != getattr(self.cfg, PARTS[name])]
+        return {name: found[name] for name in PARTS}
+
+    def choices(self) -> Iterator[tuple[int, int, int]]:
+        """Iterate over all choices of layers, key/value heads and hidden width."""
+        return product(sorted(self.layers), sorted(self.heads), self.hidden)
+
+    def smallest(self) -> ModelConfig:
+        """Return the config in which every size is the smallest."""
+        least = {name: min(counts) for name, counts in self._counts().items()}
+        return with_sizes(self.cfg, **least, ffn=min(self.multiple, self.cfg.d_ff))
+
+    def filled(self, layers: int, heads: int, hidden: int, wanted: float, size: Size) -> ModelConfig | None:
+        """Return the config with these sizes and as many neurons as `wanted` allows; None if it allows none."""
+
+        def of(ffn: int) -> ModelConfig:
+            return with_sizes(self.cfg, layers=layers, heads=heads, ffn=ffn, hidden=hidden)
+
+        multiple, whole = self.multiple, self.cfg.d_ff
+        least = min(multiple, whole)
+        base, slope = size(of(least)), size(of(least + 1)) - size(of(least))  # all sizes are linear in the neurons
+        if base > wanted:
+            return None
+        most = whole // multiple * multiple if whole >= multiple else whole
+        ffn = min(most, (least + int((wanted - base) / slope)) // multiple * multiple)
+        return of(max(least, ffn))
+
+    def uniform(self, wanted: float, size: Size) -> ModelConfig:
+        """Return the config that meets the budget by keeping about the same fraction of every size.
+
+        The number of neurons fills the rest of the budget. The fraction is the one that is nearest to that of the
+        neurons.
+        """
+        best, distance = self.smallest(), np.inf
+        for percent in range(1, 101):
+            share = percent / 100
+            near = {name: _nearest(self.cfg, name, counts, share) for name, counts in self._counts().items()}
+            model = self.filled(**near, wanted=wanted, size=size)
+            if model is not None and abs(model.d_ff / self.cfg.d_ff - share) < distance:
+                best, distance = model, abs(model.d_ff / self.cfg.d_ff - share)
+        return best
+
+    def _counts(self) -> dict[str, list[int]]:
+        return {"layers": self.layers, "heads": self.heads, "hidden": self.hidden}
+
+
+def with_sizes(cfg: ModelConfig, *, layers: int, heads: int, ffn: int, hidden: int) -> ModelConfig:
+    """Return the config with other sizes. `heads` counts key/value heads; each keeps all its query heads.
+
+    The encoder of an encoder-decoder keeps the same fraction of layers as the decoder.
+    """
+    update = {
+        "layers": layers, "kv_heads": heads, "heads": heads * (cfg.heads // cfg.kv_heads), "d_ff": ffn,
+        "d_model": hidden, "preset": "",
+    }  # fmt: skip
+    if cfg.encoder_layers:
+        update["encoder_layers"] = max(1, round(cfg.encoder_layers * layers / cfg.layers))
+    return cfg.model_copy(update=update)
+
+
+def hidden_sizes(cfg: ModelConfig, multiple: int) -> list[int]:
+    """Return the hidden widths that a search considers, descending from the model's width to a quarter of it.
+
+    The step is a sixteenth of the width. Reduced widths are multiples of `multiple`.
+    """
+    if cfg.positions == "sinusoidal":
+        return [cfg.d_model]
+    step = max(1, round(cfg.d_model / 16 / multiple)) * multiple
+    rounded = {n // multiple * multiple for n in range(cfg.d_model, 0, -step)}
+    return [cfg.d_model, *sorted((n for n in rounded if cfg.d_model / 4 <= n < cfg.d_model), reverse=True)]
+
+
+def _nearest(cfg: ModelConfig, name: str, counts: Iterable[int], share: float) -> int:
+    """Return the count that is nearest to a fraction of a size. Layers, heads and neurons are rounded first."""
+    aim = share * getattr(cfg, PARTS[name])
+    aim = aim if name == "hidden" else max(1, round(aim))
+    return min(counts, key=lambda n: abs(n - aim))

@@ -1,0 +1,116 @@
+"""Define the settings of structured pruning: what it removes, how much, and by which importance.
+
+The module does not import JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmctl.compress.pruning.settings import MethodSettings
+from llmctl.compress.structured_pruning.budget import BudgetConfig
+from llmctl.compress.structured_pruning.structured_method import ImportanceName
+
+PARTS = ("heads", "ffn", "layers", "hidden")
+"""Fields that set how much structured pruning removes. Each field X has the longer forms keep_X and remove_X."""
+
+
+class StructuredSettings(MethodSettings):
+    """Set what structured pruning removes.
+
+    >>> StructuredSettings(keep_layers=3).layers, StructuredSettings(remove_ffn=0.5).sized
+    (3.0, ['ffn'])
+    """
+
+    added: ClassVar[frozenset[str]] = MethodSettings.added | {
+        *(f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")),
+        *("importance", "hidden", "budget"),
+    }
+
+    heads: float = Field(default=0.0, ge=0)
+    """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
+    keep_heads: int = Field(default=0, ge=0, strict=True)
+    """Method structured: number of query heads to keep per layer."""
+    remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
+    """Method structured: fraction of the query heads to remove per layer."""
+    heads_by: Literal["groups", "queries"] = "groups"
+    """Method structured. groups: remove key/value heads with all their query heads. queries: remove the same number of
+    query heads from every key/value head."""
+    ffn: float = Field(default=0.0, ge=0)
+    """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
+    keep_ffn: int = Field(default=0, ge=0, strict=True)
+    """Method structured: number of neurons to keep per feed-forward layer."""
+    remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
+    """Method structured: fraction of the neurons to remove per feed-forward layer."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Short form of keep_hidden (a number from 1) and of remove_hidden (a number below 1); 0 keeps all channels."""
+    keep_hidden: int = Field(default=0, ge=0, strict=True)
+    """Method structured: number of hidden channels to keep, the width of the residual stream."""
+    remove_hidden: float = Field(default=0.0, ge=0, lt=1, strict=True)
+    """Method structured: fraction of the hidden channels to remove."""
+    multiple: int = Field(default=1, ge=1)
+    """Method structured: keep numbers of neurons and hidden channels that are multiples of this value (128 suits
+    TPUs)."""
+    layers: float = Field(default=0.0, ge=0)
+    """Short form of keep_layers (a number from 1) and of remove_layers (a number below 1); 0 keeps all layers."""
+    keep_layers: int = Field(default=0, ge=0, strict=True)
+    """Method structured: number of layers to keep."""
+    remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
+    """Method structured: fraction of the layers to remove."""
+    budget: BudgetConfig = BudgetConfig()
+    """Method structured: size of the pruned model, in place of heads, ffn, layers and hidden. A search chooses these by
+    the loss on the calibration data, and prints the candidates."""
+    importance: ImportanceName = "contribution"
+    """Method structured: importance of a head, neuron or channel; the lowest are removed. contribution: norm of what it
+    adds to the next outputs. activation: mean norm of its output. taylor: change of the loss without it, to first
+    order. magnitude: norm of its weights. random: random numbers. Layers are always selected by block influence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        """Replace long forms by the short form: keep_layers = 3 becomes layers = 3, remove_layers = 0.75 becomes layers
+        = 0.75.
+
+        A finished stage is therefore not repeated if only the form changes. Long forms whose values are out of range
+        are not replaced. The validation of their fields then rejects these values.
+        """
+        if not isinstance(given, dict):
+            return given
+        given = dict(given)
+        for part in PARTS:
+            forms = [name for name in (part, f"keep_{part}", f"remove_{part}") if given.get(name)]
+            if len(forms) > 1:
+                raise ValueError(f"{' and '.join(forms)}: say one of them")
+            if forms in ([], [part]):
+                continue
+            value, keeps = given[forms[0]], forms[0].startswith("keep_")
+            right = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if right and (isinstance(value, int) and value >= 1 if keeps else 0 < value < 1):
+                given[part] = float(given.pop(forms[0]))
+        return given
+
+    @property
+    def sized(self) -> list[str]:
+        """Return the names of the sizes that are set."""
+        return [part for part in PARTS if getattr(self, part)]
+
+    def check_structure(self) -> None:
+        """Check that the sizes and the budget fit one another, and that something is removed.
+
+        Raises:
+          ValueError: If they do not.
+        """
+        if self.budget.asked and (self.sized or self.heads_by == "queries"):
+            instead = " and ".join(self.sized or ["heads_by"])
+            raise ValueError(f"budget chooses the sizes, and removes heads by groups; leave out {instead}, or budget")
+        if not (self.sized or self.budget.asked):
+            raise ValueError(
+                "structured pruning needs a budget, or at least one of heads, ffn, layers and hidden, such as "
+                "keep_layers = 2 (--keep-layers 2) or remove_ffn = 0.5"
+            )
+        narrows = bool(self.heads or self.ffn or self.hidden or self.budget.asked)
+        stray = sorted({"importance", *(["repair"] if self.repair else [])} & self.model_fields_set)
+        if stray and not narrows:
+            raise ValueError(f"{', '.join(stray)}: for heads, ffn and hidden; layers are selected by block influence")

@@ -1,0 +1,117 @@
+"""Compute the config of the model after structured pruning, and check that the model can be pruned to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.compress.calibration import calibration_data
+from llmctl.compress.structured_pruning import budget, channel_cut, shrink, stored_bytes
+from llmctl.compress.structured_pruning.search_space import Size, Space
+from llmctl.compress.structured_pruning.settings import StructuredSettings
+from llmctl.compress.structured_pruning.structured_method import StructuredMethod
+from llmctl.config.errors import RequestError
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+def target(
+    config: StructuredSettings, base: Artifact, params: Params, method: StructuredMethod, mesh: Mesh
+) -> ModelConfig:
+    """Return the model's config after structured pruning. With a budget, the sizes are estimated from uniform pruning
+    ratios.
+
+    Raises:
+      RequestError: If the sizes are impossible, the model cannot be pruned to them, or the mesh cannot shard them.
+    """
+    if asked := config.budget.asked:
+        space, size, wanted = search(config, base, params, asked, method, mesh)
+        return space.uniform(wanted, size)
+    model = shrink.target(
+        base.model, heads=config.heads, ffn=config.ffn, layers=config.layers, hidden=config.hidden,
+        by=config.heads_by, multiple=config.multiple,
+    )  # fmt: skip
+    check_method(base, params, method)
+    check_sizes(base.model, params, model, mesh)
+    return model
+
+
+def search(
+    config: StructuredSettings,
+    base: Artifact,
+    params: Params,
+    asked: tuple[str, float],
+    method: StructuredMethod,
+    mesh: Mesh,
+) -> tuple[Space, Size, float]:
+    """Return what a budget search works on: the allowed sizes, the function that computes a size, and the limit.
+
+    Sizes are left out that the mesh cannot shard, and those whose removal a weight does not allow, such as hidden
+    channels of a quantized embedding table. Nothing is measured.
+
+    Raises:
+      RequestError: If no sizes meet the budget, or the method does not fit the model.
+    """
+    cfg = base.model
+    check_method(base, params, method)
+    space = Space(cfg, config.multiple).restricted(
+        lambda model: check_sizes(cfg, params, model, mesh), each=mesh.size > 1, tries=mesh.shape["tensor"]
+    )
+    if asked[0] == "bytes":
+        size = stored_bytes.counter(cfg, params)
+    else:
+        size = budget.size_of(asked[0], calibration_data.sequence_length(config, base))
+    return space, size, budget.limit(space, asked, size)
+
+
+def check_sizes(cfg: ModelConfig, params: Params, model: ModelConfig, mesh: Mesh) -> None:
+    """Check that the model can be pruned to the sizes of `model`, and that the mesh can shard them.
+
+    Raises:
+      RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard them.
+    """
+    functional.shardings(model, functional.abstract(model), mesh)  # raises if the mesh cannot split the sizes
+    shrink.check_cuttable(cfg, params, model)
+    channel_cut.check(cfg, params, model.d_model)
+
+
+def check_method(base: Artifact, params: Params, method: StructuredMethod) -> None:
+    """Check, before any computation, that the method fits the model.
+
+    Raises:
+      RequestError: If repair would change integers, or fill zeros that pruning made.
+    """
+    if not method.repair:
+        return
+    if base.manifest.pruned:
+        raise RequestError(
+            f"{base.path}: is pruned ({base.manifest.sparsity:.1%} zeros), and repair would fill the zeros; remove "
+            "heads, neurons and channels first, or leave out repair"
+        )
+    for m in weights.matrices(params, "block"):
+        if not weights.is_plain(m.weight):
+            raise RequestError(
+                f"{m.path} is quantized, and repair gives other values to the weights that it keeps; leave out repair, "
+                "or prune the artifact that was quantized"
+            )
+
+
+def describe(config: StructuredSettings, before: ModelConfig, after: ModelConfig) -> str:
+    """Return one line about structured pruning: the settings, and each size before and after."""
+    fields = {"layers": "layers", "heads": "heads", "ffn": "d_ff", "hidden": "d_model"}
+    if asked := config.budget.asked:
+        changes = [f"{part} {getattr(before, f)} → {getattr(after, f)}" for part, f in fields.items()]
+        return f"budget.{asked[0]} = {asked[1]:g}: {', '.join(changes)}"
+    parts = []
+    for part, field in fields.items():
+        request, old, new = getattr(config, part), getattr(before, field), getattr(after, field)
+        if request:
+            line = f"{'remove' if request < 1 else 'keep'}_{part} = {request:g}: {part} {old} → {new}"
+            if part == "layers" and before.encoder_layers:
+                line += f", encoder {before.encoder_layers} → {after.encoder_layers}"
+            parts.append(line)
+    return "; ".join(parts)
