@@ -119,8 +119,8 @@ class Space:
     def uniform(self, wanted: float, size: Size) -> ModelConfig:
         """Return the config that meets the budget by keeping about the same fraction of every size.
 
-        The number of neurons fills the rest of the budget. The fraction is the one that is nearest to that of the
-        neurons.
+        For each percentage, layers, heads and hidden width are reduced to it, and the neurons fill the rest of the
+        budget. The percentage is used for which the kept fraction of neurons is most similar.
         """
         best, distance = self.smallest(), np.inf
         for percent in range(1, 101):
