@@ -68,7 +68,9 @@ class NamedModels:
         return True
 
 
-def load_models(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dtype: str) -> NamedModels:
+def load_models(
+    base: Path, adapters: Sequence[Path], bases: Sequence[Path], dtype: str, kv_cache: str = ""
+) -> NamedModels:
     """Load a model, or a base with adapters that share its arrays.
 
     Args:
@@ -76,6 +78,7 @@ def load_models(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dty
         adapters: Folders of adapters.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         dtype: Dtype of the computation.
+        kv_cache: Format of cached keys and values; empty for `dtype`.
     """
     paths = [base, *adapters] if len(adapters) > 1 else adapters or [base]
     short = [path.resolve().name for path in paths]
@@ -91,7 +94,7 @@ def load_models(base: Path, adapters: Sequence[Path], bases: Sequence[Path], dty
     if first.model.architecture == "encoder":
         return NamedModels(found, None, Filler(first.model, first.params, found[0].words, dtype))
     models = {name: (there.model, there.params) for name, there in loaded.items()}
-    return NamedModels(found, Decoders(models, dtype, start=found[0].words.pad_id), None)
+    return NamedModels(found, Decoders(models, dtype, found[0].words.pad_id, kv_cache), None)
 
 
 def continue_texts(

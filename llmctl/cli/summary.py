@@ -249,4 +249,6 @@ def size_table(found: dict[str, Any]) -> Table:
     if found["kv_cache_bytes"]:
         each, whole = size(found["kv_cache_bytes_per_token"]), size(found["kv_cache_bytes"])
         out.add_row("KV cache, bfloat16", f"{each} a token, {whole} at {found['max_seq_len']:,} tokens")
+        less = found["quantized_kv_cache_bytes_per_token"].items()
+        out.add_row("KV cache, quantized", ", ".join(f"{name} {size(n)}" for name, n in less) + " a token")
     return out

@@ -46,7 +46,7 @@ class Writer:
         Args:
             model: Config of the model.
             tokenizer: Tokenizer of the model.
-            settings: Length of the answers, and number of beams.
+            settings: Length of the answers, number of beams, and format of the key-value cache.
             seq_len: Maximum number of tokens per prompt.
             batch_size: Number of prompts per batch.
             dtype: Compute dtype.
@@ -95,7 +95,9 @@ class Writer:
         with self._alone():
             moved = jax.tree.map(lambda a: _on(self._device, a), params)
             if self._decoder is None:
-                self._decoder = Decoder(self.model, moved, self.dtype, start=self.tokenizer.pad_id)
+                self._decoder = Decoder(
+                    self.model, moved, self.dtype, start=self.tokenizer.pad_id, kv_cache=self.settings.kv_cache
+                )
                 if self.settings.beams > 1:
                     self._search = BeamSearch(self._decoder, Beams(self.settings.beams))
             else:

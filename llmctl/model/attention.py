@@ -24,6 +24,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
 from llmctl.model import kv_cache
 from llmctl.model.attention_xla import Keys, attend, attend_to_parts
+from llmctl.model.compressed_cache import Compressed
 from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotate
 from llmctl.model.prefix import Prefix
@@ -160,7 +161,9 @@ class Attention(nn.Module):
         # the softmax.
         q = self._heads("q", x_BTD, H, "heads", K**-0.5 / (cfg.attn_scale or K**-0.5))
         q = Norm(cfg, self.dtype, name="q_norm")(q) if cfg.qk_norm else q
-        if self.cross and self.has_variable("cache", "memory_k"):
+        k: kv_cache.Cached
+        v: kv_cache.Cached
+        if self.cross and kv_cache.has_memory(self):
             k, v = (kv_cache.recall(self, f"memory_{name}", len(x_BTD), G, K) for name in "kv")
         else:
             k = self._heads("k", source_BSD, G, "kv_heads")
@@ -169,23 +172,32 @@ class Attention(nn.Module):
             if self.cross and shared.slot is not None:  # the memory is constant, so later tokens reuse it
                 kv_cache.keep_memory(self, "k", k)
                 kv_cache.keep_memory(self, "v", v)
+                k, v = (kv_cache.recall(self, f"memory_{name}", len(x_BTD), G, K) for name in "kv")
         if not self.cross and shared.rotary is not None:
             table = _pick(local, shared.local_rotary, shared.rotary)
-            q, k = rotate(q, table), rotate(k, table)
+            q, k = rotate(q, table), rotate(cast(jax.Array, k), table)
         if not self.cross and shared.slot is not None:
-            k, v = (kv_cache.remember(self, name, x, shared.slot, self.dtype) for name, x in (("k", k), ("v", v)))
+            k, v = (
+                kv_cache.remember(self, name, cast(jax.Array, x), shared.slot, self.dtype)
+                for name, x in (("k", k), ("v", v))
+            )
         mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)
+        bias_HTS = None if self.cross else shared.bias_HTS
         if cfg.prefix_tokens and not self.cross:
             y = self._with_prefix(q, k, v, cast(jax.Array, mask), shared)
+        elif isinstance(k, Compressed) or isinstance(v, Compressed):
+            y = attend_to_parts(q, [Keys(k, v, cast(jax.Array, mask), bias_HTS)], cfg)
         elif self.choose is None:
-            y = attend(q, k, v, cast(jax.Array, mask), None if self.cross else shared.bias_HTS, cfg)
+            y = attend(q, k, v, cast(jax.Array, mask), bias_HTS, cfg)
         else:
             y = self.choose(q, k, v, mask, shared, local, cfg, cross=self.cross)
         y = constrain(y, "batch", "seq", "act_heads", None).reshape(*x_BTD.shape[:2], H * K)
         out = Dense(cfg.d_model, ("heads", "embed"), cfg.out_bias, self.dtype, residual_scale(self.layers), name="o")
         return out(y)
 
-    def _with_prefix(self, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, shared: Shared) -> jax.Array:
+    def _with_prefix(
+        self, q: jax.Array, k: kv_cache.Cached, v: kv_cache.Cached, mask_BTS: jax.Array, shared: Shared
+    ) -> jax.Array:
         """Compute attention to the trained keys of prefix tuning and to the text.
 
         All tokens attend to all trained keys.
@@ -196,7 +208,8 @@ class Attention(nn.Module):
         if shared.slot is not None:  # a joined array would be a copy of the cache, at every step
             text = Keys(k, v, mask_BTS, shared.bias_HTS)
             return attend_to_parts(q, [Keys(own_k, own_v, before_BTP, shared.bias_HTP), text], cfg)
-        k, v = jnp.concatenate([own_k, k], axis=1), jnp.concatenate([own_v, v], axis=1)
+        k = jnp.concatenate([own_k, cast(jax.Array, k)], axis=1)
+        v = jnp.concatenate([own_v, cast(jax.Array, v)], axis=1)
         biases = [bias for bias in (shared.bias_HTP, shared.bias_HTS) if bias is not None]
         bias = jnp.concatenate(biases, axis=2) if biases else None
         return attend(q, k, v, jnp.concatenate([before_BTP, mask_BTS], axis=2), bias, cfg)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llmctl.model.compressed_cache import Compressed
 from llmctl.model.config import ModelConfig
 
 KEPT = "attention"
@@ -61,10 +62,13 @@ def attend(
 
 
 class Keys(NamedTuple):
-    """Store a block of keys with their values, mask and bias."""
+    """Store a block of keys with their values, mask and bias.
 
-    k_BSGK: jax.Array
-    v_BSGK: jax.Array
+    Quantized keys and values have the axes [B, G, S, K].
+    """
+
+    k_BSGK: jax.Array | Compressed
+    v_BSGK: jax.Array | Compressed
     mask_BTS: jax.Array
     bias_HTS: jax.Array | None
 
@@ -79,7 +83,7 @@ def attend_to_parts(q_BTHK: jax.Array, parts: Sequence[Keys], cfg: ModelConfig) 
         Outputs [B, T, H, K], equal to those of `attend` for the concatenated blocks.
     """
     B, T, H, K = q_BTHK.shape
-    G = parts[0].k_BSGK.shape[2]
+    G = parts[0].k_BSGK.shape[1 if isinstance(parts[0].k_BSGK, Compressed) else 2]
     q_BGNK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
     q_BGNK = q_BGNK * jnp.asarray(cfg.attn_scale or K**-0.5, q_BTHK.dtype)
     found = [
@@ -91,8 +95,8 @@ def attend_to_parts(q_BTHK: jax.Array, parts: Sequence[Keys], cfg: ModelConfig) 
     return y_BGNK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _by_head(a_BSGK: jax.Array) -> jax.Array:
-    return a_BSGK.transpose(0, 2, 1, 3)
+def _by_head(a_BSGK: jax.Array | Compressed) -> jax.Array | Compressed:
+    return a_BSGK if isinstance(a_BSGK, Compressed) else a_BSGK.transpose(0, 2, 1, 3)
 
 
 def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: Any) -> jax.Array:
@@ -113,11 +117,12 @@ def _transpose_product(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.optimization_barrier(_product(rows, p, 2, 2, dtype)).swapaxes(2, 3)
 
 
-def _scores(softcap: float, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None) -> Any:
+def _scores(softcap: float, q: jax.Array, k: Any, mask_BTS: jax.Array, bias_HTS: jax.Array | None) -> Any:
     """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap (or None without a cap)."""
     B, G, N, _ = q.shape
     T, S = mask_BTS.shape[1:]
-    scores = _product(q, k, 3, 3, jnp.float32).reshape(B, G, N // T, T, S)
+    found = k.key_product(q) if isinstance(k, Compressed) else _product(q, k, 3, 3, jnp.float32)
+    scores = found.reshape(B, G, N // T, T, S)
     slope = None
     if softcap:
         bent = jnp.tanh(scores / softcap)
@@ -147,6 +152,8 @@ def sums(softcap: float, q: Any, k: Any, v: Any, mask_BTS: Any, bias_HTS: Any) -
     top = jnp.max(scores, axis=-1, keepdims=True)
     p = jnp.exp(scores - top)
     total = jnp.sum(p, axis=-1, keepdims=True)
+    if isinstance(v, Compressed):
+        return Sums(v.value_product(p.reshape(*q.shape[:3], -1), q.dtype), top, total)
     return Sums(_product(p.astype(v.dtype).reshape(*q.shape[:3], -1), v, 3, 2, jnp.float32), top, total)
 
 

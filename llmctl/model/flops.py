@@ -89,14 +89,18 @@ def of_rows(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> float:
     return row(cfg, length, source, shapes.get("places", (length,))[-1]) / (length + source)
 
 
-def kv_cache(cfg: ModelConfig, itemsize: int = 2) -> int:
+def kv_cache(cfg: ModelConfig, itemsize: int = 2, kv_cache: str = "") -> int:
     """Return the size of the key-value cache per token, over all layers, in bytes.
 
     Args:
         cfg: Config of the model.
-        itemsize: Number of bytes per element.
+        itemsize: Number of bytes per element, or per scale if elements are quantized.
+        kv_cache: Format of quantized keys and values (int8, fp8_e4m3, int4), which have one scale per head; empty if
+            they are not quantized.
     """
-    return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * itemsize
+    bits = {"": 8 * itemsize, "int8": 8, "fp8_e4m3": 8, "int4": 4}[kv_cache]
+    head = cfg.head_dim * bits // 8 + (itemsize if kv_cache else 0)
+    return 2 * cfg.layers * cfg.kv_heads * head
 
 
 def _norm(cfg: ModelConfig, width: int) -> int:

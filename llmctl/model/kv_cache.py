@@ -1,5 +1,7 @@
 """Read and write the key-value cache of a layer, and define its layout.
 
+Keys and values are plain arrays or, to need less memory, quantized (`llmctl.model.compressed_cache`).
+
 A slot is one position along the sequence axis of the cache. It holds the key and the value of one token.
 
 Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
@@ -7,11 +9,17 @@ Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from llmctl.model.compressed_cache import Compressed
+
+Cached = jax.Array | Compressed
+"""Cached keys or values of a layer."""
 
 
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
@@ -23,7 +31,12 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
     return (*(n for n in (B, G) if n > 1), S, K)
 
 
-def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> jax.Array:
+def empty(shape: tuple[int, ...], form: str, dtype: Any) -> Cached:
+    """Return cached keys or values of zeros, in a format of `compressed_cache` or, if it is empty, in `dtype`."""
+    return Compressed.zeros(shape, form, dtype) if form else jnp.zeros(shape, dtype)
+
+
+def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> Cached:
     """Write the keys or values [B, T, G, K] of T new tokens into the cache of a module, from position `slot` on.
 
     Args:
@@ -34,23 +47,40 @@ def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array 
         dtype: Dtype of a new cache.
 
     Returns:
-        All cached keys or values [B, S, G, K].
+        All cached keys or values [B, S, G, K], or [B, G, S, K] if they are quantized.
     """
     B, T, G, K = new_BTGK.shape
     kept = module.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), dtype))
-    new = _laid_out(new_BTGK).astype(kept.value.dtype)
-    kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, new, slot, axis=kept.value.ndim - 2)
+    new = _like(kept.value, _laid_out(new_BTGK))
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=len(kept.value.shape) - 2)
+    kept.value = jax.tree.map(write, kept.value, new)
     return recall(module, f"past_{name}", B, G, K)
 
 
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
-    """Store the keys or values of cross-attention in the cache of a module, so that later steps can read them."""
-    module.put_variable("cache", f"memory_{name}", _laid_out(x_BSGK))
+    """Store the keys or values of cross-attention in the cache of a module, so that later steps can read them.
+
+    They are quantized if the cache has a quantized array without slots under the name "memory_k" or "memory_v".
+    """
+    laid_out, name = _laid_out(x_BSGK), f"memory_{name}"
+    kept = module.get_variable("cache", name) if module.has_variable("cache", name) else laid_out
+    module.put_variable("cache", name, _like(kept, laid_out))
 
 
-def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> jax.Array:
-    """Return the array `name` of a module's cache, as [B, S, G, K]."""
-    return module.get_variable("cache", name).reshape(B, G, -1, K).transpose(0, 2, 1, 3)
+def has_memory(module: nn.Module) -> bool:
+    """Return whether the cache of a module contains the keys of cross-attention."""
+    return module.has_variable("cache", "memory_k") and module.get_variable("cache", "memory_k").shape[-2] > 0
+
+
+def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> Cached:
+    """Return the array `name` of a module's cache, as [B, S, G, K], or as [B, G, S, K] if it is quantized."""
+    kept = module.get_variable("cache", name)
+    return kept.with_heads(B, G) if isinstance(kept, Compressed) else kept.reshape(B, G, -1, K).transpose(0, 2, 1, 3)
+
+
+def _like(kept: Cached, new: jax.Array) -> Cached:
+    """Return keys or values in the format and the dtype of those that are cached."""
+    return Compressed.of(new, kept.format) if isinstance(kept, Compressed) else new.astype(kept.dtype)
 
 
 def _laid_out(x_BTGK: jax.Array) -> jax.Array:

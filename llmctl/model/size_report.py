@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from llmctl.config.settings import KVCache
 from llmctl.model import flops
 from llmctl.model.config import ModelConfig
 
@@ -31,5 +32,8 @@ def report(cfg: ModelConfig, seq_len: int = 0) -> dict[str, Any]:
         "training_flops_per_token": 3 * forward,
         "kv_cache_bytes_per_token": cache,
         "kv_cache_bytes": cache * cfg.max_seq_len,
+        "quantized_kv_cache_bytes_per_token": {
+            name: flops.kv_cache(cfg, kv_cache=name) for name in get_args(KVCache) if name and cache
+        },
         "max_seq_len": cfg.max_seq_len,
     }

@@ -37,6 +37,7 @@ def plans(
     *,
     tokens: int = 0,
     generate: str = "",
+    kv_cache: str = "",
     say: Say = lambda text: None,
 ) -> list[Found]:
     """Plan the programs of the chosen stages, and return one dictionary per program, in the order of the stages.
@@ -49,12 +50,13 @@ def plans(
       chosen: names of the stages to plan; empty plans all.
       tokens: number of tokens for chip-hours; 0 uses each stage's own number.
       generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate` to plan too, with the last stage's language model.
+      kv_cache: format of the keys and values that this call caches; empty for the dtype of the computation.
       say: function that prints progress lines.
 
     Raises:
       RequestError: If a stage does not exist, or a mesh or a batch does not divide evenly.
     """
-    built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say)
+    built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say, kv_cache)
     out: list[Found] = []
     for name, program in built:  # all programs are built, so wrong settings are refused before compiling
         doing = "lowering" if topology.platform == "cuda" else "compiling"
@@ -70,6 +72,7 @@ def programs_of(
     generate: str = "",
     platform: str = "",
     say: Say = lambda text: None,
+    kv_cache: str = "",
 ) -> list[tuple[str, Program]]:
     """Return the programs of the chosen stages, each with its stage's name. Nothing is compiled.
 
@@ -77,7 +80,7 @@ def programs_of(
     number of devices.
 
     Args:
-      recipe, chosen, generate, say: see `plans`.
+      recipe, chosen, generate, say, kv_cache: see `plans`.
       devices: the devices of the mesh.
       platform: the platform to plan for, if it is not the platform of `devices`.
 
@@ -105,12 +108,12 @@ def programs_of(
         if wanted and not found:
             say(f"{step.name}: nothing to compile; the stage {step.config.kind!r} exports no programs")
     if request:
-        built += _generation(made, request, devices, platform)
+        built += _generation(made, request, kv_cache, devices, platform)
     return built
 
 
 def _generation(
-    made: dict[str, Artifact], request: Request, devices: list[Any], platform: str
+    made: dict[str, Artifact], request: Request, kv_cache: str, devices: list[Any], platform: str
 ) -> list[tuple[str, Program]]:
     """Return the programs of `llmctl generate` for the last stage that would write a language model."""
     writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary}
@@ -119,7 +122,7 @@ def _generation(
     name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
     there = writers[name]
     try:
-        found = generation(there.model, there.params, request, mesh, platform)
+        found = generation(there.model, there.params, request, mesh, platform, kv_cache=kv_cache)
     except ValueError as e:
         raise RequestError(f"--generate: {there.path}: {e}") from None
     return [(f"generate by {name}", program) for program in found]

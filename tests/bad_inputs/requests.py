@@ -170,6 +170,7 @@ def flags() -> Iterator[Case]:
         ("--length-penalty", "2"),
         ("--early-stopping", "maybe"),
         ("--dtype", "float31"),
+        ("--kv-cache", "int7"),
         ("--batch-size", "0"),
         ("--batch-size", str(2**64)),
         ("--system", "a"),
@@ -183,6 +184,8 @@ def flags() -> Iterator[Case]:
     yield Case("generate: a prompt that is not UTF-8", ["generate", "IN/art", "--prompt", LOST], ("art",))
     yield Case("generate: standard input is not UTF-8", ["generate", "IN/art"], ("art",), stdin=b"caf\xe9\n")
     yield Case("generate: a classifier", ["generate", "IN/classifier", "--prompt", "a"], ("classifier",))
+    cached = ["generate", "IN/masked", "--prompt", "a", "--kv-cache", "int8"]
+    yield Case("generate: a quantized cache with an encoder", cached, ("masked",))
     yield Case("generate: chat with an encoder", ["generate", "IN/masked", "--chat"], ("masked",), stdin=b"hi\n")
     yield Case(
         "generate: beams of an encoder", ["generate", "IN/masked", "--prompt", "<mask>", "--beams", "2"], ("masked",)

@@ -46,6 +46,9 @@ METHODS = {
     "structured": 'layers = 0.5\nheads = 0.5\nffn = 0.5\nhidden = 0.25\nimportance = "activation"\nrepair = true',
 }
 
+GENERATES = ("wanda", "sparsegpt")
+"""Methods after which generation is planned as well; the second with a quantized cache."""
+
 
 @pytest.fixture(scope="module", params=METHODS)
 def programs(request, tmp_path_factory):
@@ -56,8 +59,8 @@ def programs(request, tmp_path_factory):
     text = RECIPE.replace("METHOD", prune).replace("QUANTIZE", quantize)
     file.write_text(text.replace("MORE", "" if quantize else more))
     chosen = ["prune", "quantize"] if method == "wanda" else ["quantize"] if quantize else ["prune"]
-    generate = "4x64x64" if method == "wanda" else ""
-    built = planner.programs_of(recipe.read(file, None, []), jax.devices()[:4], chosen, generate)
+    generate, cache = ("4x64x64", "int8" if method == "sparsegpt" else "") if method in GENERATES else ("", "")
+    built = planner.programs_of(recipe.read(file, None, []), jax.devices()[:4], chosen, generate, kv_cache=cache)
     found = {}
     for _, program in built:
         done = compiling.compiled(program)

@@ -4,12 +4,13 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
+from llmctl.config.settings import KVCache
 from llmctl.config.text_input import check_unicode, parse_json
 
 
@@ -61,6 +62,12 @@ def generate(
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts per batch.")] = 8,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
+    kv_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="Format of cached keys and values: int8, fp8_e4m3 or int4; by default the dtype."
+        ),
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue text, chat, or fill masks. Prompts come from flags, a file, or lines of standard input.
@@ -69,6 +76,8 @@ def generate(
     """
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
+    if kv_cache not in get_args(KVCache):
+        raise RequestError(f"--kv-cache {kv_cache}: must be {', '.join(filter(None, get_args(KVCache)))}")
     if (prompt and chat) or (system and not chat):
         raise RequestError(
             "--system belongs to --chat, and --prompt does not: turns come from standard input or --file"
@@ -113,7 +122,9 @@ def generate(
         raise RequestError(
             f"--chat: {artifact_dir} is {with_article(model.architecture)}, and a conversation needs a decoder"
         )
-    named_models = generation.load_models(artifact_dir, adapter or [], bases, dtype)
+    if model.architecture == "encoder" and kv_cache:
+        raise RequestError(f"--kv-cache {kv_cache}: {artifact_dir} fills masks, and caches no keys; leave it out")
+    named_models = generation.load_models(artifact_dir, adapter or [], bases, dtype, kv_cache)
     if model.architecture == "encoder":
         generation.fill(named_models, texts or _stdin(), top_k or 5, json)
         return

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -30,6 +30,9 @@ def plan(
     generate: Annotated[
         str, typer.Option(metavar="ROWSxPROMPTxNEW", help="Also plan `llmctl generate` with the last language model.")
     ] = "",
+    kv_cache: Annotated[
+        str, typer.Option(metavar="FORMAT", help="With --generate: format of cached keys and values, such as int8.")
+    ] = "",
     search: Annotated[
         bool,
         typer.Option("--search", help="Search for the meshes, remat and accumulation with the least time or memory."),
@@ -44,6 +47,7 @@ def plan(
     Planning requires no accelerator, no data and little memory.
     """
     from llmctl.config.errors import RequestError
+    from llmctl.config.settings import KVCache
     from llmctl.pipeline import console, recipe
     from llmctl.plan import environment, report, topologies
 
@@ -55,6 +59,10 @@ def plan(
         raise RequestError("plan: --search and --fit look at one stage; name one with --stage")
     if (search or fit) and (generate or tokens):
         raise RequestError("plan: --search and --fit look at one training step; leave out --generate and --tokens")
+    if kv_cache not in get_args(KVCache):
+        raise RequestError(f"plan: --kv-cache {kv_cache}: must be {', '.join(filter(None, get_args(KVCache)))}")
+    if kv_cache and not generate:
+        raise RequestError("plan: --kv-cache belongs to --generate; say both")
     if chip and topology:
         raise RequestError(f"plan: --topology {topology} names its chip; --chip goes with --chips or --fit")
     if not math.isfinite(tokens):
@@ -85,7 +93,8 @@ def plan(
         console.show(searching.table(front, target))
         console.show(searching.lines(front))
         return
-    found = planner.plans(chosen, target, stage or (), tokens=int(tokens), generate=generate, say=console.say)
+    about = {"tokens": int(tokens), "generate": generate, "kv_cache": kv_cache}
+    found = planner.plans(chosen, target, stage or (), **about, say=console.say)
     if json:
         console.result(report.whole(found))
         return

@@ -85,7 +85,7 @@ class SequenceToSequence(Completions):
         """
         room, max_new = lengths(model, settings, seq_len)
         request = Request(batch_size * settings.beams, room, max_new)
-        programs = generation(model, params, request, mesh, dtype=dtype)
+        programs = generation(model, params, request, mesh, dtype=dtype, kv_cache=settings.kv_cache)
         return [dataclasses.replace(program, title=f"answers: {program.title}") for program in programs]
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
@@ -107,6 +107,7 @@ class SequenceToSequence(Completions):
         predictions = write(artifact.params, prompts)
         found = super().evaluate(artifact, held, setup)
         search = f"{settings.beams} beams" if settings.beams > 1 else "greedy"
+        search += f", {settings.kv_cache} cache" if settings.kv_cache else ""
         protocol = f"{found.protocol}; answers of at most {write.max_new} tokens, {search}, to prompts of at most "
         protocol += f"{write.room} tokens ({write.cut} cut), "
         protocol += answer_metrics.signature(references, predictions, settings.bleu_tokenizer)

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from llmctl.config.base import Config, hint
 from llmctl.config.containment import regular
 from llmctl.config.errors import RequestError
+from llmctl.config.settings import KVCache
 
 CHATML = "chatml"
 """Name of the ChatML template in settings."""
@@ -78,11 +79,15 @@ class GenerationConfig(Config):
     """Configure the answers that validation and evaluation generate, for task seq2seq."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
+    added: ClassVar[frozenset[str]] = frozenset({"kv_cache"})
 
     max_new: int = Field(default=0, ge=0)
     """Maximum number of tokens per answer. 0 uses 64, or half of the model's maximum sequence length if it is less."""
     beams: int = Field(default=1, ge=1)
     """Number of beams of a beam search; 1 generates greedily."""
+    kv_cache: KVCache = ""
+    """Format of cached keys and values, quantized with one scale per token and head: int8, fp8_e4m3 or int4. Empty
+    caches them in the dtype of the computation."""
     examples: int = Field(default=200, ge=0)
     """Maximum number of examples per validation in training, chosen by their hash; 0 generates none."""
     bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = "13a"

@@ -21,7 +21,7 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.model import functional
-from llmctl.model.generate.decode import Decoder, Served, State, check_cache
+from llmctl.model.generate.decode import Decoder, Served, State
 from llmctl.model.generate.padded_prompts import NOTHING, Prompts, padded_ends
 from llmctl.model.kv_cache import cache_shape
 
@@ -104,7 +104,7 @@ class BeamSearch:
         """
         decoder = self.decoder
         inputs, slots = decoder.inputs(prompts, max_new)
-        check_cache(decoder.model, len(prompts) * self.beams.width, slots)
+        decoder.check_cache(len(prompts) * self.beams.width, slots)
         # Enough candidates to keep W live beams even if the best continuations of every beam are its end tokens.
         candidates = max(2, 1 + len(ends)) * self.beams.width
         if candidates > decoder.model.vocab_size:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.model.config import ModelConfig
-from llmctl.model.generate.decode import Decoder, Served, State, check_cache, empty_cache
+from llmctl.model.generate.decode import Decoder, Served, State
 from llmctl.model.generate.padded_prompts import NOTHING, ROUND, padded_ends, round_up
 from llmctl.model.generate.sampling import Sampling, row_keys
 
@@ -92,16 +92,16 @@ class Session:
         The caller donates the cache to a compiled function, so this object must not use it any more. Sizes are powers
         of two times `ROUND`, so that functions are compiled for few sizes.
         """
-        cfg, cache = self.model, self._cache
+        cache = self._cache
         held = cache[0]["attn"]["past_k"].shape[-2] if cache else 0
         self._ids, self._cache = [], []
         if slots <= held:
             return cache
-        check_cache(cfg, 1, slots)
+        self.decoder.check_cache(1, slots)
         size = ROUND * 2 ** (round_up(slots) // ROUND - 1).bit_length()
         if not held:
-            return empty_cache(cfg, 1, size, self.decoder.dtype)
-        wider = [(0, 0)] * (cache[0]["attn"]["past_k"].ndim - 2) + [(0, size - held), (0, 0)]
+            return self.decoder.empty_cache(1, size)
+        wider = [(0, 0)] * (len(cache[0]["attn"]["past_k"].shape) - 2) + [(0, size - held), (0, 0)]
         return jax.tree.map(lambda a: jnp.pad(a, wider), cache)
 
     def _read_and_select(

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.config import limits
-from llmctl.model import functional
+from llmctl.model import compressed_cache, flops, functional, kv_cache
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.padded_prompts import (
     NOTHING,
@@ -38,7 +38,6 @@ from llmctl.model.generate.padded_prompts import (
 )
 from llmctl.model.generate.sampling import Sampling, choose, row_keys
 from llmctl.model.generate.served import Served, Shared, served
-from llmctl.model.kv_cache import cache_shape
 
 State = dict[str, Any]
 """State of the decoding loop by name: key-value cache, positions of the next tokens, last tokens, and so on."""
@@ -50,7 +49,7 @@ class Decoder:
     Greedy tokens are the same as those of repeated full forward passes over the prompt and its continuation.
 
     Example:
-        >>> from llmctl.model import functional
+        >>> from llmctl.model import compressed_cache, flops, functional, kv_cache
         >>> from llmctl.model.config import ModelConfig
         >>> cfg = ModelConfig(preset="llama-tiny", layers=1, vocab_size=16)
         >>> decoder = Decoder(cfg, functional.init(cfg, jax.random.key(0)))
@@ -65,6 +64,7 @@ class Decoder:
         dtype: Any = jnp.float32,
         start: int = 0,
         platform: str = "",
+        kv_cache: str = "",
     ) -> None:
         """Split the stacked layers of `params` [L, ...] into one tree per layer.
 
@@ -75,15 +75,19 @@ class Decoder:
             start: First input token of the decoder in an encoder-decoder.
             platform: Platform that will run the programs. If empty, it is that of the current mesh or of the default
                 device.
+            kv_cache: Format of the cached keys and values: int8, fp8_e4m3 or int4 (`compressed_cache`). If empty, they
+                have the dtype of the computation.
 
         Raises:
             ValueError: If the model does not generate text.
+            RequestError: If the model's keys cannot be stored in the format.
         """
         if model.architecture == "encoder" or not model.head_kind.vocabulary:
             raise ValueError(
                 f"a model with {model.architecture!r} stacks and head {model.head!r} does not continue text"
             )
-        self._given, self._platform, self.dtype, self.start = model, platform, dtype, start
+        compressed_cache.check(kv_cache, model)
+        self._given, self._platform, self.dtype, self.start, self.kv_cache = model, platform, dtype, start, kv_cache
         self.model, self.weights = model, ({}, [])
         if params:
             self.set_params(params)
@@ -137,7 +141,7 @@ class Decoder:
             RequestError: If the cache does not fit into memory.
         """
         inputs, slots = self.inputs(prompts, max_new)
-        check_cache(self.model, len(prompts), slots)
+        self.check_cache(len(prompts), slots)
         rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, len(prompts), first)
         state = self._prefill(self.weights, inputs, keys_B, ends_E, slots=slots, rules=rules)
         left = max_new
@@ -242,6 +246,30 @@ class Decoder:
             out["seen"] = state["seen"].at[jnp.arange(len(token_B)), chosen_B].set(True)
         return out
 
+    def check_cache(self, rows: int, slots: int) -> None:
+        """Check that a key-value cache with at most two bytes per element fits into the memory of this machine.
+
+        Raises:
+            RequestError: If it does not fit.
+        """
+        what = f"the cache of {rows:,} texts of {slots:,} tokens"
+        size = rows * slots * flops.kv_cache(self.model, kv_cache=self.kv_cache)
+        limits.check_memory(size, what, "lower --max-new, --batch-size or --beams")
+
+    def empty_cache(self, B: int, slots: int) -> list[Any]:
+        """Return a key-value cache of zeros for each decoder layer, with room for `slots` tokens in each of B rows."""
+
+        def arrays(prefix: str, slots: int) -> dict[str, kv_cache.Cached]:
+            shape = kv_cache.cache_shape(B, self.model.kv_heads, slots, self.model.head_dim)
+            return {f"{prefix}_{name}": kv_cache.empty(shape, self.kv_cache, self.dtype) for name in "kv"}
+
+        def layer() -> dict[str, Any]:
+            attn = {"attn": arrays("past", slots)}
+            # Arrays without slots set the format of the keys and values of cross-attention.
+            return attn | ({"cross": arrays("memory", 0)} if self.model.encoder_layers and self.kv_cache else {})
+
+        return [layer() for _ in range(self.model.layers)]
+
     def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
         """Run the model on left-padded prompts, and store their keys and values in a new cache for `slots` tokens.
 
@@ -260,7 +288,7 @@ class Decoder:
         source = prompts.source
         if source:
             batch |= source | {"memory": functional.encode(cfg, served[0], source, self.dtype)}
-        x_BD, cache = self.run(served, batch, empty_cache(cfg, B, slots, self.dtype))
+        x_BD, cache = self.run(served, batch, self.empty_cache(B, slots))
         state: State = {
             "cache": cache,
             "segments": real_BS,
@@ -339,20 +367,3 @@ class Decoder:
         out_BN = jnp.full((len(state["token"]), count), NOTHING, jnp.int32)
         _, state, out_BN = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, out_BN))
         return state, out_BN
-
-
-def check_cache(cfg: ModelConfig, rows: int, slots: int) -> None:
-    """Check that a key-value cache with two bytes per element fits into the memory of this machine.
-
-    Raises:
-        RequestError: If it does not fit.
-    """
-    what = f"the cache of {rows:,} texts of {slots:,} tokens"
-    size = 2 * 2 * cfg.layers * rows * slots * cfg.kv_heads * cfg.head_dim
-    limits.check_memory(size, what, "lower --max-new, --batch-size or --beams")
-
-
-def empty_cache(cfg: ModelConfig, B: int, slots: int, dtype: Any) -> list[Any]:
-    """Return a key-value cache of zeros for each decoder layer, with room for `slots` tokens in each of B rows."""
-    shape = cache_shape(B, cfg.kv_heads, slots, cfg.head_dim)
-    return [{"attn": {"past_k": jnp.zeros(shape, dtype), "past_v": jnp.zeros(shape, dtype)}} for _ in range(cfg.layers)]

@@ -29,7 +29,11 @@ class Decoders:
     """
 
     def __init__(
-        self, models: Mapping[str, tuple[ModelConfig, functional.Params]], dtype: Any = jnp.float32, start: int = 0
+        self,
+        models: Mapping[str, tuple[ModelConfig, functional.Params]],
+        dtype: Any = jnp.float32,
+        start: int = 0,
+        kv_cache: str = "",
     ) -> None:
         """Convert the parameters of the models.
 
@@ -37,15 +41,17 @@ class Decoders:
             models: Config and parameters of each model, by name.
             dtype: Dtype of the computation and of the caches.
             start: First token of the decoder of an encoder-decoder.
+            kv_cache: Format of cached keys and values, if they are quantized (`Decoder`).
 
         Raises:
             ValueError: If a model does not generate text.
+            RequestError: If a model's keys cannot be stored in the format `kv_cache`.
         """
         self._held: dict[str, tuple[Decoder, ModelConfig, Served]] = {}
         shared = Shared() if len(models) > 1 else None
         by_config: dict[str, Decoder] = {}
         for name, (model, params) in models.items():
-            decoder = by_config.setdefault(model.model_dump_json(), Decoder(model, {}, dtype, start))
+            decoder = by_config.setdefault(model.model_dump_json(), Decoder(model, {}, dtype, start, kv_cache=kv_cache))
             decoder.set_params(params, shared)
             self._held[name] = decoder, decoder.model, decoder.weights
 

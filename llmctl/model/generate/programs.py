@@ -39,6 +39,7 @@ def generation(
     mesh: Mesh,
     platform: str = "",
     dtype: str = DTYPE,
+    kv_cache: str = "",
 ) -> list[Program]:
     """Return the programs of the prefill and of one decoding step.
 
@@ -49,9 +50,11 @@ def generation(
         mesh: Device mesh. Its devices may be placeholders for those of another platform.
         platform: Platform that will run the programs; by default that of the devices.
         dtype: Dtype of the computation and of the cache.
+        kv_cache: Format of cached keys and values, if they are quantized (`Decoder`).
 
     Raises:
         ValueError: If the model does not generate text, or if prompt and new tokens exceed its maximum sequence length.
+        RequestError: If the model's keys cannot be stored in the format `kv_cache`.
     """
     whole = meshes.replicated(mesh)
     one = meshes.make(MeshConfig(data=1), [mesh.devices.flat[0]])  # nothing is split
@@ -62,7 +65,7 @@ def generation(
     made: list[Decoder] = []
 
     def served(params: functional.Params) -> Any:
-        made.append(Decoder(model, params, dtype, platform=platform))
+        made.append(Decoder(model, params, dtype, platform=platform, kv_cache=kv_cache))
         return made[0].weights
 
     with meshes.use(one):

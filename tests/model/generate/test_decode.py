@@ -8,8 +8,11 @@ import qwix
 
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh
-from llmctl.model import functional, weights
+from llmctl.model import flops, functional, weights
+from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig, families, family
+from llmctl.model.generate.beam import Beams, BeamSearch
+from llmctl.model.generate.chat_cache import Session
 from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING, right_padded
 from llmctl.model.generate.sampling import Sampling
@@ -159,3 +162,33 @@ def test_quantized_low_rank_and_sharded_weights_continue_as_their_full_forwards(
     sharded = jax.device_put(params, functional.shardings(model, params, devices))
     with mesh.use(devices):
         np.testing.assert_array_equal(generate(Decoder(model, sharded), PROMPTS[:2], 16), expected)
+
+
+CACHES = {"llama": "int8", "gemma2": "fp8_e4m3", "t5": "int8", "prefix": "int8"}
+"""Families and the format of their cached keys and values."""
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_quantized_cache_generates_nearly_the_same_tokens(name):
+    model, params = build(name)
+    plain, small = (Decoder(model, params, kv_cache=form) for form in ("", CACHES[name]))
+    want, got = (generate(decoder, PROMPTS, 24, chunk=23) for decoder in (plain, small))
+    assert (got == want).mean() > 0.9
+    alone = generate(small, PROMPTS[:1], 24, chunk=23)
+    np.testing.assert_array_equal(alone[0], got[0])  # the padding of a batch changes nothing
+    prompts, slots = small.inputs(PROMPTS, 24)
+    _, state = jax.eval_shape(lambda: small.read(small.weights, prompts, slots))
+    slots += prompts.source["encoder_tokens"].shape[1] if prompts.source else 0  # memory of cross-attention
+    assert bytes_of(state["cache"]) == len(PROMPTS) * slots * flops.kv_cache(model, 4, CACHES[name])
+
+
+def test_beams_and_conversations_read_a_quantized_cache():
+    decoder = Decoder(*build("llama"), kv_cache="int4")
+    one, _ = BeamSearch(decoder, Beams(1))(PROMPTS, 12)
+    np.testing.assert_array_equal(one[:, 0], generate(decoder, PROMPTS, 12, chunk=11))
+    session, prompt = Session(decoder), PROMPTS[1]
+    first = generate(session, [prompt], 12, chunk=11)
+    np.testing.assert_array_equal(first, one[1:2, 0])
+    longer = [*prompt, *first[0].tolist(), 5, 6]
+    np.testing.assert_array_equal(generate(session, [longer], 6), generate(decoder, [longer], 6))
+    assert session.read < len(prompt) + len(longer)

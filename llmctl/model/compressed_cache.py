@@ -1,0 +1,120 @@
+"""Store cached keys and values in 8 or 4 bits, with one scale per token and key/value head.
+
+A value is a code times the scale of its token and head. Attention multiplies queries by the codes, and multiplies the
+scores by the scales afterwards. Dequantized keys and values are therefore never stored for all layers. The formats:
+
+- int8: integers from -127 to 127.
+- fp8_e4m3: 8-bit floats, float8_e4m3fn.
+- int4: integers from -7 to 7. A byte holds two of them: elements i and i + K/2 of a head.
+
+Shapes: B batch, S cache slots, G key/value heads, K head width, N queries per key/value head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.config.errors import RequestError
+from llmctl.model.config import ModelConfig
+
+BOUNDS = {"int8": 127.5, "fp8_e4m3": 448.0, "int4": 7.5}
+"""Magnitude, as a multiple of the scale, of the largest element of a head. Integers end half a step below it."""
+STORED = {"int8": jnp.int8, "fp8_e4m3": jnp.float8_e4m3fn, "int4": jnp.uint8}
+"""Dtype of the array of codes, by format."""
+PER_BYTE = {"int8": 1, "fp8_e4m3": 1, "int4": 2}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Compressed:
+    """Store the keys or values of one layer as codes [..., S, K] and scales [..., S, 1].
+
+    >>> kept = Compressed.of(jnp.array([[1.0, -0.5], [0.0, 3.0]]), "int8")
+    >>> kept.codes.tolist(), kept.shape
+    ([[127, -64], [0, 127]], (2, 2))
+    """
+
+    codes: jax.Array
+    """Codes in the dtype `STORED[format]`; with int4, the last axis has K / 2 bytes."""
+    scale: jax.Array
+    format: str = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, x: jax.Array, form: str) -> Compressed:
+        """Quantize keys or values [..., K], each row with its own scale in the dtype of `x`."""
+        bound = BOUNDS[form]
+        wide = x.astype(jnp.float32)
+        scale = (jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / bound).astype(x.dtype)
+        unit = wide / jnp.where(scale == 0, 1, scale).astype(jnp.float32)
+        if form == "fp8_e4m3":  # a scale in bfloat16 may be rounded down, and larger floats would become NaN
+            return cls(jnp.clip(unit, -bound, bound).astype(STORED[form]), scale, form)
+        level = jnp.clip(jnp.round(unit), -bound + 0.5, bound - 0.5).astype(jnp.int8)
+        if form == "int4":
+            low, high = jnp.split(level.astype(jnp.uint8), 2, axis=-1)
+            return cls((low & 15) | (high << 4), scale, form)
+        return cls(level, scale, form)
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], form: str, dtype: Any) -> Compressed:
+        """Return zeros [..., S, K], with scales in `dtype`."""
+        codes = (*shape[:-1], shape[-1] // PER_BYTE[form])
+        return cls(jnp.zeros(codes, STORED[form]), jnp.zeros((*shape[:-1], 1), dtype), form)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the dequantized array."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * PER_BYTE[self.format])
+
+    def with_heads(self, B: int, G: int) -> Compressed:
+        """Return the same elements with the axes [B, G, S, K], of which the cache omits those of size 1."""
+        codes, scale = (a.reshape(B, G, *a.shape[-2:]) for a in (self.codes, self.scale))
+        return Compressed(codes, scale, self.format)
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """Return the dequantized array."""
+        return jnp.concatenate(self._levels(dtype), axis=-1) * self.scale.astype(dtype)
+
+    def key_product(self, q_BGNK: jax.Array) -> jax.Array:
+        """Return the products of queries with these keys [B, G, S, K], float32 [B, G, N, S]."""
+        levels = self._levels(q_BGNK.dtype)
+        queries = jnp.split(q_BGNK, len(levels), axis=-1)
+        found = sum(_product(q, k, 3, 3) for q, k in zip(queries, levels, strict=True))
+        return found * self._scale_of_slots()
+
+    def value_product(self, p_BGNS: jax.Array, dtype: Any) -> jax.Array:
+        """Return the sums of these values [B, G, S, K], weighted by p, float32 [B, G, N, K].
+
+        The products are computed in `dtype`.
+        """
+        p_BGNS = (p_BGNS * self._scale_of_slots()).astype(dtype)
+        return jnp.concatenate([_product(p_BGNS, v, 3, 2) for v in self._levels(dtype)], axis=-1)
+
+    def _scale_of_slots(self) -> jax.Array:
+        return jnp.swapaxes(self.scale, -1, -2).astype(jnp.float32)
+
+    def _levels(self, dtype: Any) -> list[jax.Array]:
+        """Return the codes as numbers in `dtype`; with int4, the first and the last K / 2 elements of the heads."""
+        if self.format != "int4":
+            return [self.codes.astype(dtype)]
+        signed = self.codes.astype(jnp.int8)
+        return [((signed << 4) >> 4).astype(dtype), (signed >> 4).astype(dtype)]
+
+
+def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """Compute a matrix product in float32 that is batched over the axes B and G."""
+    dims = (((contract_a,), (contract_b,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def check(form: str, cfg: ModelConfig) -> None:
+    """Check that the keys and values of a model can be cached in a format.
+
+    Raises:
+        RequestError: If heads have an odd width, which int4 cannot store.
+    """
+    if form and cfg.head_dim % PER_BYTE[form]:
+        raise RequestError(f"kv_cache {form}: stores two elements per byte, and heads have {cfg.head_dim}; use int8")

@@ -1,0 +1,76 @@
+"""Keys and values in 8 and 4 bits: codes against numpy, attention against that of the dequantized, bytes by hand."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llmctl.config.errors import RequestError
+from llmctl.model import compressed_cache, flops
+from llmctl.model.attention_xla import Keys, attend_to_parts
+from llmctl.model.compressed_cache import Compressed
+from llmctl.model.config import ModelConfig
+
+B, T, S, H, G, K = 2, 3, 7, 4, 2, 6
+
+
+def values(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def dequantized(x, name):
+    """The values that a format can represent, one scale per last axis, by numpy alone."""
+    bound = {"int8": 127.5, "fp8_e4m3": 448.0, "int4": 7.5}[name]
+    scale = (np.abs(x).max(axis=-1, keepdims=True) / np.float32(bound)).astype(np.float32)
+    unit = x / np.where(scale == 0, 1, scale)
+    if name == "fp8_e4m3":
+        return unit.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    return np.clip(np.round(unit), 0.5 - bound, bound - 0.5) * scale
+
+
+@pytest.mark.parametrize("name", compressed_cache.BOUNDS)
+def test_stored_values_are_those_of_numpy_and_take_the_bytes_of_arithmetic(name):
+    x = values(0, G, S, 64)
+    x[0, 1] = 0
+    kept = Compressed.of(jnp.asarray(x), name)
+    np.testing.assert_allclose(kept.dense(), dequantized(x, name), rtol=2e-7)
+    assert kept.shape == x.shape
+    cfg = ModelConfig(preset="llama-tiny", layers=1, kv_heads=G, heads=G, head_dim=64)
+    assert 2 * (kept.codes.nbytes + kept.scale.nbytes) == S * flops.kv_cache(cfg, 4, name)
+    assert flops.kv_cache(cfg, 4, name) == 2 * G * {"int8": 68, "fp8_e4m3": 68, "int4": 36}[name]
+
+
+def test_two_integers_share_a_byte():
+    kept = Compressed.of(jnp.array([[7.5, -3.0, 1.0, -7.5]]), "int4")
+    assert kept.codes.tolist() == [[7 | 1 << 4, (-3 & 15) | (-7 & 15) << 4]]
+    assert kept.dense().tolist() == [[7, -3, 1, -7]]
+    assert Compressed.zeros((2, 3, 4), "int4", jnp.bfloat16).codes.shape == (2, 3, 2)
+    with pytest.raises(RequestError, match="two elements per byte, and heads have 5"):
+        compressed_cache.check("int4", ModelConfig(preset="gpt2-tiny", head_dim=5))
+
+
+@pytest.mark.parametrize("name", compressed_cache.BOUNDS)
+def test_large_elements_in_bfloat16_stay_finite(name):
+    x = jnp.asarray(values(1, 40, 8) * 1e30, jnp.bfloat16)
+    found = Compressed.of(x, name).dense()
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, x.astype(jnp.float32), atol=float(jnp.abs(x).max()) * 0.1)
+
+
+@pytest.mark.parametrize("name", compressed_cache.BOUNDS)
+def test_attention_is_that_of_the_dequantized_keys_and_values(name):
+    cfg = ModelConfig(preset="llama-tiny", heads=H, kv_heads=G, head_dim=K, attn_softcap=20.0)
+    q, k, v = values(2, B, T, H, K), 3 * values(3, B, S, G, K), values(4, B, S, G, K)
+    mask = np.random.default_rng(5).random((B, T, S)) < 0.7
+    mask[..., 0] = True
+    bias = values(6, H, T, S)
+    by_head = (Compressed.of(jnp.asarray(a).transpose(0, 2, 1, 3), name) for a in (k, v))
+    got = jax.jit(lambda q, k, v: attend_to_parts(q, [Keys(k, v, mask, bias)], cfg))(q, *by_head)
+
+    k, v = (np.repeat(dequantized(a, name), H // G, axis=2) for a in (k, v))
+    scores = 20 * np.tanh(np.einsum("bthk,bshk->bhts", q, k) / K**0.5 / 20) + bias
+    scores = np.where(mask[:, None], scores, -np.inf)
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    want = np.einsum("bhts,bshk->bthk", p / p.sum(axis=-1, keepdims=True), v)
+    np.testing.assert_allclose(got, want, atol=2e-6)
