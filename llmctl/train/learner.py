@@ -20,7 +20,7 @@ from llmctl.evaluate.tasks.base import Task
 from llmctl.model import flops
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import COSINE_TEMPERATURE, Loss
-from llmctl.train import loop, sparsify
+from llmctl.train import fake_quantize, loop, sparsify
 from llmctl.train.validation import Further, Validation
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
     """Return the Job (description of a training run) for a model and its rows.
 
     Args:
-      config: config of the training command. Only the sections `train` and `sparsify` are read.
+      config: config of the training command. Only the sections `train`, `sparsify` and `fake_quantize` are
+        read.
       learner: the model and its task.
       rows: training rows.
       validate: function from parameters to metrics.
@@ -108,7 +109,8 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
         **learner.job_fields,
         **learner.step_fields(learner.params, steps),
     )
-    return learner.adapt_job(sparsify.attached(config.sparsify, made, steps), steps)
+    made = learner.adapt_job(sparsify.attached(config.sparsify, made, steps), steps)
+    return fake_quantize.attached(config.fake_quantize, made)
 
 
 def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
@@ -144,7 +146,8 @@ def run(
     """Train a model and return its parameters, their metrics, and the object that computed the metrics.
 
     Args:
-      config: config of the training command, with `title`, `seed`, `train`, `optim` and `sparsify`.
+      config: config of the training command, with `title`, `seed`, `train`, `optim`, `sparsify` and
+        `fake_quantize`.
       ctx: folders of checkpoints and the log.
       mesh: the devices.
       learner: the model and its task.
@@ -193,6 +196,7 @@ def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Vali
     The values are saved with the model.
     """
     with meshes.use(held_out.mesh):
+        params = fake_quantize.rounded(config.fake_quantize, params)
         return learner.task.fit(learner.model, params, held_out.rows, _setup(config, held_out))
 
 

@@ -29,11 +29,13 @@ RTN = "rtn"
 """Name of the method without calibration data."""
 
 
-def _scheme(name: str) -> str:
+def known_scheme(name: str) -> str:
+    """Return the name of a quantization scheme, or the empty name, and raise an error if the scheme is not known."""
     return name and SCHEMES.check(name)
 
 
-def _rules(rules: dict[str, str]) -> dict[str, str]:
+def known_rules(rules: dict[str, str]) -> dict[str, str]:
+    """Return the rules, and raise an error if a pattern is empty or a scheme is not known."""
     for pattern, name in rules.items():
         if not pattern:
             raise ValueError("a pattern is empty; write one such as 'mlp/*'")
@@ -51,14 +53,14 @@ class QuantizeConfig(CalibrationConfig):
 
     bits: int = 8
     """Bits per weight: 8 or 4, for the formats int8 and int4."""
-    format: Annotated[str, AfterValidator(_scheme), SCHEMES] = ""
+    format: Annotated[str, AfterValidator(known_scheme), SCHEMES] = ""
     """Format of the weights. int8, int4, int3, int2: integers. fp8_e4m3, fp8_e5m2: 8-bit floats. mxfp4, nvfp4: 4-bit
     floats with 8-bit scales for blocks of 32 and of 16 inputs. nf4: 4-bit quantiles of the normal distribution, for
     unmerged LoRA (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
     group: int = Field(default=0, ge=0)
     """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output,
     64 inputs for nf4, 32 for mxfp4 and 16 for nvfp4."""
-    rules: Annotated[dict[str, str], AfterValidator(_rules)] = {}
+    rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
     """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
     longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a
     stack have the same formats."""

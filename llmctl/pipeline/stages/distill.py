@@ -19,6 +19,7 @@ from llmctl.data.config import DataConfig, Truncate
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
 from llmctl.train import sparsify_settings
+from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.sparsify_settings import SparsifyConfig
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Config(StageConfig):
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
-    added: ClassVar[frozenset[str]] = frozenset({"sparsify"})
+    added: ClassVar[frozenset[str]] = frozenset({"fake_quantize", "sparsify"})
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
@@ -60,6 +61,8 @@ class Config(StageConfig):
     """Optimizer and schedule."""
     sparsify: SparsifyConfig = SparsifyConfig()
     """Settings of pruning during training."""
+    fake_quantize: FakeQuantizeConfig = FakeQuantizeConfig()
+    """Settings of quantization-aware training."""
 
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Config:
@@ -172,7 +175,7 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
     import jax.numpy as jnp
 
     from llmctl.evaluate.tasks.registry import of
-    from llmctl.train import learner, loop, sparsify
+    from llmctl.train import fake_quantize, learner, loop, sparsify
 
     model = _student_model(config, teacher, student)
     for reads in (model, teacher.model):
@@ -189,6 +192,7 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
     )
     params = student.params if student else loop.initialize(model, config.seed, mesh)
     sparsify.check(config.sparsify, params, student)
+    fake_quantize.check(config.fake_quantize, params)
     return learner.Learner(
         model,
         params,

@@ -31,6 +31,7 @@ from llmctl.train.adapters.settings import (
     PromptConfig,
     TrainedConfig,
 )
+from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.robust.settings import AdversarialConfig, RegularizeConfig
 from llmctl.train.sparsify_settings import SparsifyConfig
 
@@ -57,7 +58,7 @@ class Config(StageConfig):
     added: ClassVar[frozenset[str]] = frozenset(
         {
             "adalora", "adversarial", "calibrate", "chat", "generation", "houlsby", "preference", "prompt",
-            "prefix", "regularize", "seeds", "sparsify", "store", "trained",
+            "prefix", "regularize", "seeds", "sparsify", "store", "trained", "fake_quantize",
         }
     )  # fmt: skip
 
@@ -134,6 +135,8 @@ class Config(StageConfig):
     """Optimizer and schedule."""
     sparsify: SparsifyConfig = SparsifyConfig()
     """Settings of pruning during training, for method full."""
+    fake_quantize: FakeQuantizeConfig = FakeQuantizeConfig()
+    """Settings of quantization-aware training, for method full."""
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
@@ -161,7 +164,25 @@ class Config(StageConfig):
             )
         sparsify_settings.check(self)
         self._check_sparsify()
+        self._check_fake_quantize()
         return self
+
+    def _check_fake_quantize(self) -> None:
+        """Raise a ValueError if matrices would be rounded that are not trained, or that the loss does not read."""
+        if not self.fake_quantize.active:
+            return
+        if not METHODS[self.method].changes_base:
+            raise ValueError(
+                f"fake_quantize: not for method {self.method!r}, which freezes the matrices; use method = 'full', or "
+                "the stage quantize"
+            )
+        if self.calibrate:
+            raise ValueError("calibrate: not with fake_quantize, because quantizing the result changes probabilities")
+        if self.regularize.mixout:
+            raise ValueError(
+                "regularize.mixout: not with fake_quantize, because it mixes in the parent's weights, which are not "
+                "rounded"
+            )
 
     def _check_sparsify(self) -> None:
         """Raise a ValueError if weights would be pruned that are not trained, or that the loss does not read."""
@@ -360,7 +381,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
 
     from llmctl.evaluate.tasks.losses import Options
     from llmctl.model import weights
-    from llmctl.train import learner, loop, sparsify, task_head
+    from llmctl.train import fake_quantize, learner, loop, sparsify, task_head
     from llmctl.train.adapters import selection
     from llmctl.train.robust import robust_job
 
@@ -375,6 +396,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
     model, params = task_head.with_head(config, base, labels, mesh)
     model = method.network(config, model)
     sparsify.check(config.sparsify, params, base)
+    fake_quantize.check(config.fake_quantize, params)
     params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
     if config.calibrate and not (task.calibrates and all(map(weights.is_plain, params["head"]["out"].values()))):
         raise RequestError("calibrate: needs task = 'classify' and a head of plain arrays; leave it out")

@@ -15,6 +15,7 @@ from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
 from llmctl.train import sparsify_settings
+from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.sparsify_settings import SparsifyConfig
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Config(StageConfig):
     """Train a language model on raw text. With `from`, continue to train that artifact on other text."""
 
     common: ClassVar[tuple[str, ...] | None] = ("objective",)
-    added: ClassVar[frozenset[str]] = frozenset({"sparsify"})
+    added: ClassVar[frozenset[str]] = frozenset({"fake_quantize", "sparsify"})
     starts: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
@@ -62,6 +63,8 @@ class Config(StageConfig):
     """Optimizer and schedule."""
     sparsify: SparsifyConfig = SparsifyConfig()
     """Settings of pruning during training."""
+    fake_quantize: FakeQuantizeConfig = FakeQuantizeConfig()
+    """Settings of quantization-aware training."""
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
@@ -181,7 +184,7 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
     The parameters are those of the parent. Without a parent, they are those of a new model with `vocab_size` tokens.
     """
     from llmctl.evaluate.tasks.registry import default
-    from llmctl.train import learner, loop, sparsify
+    from llmctl.train import fake_quantize, learner, loop, sparsify
 
     if base:
         model, params = base.model, base.params
@@ -190,6 +193,7 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
         model = config.model.model_copy(update={"vocab_size": vocab_size, "next_sentence": answers})
         params = loop.initialize(model, config.seed, mesh)
     sparsify.check(config.sparsify, params, base)
+    fake_quantize.check(config.fake_quantize, params)
     return learner.Learner(
         model, params, default(model), job_fields={"holds_zeros": base.zeros.__contains__} if base else {}
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmctl.artifacts.workspace import Context
+from llmctl.compress.quantization.schemes import inputs_per_scale
 from llmctl.compress.quantization.settings import QuantizeConfig
 from llmctl.pipeline.stage import StageConfig, required
 
@@ -42,6 +43,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.compress.quantization.quantize import quantize
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
+    from llmctl.train import fake_quantize
 
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices, bases=config.bases)
@@ -58,7 +60,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         params, errors, found = _calibrated(config, base, params, devices, ctx)
     worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN sorts as the largest
     say(f"{_formats(config, [*errors])}; largest relative error {errors[worst]:.2%} ({worst})")
-    for line in left_out(config, params, base.manifest.parameters):
+    trained = fake_quantize.log_lines(base, config.scheme_name, inputs_per_scale(config.scheme_name, config.group))
+    for line in (*trained, *left_out(config, params, base.manifest.parameters)):
         say(line)
     ctx.save(
         config,

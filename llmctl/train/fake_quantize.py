@@ -1,0 +1,108 @@
+"""Train with rounded matrices, so that a model loses less when it is quantized (quantization-aware training).
+
+    job = fake_quantize.attached(config.fake_quantize, job)
+
+In every step, the loss reads matrices that are rounded to the format by its scheme, with scales of the current weights.
+The rounding has the gradient of the identity (straight-through estimator; Bengio et al., 2013, arXiv:1308.3432). The
+optimizer updates the floats, which the artifact keeps. The stage quantize rounds them with the same scheme, so the
+quantized artifact computes the function that was trained. Validation measures this function too.
+
+Zeros stay zeros, because every format represents 0. The rounded matrices need as much memory as the matrices, in each
+step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.compress.quantization.quantize import chosen
+from llmctl.compress.quantization.schemes import SCHEMES, inputs_per_scale
+from llmctl.config.errors import RequestError
+from llmctl.model import weights
+from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
+from llmctl.train.job import Job, Params
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def straight_through(w: jax.Array, scheme: str, inputs: int, group: int) -> jax.Array:
+    """Return a weight rounded by a quantization scheme, with the gradient of the identity.
+
+    >>> from jax import numpy as jnp
+    >>> w = jnp.array([[7.5], [-3.2], [0.49]])
+    >>> straight_through(w, "int4", -2, 0)[:, 0].tolist()
+    [7.0, -3.0, 0.0]
+    >>> jax.grad(lambda w: jnp.sum(straight_through(w, "int4", -2, 0) ** 2))(w)[:, 0].tolist()
+    [14.0, -6.0, 0.0]
+
+    Args:
+      w: matrix [..., I, O], or table [V, D].
+      scheme: name in `SCHEMES`.
+      inputs: axis of the inputs: -2 for a matrix, -1 for a table.
+      group: number of inputs per scale; 0 for all inputs.
+    """
+    return SCHEMES[scheme](w, inputs, group).dense(w.dtype)
+
+
+def _forward(w: jax.Array, scheme: str, inputs: int, group: int) -> tuple[jax.Array, None]:
+    return straight_through(w, scheme, inputs, group), None
+
+
+def _backward(scheme: str, inputs: int, group: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (gradient,)
+
+
+straight_through.defvjp(_forward, _backward)
+
+
+def rounded(asked: FakeQuantizeConfig, params: Params) -> Params:
+    """Return the parameters that the loss reads: the chosen matrices rounded, and the other arrays unchanged."""
+    if not asked.active:
+        return params
+    flat = weights.flatten(params)
+    for path, target in chosen(flat, asked.quantization).items():
+        flat[path] = straight_through(flat[path], target.format.scheme, target.inputs, target.format.group)
+    return weights.unflatten(flat)
+
+
+def check(asked: FakeQuantizeConfig, params: Params) -> None:
+    """Check that the matrices of a model can be rounded. The arrays may be abstract.
+
+    Raises:
+      RequestError: If a group does not divide the inputs of a matrix, a matrix is quantized or has an adapter, or a
+        pattern of the rules matches no matrix.
+    """
+    if not asked.active:
+        return
+    try:
+        chosen(weights.flatten(params), asked.quantization)
+    except RequestError as e:
+        raise RequestError(f"fake_quantize: {e}") from None
+
+
+def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
+    """Return the job whose loss and validation read rounded matrices, if the settings ask for it."""
+    if not asked.active:
+        return job
+    read, loss, validate = partial(rounded, asked), job.loss, job.validate
+    compiled = jax.jit(read)
+
+    def of_rounded(params: Params, *args: Any, **extra: Any) -> Any:
+        return loss(read(params), *args, **extra)
+
+    return dataclasses.replace(job, loss=of_rounded, validate=validate and (lambda params: validate(compiled(params))))
+
+
+def log_lines(base: Artifact | None, scheme: str, group: int) -> list[str]:
+    """Return a log line if a parent was trained for another format than the one to which it is quantized."""
+    asked = base.manifest.config.get("fake_quantize") if base else None
+    if not isinstance(asked, dict) or not asked.get("format"):
+        return []
+    trained = (asked["format"], inputs_per_scale(asked["format"], asked.get("group", 0)))
+    if trained == (scheme, group):
+        return []
+    return [f"the parent was trained for {trained[0]} with group {trained[1]}, and not for {scheme} with group {group}"]

@@ -1,0 +1,58 @@
+"""Define the settings of quantization-aware training, the section `fake_quantize` of every training stage.
+
+The module does not import JAX, so that settings can be checked early.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, Field, model_validator
+
+from llmctl.compress.quantization.quantize_method import Quantization
+from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES
+from llmctl.compress.quantization.settings import known_rules, known_scheme
+from llmctl.config.base import Config
+
+
+class FakeQuantizeConfig(Config):
+    """Set quantization-aware training: the loss reads rounded matrices, and the parameters stay floats.
+
+    >>> FakeQuantizeConfig(format="int4", group=128).active
+    True
+    """
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+
+    format: Annotated[str, AfterValidator(known_scheme), SCHEMES] = ""
+    """Format to which the loss rounds the matrices in every step, as the stage quantize does without data. The
+    gradients pass the rounding unchanged. The artifact keeps the floats; quantize it with the same settings. Empty
+    rounds nothing."""
+    group: int = Field(default=0, ge=0)
+    """Number of inputs per scale, as in quantize."""
+    rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
+    """Formats of single matrices, by patterns on the paths of their modules, as in quantize."""
+    embeddings: bool = False
+    """Also round the token embeddings."""
+    head: bool = False
+    """Also round the output projection and the task head."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> FakeQuantizeConfig:
+        given, block = self.model_fields_set, BLOCKS.get(self.format)
+        if not self.active and (stray := sorted(given - {"format"})):
+            raise ValueError(f"{', '.join(stray)}: round nothing without a format; set format, such as int4")
+        if block and self.group not in (0, block):
+            raise ValueError(f"group {self.group}: {self.format} has one scale for every {block} inputs; leave it out")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Return whether the training rounds matrices."""
+        return bool(self.format)
+
+    @property
+    def quantization(self) -> Quantization:
+        """Return the description of the quantization that the training simulates."""
+        rules = tuple(sorted(self.rules.items()))
+        return Quantization(self.format, self.group, embeddings=self.embeddings, head=self.head, rules=rules)
