@@ -27,7 +27,7 @@ class CellReader:
         """Store the column names of the source.
 
         Args:
-            names: Name of each column in the source, by its canonical name in llmctl.
+            names: Column names of the source, as {canonical column: column of the source}.
             clean: Function that is applied to every text, such as the replacements of `data.replace`.
         """
         self._names, self._clean = names, clean
@@ -53,7 +53,7 @@ class CellReader:
         return cleaned
 
     def answers(self, row: Row, where: str) -> list[tuple[str, int]]:
-        """Return the accepted answers as pairs (text, index of its first character in the context).
+        """Return the accepted answers as pairs (text, index of the answer's first character in the context).
 
         Raises:
             RequestError: If the cell has another format, or if the context does not contain an answer at the given

@@ -28,11 +28,11 @@ NAMES = ("messages", "conversations")
 """Names that the column of conversations may have in a source."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool"}  # fmt: skip
-"""Role in chat templates for each role in OpenAI's format."""
+"""Map from roles in OpenAI's format to roles in chat templates, such as `developer` to `system`."""
 SENDERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
            "function_call": "assistant", "function": "tool", "tool": "tool", "observation": "tool"}  # fmt: skip
-"""Role in chat templates for each sender in ShareGPT's format. The sender `function_call` writes a tool call as
-JSON."""
+"""Map from senders in ShareGPT's format to roles in chat templates, such as `human` to `user`. The sender
+`function_call` writes a tool call as JSON."""
 
 
 def is_chat(value: Any) -> bool:

@@ -59,7 +59,7 @@ class View(Source):
             numbers: Whether labels are numbers. Numbers have no class names.
             labels: Whether to map label columns. Pretraining does not read them.
             conversations: Whether the rows are conversations.
-            checks: Object that converts labels before templates read them; None leaves them unchanged.
+            checks: Object that converts the labels for templates; None leaves the labels unchanged.
 
         Raises:
             RequestError: If the source lacks a column, or has no text column.
@@ -272,8 +272,10 @@ class View(Source):
 
 
 def _without_text(row: Row) -> str:
-    """Return advice for an error about data without a text column: it names a column of `row` that may contain the
-    text."""
+    """Return advice for an error about data without a text column.
+
+    The advice names a column of `row` that may contain the text.
+    """
     if found := next((column for column, value in row.items() if chats.is_chat(value)), None):
         return f"column {found!r} holds {CHATS}"
     if text := next((column for column, value in row.items() if isinstance(value, str)), None):
@@ -319,7 +321,7 @@ def holds_conversations(cfg: DataConfig) -> bool:
 
 
 def _default_columns(known: Collection[str]) -> list[str]:
-    """Return the names of the columns to read if `data.columns` is empty, for a source that has the columns `known`."""
+    """Return the columns to read from a source with the columns `known`, if `data.columns` is empty."""
     partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
     return [c for c in COLUMNS if c in known and c not in partial]
 

@@ -25,13 +25,13 @@ COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "choices", "answ
 """All canonical columns (llmctl's own column names). In a row, `tokens` and `tags` are lists, and `answers` is {"text":
 [...], "answer_start": [...]}."""
 CHAT_COLUMNS = {"messages", "tools"}
-"""Names that llmctl gives to the two columns of conversations: a list of messages, and a list of tools that the
-assistant may call."""
+"""Canonical columns of conversations: `messages` (a list), and `tools` (a list of tools that the assistant may
+call)."""
 LABEL_COLUMNS = {"label", "tags", "answers", "choices", "answer"}
 """Canonical columns (llmctl's own column names) that contain labels instead of text."""
 TOGETHER = ({"tokens", "tags"}, {"context", "question", "answers"}, {"chosen", "rejected"}, {"choices", "answer"})
 """Groups of column names, such as choices and answer. If `data.columns` is empty, the columns of a group are read only
-if the source has all of them, because a single one may have another meaning."""
+if the source has all of them. A column named `answer` without `choices`, for example, may have another meaning."""
 
 SENTENCE_PAIRS = (
     *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b")),
@@ -79,12 +79,12 @@ class SourceConfig(Config):
     download: bool = False
     """Download and prepare the data set if it is missing (source tfds)."""
     columns: dict[str, str] = {}
-    """Map from canonical column names to those of the source, such as {text = "review"}. Empty uses the columns with
-    canonical names. Canonical names of text columns are text, pair, prompt, completion, chosen and rejected (a better
-    and a worse completion), context and question. The others are label, tokens (a list of words), tags (one label per
-    word) and answers (in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if there is no answer).
-    Multiple choice has choices (a list of texts) and answer (the index, the text or the name of the right one).
-    Conversations have messages (also called conversations) and tools."""
+    """Map from canonical column names to the source's column names, such as {text = "review"}. Empty uses the columns
+    with canonical names. Canonical names of text columns are text, pair, prompt, completion, chosen and rejected (a
+    better and a worse completion), context and question. The others are label, tokens (a list of words), tags (one
+    label per word) and answers (in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if there is no
+    answer). Multiple choice has choices (a list of texts) and answer (the index, the text or the name of the right
+    one). Conversations have messages (also called conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     template: dict[str, str] = {}
@@ -95,12 +95,13 @@ class SourceConfig(Config):
     replace: dict[str, str] = {}
     """Replacements {substring: new text} in every text column, applied in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
-    """Part of a text file that is one document: the file, a line, or a paragraph (source text). Blank lines separate
+    """Unit that is one document, if the source is text: the whole file, a line, or a paragraph. Blank lines separate
     paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     """Character between fields (source csv)."""
     weight: float = Field(default=1.0, gt=0)
-    """Relative weight of this source in a mixture: its number of training rows is proportional to it."""
+    """Relative weight of this source in a mixture. The number of training rows per source is proportional to the
+    weight."""
     epochs: float = Field(default=0.0, ge=0)
     """Maximum number of training epochs of this source; 0 means no limit."""
 
@@ -147,21 +148,21 @@ class DataConfig(SourceConfig):
     mixture: list[SourceConfig] = []
     """List of sources, each with a weight, in place of a single source."""
     classes: list[str] = []
-    """Label values in the order of their class indices. Empty uses the distinct values, sorted, or in the order in
-    which the data set declares their names (sources tfds, hf, parquet). If the list contains numbers, labels stay
-    numbers and are not replaced by declared names."""
+    """Label values in the order of their class indices. If empty: the class names that the data set declares (sources
+    tfds, hf, parquet), else the sorted values of the data. If the list contains numbers, declared names do not replace
+    the numbers."""
     label_type: Literal["class", "number", "set"] = "class"
     """Type of the labels: a class, a number (regression), or a set of any number of classes, including none."""
     label_separator: str = ""
     """Separator of the labels of a set in one string, such as ","; empty accepts only lists."""
     unlabeled: Literal["refuse", "drop"] = "refuse"
-    """Treatment of rows without a label: refuse the data, or drop the row. Missing labels are an empty cell, null, NaN,
-    and class -1 if data.classes does not list it."""
+    """Treatment of rows without a label: refuse the data, or drop the row. A label is missing if the cell is empty,
+    null or NaN, or is -1 and data.classes does not list -1."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, le=1)
-    """Fraction of the texts held out for the final measurement; no stage trains on it. 1 uses all texts, for the
-    data of an evaluation."""
+    """Fraction of the texts held out for the final measurement; no stage trains on it. 1 holds out all texts, for data
+    that is only evaluated."""
     validation_path: str = ""
     """Files of the validation split, of the same kind and columns as `path`, in place of a fraction. Rows of `path`
     with the same text (up to case, Unicode form and white space) are dropped, even if dedup is false."""
@@ -258,8 +259,8 @@ class TokenizerConfig(Config):
     sentinels: int = Field(default=0, ge=0, le=1000)
     """Number of extra tokens `<extra_id_0>`, `<extra_id_1>`, … for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"
-    """Whether documents and prompts begin with a begin-of-sequence token. auto: yes if the tokenizer is trained; as in
-    its file if it is loaded."""
+    """Whether documents and prompts begin with a begin-of-sequence token. auto: true for a new tokenizer; for a loaded
+    tokenizer, the value in the tokenizer's file."""
 
     def inputs(self) -> list[str]:
         """Return the paths of the tokenizer's files. If their content changes, stages that read them run again.

@@ -99,7 +99,7 @@ class Corpus:
             folder: Folder of the corpus.
             tokenizer: Digest of the tokenizer.
             texts: Digest of the texts.
-            check: Whether to compare the files with their checksums, for which they are read completely.
+            check: Whether to compare the files with their checksums. The comparison reads the complete files.
 
         Returns:
             The corpus, or None if it is missing or damaged, or was saved with other digests.

@@ -119,7 +119,7 @@ def prefetch(
         batch_size: Rows per global batch, over all processes.
         start: First step. A resumed run passes the step after its last one.
         stop: Step before which the iteration ends.
-        place: Function that background threads apply to each batch, such as one that copies it to the devices. Its
+        place: Function that background threads apply to each batch, such as a copy to the devices. The function's
             result replaces the batch.
         spans: Row ranges [first, last) of the global batch that this process builds, ascending (see `local_spans`). A
             batch then contains only these rows, concatenated. None builds all rows.
@@ -158,9 +158,9 @@ def _with_row_weights(rows: Rows, index_B: np.ndarray) -> Batch:
 class DeviceBatches:
     """Build batches of `size` rows, sharded over `mesh`.
 
-    If the mesh axis `context` shards sequences, the tokens of each row are permuted so that every device does the same
-    work in attention. If `reading_order` is true, tokens keep their text order and only rows are sharded. Such batches
-    are replicated if they cannot be divided evenly over the devices.
+    If the mesh axis `context` shards sequences, the tokens of each row are permuted so that attention takes equally
+    long on every device. If `reading_order` is true, tokens keep their text order and only rows are sharded. Such
+    batches are replicated if they cannot be divided evenly over the devices.
     """
 
     def __init__(self, mesh: Mesh, size: int, reading_order: bool = False) -> None:
@@ -232,7 +232,7 @@ class DeviceBatches:
         return {name: self._global_array(a, shardings[name], self.spans) for name, a in batch.items()}
 
     def _global_array(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        """Return the global array of which this process has only some rows; other processes provide the others.
+        """Return a global array. This process provides some of its rows, and the other processes provide the rest.
 
         Args:
             rows: Rows of this process, concatenated.

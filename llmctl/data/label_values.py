@@ -31,7 +31,7 @@ Label = str | float | tuple[str, ...]
 """Label of a row: a class, a number, or a set of classes."""
 
 NO_CLASS = ("-1", "-100")
-"""Class numbers that mean "no label": in data sets of Hugging Face and TFDS, and in the losses of PyTorch."""
+"""Class numbers that mean "no label": -1 in data sets of Hugging Face and TFDS, -100 in the losses of PyTorch."""
 _WHOLE = re.compile(r"([+-]?)(0|[1-9]\d*)(?:\.0*)?", re.ASCII)
 _DROP = 'data.unlabeled = "drop" drops such rows'
 _LARGEST = float(np.finfo(np.float32).max)
@@ -89,7 +89,7 @@ def check_kinds(title: str, classes: Collection[str]) -> None:
         classes: Classes in the data.
 
     Raises:
-        RequestError: If they include both. It is then unknown whether true and 1 are the same class.
+        RequestError: If the classes include both. It is then unknown whether true and 1 are the same class.
     """
     kinds = [sorted(c for c in classes if canonical(c) in pair) for pair in (("false", "true"), ("0", "1"))]
     if all(kinds):

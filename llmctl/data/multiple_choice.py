@@ -50,7 +50,7 @@ def texts_of(choices: Any) -> tuple[tuple[str, ...], list[Any] | None]:
         choices: List of texts, or {"text": texts, "label": names of the choices}.
 
     Raises:
-        RequestError: If there are fewer than two different texts, or if the number of names differs.
+        RequestError: If there are fewer than two different texts, or if the numbers of names and texts differ.
     """
     texts, names = choices, None
     if isinstance(choices, dict):

@@ -8,7 +8,7 @@ from llmctl.config.settings import TrainConfig
 
 
 def training_rows(train: TrainConfig) -> int:
-    """Return the number of rows that a training run reads, or 0 if `train.epochs` determines it."""
+    """Return the number of rows that a training run reads, or 0 if `train.epochs` determines this number."""
     return 0 if train.epochs else train.steps * train.batch_size
 
 

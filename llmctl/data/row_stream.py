@@ -40,7 +40,7 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
         name: Name of the stream, with which the locations of rows begin.
         kind: A format of `FORMATS`. If empty, the format is JSON lines if the first line begins with a brace, else
             text.
-        columns: Names of columns in the stream, by llmctl's name for the column (such as text); only those that differ.
+        columns: Columns to rename, as {llmctl's column name (such as text): column name in the stream}.
 
     Example:
         >>> import io
@@ -213,7 +213,7 @@ def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row 
 
     Args:
         row: Values by column name in the stream.
-        columns: Names of columns in the stream, by llmctl's name for the column.
+        columns: Columns to rename, as {llmctl's column name: column name in the stream}.
         where: Location of the row, for the error message.
     """
     out: Row = {}

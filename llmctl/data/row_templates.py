@@ -48,7 +48,7 @@ class RowTemplates:
                 raise RequestError(f"data.template.{column}: no valid template ({type(e).__name__}: {e})") from None
 
     def render(self, columns: Mapping[str, Any], row: Mapping[str, Any], where: str) -> dict[str, str]:
-        """Return the texts that the templates give for a row, by the name of the created column.
+        """Render all templates for one row, and return {created column: text}.
 
         Args:
             columns: Values of the row by llmctl's own column names.

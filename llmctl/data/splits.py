@@ -77,7 +77,7 @@ class Examples:
         return (self[i] for i in range(len(self)))
 
     def take(self, which: np.ndarray) -> Examples:
-        """Return a subset of the rows: those with the indices `which`, in this order."""
+        """Return the rows with the indices `which`, in this order."""
         arrays = ("index", "fraction", "digests", "chars", "labels", "part")
         held = {name: getattr(self, name) for name in arrays}
         return dataclasses.replace(self, **{k: None if v is None else v[which] for k, v in held.items()})
@@ -203,7 +203,7 @@ class Splits:
 
 
 def examples(cfg: DataConfig, split: Split, labels: bool = True, conversations: bool = False) -> Examples:
-    """Load the examples of one split. For several splits, call `load`, which returns all of them in the same time.
+    """Load the examples of one split. `load` returns all splits, and takes the same time.
 
     Raises:
         RequestError: If the data is missing or invalid (see `load`), or if the split is empty.

@@ -25,7 +25,7 @@ class TemplateColumns:
 
         Args:
             cfg: Settings of the source.
-            given: Name of each column in the source, by llmctl's name for the column.
+            given: Column names of the source, as {llmctl's column name: column name in the source}.
             labeled: Whether rows have a label and no choices, so that they can become multiple-choice questions.
 
         Raises:

@@ -123,7 +123,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def read(self, value: Any) -> Any:
         """Count the steps for reading a value, and return the value unchanged. Longer values take more steps.
 
-        The size of a value includes that of its items.
+        The size of a value includes the sizes of its items.
         """
         self.measure(value)
         return value
@@ -247,7 +247,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         Args:
             name: Name of the filter or test.
             function: The filter or test.
-            shallow: Whether it does not read the content of the value's items.
+            shallow: True if the filter or test does not read the content of the value's items.
         """
         first = int(hasattr(function, "jinja_pass_arg"))  # such functions get the environment or context first
 
@@ -282,7 +282,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return items if attribute is None else list(map(make_attrgetter(self, attribute), items))
 
     def _parts_to_join(self, between: Any, parts: Iterable[Any]) -> list[Any]:
-        """Return texts that are to be joined as a list. Their total length, with separators, is checked first."""
+        """Return the list of texts to join, after a check of their total length with separators."""
         found, size = [], 0
         for part in parts:
             found.append(part)
@@ -293,7 +293,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _check_percent(self, text: Any, values: Any) -> None:
         """Check the length of `text % values` before it is computed.
 
-        The text contains the widths of the fields. For `*`, the values contain them.
+        The width of a field such as `%5d` is in the text. The width of a field `%*d` is one of the values.
         """
         shown = text.decode("latin-1") if isinstance(text, bytes) else str(text)
         given = values if isinstance(values, tuple) else (values,)

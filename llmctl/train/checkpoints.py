@@ -1,7 +1,7 @@
 """Save checkpoints of a training run in the background, restore the newest intact one, and keep the best parameters.
 
-Each checkpoint stores checksums of its arrays. They are compared after a restore, because TensorStore does not store
-checksums of large arrays.
+Each checkpoint stores checksums of its arrays. The checksums are compared after a restore, because TensorStore does not
+store checksums of large arrays.
 """
 
 from __future__ import annotations

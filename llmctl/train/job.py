@@ -75,7 +75,7 @@ class Job:
     """
     result: Callable[[Params, Params], Params] = lambda params, extra: params
     """Function (params, extra) -> the parameters that are validated and returned, where `extra` are the trained arrays
-    outside the model. By default these are `params`.
+    outside the model. By default the function returns `params`.
     """
     trains_result: bool = False
     """Whether the loss reads the parameters that the function `result` returns. If true, the arrays in `extra` are
@@ -84,9 +84,10 @@ class Job:
     after_step: Callable[[State, jax.Array], State] | None = None
     """Function (state, step) -> state, applied after the optimizer as part of the compiled step. Examples are a pruning
     schedule and a rank budget. `llmctl.train.training_state` describes the state (a dictionary). Here it also contains
-    three entries that the function only reads, each by name: "gradients" (clipped), "dense_gradients" (the same, but
-    not zero for zeros that are held), and "before" (the trained arrays before the step). `step` counts from 1. The
-    function must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is discarded.
+    three entries that the function only reads, each by name: "gradients" (clipped, and zero for weights held at zero),
+    "dense_gradients" (clipped, for all weights), and "before" (the trained arrays before the step). `step` counts from
+    1. The function must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is
+    discarded.
     """
     memory: Callable[[Params], Any] | None = None
     """Function from the trained arrays to a tree of further arrays that are kept between steps, as the entry "memory"
@@ -109,7 +110,8 @@ class Job:
 
 
 def split(job: Job) -> tuple[Params, Params]:
-    """Return (trained arrays, other arrays) by name. The trained ones include those that are not part of the model."""
+    """Return (trained arrays, other arrays) by name. The trained arrays include arrays that are not part of the
+    model."""
     named = weights.arrays(job.params)
     trained = {n: a for n, a in named.items() if job.trains(n)}
     trained |= {f"{EXTRA}{n}": a for n, a in job.extra.items()}

@@ -165,7 +165,7 @@ class _Loop:
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
         """Return the metadata of a restored checkpoint, corrected if it names best parameters that are missing on disk.
 
-        The best parameters are missing if the run was killed while it wrote them. If the best step is that of the
+        The best parameters are missing if the run was killed while it wrote them. If the best step is the step of the
         checkpoint, the parameters are saved again. Otherwise the best metric is removed from `meta`. The resumed run
         may not reach the same value again, because rounding differs on another mesh.
         """

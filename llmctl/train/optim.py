@@ -1,8 +1,8 @@
 """Build optimizers and schedules (optax) for a flat dictionary of arrays by name.
 
 Matrices of the layers are stacked: [layers, inputs, outputs]. Muon's orthogonalization and Adafactor's statistics need
-one complete matrix at a time. They therefore run on each layer separately, so that a model whose layers are scanned
-trains like one whose layers are separate arrays.
+one complete matrix at a time. Both therefore run on each layer separately. Stacked arrays and separate arrays per layer
+give the same updates.
 
     optimizer = build(OptimConfig(name="lion"), steps=1000, names=named)
     updates, state = optimizer.update(gradients, optimizer.init(named), named)
@@ -65,7 +65,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(name: str) -> bool:
-    """Return whether weight decay applies to the array with this name: to matrices, including those of adapters."""
+    """Return whether weight decay applies to the array with this name: to matrices, including the matrices of
+    adapters."""
     return weights.is_kernel(name) and not weights.parse(name).vector
 
 
@@ -87,8 +88,8 @@ def build(
       config: settings of the optimizer and the schedule.
       steps: number of training steps.
       names: names of the arrays that are trained.
-      starts: number of updates after which the training of an array starts, by name. None starts all at once. Until
-        then the caller sets the gradients and the updates of the array to zero.
+      starts: number of updates after which the training of an array starts, by name. None starts all arrays at the
+          first step. Before its start, the caller sets an array's gradients and updates to zero.
     """
     rate = schedule(config, steps)
     mask = {name: decays(name) for name in names}
@@ -132,7 +133,7 @@ def build(
 
 
 def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Build Adam's scaling of updates for a run in which the training of some arrays starts later than that of others.
+    """Build Adam's scaling of updates for arrays whose training starts at different steps.
 
     `starts` has the number of updates before an array is trained, by name. The moments of such an array are zero until
     then. The bias correction of the array therefore counts updates from its own start. If it counted from the first

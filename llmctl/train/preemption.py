@@ -46,8 +46,8 @@ class Stop:
     def requested(self, now: bool = False) -> bool:
         """Return whether any process received a stop request. All processes must call this method after each step.
 
-        In a run of several processes, the result is that of the exchange started `LAG` calls ago. If `now` is true, it
-        is the current state.
+        In a run of several processes, the result is that of the exchange started `LAG` calls ago. If `now` is true, the
+        result is the current state.
         """
         if processes.count() == 1:
             self.agreed = self.signalled.is_set()
@@ -80,7 +80,7 @@ def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
     SIGTERM and the first Ctrl-C request a checkpoint and a stop. A second Ctrl-C exits immediately.
 
     Raises:
-      Interrupted: If a signal arrived after the last check. It is raised at the end of the context.
+      Interrupted: If a signal arrived after the last check. The error is raised at the end of the context.
     """
     stop = Stop(mesh)
 

@@ -1,8 +1,8 @@
 """Run a training command with several seeds, report the mean and deviation of its metrics, and keep the best result.
 
-The command runs once per seed, each time in another folder. The result of a seed is therefore bit-identical to that of
-a run with this seed alone. After an interruption, finished seeds are not trained again, and the interrupted seed
-continues from its last checkpoint. Only the best result so far is kept.
+The command runs once per seed, each time in another folder. The result of a seed is therefore bit-identical to the
+result of a run with this seed alone. After an interruption, finished seeds are not trained again, and the interrupted
+seed continues from its last checkpoint. Only the best result so far is kept.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _keep_best(ctx: Context, by: str, finished: Figures) -> None:
-    """Write the metrics of the finished seeds to disk, and remove the folders of all of them except the best."""
+    """Write the metrics of the finished seeds to disk, and remove the folders of all seeds except the best."""
     draft = ctx.work / f"{FINISHED}.draft"
     draft.write_text(json.dumps({"by": by, "metrics": finished}))
     draft.replace(ctx.work / FINISHED)

@@ -2,9 +2,10 @@
 
     job = sparsify.attached(config.sparsify, job, train.steps)
 
-The zeros of a matrix are its mask, as in pruned artifacts. They are part of the training state, so that a resumed run
-has the same masks. Between two changes of the mask the step holds the zeros (`llmctl.train.step.hold_zeros`). The
-sparsity is computed from the step number within the compiled step, so nothing is compiled again.
+The zeros of a matrix are its mask, as in pruned artifacts. The training state contains the weights with these zeros, so
+that a resumed run has the same masks. Between two changes of the mask the step holds the zeros
+(`llmctl.train.step.hold_zeros`). The sparsity is computed from the step number within the compiled step, so nothing is
+compiled again.
 
 Score magnitude is |w|; a zero stays zero. Score movement (Sanh et al., 2020, arXiv:2005.07683) is the sum over steps of
 -w g. Zeros have gradients too; for a zero, w in this sum is the weight's last nonzero value. A zero whose score rises
@@ -166,7 +167,7 @@ class Sparsifier:
 
         Args:
           score_LIO: scores; the lowest become zero.
-          fraction: sparsity as a fraction of the final one.
+          fraction: sparsity as a fraction of the final sparsity.
         """
         pattern, (inputs, outputs) = self.pattern, score_LIO.shape[1:]
         final = pattern.of - pattern.keep if pattern.of else pattern.count(inputs, outputs, "matrix")

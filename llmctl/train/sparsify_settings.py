@@ -38,7 +38,7 @@ class SparsifyConfig(Config):
     """Pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N of every M inputs; N and M
     determine the sparsity. AxB, such as 128x1: blocks of A inputs and B outputs."""
     start: float = Field(default=0.0, ge=0)
-    """Schedules cubic and constant: step after which weights become zero. A value below 1 is a fraction of all
+    """Step after which weights become zero, if schedule is cubic or constant. A value below 1 is a fraction of all
     steps."""
     end: float = Field(default=0.75, gt=0)
     """Step from which the zeros no longer change. A value up to 1 is a fraction of all steps. Only parameters from this
@@ -79,7 +79,7 @@ class SparsifyConfig(Config):
 
     @property
     def pruned(self) -> bool | None:
-        """Return True if the result is a pruned artifact; None if that depends on the parent."""
+        """Return True if the result is a pruned artifact; None if the answer depends on the parent."""
         return self.active or None
 
     @property

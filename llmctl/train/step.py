@@ -65,7 +65,8 @@ class Program:
     """
 
     step: Any
-    """Compiled function (state, (fixed, constants), batch) -> (state, metrics). `constants` are those of the Job."""
+    """Compiled function (state, (fixed, constants), batch) -> (state, metrics). `constants` is the field `constants` of
+    the Job."""
     begin: Any
     """Compiled function (trained arrays) -> first state. The arrays are donated."""
     named: Params
@@ -115,7 +116,7 @@ def _master(a: Any) -> Any:
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
     """Return (step function, optimizer). The step function is (state, (fixed, constants), batch) -> (state, metrics).
 
-    `fixed` has the arrays of the model that are not trained, and `constants` has those of the Job.
+    `fixed` has the arrays of the model that are not trained. `constants` is the field `constants` of the Job.
     """
     trained = split(job)[0]
     starts = {name: s for name in trained if np.any((s := job.starts(name)) > 0)}
@@ -274,8 +275,8 @@ def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Para
 def average(old: Params, new: Params, step: Any, decay: float) -> Params:
     """Return the exponential moving average of the weights after `step` + 1 updates.
 
-    The decay at update n is min(decay, (1 + n) / (10 + n)). At the start of training it is small, so that initial
-    weights have little influence in a short run.
+    The decay at update n is min(decay, (1 + n) / (10 + n)). At the start of training the decay is small, so that
+    initial weights have little influence in a short run.
     """
     n = step.astype(jnp.float32) + 1
     share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))

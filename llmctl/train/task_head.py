@@ -51,7 +51,7 @@ def notice(config: Any, base: Artifact, labels: list[str]) -> str:
 def prefix_notice(parent: ModelConfig, model: ModelConfig) -> str:
     """Return a message if the decoder is dropped and has a prefix that was trained (prefix tuning), otherwise "".
 
-    `parent` is the config before finetuning, and `model` is that of the finetuned model.
+    `parent` is the config before finetuning, and `model` is the config of the finetuned model.
     """
     if parent.architecture == model.architecture or not parent.prefix_tokens:
         return ""

@@ -41,7 +41,7 @@ class Timer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside this context from the measurement, such as that of a validation."""
+        """Exclude the time inside this context from the measurement, such as the time of a validation."""
         before = time.monotonic()
         yield
         self.start += time.monotonic() - before

@@ -19,7 +19,7 @@ NOTHING = np.zeros(0, np.int32)
 
 
 def prefix(k: int) -> str:
-    """Return the prefix of the names of arrays that belong to choice k; it is empty for the first choice."""
+    """Return the prefix of array names for choice k. The prefix for the first choice is empty."""
     return f"choice{k}_" if k else ""
 
 

@@ -88,8 +88,8 @@ class ConversationRows(ExampleRows):
 
     @property
     def log_lines(self) -> list[str]:
-        """Return log lines about the number of truncated conversations, of dropped ones, and of assistant messages that
-        do not count in the loss."""
+        """Return log lines with numbers of conversations: truncated, dropped, and with answers that do not count in the
+        loss."""
         reasons = {
             "lose their first exchanges": self.shortened,
             "lose the end of the last answer": self.cut,

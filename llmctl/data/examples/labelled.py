@@ -43,7 +43,7 @@ class ExampleRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, ...], equal to stacking `self[i]`."""
+        """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, ...]: the stacked rows `self[i]`."""
         return self._build(self._epochs(rows_B))
 
     def _build(self, example_B: np.ndarray) -> Batch:

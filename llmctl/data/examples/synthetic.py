@@ -18,7 +18,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer.new(sentinels=1000)
-"""Tokenizer for synthetic examples. It can replace any tokenizer, because row shapes do not depend on the
+"""Tokenizer for synthetic examples. The row shapes are right for any model, because they do not depend on the
 vocabulary."""
 TOKENIZER.chat_template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
 TEXT = "Once there was a text. It had some sentences! "

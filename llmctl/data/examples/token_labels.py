@@ -41,7 +41,7 @@ class TagRows(ExampleRows):
         self._seen: list[np.ndarray] = []
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.words = self.cut = 0
-        """`words` is the number of labeled words, and `cut` is the number of those that truncation removes from the
+        """`words` is the number of labeled words. `cut` is the number of labeled words that truncation removes from the
         rows."""
         room = seq_len - len(self._template.row([]))
         for some in batched(examples):

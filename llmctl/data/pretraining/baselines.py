@@ -13,8 +13,7 @@ CHUNK = 256
 
 
 def constant_scores(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dict[str, float]:
-    """Return the scores of the best constant predictions on the first `limit` rows, which are computed from these same
-    rows.
+    """Find the best constant predictions for the first `limit` rows, and return their scores on the same rows.
 
     Args:
         rows: Training rows, as `llmctl.data.device_batches.Rows`.

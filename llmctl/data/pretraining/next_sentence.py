@@ -195,8 +195,8 @@ class PairRows:
         consecutive passages of one document cannot be combined. If `shuffle` is false, every epoch has the same order.
 
         Returns:
-            Document of each passage [N], and in tokens the offsets of A and B in the document [N, 2] and their lengths
-            [N, 2].
+            Three arrays: the document of each passage [N], the offsets of A and B in the document [N, 2], and the
+            lengths of A and B [N, 2]. Offsets and lengths are in tokens.
         """
         if not self._shuffle:
             place_N = place_N % self._count

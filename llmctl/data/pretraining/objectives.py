@@ -15,8 +15,8 @@ from llmctl.data.shuffle import hashed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 _STREAM = 2**32
-"""Number that is added to the argument `stream` of `random_bits`, so that random numbers of objectives are independent
-of those of the shuffle."""
+"""Offset of the argument `stream` of `random_bits`. It makes the random numbers of objectives independent of the
+shuffle."""
 
 
 def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
@@ -26,7 +26,8 @@ def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.nd
         rows_B: Row numbers. Each row of the result depends only on its row number, not on the other rows.
         width: Number of integers per row.
         seed: Seed of the random choices.
-        stream: Number that tells several uses for the same row apart. Different numbers give independent results.
+        stream: Number of the use, if a row needs several kinds of random numbers. Different numbers give independent
+            results.
     """
     numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
     return hashed(numbers_BT.ravel(), seed, _STREAM + stream).reshape(numbers_BT.shape)

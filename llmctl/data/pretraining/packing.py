@@ -150,7 +150,7 @@ class PackedRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, T], equal to stacking `self[i]`."""
+        """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, T]: the stacked rows `self[i]`."""
         return self._objective(self.packed(rows_B))
 
     def packed(self, rows_B: np.ndarray) -> Packed:

@@ -263,7 +263,7 @@ def check(found: Prepared, tokenizer: Tokenizer, path: str) -> None:
     """Check that the data was prepared with `tokenizer`.
 
     Raises:
-        RequestError: If it was prepared with another tokenizer.
+        RequestError: If the data was prepared with another tokenizer.
     """
     if found.tokenizer != tokenizer.digest:
         raise RequestError(

@@ -13,8 +13,8 @@ from llmctl.data.file_bytes import buffer, line_offsets
 from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
-"""Limits of the part at the beginning of a file from which the column names are read: maximum number of rows, and
-maximum number of bytes. A later row with a further column that llmctl would read, such as `label`, is an error."""
+"""Maximum number of rows, and of bytes, from which the column names are read. If a later row has another column that
+llmctl would read, such as `label`, the row is an error."""
 
 
 class JsonLines(Source):
@@ -65,7 +65,7 @@ class JsonLines(Source):
 
 
 class _Twice(dict[str, Any]):
-    """Mark a JSON object that contains a key twice, of which Python's parser would keep only the last value."""
+    """Mark a JSON object that contains a key twice. Python's parser would keep only the last value of the key."""
 
     name = ""
 

@@ -24,7 +24,7 @@ arXiv:1910.10683)."""
 
 
 MASK = "<mask>"
-"""Text of the mask token in user input, independent of its text in the tokenizer."""
+"""Text that means the mask token in user input, for all tokenizers."""
 
 
 ESCAPE = "\ufdd0"
@@ -56,7 +56,7 @@ class TextTemplate:
 class Tokenizer(ABC):
     """Convert text to token ids and back.
 
-    `encode` never returns special tokens, even if the text contains the text of one. Special tokens decode to "". A
+    `encode` never returns special tokens, even if the text contains their texts. Special tokens decode to "". A
     subclass sets the attributes that are declared here, and defines `encode`, `encode_batch`, `offsets` and `decode`.
 
     Example:
@@ -86,7 +86,7 @@ class Tokenizer(ABC):
     chat_template: str | None = None
     """Text of the Jinja template that renders conversations; None if the tokenizer has none."""
     own_template: TextTemplate | None = None
-    """Special tokens around texts that an imported tokenizer declares; None uses the default of `template`."""
+    """Special tokens that an imported tokenizer adds around texts; None uses the default of `template`."""
 
     prefix: tuple[int, ...] = ()
     """Token ids of a trained prompt (prompt tuning) that is put before every text. These ids follow those of the
@@ -237,7 +237,8 @@ class Tokenizer(ABC):
         return (*self.prefix, *(self.bos_id,) * self.add_bos)
 
     def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt for generation: first those that `begin` returns, then those of the text."""
+        """Return the token ids of a prompt for generation: first the ids that `begin` returns, then the ids of the
+        text."""
         return [*self.begin, *self.encode(text)]
 
     @property

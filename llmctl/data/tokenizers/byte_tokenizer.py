@@ -14,7 +14,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 FIRST = 5
 """Id of byte 0. Lower ids are the tokens pad, unk, bos, eos and mask."""
 SPELLINGS = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}
-"""Id of each special token, by its text in chat templates."""
+"""Ids of the special tokens, by the token's text in chat templates."""
 
 MOST_SENTINELS = 1000
 """Maximum number of sentinels. It is also the maximum of the setting `tokenizer.sentinels`."""

@@ -172,8 +172,8 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
 
 
 def _cores() -> int:
-    """Return the number of cores that this process may use. On macOS, return the number of all cores, because it has no
-    CPU affinity."""
+    """Return the number of cores that this process may use. On macOS, return the number of all cores, because macOS has
+    no CPU affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

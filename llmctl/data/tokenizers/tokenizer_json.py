@@ -181,12 +181,12 @@ class JsonTokenizer(Tokenizer):
 
 
 def _check_growth(part: Any) -> None:
-    """Check that the replacements of a normalizer or decoder cannot make a text too long.
+    """Check that the replacements of a normalizer or decoder cannot exhaust memory.
 
-    Each replacement is applied to the result of the previous one, so that twenty of them could fill any memory.
+    Each replacement is applied to the result of the previous one, so the length of a text can grow exponentially.
 
     Raises:
-        ValueError: If they can make a text more than `MAX_GROWTH` times as long.
+        ValueError: If the replacements can make a text more than `MAX_GROWTH` times as long.
     """
     growth, waiting = 1.0, [parse_json(part.__getstate__())] if part is not None else []
     while waiting:

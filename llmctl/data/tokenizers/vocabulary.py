@@ -106,7 +106,7 @@ class Vocabulary:
     def _thai(self) -> tuple[np.ndarray, np.ndarray]:
         """Return two masks bool [V]: tokens that end with a Thai character, and tokens that separate Thai sentences.
 
-        The latter are a single space, and a space followed by a Thai character.
+        Two kinds of tokens separate sentences: a single space, and a space followed by a Thai character.
         """
         thai = [(p, p.strip()) for p in self._pieces]
         ends = np.array([_in(p[-1:], "\u0e01", "\u0e5b") for p, _ in thai])

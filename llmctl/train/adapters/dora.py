@@ -28,7 +28,7 @@ class Dora(Lora):
     ) -> Params:
         """Return the parameters with a DoRA adapter around each matrix of `lora.targets`, sharded over `mesh`.
 
-        The magnitudes are initialized to those of the matrices, so the model's outputs do not change.
+        The magnitudes are initialized to the norms of the matrices' columns, so the model's outputs do not change.
         """
         from llmctl.model import weights
 

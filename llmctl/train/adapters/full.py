@@ -1,4 +1,4 @@
-"""Train all parameters: those of the finetuned model, and those of the task's head."""
+"""Train all parameters of the finetuned model, and the task's head."""
 
 from __future__ import annotations
 

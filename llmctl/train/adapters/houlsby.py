@@ -25,7 +25,8 @@ the form."""
 
 
 class Houlsby(Method):
-    """Train bottleneck adapters and the task's head; in the sequential form also the layers' norms, as in its paper."""
+    """Train bottleneck adapters and the task's head; in the sequential form also the layers' norms, as in the paper of
+    Houlsby et al."""
 
     name = "houlsby"
     settings = ("houlsby",)

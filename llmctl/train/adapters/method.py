@@ -50,8 +50,8 @@ class Method:
     changes_base: ClassVar[bool] = False
     """Whether the method trains the matrices of the parent model. If so, it rejects quantized models."""
     adapts: ClassVar[bool] = False
-    """Whether the method adds adapters that can be merged. If the setting `merge` is true, they are merged into their
-    matrices at the end of training.
+    """Whether the method adds adapters that can be merged. If the setting `merge` is true, the adapters are merged into
+    the matrices at the end of training.
     """
     fills_zeros: ClassVar[bool] = True
     """Whether merging an adapter makes the zeros of a pruned matrix nonzero."""
@@ -136,5 +136,5 @@ class Method:
         return {}
 
     def finish(self, config: Any, params: Params) -> Params:
-        """Convert the trained parameters to those that are saved. Adapters are merged afterwards."""
+        """Convert the trained parameters to the parameters to save. Adapters are merged afterwards."""
         return params

@@ -23,14 +23,14 @@ class LoraConfig(Settings):
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
     """Matrices that get an adapter. In the layers: q, k, v, o, gate, up, down. Outside the layers: lm_head (output
-    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the layers, except those of
-    bottleneck adapters.
+    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the layers, except the
+    matrices of bottleneck adapters.
     """
     rslora: bool = False
     """Scale updates by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast as low ranks
     (rsLoRA)."""
     plus_ratio: float = Field(default=1.0, gt=0)
-    """Learning rate of each adapter's second matrix, divided by that of its first matrix (LoRA+ advises 16). The
+    """Ratio of two learning rates per adapter: rate of the second matrix / rate of the first (LoRA+ advises 16). The
     adapter of the token embeddings is not affected."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Ranks of single matrices, by name (q) or by module and name (attn/q). All other matrices use `rank`."""
@@ -39,7 +39,7 @@ class LoraConfig(Settings):
     `alpha`."""
     modules_to_save: list[str] = []
     """Modules whose parameters are all trained, in addition to the adapters, such as embed, lm_head, norm or attn_norm.
-    The name is PEFT's."""
+    PEFT has the same setting."""
 
 
 class AdaLoraConfig(Settings):
@@ -121,8 +121,8 @@ class TrainedConfig(Settings):
     """Patterns of the names of the parameters to train, such as norm or attn/*/bias, for method full. A pattern matches
     any part of a name. The task's head is always trained. Empty trains all parameters."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Factor on the learning rate for each layer towards the input. The last layer's rate is multiplied by it once, the
-    rate of the layer before it twice. The embeddings have the smallest rate."""
+    """Factor of the learning rate per layer, counted from the output. The rate of the last layer is multiplied by this
+    factor once, the rate of the second to last layer twice, and so on. The embeddings have the smallest rate."""
     head_rate: float = Field(default=1.0, gt=0)
     """Factor on the learning rate of the task's head. Other parameters are not affected."""
     unfreeze_every: float = Field(default=0.0, ge=0)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OUTSIDE = ("embed", "lm_head")
-"""Names of the matrices outside the layers that can get an adapter. The task's head gets none, because it is trained
-itself.
+"""Names of the matrices outside the layers that can get an adapter. The task's head gets no adapter, because the head
+itself is trained.
 """
 
 
@@ -80,9 +80,10 @@ def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
 
 
 def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
-    """Return the value for one matrix from the setting `pattern` ({name: value}), or the default if it has none.
+    """Return the value for one matrix in the setting `pattern` ({name: value}), or the default if there is none.
 
-    An entry for the module and the name of the matrix ("attn/q") takes precedence over an entry for its name ("q").
+    An entry for the module and the name of the matrix ("attn/q") takes precedence over an entry for the name alone
+    ("q").
     """
     return pattern.get(m.module, pattern.get(m.name, default))
 

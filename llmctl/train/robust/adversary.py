@@ -69,7 +69,8 @@ class Adversary:
             raise ValueError(f"start: {options['start']:g} is beyond epsilon = {options['epsilon']:g}")
 
     def cost(self, config: Any) -> float:
-        """Return the FLOPs of a training step with the method, divided by those of a step without it."""
+        """Return the cost of the method: FLOPs of a training step with the method / FLOPs of a step without the
+        method."""
         raise NotImplementedError
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:

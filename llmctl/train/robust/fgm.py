@@ -69,7 +69,7 @@ def check_share(config: Any) -> None:
     """Check that `weight`, the fraction of the loss that comes from perturbed rows, is at most 1.
 
     Raises:
-      ValueError: If it is above 1.
+      ValueError: If `weight` is above 1.
     """
     if config.weight is not None and config.weight > 1:
         raise ValueError(f"weight: {config.weight:g} is no share of the loss; method {config.method!r} takes up to 1")

@@ -31,7 +31,7 @@ class Pgd(Adversary):
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """Return the FLOPs of a training step with the method, divided by those of a step without it.
+        """Return the cost of the method: FLOPs of a training step with the method / FLOPs of a step without the method.
 
         A search step costs 2/3 of a training step, because it needs no gradients of the weights.
         """

@@ -42,7 +42,7 @@ def r_drop(problem: Problem, alpha: float) -> Loss:
     """Return the loss function of R-Drop (Liang et al., 2021, arXiv:2106.14448).
 
     The batch passes through the network twice, with different dropout. The loss is the mean of both losses, plus alpha
-    times the divergence between the outputs. The paper adds both losses, so its alpha is twice this one.
+    times the divergence between the outputs. The paper adds both losses, so the paper's alpha is twice this alpha.
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, **_: Any) -> tuple[jax.Array, Sums]:
@@ -114,9 +114,9 @@ def class_counts(examples: Examples) -> list[int]:
 def class_weights(given: Any, labels: Sequence[str], counts: Sequence[int]) -> np.ndarray:
     """Return the weight of each class, float32 [C].
 
-    If `given` is "balanced", the weight of class c is n / (C * n_c). Here n is the number of examples, n_c is that of
-    class c, and C is the number of classes with examples. The mean weight of the examples is then 1. A class without
-    examples has weight 1.
+    If `given` is "balanced", the weight of class c is n / (C * n_c). Here n is the number of examples, n_c is the
+    number of examples of class c, and C is the number of classes with examples. The mean weight of the examples is then
+    1. A class without examples has weight 1.
 
     Raises:
       RequestError: If a class is unknown.

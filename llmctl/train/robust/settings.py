@@ -71,8 +71,8 @@ class AdversarialConfig(Settings):
     smart. Default: 2.
     """
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay of the moving average of the weights, for method smart. In the first tenth of the steps, it is at most
-    0.99. Default: 0.999."""
+    """Decay of the moving average of the weights, for method smart. In the first tenth of the steps, the decay is at
+    most 0.99. Default: 0.999."""
 
     @model_validator(mode="after")
     def _is_read(self) -> AdversarialConfig:
@@ -109,7 +109,7 @@ class RegularizeConfig(Settings):
     is excluded. 0.1 to 0.9 are usual, in place of dropout. Only for methods that train the weights of the finetuned
     model. 0 disables it."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
-    """Weight of each class in the loss, as a table such as {"rare" = 5.0}; classes that it does not contain have weight
-    1. balanced: weights inversely proportional to the number of training examples of the class."""
+    """Weight of each class in the loss, as a table such as {"rare" = 5.0}; classes that the table does not contain have
+    weight 1. balanced: weights inversely proportional to the number of training examples of the class."""
     balance: bool = False
     """Sample every class equally often. Examples of rare classes are repeated."""

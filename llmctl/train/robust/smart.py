@@ -54,7 +54,7 @@ class Smart(Adversary):
             raise ValueError("start: method 'smart' needs one above 0, where the divergence has a gradient")
 
     def cost(self, config: Any) -> float:
-        """Return the FLOPs of a training step with the method, divided by those of a step without it.
+        """Return the cost of the method: FLOPs of a training step with the method / FLOPs of a step without the method.
 
         The result is 2 for the passes of clean and of perturbed rows, plus 2/3 per search step. If the moving average
         of the weights is used, 1/3 is added.
