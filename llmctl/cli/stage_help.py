@@ -104,9 +104,8 @@ def help_all(ctx: typer.Context, value: bool) -> None:
 
 
 def _heading(cls: Any, path: tuple[str, ...]) -> str:
-    """Return the help heading of a field: that of the innermost section that contains the field and defines a
-    heading.
-    """
+    """Return the help heading of a field: `heading` of the innermost section that contains the field and has a
+    heading."""
     if path == ("platform",):  # a setting of the stage that belongs to the mesh
         return WHERE
     found = cls.heading

@@ -45,7 +45,7 @@ def show(renderable: Any, *, stderr: bool = False) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path | None) -> Iterator[Path]:
-    """Yield `path`. If it is None, yield a path in a temporary folder that is removed afterwards."""
+    """Yield `path`. If `path` is None, yield a path in a temporary folder that is removed afterwards."""
     if path:
         yield path
         return

@@ -62,7 +62,7 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
 
 
 def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
-    """Return (whether a task of the stage reads labels, whether one reads conversations).
+    """Return two booleans: whether a task of the stage reads labels, and whether a task reads conversations.
 
     If the stage's tasks are unknown, the result is (False, None).
     """

@@ -38,7 +38,7 @@ def module(name: str) -> str:
 def symbol(name: str) -> str:
     """Return the name of a command's file and function.
 
-    It is the command's name, with an underscore appended if the name is a Python keyword.
+    File and function have the command's name, plus an underscore if the name is a Python keyword.
     """
     return name if (COMMANDS / f"{name}.py").exists() else f"{name}_"
 

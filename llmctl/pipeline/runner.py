@@ -1,4 +1,5 @@
-"""Run the stages of a recipe: skip finished stages, resume interrupted ones, and repeat those whose inputs changed."""
+"""Run the stages of a recipe: skip finished stages, resume interrupted stages, and repeat stages whose inputs
+changed."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def run(
 
     Raises:
       RequestError: If a name in `only` is unknown, an input is missing, or another process uses the same folder.
-      WorkError, Interrupted: If a stage raises it.
+      WorkError, Interrupted: If a stage raises this error.
     """
     names = [s.name for s in recipe.steps]
     for name in only:
@@ -217,9 +218,8 @@ def _run_stage(recipe: Recipe, status: StageStatus, say: Callable[[str], None]) 
 def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
     """Create the stage's temporary folder, and return whether it is new.
 
-    If a folder exists that was made from other settings or inputs (another `key`), it is removed first.
-    With `alone` (a single stage command), an artifact at the output folder may be replaced only if a stage of the same
-    kind wrote it.
+    An existing folder of other settings or inputs (another `key`) is removed first. With `alone` (a single stage
+    command), an artifact at the output folder may be replaced only if a stage of the same kind wrote it.
     """
     artifact.check_output(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"

@@ -70,7 +70,7 @@ class StageConfig(Config):
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of all random numbers."""
     platform: Literal["", "cpu", "gpu", "tpu"] = ""
-    """Platform that the stage requires; empty uses the one that JAX finds."""
+    """Platform that the stage requires; empty uses the platform that JAX finds."""
     allow_nonfinite: bool = False
     """Save weights that contain NaN or infinity. By default the stage fails and names the array."""
     replace: bool = False

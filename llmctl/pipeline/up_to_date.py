@@ -1,6 +1,6 @@
 """Determine whether a stage's artifact is up to date: its settings and inputs are the same, and its files unchanged.
 
-An artifact stores a hash of the settings and inputs that it was made from, its key."""
+An artifact stores its key: a hash of the settings and inputs that it was made from."""
 
 from __future__ import annotations
 

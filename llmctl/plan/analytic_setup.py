@@ -34,8 +34,8 @@ class Setup:
     """Name of the optimizer; empty for a forward pass."""
     ema: bool = False
     trained: float = 1.0
-    """Fraction of the parameters that are trained. For LoRA, it is the adapters' number of parameters divided by the
-    model's."""
+    """Fraction of the parameters that are trained. For LoRA, the number of adapter parameters / number of model
+    parameters."""
     stored: float = 0.0
     """Bytes of arrays outside the training state, such as frozen weights or a teacher, divided by the model's number of
     parameters."""
@@ -44,7 +44,7 @@ class Setup:
     eight: Mapping[str, float] = field(default_factory=dict)
     """Fraction of the layers' matrix products that are computed in 8 bits, by dtype (int8, float8)."""
     beside: float = 0.0
-    """FLOPs per step, over all devices, of another model that runs in the same step, such as a teacher."""
+    """FLOPs of another model that runs in the same step, such as a teacher: sum over all devices."""
     cached: int = 0
     """Number of tokens per sequence in the key/value cache."""
     predicted: float = 1.0

@@ -1,7 +1,7 @@
 """Search for the fastest and the smallest layout of a training step.
 
-A layout is a mesh, a value of `remat` and a number of microbatches. The analytic model ranks all layouts. Only the
-fastest of those that fit in memory, as estimated by the model, are compiled.
+A layout is a mesh, a value of `remat` and a number of microbatches. The analytic model estimates the memory and time of
+all layouts. Of the layouts that fit in memory, only the fastest are compiled.
 """
 
 from __future__ import annotations
@@ -132,8 +132,11 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
     """Return (topology, layout) for the first topology on which a compiled program fits; None if none fits.
 
-    Three layouts are compiled per topology: those that, by the analytic model, are the fastest, the fastest with spare
-    memory, and the smallest.
+    Three layouts are compiled per topology. The analytic model selects these three layouts:
+
+    - the fastest layout that fits in memory
+    - the fastest layout that fits in memory and leaves some memory free
+    - the layout that needs the least memory
     """
     for topology in slices:
         ordered = candidates(setup, topology)

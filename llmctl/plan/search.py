@@ -43,7 +43,7 @@ def searched(recipe: Recipe, topology: Topology, stage: str, say: Say) -> list[C
 
 
 def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> tuple[Topology, Candidate]:
-    """Return the first topology in `slices` on which a training stage fits, and its layout there.
+    """Return the first topology in `slices` on which a training stage fits, and the layout that fits.
 
     Raises:
       RequestError: If the training stage does not exist, or it fits on no slice.

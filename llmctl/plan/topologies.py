@@ -65,7 +65,7 @@ class Topology:
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """Return, for each axis of a slice, whether it is a ring.
+        """Return, for each axis of a slice, whether the axis is a ring.
 
         On 2D chips, an axis of 16 chips is a ring. On 3D chips, all axes are rings if every size is a multiple of 4.
         """

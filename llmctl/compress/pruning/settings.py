@@ -39,14 +39,15 @@ class MethodSettings(CalibrationConfig):
     added: ClassVar[frozenset[str]] = frozenset({"repair"})
 
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
-    """Method. structured: remove heads, neurons, hidden channels and layers. All other methods set single weights to
-    zero. sparsegpt: choose zeros by the Hessian, and let the kept weights compensate for them. All others prune the
-    lowest scores; without repair, kept weights do not change. magnitude: absolute value. wanda: absolute value times
-    the norm of the inputs. ria: share of the weights of its input and output, times the root of that norm. taylor,
-    fisher: scores from the loss's gradient. random: random scores."""
+    """Pruning method. structured: remove heads, neurons, hidden channels and layers. All other methods set single
+    weights to zero. sparsegpt: choose zeros by the Hessian, and change the kept weights to compensate. The following
+    methods set the weights with the lowest scores to zero, and change kept weights only with repair. magnitude: |w|.
+    wanda: |w| times the norm of the input. ria: (|w| as a fraction of its row's sum, plus |w| as a fraction of its
+    column's sum) times the square root of the norm of the input. taylor, fisher: scores from the loss's gradient.
+    random: random scores."""
     repair: bool = False
-    """After pruning, recompute the kept weights by least squares on the calibration data, so that the outputs of the
-    layers stay close to those before pruning."""
+    """After pruning, recompute the kept weights by least squares on the calibration data. The outputs of the layers
+    then stay close to the outputs before pruning."""
 
 
 class SparseSettings(MethodSettings):
@@ -59,28 +60,31 @@ class SparseSettings(MethodSettings):
     added: ClassVar[frozenset[str]] = MethodSettings.added | {"damping", "allocation", "spread", "outlier", "store"}
 
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Methods for single weights: fraction of each matrix to set to zero. For wanda, it is a fraction of each output's
-    inputs. With an allocation other than uniform, it is the fraction of all matrices together."""
+    """Fraction of each matrix to set to zero, if the method prunes single weights. For wanda, this fraction of the
+    inputs of each output. If the allocation is not uniform, this fraction of all matrices together."""
     pattern: str = "unstructured"
-    """Methods for single weights: pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N
-    of every M inputs; N and M determine the sparsity. AxB, such as 128x1: prune blocks of A inputs and B outputs, by
-    the sum of their scores."""
+    """Pattern of the zeros, if the method prunes single weights. unstructured: zeros at any position. N:M, such as 2:4:
+    keep N of every M inputs; N and M determine the sparsity. AxB, such as 128x1: prune blocks of A inputs and B
+    outputs, by the sum of their scores."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
-    """Method sparsegpt: fraction of the Hessian's mean diagonal entry to add to its diagonal. If a Hessian has no
-    inverse, the fraction is multiplied by 10, and the matrix is reported."""
+    """Multiple of the Hessian's mean diagonal entry that is added to its diagonal, if the method is sparsegpt. If a
+    Hessian has no inverse, the value is multiplied by 10, and the matrix is reported."""
 
     allocation: AllocationName = "uniform"
-    """Methods for single weights, except with N:M: sparsity of the layers. uniform: equal in all layers. owl: lower for
-    layers with more outliers. sensitivity: lower for layers whose pruning changes the final hidden states more. global:
-    the lowest scores of the complete model are pruned. The sparsity of the model is exact."""
+    """Distribution of the sparsity over the layers, if the method prunes single weights and the pattern is not N:M.
+    uniform: equal in all layers. owl: lower for layers with more outliers. sensitivity: lower for layers whose pruning
+    changes the final hidden states more. global: the lowest scores of the complete model are pruned. The sparsity of
+    the model is exact."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
-    """Allocations owl and sensitivity. owl: half the difference between the highest and the lowest sparsity of a layer.
-    sensitivity: largest difference between the sparsity of a layer and that of the model."""
+    """Differences of sparsity between layers, if the allocation is owl or sensitivity. owl: half the difference between
+    the highest and the lowest sparsity of a layer. sensitivity: largest difference between the sparsity of a layer and
+    the sparsity of the model."""
     outlier: float = Field(default=5.0, gt=0)
-    """Allocation owl: score from which a weight is an outlier, as a multiple of the layer's mean score by wanda."""
+    """Score from which a weight is an outlier, if the allocation is owl. The value is a multiple of the layer's mean
+    score by wanda."""
     store: Literal["dense", "sparse"] = "dense"
-    """Methods for single weights: format of the pruned matrices on disk, also in later stages. sparse: store only
-    nonzero weights and their positions. In memory, matrices are dense."""
+    """Format of the pruned matrices on disk, also in later stages, if the method prunes single weights. sparse: store
+    only nonzero weights and their positions. In memory, matrices are dense."""
 
     @property
     def zeros(self) -> SparseMethod:

@@ -32,40 +32,41 @@ class StructuredSettings(MethodSettings):
     heads: float = Field(default=0.0, ge=0)
     """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
-    """Method structured: number of query heads to keep per layer."""
+    """Number of query heads to keep per layer, if the method is structured."""
     remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Method structured: fraction of the query heads to remove per layer."""
+    """Fraction of the query heads to remove per layer, if the method is structured."""
     heads_by: Literal["groups", "queries"] = "groups"
-    """Method structured. groups: remove key/value heads with all their query heads. queries: remove the same number of
-    query heads from every key/value head."""
+    """Unit of the removed heads, if the method is structured. groups: remove key/value heads with all their query
+    heads. queries: remove the same number of query heads from every key/value head."""
     ffn: float = Field(default=0.0, ge=0)
     """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)
-    """Method structured: number of neurons to keep per feed-forward layer."""
+    """Number of neurons to keep per feed-forward layer, if the method is structured."""
     remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Method structured: fraction of the neurons to remove per feed-forward layer."""
+    """Fraction of the neurons to remove per feed-forward layer, if the method is structured."""
     hidden: float = Field(default=0.0, ge=0)
     """Short form of keep_hidden (a number from 1) and of remove_hidden (a number below 1); 0 keeps all channels."""
     keep_hidden: int = Field(default=0, ge=0, strict=True)
-    """Method structured: number of hidden channels to keep, the width of the residual stream."""
+    """Number of hidden channels to keep (the width of the residual stream), if the method is structured."""
     remove_hidden: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Method structured: fraction of the hidden channels to remove."""
+    """Fraction of the hidden channels to remove, if the method is structured."""
     multiple: int = Field(default=1, ge=1)
-    """Method structured: keep numbers of neurons and hidden channels that are multiples of this value (128 suits
-    TPUs)."""
+    """Keep numbers of neurons and hidden channels that are multiples of this value (128 suits TPUs), if the method is
+    structured."""
     layers: float = Field(default=0.0, ge=0)
     """Short form of keep_layers (a number from 1) and of remove_layers (a number below 1); 0 keeps all layers."""
     keep_layers: int = Field(default=0, ge=0, strict=True)
-    """Method structured: number of layers to keep."""
+    """Number of layers to keep, if the method is structured."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Method structured: fraction of the layers to remove."""
+    """Fraction of the layers to remove, if the method is structured."""
     budget: BudgetConfig = BudgetConfig()
-    """Method structured: size of the pruned model, in place of heads, ffn, layers and hidden. A search chooses these by
-    the loss on the calibration data, and prints the candidates."""
+    """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is structured. A search
+    chooses these four by the loss on the calibration data, and prints the candidates."""
     importance: ImportanceName = "contribution"
-    """Method structured: importance of a head, neuron or channel; the lowest are removed. contribution: norm of what it
-    adds to the next outputs. activation: mean norm of its output. taylor: change of the loss without it, to first
-    order. magnitude: norm of its weights. random: random numbers. Layers are always selected by block influence."""
+    """Score of a head, neuron or channel, if the method is structured; the parts with the lowest scores are removed.
+    contribution: norm of the part's contribution to the next outputs. activation: mean norm of the part's output.
+    taylor: first-order change of the loss without the part. magnitude: norm of the part's weights. random: random
+    numbers. Layers are always selected by block influence."""
 
     @model_validator(mode="before")
     @classmethod

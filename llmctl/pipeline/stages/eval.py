@@ -49,8 +49,8 @@ class Config(MeasureConfig, StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Evaluate the artifacts in the setting `of`, or only the parent, and write the results to `ctx.out`.
 
-    The files are results.json, table.md, tradeoff.png, classes.png for classifiers, and predictions.jsonl. The last has
-    the texts that a task generates, or the wrong predictions of a classifier.
+    The files are results.json, table.md, tradeoff.png, classes.png for classifiers, and predictions.jsonl.
+    predictions.jsonl has the texts that a task generates, or the wrong predictions of a classifier.
     """
     from llmctl.artifacts import artifact
     from llmctl.data import splits

@@ -1,6 +1,6 @@
 """Define the stage `finetune`, which trains a pretrained model for a task.
 
-The stage trains all parameters, only the layers above frozen ones, or adapters.
+The stage trains all parameters, only the last layers, or adapters.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Config(StageConfig):
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
-    """Training examples. Columns per task: text (and pair) and label (classify, regress); tokens and tags (tokens);
-    question, context and answers (span); text and pair (embed); prompt, choices and answer (choice); prompt, chosen and
-    rejected (preference); messages, and tools if there are any (chat); prompt and completion (seq2seq); text, or prompt
-    and completion (lm)."""
+    """Training examples. The task determines the columns. classify, multilabel, regress: text, label and, for pairs of
+    texts, pair. tokens: tokens, tags. span: question, context, answers. embed: text, pair and, if there are scores,
+    label. choice: prompt, choices, answer. preference: prompt, chosen, rejected. chat: messages and, if the assistant
+    has tools, tools. seq2seq: prompt, completion. lm: text, or prompt and completion."""
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
@@ -98,7 +98,7 @@ class Config(StageConfig):
     merged. Later commands then also need the base, the artifact from which training started. Commands search for the
     base in the folders next to the adapter, or read it from the folder given by --base."""
     freeze_layers: int = Field(default=0, ge=0)
-    """Number of first layers to freeze, together with the embeddings."""
+    """Freeze the embeddings and this number of first layers; 0 freezes nothing."""
     trained: TrainedConfig = TrainedConfig()
     """Parameters to train, their learning rates, and the steps at which their training starts."""
     pooling: Literal["", "last", "mean", "first"] = ""
@@ -107,18 +107,18 @@ class Config(StageConfig):
     truncate: Truncate = "tail"
     """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     temperature: float = Field(default=0.05, gt=0)
-    """Task embed, if the data has no scores: divisor of the similarities in the contrastive loss. The loss compares the
-    pairs of a batch, or of a microbatch if train.accumulate is above 1."""
+    """Divisor of the similarities in the contrastive loss, if the task is embed and the data has no scores. The loss
+    compares the pairs of a batch, or of a microbatch if train.accumulate is above 1."""
     chat: ChatConfig = ChatConfig()
     """Settings of task chat."""
     preference: PreferenceConfig = PreferenceConfig()
     """Settings of task preference."""
     generation: GenerationConfig = GenerationConfig()
-    """Settings of task seq2seq: answers to validation prompts, whose BLEU, chrF, ROUGE and exact match are computed.
-    train.best_by = "bleu" keeps the parameters with the best BLEU."""
+    """Settings for generating answers to validation prompts, if the task is seq2seq. BLEU, chrF, ROUGE and exact match
+    of the answers are computed. train.best_by = "bleu" keeps the parameters with the best BLEU."""
     calibrate: bool = False
-    """Task classify: after training, divide the logits by the temperature with the least loss on the validation
-    examples, so that probabilities match accuracy. The head's parameters are scaled; predicted classes do not
+    """After training, divide the logits by the temperature with the least loss on the validation examples, if the task
+    is classify. Probabilities then match accuracy. The head's parameters are scaled; predicted classes do not
     change."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
@@ -358,7 +358,7 @@ def _labels(config: Config, text: Text) -> list[str]:
 
 
 def _generation(config: Config) -> dict[str, Any]:
-    """Return the settings of generated answers; empty if the task generates none."""
+    """Return the settings for generation in validation; empty if the task generates no answers."""
     return config.generation.model_dump() if TASKS[config.task].generates else {}
 
 

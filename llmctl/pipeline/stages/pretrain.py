@@ -52,11 +52,11 @@ class Config(StageConfig):
     the rest of a text, for encoder-decoders. completions: predict the completion of a prompt; the data has the columns
     prompt and completion. Default: by the model's architecture."""
     rate: float = Field(default=0.15, gt=0, lt=1)
-    """Objectives masked, next_sentence and spans: fraction of tokens to predict."""
+    """Fraction of tokens to predict, if the objective is masked, next_sentence or spans."""
     span: float = Field(default=3.0, ge=1)
-    """Objective spans: mean length of a span in tokens."""
+    """Mean length of a span in tokens, if the objective is spans."""
     whole_words: bool = False
-    """Objectives masked and next_sentence: mask whole words instead of single tokens."""
+    """Mask whole words instead of single tokens, if the objective is masked or next_sentence."""
     train: TrainConfig = TrainConfig()
     """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig()

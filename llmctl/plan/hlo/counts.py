@@ -37,10 +37,10 @@ class Collective:
     "data,fsdp" names two axes, "?" means no axis of the mesh, and "slices" means between TPU slices.
     """
     count: float
-    """Number of these collectives per step; one in a loop counts once per iteration."""
+    """Number of these collectives per step. A collective in a loop counts once per iteration."""
     overlapped: float
     """Number of these collectives that overlap with computation: matrix products run between the instruction that
-    starts the collective and the one that waits for its end."""
+    starts the collective and the instruction that waits for it."""
     payload: float = 0.0
     """Bytes of the full arrays: the total size of the inputs or of the outputs, whichever is larger."""
     hidden: float = 0.0

@@ -1,7 +1,7 @@
 """Compute the bytes that one instruction of compiled HLO reads from and writes to HBM.
 
-Arrays in on-chip memory, as given by their layout, cost nothing. If an operation only slices an array, or updates it in
-place, only the slice counts.
+Arrays whose layout names on-chip memory cost nothing. If an operation only slices an array or updates a slice in place,
+only the slice counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compute the FLOPs of one instruction of compiled HLO. A multiply-add counts as two."""
+"""Compute the FLOPs of one instruction of compiled HLO. A multiply-add counts as two FLOPs."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _operands(inside: str) -> list[str]:
 
 
 def _closing(text: str, opens: int) -> int:
-    """Return the position of the parenthesis that closes the one at `opens`."""
+    """Return the position of the parenthesis that closes the parenthesis at `opens`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, opens):
         depth += 1 if found[0] == "(" else -1
