@@ -49,7 +49,7 @@ class NamedModels:
         self._decoders, self.filler = decoders, filler
 
     def decoder(self, named_model: NamedModel) -> Decoder:
-        """Return the decoder, after setting its parameters to those of `named_model`."""
+        """Return the decoder, with the parameters of `named_model`."""
         assert self._decoders is not None
         return self._decoders.use(named_model.name)
 

@@ -29,7 +29,7 @@ def run(path: Path, say: Callable[[str], None], bases: Sequence[Path] = ()) -> l
       saved the artifact.
 
     Raises:
-      RequestError: If the path is none of these.
+      RequestError: If the path contains no artifact, no run and no prepared data.
     """
     from llmctl.data.pretraining.prepared import DESCRIPTION
 

@@ -232,7 +232,7 @@ class DeviceBatches:
         return {name: self._global_array(a, shardings[name], self.spans) for name, a in batch.items()}
 
     def _global_array(self, rows: np.ndarray, sharding: NamedSharding, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        """Return a global array. This process provides some of its rows, and the other processes provide the rest.
+        """Return a global array. Each process provides the rows of its own devices.
 
         Args:
             rows: Rows of this process, concatenated.

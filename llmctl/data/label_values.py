@@ -1,4 +1,4 @@
-"""Read labels: detect missing ones, and map different spellings of a class to one name.
+"""Read labels: detect missing labels, and map different spellings of a class to one name.
 
 A class is a text, an integer, a boolean or an integral float. Files may store the same class in several ways, such as
 `1`, `1.0`, "1" and "1.0", or `true` and "True".

@@ -76,8 +76,8 @@ def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
     """Return the tasks that determine the columns of a stage's data.
 
-    The stage's config may set tasks. If it sets none, the tasks of the artifacts that the config names are returned,
-    such as the task of the teacher in `distill`. If the config names no artifact either, the parent's task is returned.
+    The stage's config may set tasks. If it sets no task, the tasks of the artifacts that the config names are returned,
+    such as the teacher's task in `distill`. If the config names no artifact either, the parent's task is returned.
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]

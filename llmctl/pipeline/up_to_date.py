@@ -69,7 +69,7 @@ def remark(step: Step) -> str:
 
 
 def key_at(folder: Path) -> str:
-    """Return the hash of settings and inputs that the artifact in a folder stores; empty if none can be read."""
+    """Return the hash of settings and inputs that the artifact in a folder stores; empty if the hash cannot be read."""
     try:
         return artifact.read_manifest(folder).key
     except LlmctlError:

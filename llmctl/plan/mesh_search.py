@@ -100,7 +100,8 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
 
 
 def front(found: Iterable[Candidate]) -> list[Candidate]:
-    """Return the Pareto front of time and memory: the candidates for which no other is both faster and smaller.
+    """Return the Pareto front of time and memory: a candidate is on the front if no other candidate is both faster and
+    smaller.
 
     The candidates are sorted from the fastest to the smallest.
     """
@@ -114,8 +115,8 @@ def front(found: Iterable[Candidate]) -> list[Candidate]:
 def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
     """Return the Pareto front of time and memory among the layouts that were compiled.
 
-    The candidates on the model's Pareto front are compiled first. The others follow, the fastest according to the model
-    first, until `best` compiled programs fit.
+    The candidates on the model's Pareto front are compiled first. The other candidates follow in the order of their
+    modelled times, until `best` compiled programs fit.
     """
     ordered = candidates(setup, topology)
     first = front(ordered)
@@ -130,7 +131,8 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 
 
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
-    """Return (topology, layout) for the first topology on which a compiled program fits; None if none fits.
+    """Return (topology, layout) for the first topology on which a compiled program fits; None if the program fits on no
+    topology.
 
     Three layouts are compiled per topology. The analytic model selects these three layouts:
 

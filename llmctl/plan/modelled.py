@@ -61,7 +61,7 @@ def on(setup: Setup, topology: Topology) -> Setup:
     """Return a copy of the setup with `fused` set to false if the topology has no attention kernel for the setup's
     shapes.
 
-    The conditions are those of `llmctl.model.attention_kernels`.
+    `llmctl.model.attention_kernels` defines the shapes that a kernel supports.
     """
     model, kernel = setup.model, False
     if topology.platform == "tpu":
@@ -74,8 +74,8 @@ def on(setup: Setup, topology: Topology) -> Setup:
 
 
 def step(program: Program, topology: Topology) -> tuple[float, Counts]:
-    """Estimate a program as (bytes of temporaries, counts of operations, memory traffic and collectives), both per
-    device.
+    """Return estimates for a program, per device: (bytes of temporaries, counts of operations, traffic and
+    collectives).
     """
     work = program.work
     if work is None:

@@ -50,7 +50,8 @@ def plans(
       chosen: names of the stages to plan; empty plans all.
       tokens: number of tokens for chip-hours; 0 uses each stage's own number.
       generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate` to plan too, with the last stage's language model.
-      kv_cache: format of the keys and values that this call caches; empty for the dtype of the computation.
+      kv_cache: format of cached keys and values in the call of `llmctl generate`; empty for the dtype of the
+          computation.
       say: function that prints progress lines.
 
     Raises:
@@ -201,7 +202,8 @@ def _memory(program: Program, topology: Topology, result: compiling.Compiled | f
     analytic model reports the rest. For TPUs, there are two upper bounds of the total, and the smaller one is used:
 
     - The compiler's peak counts all kinds of memory, also on-chip memory.
-    - The sum of arguments, results and temporaries counts only HBM. It assumes that all of them exist at the same time.
+    - The sum of arguments, results and temporaries counts only HBM. The sum assumes that all these arrays exist at the
+      same time.
     """
     held: Found = {name: bytes_of(getattr(program, name)) for name in ("parameters", "optimizer", "batch", "cache")}
     arrays, refused = sum(held.values()), False

@@ -73,7 +73,7 @@ class Checkpoints:
         self._save(self._latest, step, state, meta, wait)
 
     def has_best(self, step: int) -> bool:
-        """Return whether the best parameters on disk are those of `step`."""
+        """Return whether the best parameters on disk were saved at `step`."""
         return step in self._best.all_steps()
 
     def save_best(self, step: int, named: Any) -> None:

@@ -4,11 +4,12 @@
 
 In every step, the loss reads matrices that are rounded to the format by its scheme, with scales of the current weights.
 The rounding has the gradient of the identity (straight-through estimator; Bengio et al., 2013, arXiv:1308.3432). The
-optimizer updates the floats, which the artifact keeps. The stage quantize rounds them with the same scheme, so the
-quantized artifact computes the function that was trained. Validation measures this function too.
+optimizer updates the weights before rounding, and the artifact stores these weights. The stage quantize rounds the
+weights with the same scheme, so the quantized artifact computes the function that was trained. Validation measures this
+function too.
 
-Zeros stay zeros, because every format represents 0. The rounded matrices need as much memory as the matrices, in each
-step.
+Zeros stay zeros, because every format represents 0. In each step, the rounded matrices need as much memory as the
+matrices.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
 
 
 def log_lines(base: Artifact | None, scheme: str, group: int) -> list[str]:
-    """Return a log line if a parent was trained for another format than the one to which it is quantized."""
+    """Return a log line if a parent is quantized to another format than the format of its quantization-aware
+    training."""
     asked = base.manifest.config.get("fake_quantize") if base else None
     if not isinstance(asked, dict) or not asked.get("format"):
         return []

@@ -25,8 +25,8 @@ class FakeQuantizeConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     format: Annotated[str, AfterValidator(known_scheme), SCHEMES] = ""
-    """Format to which the loss rounds the matrices in every step, as the stage quantize does without data. The
-    gradients pass the rounding unchanged. The artifact keeps the floats; quantize it with the same settings. Empty
+    """Format to which the loss rounds the matrices in every step, as the stage quantize does without data. Gradients
+    ignore the rounding. The artifact stores the weights before rounding; quantize it with the same settings. Empty
     rounds nothing."""
     group: int = Field(default=0, ge=0)
     """Number of inputs per scale, as in quantize."""

@@ -53,7 +53,8 @@ class Job:
     whether higher or lower values are better.
     """
     keep_best: bool = False
-    """Whether training returns the parameters with the best validation metric. Otherwise it returns the last ones."""
+    """Whether training returns the parameters with the best validation metric. Otherwise training returns the last
+    parameters."""
     trains: Callable[[str], bool] = lambda _: True
     """Predicate on the names of the arrays in `params`: True for arrays that are trained."""
     rate: Callable[[str], Any] = lambda _: 1.0

@@ -72,8 +72,7 @@ def fit(
       title: name of the run in the log.
       about: lines to print before training.
 
-    Returns:
-      (parameters, metrics by name). The parameters are the averaged ones if `optim.ema` is set.
+    Returns: (parameters, metrics by name). If `optim.ema` is set, they are the averaged parameters.
 
     Raises:
       Interrupted: If SIGTERM or Ctrl-C arrived. A checkpoint was written, and the same command continues the run.

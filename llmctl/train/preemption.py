@@ -46,8 +46,8 @@ class Stop:
     def requested(self, now: bool = False) -> bool:
         """Return whether any process received a stop request. All processes must call this method after each step.
 
-        In a run of several processes, the result is that of the exchange started `LAG` calls ago. If `now` is true, the
-        result is the current state.
+        In a run of several processes, the result comes from the exchange that started `LAG` calls ago. If `now` is
+        true, the result is the current state.
         """
         if processes.count() == 1:
             self.agreed = self.signalled.is_set()

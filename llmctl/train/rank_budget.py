@@ -2,8 +2,8 @@
 
 A triplet is a singular value with its two singular vectors. The importance of a triplet is the importance of its
 singular value, plus the mean importance of the entries of each vector. The importance of an entry is its sensitivity |w
-g| times the uncertainty of the sensitivity. Both are moving averages over the training steps. As in the authors' code,
-w is the weight after the optimizer's step.
+g| times the uncertainty of the sensitivity. Sensitivity and uncertainty are moving averages over the training steps. As
+in the authors' code, w is the weight after the optimizer's step.
 
 Shapes: L layers, I inputs, O outputs, R initial rank.
 """
@@ -105,7 +105,7 @@ class Allocator:
     def choose(self, scores: Named, budget: jax.Array) -> dict[str, jax.Array]:
         """Return masks [L, 1, R] of the singular values to keep, by path of the adapter.
 
-        The number of kept singular values is `budget`, over all adapters. The most important ones are kept.
+        Over all adapters, the `budget` most important singular values are kept.
         """
         importance = {path: self.importance(scores, path) for path in self.shapes}
         flat = jnp.concatenate([a.reshape(-1) for a in importance.values()])

@@ -62,7 +62,7 @@ class Reporter:
     them again. The log therefore contains every step once.
 
     On a terminal a bar shows step, metrics, elapsed and remaining time. Otherwise a plain line is printed at most every
-    `every` seconds, and at the last step. Both are written to stderr, because stdout is for results.
+    `every` seconds, and at the last step. Bar and lines are written to stderr, because stdout is for results.
 
     Args:
       work_dir: folder of the log; it is created if it is missing.

@@ -45,7 +45,7 @@ def run(
     """Run a training command once per seed, and copy the result with the best validation metric to `ctx.out`.
 
     Args:
-      config: config of the command. The seeds are `config.seed` and the following ones, `config.seeds` in all.
+      config: config of the command. The seeds are the `config.seeds` integers from `config.seed` on.
       ctx: output folder and temporary folder of the command.
       once: function (config with one seed, its folders) that trains and saves one model.
       metric: function from the manifest of a saved model to the name of the metric that selects the best.

@@ -263,7 +263,7 @@ def result_metrics(asked: SparsifyConfig, params: Params) -> dict[str, float]:
 
 
 def _least(pattern: Pattern, params: Params) -> float:
-    """Return the fraction of zeros among the layers' matrices when the pattern is applied to all of them."""
+    """Return the fraction of zeros in the layers' matrices if the pattern is applied to all these matrices."""
     zeros = entries = 0
     for m in weights.matrices(params, "block"):
         layers, inputs, outputs = m.weight.shape

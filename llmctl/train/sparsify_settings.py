@@ -42,8 +42,8 @@ class SparsifyConfig(Config):
     steps."""
     end: float = Field(default=0.75, gt=0)
     """Step from which the zeros no longer change. A value up to 1 is a fraction of all steps. Only parameters from this
-    step on can be the best ones, and train.patience counts from it. With schedule constant and score magnitude, the
-    zeros no longer change after step start."""
+    step on can be selected as the best, and train.patience counts from this step. With schedule constant and score
+    magnitude, the zeros no longer change after step start."""
     every: float = Field(default=0.01, gt=0)
     """Number of steps between changes of the zeros. A value below 1 is a fraction of all steps."""
 

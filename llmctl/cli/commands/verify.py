@@ -17,7 +17,7 @@ def verify(
 ) -> None:
     """Compare artifacts, complete runs or prepared data with the checksums that were saved with them.
 
-    All weights and shards are read, also those of an adapter's base. The exit code is 2 if anything differs.
+    All weights and shards are read, and also the weights of an adapter's base. The exit code is 2 if anything differs.
     """
     from rich.table import Table
 

@@ -27,7 +27,7 @@ class ExampleRows:
     Args:
         count: Number of examples, which is the number of rows per epoch.
         seed: Seed of the shuffle.
-        shuffle: Whether to shuffle in every epoch; otherwise the order is that of the examples.
+        shuffle: Whether to shuffle in every epoch; otherwise rows are in the order of the examples.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool):

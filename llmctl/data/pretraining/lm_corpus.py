@@ -196,7 +196,7 @@ def check_epochs(needed: int, total: int) -> None:
 
 
 class Joined:
-    """Concatenate the documents of several sources. The interface is that of `corpus.Documents`."""
+    """Concatenate the documents of several sources. This class has the interface of `corpus.Documents`."""
 
     def __init__(self, parts: list[Documents]):
         self._parts = parts

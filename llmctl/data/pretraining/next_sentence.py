@@ -37,11 +37,11 @@ class PairRows:
     the same passage (next_label 0), or from passages of different documents (next_label 1). A and B have up to half a
     row each, for both labels, so that lengths do not reveal the label.
 
-    Four rows combine two passages of different documents: each A with its own B, then each A with the other B. Each A
-    has the same masked tokens in both of its rows, and so has each B. Every passage therefore has both labels equally
-    often within four rows. A alone, or B alone, thus does not predict the label. If pairs were independent, a small
-    network would fit random correlations between A or B and the label for thousands of steps, before it compares A with
-    B.
+    Four rows combine two passages of different documents: each A with its own B, then each A with the other B. In the
+    two rows with the same A, the masked tokens of A are the same. This also holds for B. Every passage therefore has
+    both labels equally often within four rows. A alone, or B alone, thus does not predict the label. If pairs were
+    independent, a small network would fit random correlations between A or B and the label for thousands of steps,
+    before it compares A with B.
 
     Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. In each group,
     exactly half of the rows with a label have next_label 0. If a passage has no partner, it has two rows `bos A eos B

@@ -34,7 +34,7 @@ def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.nd
 
 
 def uniform(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:
-    """Return uniform random numbers in [0, 1), float64 [B, width]; the arguments are those of `random_bits`."""
+    """Return uniform random numbers in [0, 1), float64 [B, width]; `random_bits` describes the arguments."""
     return (random_bits(rows_B, width, seed, stream) >> np.uint64(11)) * 2.0**-53
 
 

@@ -119,7 +119,8 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
 
 
 class Shards:
-    """Give random access to documents in ArrayRecord files (shards). The interface is that of `corpus.Documents`."""
+    """Give random access to documents in ArrayRecord files (shards). This class has the interface of
+    `corpus.Documents`."""
 
     def __init__(self, where: epath.Path, part: Part, dtype: str):
         """Check the shards and read the document lengths.
@@ -191,7 +192,7 @@ class Shards:
 
 
 def check_words(where: epath.Path, found: Prepared) -> None:
-    """Check that the tokenizer in a folder of prepared data is the one that tokenized the data.
+    """Check that the tokenizer in a folder of prepared data is the tokenizer that tokenized the data.
 
     Raises:
         RequestError: If a file of the tokenizer differs.
@@ -233,7 +234,7 @@ def _wrong_lengths(where: epath.Path, part: Part) -> str:
 
 
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
-    """Check that filters, replacements, deduplication and split fractions are those with which the data was prepared.
+    """Check that filters, replacements, deduplication and split fractions are the same as when the data was prepared.
 
     Only `llmctl prepare` applies these settings. Training on prepared data cannot change them.
 

@@ -49,7 +49,7 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
 
 
 def _filled(path: epath.Path, columns: list[str], rows: list[tuple[str, ...]]) -> list[int]:
-    """Return the indices of the columns to keep: all except those without a name and without values.
+    """Return the indices of the columns to keep: all columns that have a name or a value.
 
     Spreadsheets add such empty columns. The first column may lack a name, as in tables with row numbers.
 

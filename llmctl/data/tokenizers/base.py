@@ -89,7 +89,7 @@ class Tokenizer(ABC):
     """Special tokens that an imported tokenizer adds around texts; None uses the default of `template`."""
 
     prefix: tuple[int, ...] = ()
-    """Token ids of a trained prompt (prompt tuning) that is put before every text. These ids follow those of the
+    """Token ids of a trained prompt (prompt tuning) that is put before every text. These ids come after the ids of the
     vocabulary."""
 
     @classmethod

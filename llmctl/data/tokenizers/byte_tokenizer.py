@@ -21,7 +21,7 @@ MOST_SENTINELS = 1000
 
 
 class ByteTokenizer(Tokenizer):
-    """Map each UTF-8 byte b to the id b + 5. Sentinels have the ids after those of the bytes."""
+    """Map each UTF-8 byte b to the id b + 5. The ids of the sentinels come after the ids of the bytes."""
 
     kind: ClassVar[str] = "bytes"
     file: ClassVar[str] = "bytes.json"

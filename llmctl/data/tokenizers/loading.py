@@ -75,7 +75,8 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
     """Load the tokenizer at `path`. Nothing is unpickled or executed.
 
     Args:
-        path: An artifact's tokenizer folder, a folder with `tokenizer.json` or `tokenizer.model`, or such a file.
+        path: An artifact's tokenizer folder, another folder with `tokenizer.json` or `tokenizer.model`, or one of these
+            files.
         add_bos: Whether texts begin with `bos`; None uses the value in the folder's JSON files or in the model file.
 
     Raises:

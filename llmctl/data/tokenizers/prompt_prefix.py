@@ -19,7 +19,7 @@ def with_prefix(folder: Path, work: Path, prefix: Sequence[int]) -> Path:
     Args:
         folder: Folder of a tokenizer. If it already has this prefix, this folder is returned.
         work: Folder for a changed copy. An existing folder is replaced.
-        prefix: Token ids; empty for none.
+        prefix: Token ids; empty to remove the prefix.
     """
     if list(loading.load(folder).prefix) == [*prefix]:
         return folder

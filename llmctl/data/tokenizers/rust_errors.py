@@ -40,7 +40,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 @contextlib.contextmanager
 def silenced_stderr() -> Iterator[None]:
-    """Discard output to standard error (file descriptor 2) inside the context, including that of native code."""
+    """Discard output to standard error (file descriptor 2) inside the context, including the output of native code."""
     try:
         saved = os.dup(2)
     except OSError:  # it is closed

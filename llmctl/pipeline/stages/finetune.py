@@ -365,7 +365,7 @@ def _generation(config: Config) -> dict[str, Any]:
 def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, counts: Sequence[int] = ()) -> Learner:
     """Return the initial parameters and options of the training, as a Learner.
 
-    The parameters are those of the parent, with a new task head and the adapters of the finetuning method.
+    The parameters are the parent's, with a new task head and the adapters of the finetuning method.
 
     Args:
       config: settings of the stage.

@@ -181,7 +181,7 @@ def _rows(
 def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
     """Return the initial parameters and options of the training, with the objective's loss, as a Learner.
 
-    The parameters are those of the parent. Without a parent, they are those of a new model with `vocab_size` tokens.
+    The parameters are the parent's. If there is no parent, a new model with `vocab_size` tokens is initialized.
     """
     from llmctl.evaluate.tasks.registry import default
     from llmctl.train import fake_quantize, learner, loop, sparsify

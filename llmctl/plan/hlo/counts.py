@@ -249,7 +249,7 @@ def _between_slices(i: Instruction) -> str:
     """Return the kind of collective that a send instruction between TPU slices belongs to; empty for other
     instructions.
 
-    The hosts run such a collective on the data that each device sends.
+    In a collective between slices, each device sends its data to a host, and the hosts compute the result.
     """
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes) if i.opcode == "send" else None
     kind = found[1].lower().replace("_", "-") if found else ""
@@ -259,7 +259,7 @@ def _between_slices(i: Instruction) -> str:
 def _received(computation: Computation, sent: Instruction) -> int:
     """Return the index of the instruction that waits for the reply to `sent`.
 
-    If none waits, return the index of `sent`.
+    If no instruction waits, return the index of `sent`.
     """
     meeting = sent.attributes.partition('_xla_host_transfer_rendezvous="')[2].partition('"')[0]
     names = [

@@ -82,7 +82,7 @@ def _window(i: Instruction, spatial: int) -> list[dict[str, int]]:
 def _taps(
     size: int, kernel: int, out: int, *, stride: int, padding: int, input_dilation: int, kernel_dilation: int
 ) -> int:
-    """Return how many multiply-adds one dimension of a convolution needs, without those that read padding.
+    """Return how many multiply-adds one dimension of a convolution needs. Multiply-adds with padding do not count.
 
     A multiply-add is counted for each pair of an output position and a kernel position that reads an element of the
     input.

@@ -1,4 +1,4 @@
-"""Train the biases, including those of norms (BitFit; Ben Zaken et al., 2022, arXiv:2106.10199)."""
+"""Train the biases, including the biases of norms (BitFit; Ben Zaken et al., 2022, arXiv:2106.10199)."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Method:
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh
     ) -> Params:
-        """Return the parameters with the method's adapters, sharded over `mesh`. The default adds none.
+        """Return the parameters with the method's adapters, sharded over `mesh`. The default adds no adapters.
 
         Raises:
           RequestError: If the settings do not fit the model.

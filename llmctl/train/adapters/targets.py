@@ -68,9 +68,9 @@ def wrap(
 
 
 def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
-    """Return the matrices that get an adapter: those whose names are in `targets`.
+    """Return the matrices that get an adapter: all matrices whose names are in `targets`.
 
-    If `targets` is empty, return all matrices in the layers except those of bottleneck adapters.
+    If `targets` is empty, return all matrices in the layers except the matrices of bottleneck adapters.
     """
     from llmctl.model import weights
 

@@ -52,7 +52,7 @@ class Adversary:
     """Whether the loss compares the outputs of two forward passes, which some tasks do not support."""
 
     def options(self, config: Any) -> dict[str, Any]:
-        """Return the value of each setting that the method reads: the one in `config`, or the default."""
+        """Return the value of each setting that the method reads: the value in `config`, or the default."""
         options = {k: default if (v := getattr(config, k)) in (None, "") else v for k, default in self.reads.items()}
         if "start" in options and config.start is None:
             options["start"] = min(options["start"], options["epsilon"])
@@ -98,7 +98,8 @@ class Adversary:
         return one_pass.wrapped(own, self.passes, self.options(config), problem)
 
     def memory(self, config: Any) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """Return a function that creates the arrays which the loss keeps between steps; None if the loss keeps none.
+        """Return a function that creates the arrays which the loss keeps between steps; None if the loss keeps no
+        arrays.
 
         The function gets the trained arrays before the first step, and returns the arrays to keep, by name.
         """

@@ -38,7 +38,7 @@ class Fgm(Adversary):
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
         """Return the weighted means of losses and gradients over clean and perturbed rows.
 
-        The metric sums are those of the clean rows.
+        The metric sums come from the clean rows.
         """
         clean, gradients, rises = pull(begin)
         perturbed, steeper, _ = pull(search.ascend(begin, rises))

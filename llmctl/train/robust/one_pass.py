@@ -75,7 +75,7 @@ def with_gradients(
       loss: (trained, perturbation, rest) -> (sum of losses, metric sums).
       passes: (pull, trained, rest) -> ((sum of losses, metric sums), gradients). The function calls `pull` for each
         forward and backward pass of `loss`.
-      trained: arrays that may be differentiated. Gradients are computed only of those that the caller differentiates.
+      trained: arrays that may get gradients. Only the gradients that the caller requests are computed.
       rest: other arguments of the loss; they have no gradients.
     """
     leaves, structure = jax.tree.flatten(trained)

@@ -39,9 +39,10 @@ class Pgd(Adversary):
         return 1.0 + options["steps"] * 2 / 3 + (options["weight"] < 1)
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return loss and gradients at the last perturbation, averaged with those of clean rows if `weight` is below 1.
+        """Return loss and gradients at the last perturbation, averaged with loss and gradients of clean rows if
+        `weight` is below 1.
 
-        The metric sums are those of the perturbed rows.
+        The metric sums come from the perturbed rows.
         """
         import jax
         import jax.numpy as jnp

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from llmctl.train.robust.problem import Problem
 
 EARLY, EARLY_DECAY = 0.1, 0.99
-"""Fraction of the training steps, from the start, in which the decay of the moving average of the weights is limited,
-and the maximum decay in these steps. Both are from the paper."""
+"""Early phase of training, as a fraction of all steps, and maximum decay of the weights' moving average in this phase.
+Both values are from the paper."""
 
 
 class Smart(Adversary):
     """Add two output divergences to the loss: clean versus perturbed rows, and current versus averaged weights.
 
     A divergence is the mean of the KL divergences in both directions, or for numbers the squared difference. The paper
-    has the sum of both directions, so its factors of 1 correspond to 2 here.
+    has the sum of both directions, so the paper's factors of 1 correspond to 2 here.
     """
 
     name = "smart"
