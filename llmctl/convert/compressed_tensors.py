@@ -4,7 +4,8 @@ Pruned layers that are not quantized have formats of their own (`llmctl.convert.
 
 If activations are also quantized (W8A8), a layer has `weight` [out, in] int8 and `weight_scale` [out, groups]. If only
 weights are quantized, a layer has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. Each
-int32 contains several values, the first one in the lowest bits. An offset makes the values unsigned.
+int32 contains several values, the first one in the lowest bits. An offset makes the values unsigned. If the values are
+not symmetric around 0, `weight_zero_point` [out * bits / 32, groups] int32 has the zero points, packed along outputs.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def pack(
         raise RequestError(f"{bridge.model_type} models have no linear layers that compressed-tensors could hold")
     flat = weights.flatten(params)
     out, untouched = dict(dense), []
-    schemes: set[tuple[int, int, str]] = set()
+    schemes: set[tuple[int, int, str, bool]] = set()
     bare = cfg.head_kind.bare
     wanted = name_map.tensor_layouts(cfg, bridge, head, bare)
     # transformers constructs these layers although nothing is stored for them: a tied output layer, an unused pooler.
@@ -73,7 +74,8 @@ def pack(
         bits = 4 if w.array.qvalue.dtype == jnp.int4 else 8
         groups = w.array.scale.shape[-2]
         inputs = slot.shape[0]
-        schemes.add((bits, 0 if groups == 1 else inputs // groups, w.activations))
+        symmetric = w.array.zero_point is None
+        schemes.add((bits, 0 if groups == 1 else inputs // groups, w.activations, symmetric))
         del out[name]
         out |= _layer(module, w, slot, bits)
     plain = all(weights.is_plain(flat[joint.slots[0].path]) for joint in wanted.values())
@@ -108,7 +110,14 @@ def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, bits: int) ->
         np.dtype(np.int32),
         lambda: pack_words(part(w.array.qvalue).astype(np.int8), bits),
     )
-    return {
+    zeros, zero = {}, w.array.zero_point
+    if zero is not None:
+        zeros[f"{module}.weight_zero_point"] = Tensor(
+            (packed_length(outputs, bits), groups),
+            np.dtype(np.int32),
+            lambda: np.ascontiguousarray(pack_words(part(zero).astype(np.int8).T, bits).T),
+        )
+    return zeros | {
         f"{module}.weight_packed": packed,
         f"{module}.weight_scale": scale,
         f"{module}.weight_shape": of_array(np.array([outputs, inputs], np.int64)),
@@ -139,7 +148,7 @@ def unpack_words(words: np.ndarray, inputs: int, bits: int) -> np.ndarray:
     return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - (1 << (bits - 1))).astype(np.int8)
 
 
-def _config(bits: int, group: int, activations: str, untouched: list[str]) -> dict[str, Any]:
+def _config(bits: int, group: int, activations: str, symmetric: bool, untouched: list[str]) -> dict[str, Any]:
     common = {
         "num_bits": bits,
         "type": "int",
@@ -149,12 +158,13 @@ def _config(bits: int, group: int, activations: str, untouched: list[str]) -> di
         "block_structure": None,
     }
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
+    weight = common | strategy | {"symmetric": symmetric, "observer": "minmax", "observer_kwargs": {}}
     inputs = None
     if activations:
         inputs = common | {"num_bits": 8, "dynamic": True, "strategy": "token", "group_size": None, "observer": None}
     scheme = {
         "targets": ["Linear"],
-        "weights": common | strategy | {"observer": "minmax", "observer_kwargs": {}},
+        "weights": weight,
         "input_activations": inputs,
         "output_activations": None,
     }
@@ -167,6 +177,11 @@ def _config(bits: int, group: int, activations: str, untouched: list[str]) -> di
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def has_zero_points(settings: dict[str, Any]) -> bool:
+    """Return True if a `quantization_config` that `pack` returned describes weights with zero points."""
+    return not all(group["weights"]["symmetric"] for group in settings.get("config_groups", {}).values())
 
 
 def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
@@ -189,29 +204,34 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
     try:
         schemes = [g["weights"] for g in settings["config_groups"].values()]
         known = method == "compressed-tensors" and kind in ("pack-quantized", "int-quantized", "naive-quantized")
-        known = known and all(s["type"] == "int" and s.get("symmetric") and s["num_bits"] in (4, 8) for s in schemes)
-        known = known and not any(n.endswith(("_zero_point", "_g_idx")) for n in tensors)
+        known = known and all(s["type"] == "int" and s["num_bits"] in (4, 8) for s in schemes)
+        known = known and (kind == "pack-quantized" or all(s.get("symmetric") for s in schemes))
+        known = known and not any(n.endswith("_g_idx") for n in tensors)
     except (KeyError, TypeError, AttributeError):
         known = False
     bits = {s["num_bits"] for s in schemes} if known else set()
     if not known or len(bits) != 1:
         raise RequestError(
-            f"{where}: quantized by {method or 'an unnamed method'} {kind}, which is not supported (symmetric int8 and "
-            "int4 of compressed-tensors are); import the model that it was made of"
+            f"{where}: quantized by {method or 'an unnamed method'} {kind}, which is not supported (int8 and int4 of "
+            "compressed-tensors are, with zero points if packed); import the model that it was made of"
         )
     width = bits.pop()
     out = {}
     for name, t in tensors.items():
-        stem = re.sub(r"_(packed|scale|shape)$", "", name)
+        stem = re.sub(r"_(packed|scale|shape|zero_point)$", "", name)
         scale = tensors.get(f"{stem}_scale")
         if name.endswith("_packed") and scale:
             stored_shape = tensors.get(f"{stem}_shape")
             outputs, inputs = map(int, stored_shape.read()) if stored_shape and stored_shape.shape == (2,) else (0, 0)
             if t.shape != (outputs, packed_length(inputs, width)):
                 raise RequestError(f"{where}: {name} contradicts {stem}_shape")
+            zero = tensors.get(f"{stem}_zero_point")
+            if zero is not None and zero.shape != (packed_length(outputs, width), *scale.shape[1:]):
+                raise RequestError(f"{where}: {stem}_zero_point contradicts {stem}_shape")
             out[stem] = _dense(
-                where, stem, (outputs, inputs), scale, lambda t=t, n=inputs: unpack_words(t.read(), n, width)
-            )
+                where, stem, (outputs, inputs), scale, lambda t=t, n=inputs: unpack_words(t.read(), n, width),
+                zero and (lambda z=zero, n=outputs: unpack_words(z.read().T, n, width).T),
+            )  # fmt: skip
         elif name == stem and scale:
             out[stem] = _dense(where, stem, t.shape, scale, t.read)
         elif name == stem:
@@ -219,14 +239,15 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
     return out
 
 
-def _dense(where: str, name: str, shape: tuple[int, ...], scale: Tensor, read: Any) -> Tensor:
+def _dense(where: str, name: str, shape: tuple[int, ...], scale: Tensor, read: Any, zeros: Any = None) -> Tensor:
     rows, groups = (*scale.shape, 1, 1)[:2]  # one scale per tensor, per output, or per group of inputs
     if len(shape) != 2 or len(scale.shape) > 2 or rows not in (1, shape[0]) or not groups or shape[1] % groups:
         raise RequestError(f"{where}: {name}_scale is {list(scale.shape)}, which does not fit {name} {list(shape)}")
 
     def fetch() -> np.ndarray:
         s = np.asarray(scale.read(), np.float32).reshape(rows, groups, 1)
-        dense = np.asarray(read(), np.float32).reshape(shape[0], groups, -1) * s
+        unit = np.asarray(read(), np.float32).reshape(shape[0], groups, -1)
+        dense = (unit if zeros is None else unit - np.asarray(zeros(), np.float32).reshape(rows, groups, 1)) * s
         return dense.reshape(shape).astype(scale.dtype)
 
     return Tensor(shape, scale.dtype, fetch, rounded=True)

@@ -148,6 +148,9 @@ def _folder(
         if sparse := settings.get("sparsity_config"):
             unread = f"compressed-tensors reads {sparse['format']} up to version {sparse_tensors.LAST}"
             say(f"{found.path}: {unread}; export --to hf writes dense weights for all versions")
+        if compressed_tensors.has_zero_points(settings):
+            unread = "transformers does not load packed zero points of compressed-tensors, as of version 0.20.1"
+            say(f"{found.path}: {unread}; export --to hf writes dense weights for it")
     with bar("writing", safetensors.total(theirs.values())) as wrote:
         folders.save(draft, config, theirs, shard_bytes, wrote)
     if cfg.head_kind.bare:

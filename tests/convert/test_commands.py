@@ -266,11 +266,17 @@ def test_pruned_models_go_with_their_zeros_and_their_new_shapes(save, config, pa
     np.testing.assert_array_equal(zeros, np.asarray(flat[up][2] == 0).T)
 
 
-@pytest.mark.parametrize(("bits", "group", "activations"), [(8, 0, "int8"), (8, 16, ""), (4, 16, ""), (4, 0, "")])
-def test_quantized_models_go_dense_and_as_integers(bits, group, activations, save, config, params, call, tmp_path):
+@pytest.mark.parametrize(("bits", "group", "activations", "symmetric"), [
+    (8, 0, "int8", True), (8, 16, "", True), (4, 16, "", True), (4, 0, "", True), (4, 16, "", False), (8, 0, "", False),
+])  # fmt: skip
+def test_quantized_models_go_dense_and_as_integers(
+    bits, group, activations, symmetric, save, config, params, call, tmp_path
+):
     from llmctl.compress.quantization.quantize import quantize
 
-    quantized, _ = quantize(params, scheme=f"int{bits}", group=group, head=True, activations=activations)
+    quantized, _ = quantize(
+        params, scheme=f"int{bits}", group=group, head=True, activations=activations, symmetric=symmetric
+    )
     made = save(config, quantized)
     name = "model.layers.2.self_attn.k_proj.weight"
     ours = weights.flatten(quantized)["decoder/blocks/attn/k/kernel"]
@@ -295,6 +301,18 @@ def test_quantized_models_go_dense_and_as_integers(bits, group, activations, sav
         found = [((first >> (bits * i)) & (2**bits - 1)) - 2 ** (bits - 1) for i in range(many)]
         assert found == values[0, :many].tolist()
         assert stored[f"{name}_shape"].read().tolist() == [32, 64]
+    assert scheme["config_groups"]["group_0"]["weights"]["symmetric"] == symmetric
+    if not symmetric:
+        expected = np.asarray(weights.dense(ours))[2].T
+        read = compressed_tensors.unpack("here", scheme, stored)[name].read()
+        np.testing.assert_allclose(read, expected, rtol=1e-6)
+        torch, theirs = pytest.importorskip("torch"), pytest.importorskip("compressed_tensors")
+        layer = theirs.quantization.QuantizationConfig.model_validate(scheme).config_groups["group_0"]
+        names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        parts = {n: torch.from_numpy(stored[name.removesuffix("weight") + n].read().copy()) for n in names}
+        parts["weight_shape"] = parts["weight_shape"].tolist()
+        packed = theirs.compressors.pack_quantized.base.PackedQuantizationCompressor
+        np.testing.assert_allclose(packed.decompress(parts, layer)["weight"].numpy(), expected, rtol=1e-6)
 
 
 def test_scales_of_a_tensor_an_output_and_a_group_are_read():

@@ -19,9 +19,9 @@ from llmctl.compress import error_feedback
 from llmctl.compress.calibration.settings import DAMPING
 from llmctl.compress.error_feedback import BLOCK, compensate, factor
 from llmctl.compress.quantization import grids
-from llmctl.compress.quantization.grids import Grid
+from llmctl.compress.quantization.levels import Grid
 
-State = tuple[jax.Array, jax.Array, jax.Array]
+State = tuple[jax.Array, jax.Array, Any]
 """The weights of a block of inputs and their errors [S, O], and the scales of all groups [G, O]."""
 
 
@@ -77,9 +77,10 @@ def quantize(
     zero_IO = jnp.pad(w_IO[order_I] == 0, ((0, spare), (0, 0)))
     group_I = jnp.pad(order_I // width, (0, spare))
 
-    def one_block(
-        block: error_feedback.Block, w_SO: jax.Array, scale_GO: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def of_group(scale_GO: Any, group: jax.Array) -> Any:
+        return jax.tree.map(lambda a: a[group], scale_GO)
+
+    def one_block(block: error_feedback.Block, w_SO: jax.Array, scale_GO: Any) -> tuple[jax.Array, jax.Array, Any]:
         first = block.index * size
         zero_SO = jax.lax.dynamic_slice_in_dim(zero_IO, first, size)
 
@@ -87,13 +88,14 @@ def quantize(
             w_SO, error_SO, scale_GO = state
             if dynamic:
                 scale_GO = jax.lax.cond(i % width == 0, lambda: rescaled(i, w_SO, scale_GO), lambda: scale_GO)
-            new_O = jnp.where(zero_SO[i], 0.0, grid.round(w_SO[i], scale_GO[group_I[first + i]]))
+            new_O = jnp.where(zero_SO[i], 0.0, grid.round(w_SO[i], of_group(scale_GO, group_I[first + i])))
             w_SO, error_SO = compensate(block, i, w_SO[i] - new_O, w_SO, error_SO)
             return w_SO.at[i].set(new_O), error_SO, scale_GO
 
-        def rescaled(i: jax.Array, w_SO: jax.Array, scale_GO: jax.Array) -> jax.Array:
+        def rescaled(i: jax.Array, w_SO: jax.Array, scale_GO: Any) -> Any:
             w_KO = jax.lax.dynamic_slice_in_dim(w_SO, i, width)
-            return scale_GO.at[(first + i) // width].set(grid.scale(jnp.max(jnp.abs(w_KO), axis=0), dtype, whole))
+            new_O = grid.fit(jnp.min(w_KO, axis=0), jnp.max(w_KO, axis=0), dtype, whole)
+            return jax.tree.map(lambda a, b: a.at[(first + i) // width].set(b), scale_GO, new_O)
 
         return jax.lax.fori_loop(0, size, one_input, (w_SO, jnp.zeros_like(w_SO), scale_GO))
 

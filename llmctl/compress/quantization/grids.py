@@ -1,224 +1,26 @@
-"""Define the values that each quantization format can represent, so that calibrated methods can round to them.
+"""Choose the scales of a matrix for the levels of a format, and round the matrix to them.
 
-A grid is a set of levels, such as the integers from -7 to 7. A quantized weight is a level times the scale of its
-group. Grids serve methods that choose their own scales, or that round one input at a time. Plain rounding without data
-calls the format's scheme instead (`llmctl.compress.quantization.schemes`). If scales are not clipped, grids and schemes
-give the same weights, with one exception. In int4, a negative weight with the largest magnitude of its group is halfway
-between -7 and -8. A grid rounds it to -7, and a scheme may round it to -8.
+The levels are in `llmctl.compress.quantization.levels`, and those with zero points in
+`llmctl.compress.quantization.asymmetric`.
 
 Shapes: I inputs, O outputs, G groups of K inputs.
 """
 
 from __future__ import annotations
 
-import abc
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import qwix
 
-from llmctl.model.weights import Node, NormalFloat, Packed, Quantized, nf4, packed
+from llmctl.compress.quantization.asymmetric import AsymmetricIntegers
+from llmctl.compress.quantization.formats import Format
+from llmctl.compress.quantization.levels import BlockFloats, Floats, Grid, Integers, NormalFloats
+from llmctl.model.weights import Node
 
 CLIPS = tuple(1 - i / 40 for i in range(20))
 """Factors by which the clipping search multiplies the unclipped scale: from 1 down to 0.525, in the steps of AWQ."""
-SMALLEST = float(jnp.finfo(jnp.float32).tiny) ** 0.5
-"""Scales below this value are replaced by 1, as in qwix. All weights of such a group become 0."""
-
-
-class Grid(abc.ABC):
-    """Define the interface of all grids. Grids are hashable, so they can be static arguments of `jax.jit`.
-
-    >>> grid = Integers(4)
-    >>> grid.round(jnp.array([6.4, -9.0, 0.2]), jnp.float32(0.5)).tolist()
-    [3.5, -3.5, 0.0]
-    """
-
-    @property
-    @abc.abstractmethod
-    def bound(self) -> float:
-        """Return max|w| / scale of a group whose scale is not clipped."""
-
-    @abc.abstractmethod
-    def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest level to each element of `unit`, float32. An element is a weight divided by its scale."""
-
-    @abc.abstractmethod
-    def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Node:
-        """Return the weight node that stores a quantized matrix.
-
-        Args:
-          level_IO: levels of the matrix.
-          scale_GO: scales, as `scale` returns them.
-          whole: factor of the matrix, as `whole` returns it.
-          dtype: dtype of the matrix before quantization.
-        """
-
-    def table(self, node: Any) -> Any:
-        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
-        return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), node)
-
-    def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the float32 factor that all scales of the matrix contain (nvfp4). It is 1 for other formats."""
-        return jnp.float32(1)
-
-    def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
-        """Return the scale of each group, rounded to a number that the format can store, as float32.
-
-        Args:
-          magnitude: max|w| of each group.
-          dtype: dtype of the matrix before quantization.
-          whole: factor of the matrix, as `whole` returns it.
-        """
-        scale = (magnitude / self.bound).astype(dtype).astype(jnp.float32)
-        return jnp.where(scale < SMALLEST, 1.0, scale)
-
-    def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Return the nearest level to each weight, float32. `scale` is broadcast to the shape of `w`."""
-        return self.nearest(w / scale)
-
-    def round(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Round each weight to the nearest level times scale, float32. `scale` is broadcast to the shape of `w`."""
-        return self.level(w, scale) * scale
-
-
-@dataclass(frozen=True)
-class Integers(Grid):
-    """Define signed integers of 2, 3, 4 or 8 bits without a zero point. Those of 2 and 3 bits are packed into bytes."""
-
-    bits: int
-
-    @property
-    def bound(self) -> float:
-        """Return max|w| / scale of a group: the largest integer plus 0.5."""
-        return 2.0 ** (self.bits - 1) - 0.5
-
-    def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest integers. Ties are rounded to even.
-
-        With 4 and 8 bits, the lowest integer (-8, -128) is not used. Otherwise, float rounding would decide between -7
-        and -8, because a group's largest weight can be -7.5 scales. With 2 and 3 bits, all integers are used, because
-        there are few.
-        """
-        top = 2.0 ** (self.bits - 1) - 1
-        return jnp.clip(jnp.round(unit), -top - (self.bits < 4), top)
-
-    def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Node:
-        """Return the weight node that stores the integers and scales of a matrix."""
-        if self.bits < 4:
-            return Packed.of(f"int{self.bits}", level_IO, scale_GO.astype(dtype), _factor(whole, dtype))
-        stored = jnp.dtype(f"int{self.bits}")
-        return Quantized(qwix.QArray(level_IO.astype(stored), scale_GO.astype(dtype), qtype=stored))
-
-    def table(self, node: Any) -> Any:
-        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
-        return _packed_table(super().table(node)) if self.bits < 4 else super().table(node)
-
-
-@dataclass(frozen=True)
-class Floats(Grid):
-    """Define 8-bit floats: float8_e4m3fn or float8_e5m2."""
-
-    name: str
-
-    @property
-    def bound(self) -> float:
-        """Return max|w| / scale of a group: the largest finite float of the format."""
-        return float(jnp.finfo(self.name).max)
-
-    def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest floats of the format. Ties are rounded to even."""
-        return jnp.clip(unit, -self.bound, self.bound).astype(self.name).astype(jnp.float32)
-
-    def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Quantized:
-        """Return the weight node that stores the 8-bit floats and scales of a matrix."""
-        return Quantized(qwix.QArray(level_IO.astype(self.name), scale_GO.astype(dtype), qtype=jnp.dtype(self.name)))
-
-
-@dataclass(frozen=True)
-class BlockFloats(Grid):
-    """Define 4-bit floats (e2m1). Scales of mxfp4 are powers of two, and those of nvfp4 are float8_e4m3fn."""
-
-    name: str
-
-    @property
-    def bound(self) -> float:
-        """Return 6, the largest float of e2m1. In nvfp4, this is max|w| / scale of a block."""
-        return 6.0
-
-    def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest floats of e2m1. Ties are rounded to even, and zeros keep their sign, as in ml_dtypes."""
-        size = jnp.abs(unit)
-        low, even = (0.25, 1.25, 2.5, 5.0), (0.75, 1.75, 3.5)  # midpoints that go to the lower float, and to the higher
-        code = sum(((size > bound).astype(jnp.int32) for bound in low), jnp.int32(0))
-        code = sum(((size >= bound).astype(jnp.int32) for bound in even), code)
-        level = jnp.zeros_like(size)
-        for i, value in enumerate(packed.FLOATS):
-            level = jnp.where(code == i, value, level)
-        return jnp.copysign(level, unit)
-
-    def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the factor of the matrix. For nvfp4, it is the largest scale / 448 (the maximum of float8_e4m3fn)."""
-        if self.name == "mxfp4":
-            return jnp.float32(1)
-        return jnp.maximum(jnp.max(jnp.abs(w_IO)) / (self.bound * 448), SMALLEST)
-
-    def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
-        """Return the scale of each block, float32, from max|w| of the block (see `Grid.scale`).
-
-        For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), so max|w| / scale is between 4 and 8 (OCP Microscaling
-        specification 1.0, section 6.3). Magnitudes above 6 * scale are clipped, because 6 is the largest float of e2m1.
-        For nvfp4, the scale is max|w| / 6, rounded to a float8_e4m3fn times the factor of the matrix.
-        """
-        if self.name == "mxfp4":
-            stored = jnp.frexp(magnitude)[1] - 3 + packed.BIAS
-            return packed.power(jnp.clip(jnp.where(magnitude > 0, stored, packed.BIAS), 1, 254))
-        ratio = jnp.clip(magnitude / self.bound / whole, 2.0**-9, 448.0)  # the smallest and the largest scale
-        return ratio.astype(jnp.float8_e4m3fn).astype(jnp.float32) * whole
-
-    def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Packed:
-        """Return the weight node that stores the packed codes and the scales of a matrix."""
-        if self.name == "mxfp4":
-            return Packed.of(self.name, level_IO, scale_GO, _factor(whole, dtype))
-        scale_GO = (scale_GO / whole).astype(jnp.float8_e4m3fn)  # exact after rounding
-        return Packed.of(self.name, level_IO, scale_GO, _factor(whole, jnp.float32))
-
-    def table(self, node: Any) -> Any:
-        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
-        return _packed_table(super().table(node))
-
-
-@dataclass(frozen=True)
-class NormalFloats(Grid):
-    """Define the 16 levels of NF4, from -1 to 1."""
-
-    @property
-    def bound(self) -> float:
-        """Return max|w| / scale of a block: 1, the largest level."""
-        return 1.0
-
-    def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
-        """Return max|w| of each block as its scale. NF4 stores scales in float32 for every dtype of the matrix."""
-        return jnp.where(magnitude == 0, 1.0, magnitude)
-
-    def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Return the nearest level to each weight, float32.
-
-        Weights are multiplied by the reciprocal of the scale, as in bitsandbytes, so that both give identical bits.
-        """
-        return self.nearest(w * (1 / scale))
-
-    def nearest(self, unit: jax.Array) -> jax.Array:
-        """Return the nearest level to each element of `unit`, float32."""
-        return nf4.levels(nf4.codes(unit))
-
-    def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> NormalFloat:
-        """Return the weight node that stores the 4-bit codes and the scales of a matrix."""
-        return NormalFloat(nf4.codes(level_IO), scale_GO.astype(jnp.float32))
-
-
 GRIDS: dict[str, Grid] = {
     **{f"int{bits}": Integers(bits) for bits in (8, 4, 3, 2)},
     "fp8_e4m3": Floats("float8_e4m3fn"),
@@ -228,16 +30,27 @@ GRIDS: dict[str, Grid] = {
     "nvfp4": BlockFloats("nvfp4"),
 }
 """Grid of each quantization format, by the format's name."""
+ASYMMETRIC: dict[str, Grid] = {f"int{bits}": AsymmetricIntegers(bits) for bits in (8, 4, 3, 2)}
+"""Grid with zero points of each format that can have them, by the format's name."""
 
 
-def magnitudes(w_IO: jax.Array, group: int) -> jax.Array:
-    """Return max|w| of each group of `group` inputs, float32 [G, O]. If `group` is 0, all inputs are one group."""
+def levels_of(form: Format) -> tuple[Grid, int]:
+    """Return the grid of a format, and the number of inputs with one scale; 0 for all inputs."""
+    return (GRIDS if form.symmetric else ASYMMETRIC)[form.scheme], form.group
+
+
+def ranges(w_IO: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """Return the lowest and the highest weight of each group, [G, O] each.
+
+    `group` is the number of inputs of a group, 0 for all.
+    """
     inputs, outputs = w_IO.shape
-    return jnp.max(jnp.abs(w_IO.astype(jnp.float32)).reshape(-1, group or inputs, outputs), axis=1)
+    w_GKO = w_IO.astype(jnp.float32).reshape(-1, group or inputs, outputs)
+    return jnp.min(w_GKO, axis=1), jnp.max(w_GKO, axis=1)
 
 
-def scales(w_IO: jax.Array, grid: Grid, group: int, dtype: Any, gram_II: jax.Array | None, clip: bool) -> jax.Array:
-    """Return the scale of every group [G, O], float32.
+def scales(w_IO: jax.Array, grid: Grid, group: int, dtype: Any, gram_II: jax.Array | None, clip: bool) -> Any:
+    """Return the scale of every group [G, O], float32, as `Grid.fit` returns it.
 
     Args:
       w_IO: the matrix, float32.
@@ -248,11 +61,11 @@ def scales(w_IO: jax.Array, grid: Grid, group: int, dtype: Any, gram_II: jax.Arr
       clip: whether to search for the scale with the least squared error of the group's outputs (AWQ: Lin et al., 2023,
           arXiv:2306.00978). Otherwise, the largest weight of a group determines its scale.
     """
-    highest_GO, whole = magnitudes(w_IO, group), grid.whole(w_IO)
+    (low_GO, high_GO), whole = ranges(w_IO, group), grid.whole(w_IO)
     if not clip:
-        return grid.scale(highest_GO, dtype, whole)
+        return grid.fit(low_GO, high_GO, dtype, whole)
     inputs, outputs = w_IO.shape
-    groups = len(highest_GO)
+    groups = len(low_GO)
     w_GKO = w_IO.reshape(groups, -1, outputs)
     blocks_GKK = None
     if gram_II is not None:
@@ -260,28 +73,27 @@ def scales(w_IO: jax.Array, grid: Grid, group: int, dtype: Any, gram_II: jax.Arr
         blocks = gram_II.reshape(groups, size, groups, size)
         blocks_GKK = jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), -1, 0)
 
-    def error(scale_GO: jax.Array) -> jax.Array:
-        lost_GKO = grid.round(w_GKO, scale_GO[:, None]) - w_GKO
+    def error(scale_GO: Any) -> jax.Array:
+        lost_GKO = grid.round(w_GKO, jax.tree.map(lambda a: a[:, None], scale_GO)) - w_GKO
         if blocks_GKK is None:
             return jnp.sum(jnp.square(lost_GKO), axis=1)
         product_GKO = jnp.einsum("gkl,glo->gko", blocks_GKK, lost_GKO, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(lost_GKO * product_GKO, axis=1)
 
-    def attempt(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        scale_GO, least_GO = best
-        new_GO = grid.scale(highest_GO * ratio, dtype, whole)
-        error_GO = error(new_GO)
-        better_GO = error_GO < least_GO
-        return (jnp.where(better_GO, new_GO, scale_GO), jnp.where(better_GO, error_GO, least_GO)), None
+    def attempt(best: tuple[Any, jax.Array], ratio: jax.Array) -> tuple[tuple[Any, jax.Array], None]:
+        new_GO = grid.fit(low_GO * ratio, high_GO * ratio, dtype, whole)
+        new = new_GO, error(new_GO)
+        better_GO = new[1] < best[1]
+        return jax.tree.map(lambda a, b: jnp.where(better_GO, a, b), new, best), None
 
-    first_GO = grid.scale(highest_GO, dtype, whole)
+    first_GO = grid.fit(low_GO, high_GO, dtype, whole)
     (best_GO, _), _ = jax.lax.scan(attempt, (first_GO, error(first_GO)), jnp.asarray(CLIPS[1:], jnp.float32))
     return best_GO
 
 
-def spread(scale_GO: jax.Array, inputs: int) -> jax.Array:
+def spread(scale_GO: Any, inputs: int) -> Any:
     """Repeat the scales of groups [G, O] to one scale per weight [I, O]."""
-    return jnp.repeat(scale_GO, inputs // len(scale_GO), axis=0)
+    return jax.tree.map(lambda a: jnp.repeat(a, inputs // len(a), axis=0), scale_GO)
 
 
 @partial(jax.jit, static_argnames=("grid", "group", "clip"))
@@ -307,11 +119,3 @@ def quantized(w: jax.Array, grid: Grid, inputs: int, group: int, clip: bool) -> 
     for _ in range(w.ndim - 2):
         one = jax.vmap(one)
     return one(w) if inputs in (-2, w.ndim - 2) else grid.table(one(jnp.swapaxes(w, -1, -2)))
-
-
-def _factor(whole: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.reshape(whole, (1, 1)).astype(dtype)
-
-
-def _packed_table(node: Packed) -> Packed:
-    return replace(node, axis=-1)

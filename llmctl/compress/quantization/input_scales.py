@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llmctl.compress.quantization import grids
 from llmctl.compress.quantization.folding import Fold
-from llmctl.compress.quantization.grids import Grid
+from llmctl.compress.quantization.levels import Grid
 
 STEPS = 20
 """Number of steps between the exponents 0 and 1 that AWQ tries, as in the authors' code."""
@@ -52,7 +52,7 @@ def awq(
             w_IO = w.astype(jnp.float32)
             new_IO = w_IO * scale_I1
             scale_IO = grids.spread(grids.scales(new_IO, grid, group, w.dtype, None, False), len(w_IO))
-            lost_IO = grid.level(new_IO, scale_IO) * scale_IO / scale_I1 - w_IO
+            lost_IO = grid.round(new_IO, scale_IO) / scale_I1 - w_IO
             total += jnp.sum(lost_IO * jnp.matmul(gram_II, lost_IO, precision=jax.lax.Precision.HIGHEST))
         return total
 

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmctl.compress import error_feedback
 from llmctl.compress.programs import Walk, layer_of
-from llmctl.compress.quantization import folding, gptq, grids, input_scales
+from llmctl.compress.quantization import folding, gptq, grids, input_scales, rotation
 from llmctl.compress.quantization import quantize as rounding
-from llmctl.compress.quantization.grids import GRIDS
 from llmctl.compress.quantization.quantize_method import Quantization
 from llmctl.compress.quantization.quantize_walk import collector, full_path
 from llmctl.distributed import mesh as meshes
@@ -54,6 +54,30 @@ def quantization(
             found.append(_rounding(model, params, left, mesh, held, method, ["embed/tokens"], chosen))
         return found, left
     return [_rounding(model, params, left, mesh, held, method, [*chosen], chosen)], left
+
+
+def rotated(model: ModelConfig, params: Tree, mesh: Mesh, held: list[Tree]) -> tuple[Program, Tree, list[Tree]]:
+    """Return the program that rotates the largest matrix, the abstract rotated parameters, and what else is in memory.
+
+    Args:
+      model: config of the model.
+      params: abstract parameters of the model.
+      mesh: the devices.
+      held: further arrays that are in memory.
+    """
+    small = jax.eval_shape(lambda p: rotation.rotated(model, p, 0), params)
+    left = functional.laid_out(rotation.untied(model), small, mesh)
+    m = max(weights.matrices(params, "block"), key=lambda m: math.prod(m.weight.shape))
+    axis = -1 if m.weight.shape[-1] == model.d_model else -2
+    size = m.weight.shape[axis]
+    turn = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=meshes.replicated(mesh))
+    found = Program(
+        f"rotation of {m.path}", model, mesh, lambda: rotation.turn.trace(m.weight, turn, axis), steps=1,
+        parameters=[params, held, left, turn], beside=[params, held, left],
+        work=Cost(12.0 * math.prod(m.weight.shape), 2.0 * bytes_of(m.weight),
+                  {"float32": 2.0 * size * math.prod(m.weight.shape)}),
+    )  # fmt: skip
+    return found, left, [*held, params]
 
 
 def _rounding(
@@ -109,7 +133,7 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
         at = max(places, key=lambda at: sum(math.prod(whole[module].shape) for module in at.readers))
         readers = tuple(module for module in at.readers if module in formats)
         kernels = tuple(whole[module] for module in readers)
-        levels = tuple((GRIDS[formats[module].scheme], formats[module].group) for module in readers)
+        levels = tuple(grids.levels_of(formats[module]) for module in readers)
         first = readers[0]
         if method.smooth:
             peaks, fn = statistic(first, "peaks").peaks, input_scales.smooth
@@ -121,7 +145,7 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
             )
             cost = _search_cost(kernels)
         found.append(program(f"scales of the inputs of {first}", trace, readers, cost))
-    w, grid, group, gram_II = whole[name], GRIDS[formats[name].scheme], formats[name].group, None
+    w, (grid, group), gram_II = whole[name], grids.levels_of(formats[name]), None
     if method.hessian:
         gram_II = gram_of(name)
     if method.solves:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from llmctl.compress.quantization import grids
 from llmctl.compress.quantization import rules as patterns
-from llmctl.compress.quantization.grids import GRIDS
-from llmctl.compress.quantization.quantize_method import Format, Quantization
+from llmctl.compress.quantization.formats import Format
+from llmctl.compress.quantization.quantize_method import Quantization
 from llmctl.compress.quantization.rules import Rules
 from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES
 from llmctl.config.errors import RequestError
@@ -37,6 +37,7 @@ def quantize(
     activations: str = "",
     clip: bool = False,
     rules: Rules = (),
+    symmetric: bool = True,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Quantize the matrices of a parameter tree. Norms, biases and position tables do not change.
 
@@ -49,6 +50,7 @@ def quantize(
       activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).
       clip: whether to search for the scales with the least squared error of the weights.
       rules: formats of the matrices whose module paths match patterns, in place of `scheme`.
+      symmetric: whether integers are symmetric around 0. Otherwise, each group has a zero point.
 
     Returns:
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
@@ -58,7 +60,7 @@ def quantize(
         if a pattern of `rules` matches no weight.
     """
     flat, errors = flatten(params), {}
-    method = Quantization(scheme, group, embeddings=embeddings, head=head, rules=rules)
+    method = Quantization(scheme, group, embeddings=embeddings, head=head, rules=rules, symmetric=symmetric)
     for path, target in chosen(flat, method).items():
         node, error = measured(flat[path], target, clip)
         errors[path] = float(error)
@@ -137,8 +139,12 @@ def with_activations(node: Node, inputs: int, activations: str) -> Node:
 @partial(jax.jit, static_argnums=(1, 2))
 def measured(w: jax.Array, target: Target, clip: bool = False) -> tuple[Node, jax.Array]:
     """Quantize one weight, and return (quantized weight, its relative error as a float32 scalar)."""
-    (scheme, group), inputs = (target.format.scheme, target.format.group), target.inputs
-    node = grids.quantized(w, GRIDS[scheme], inputs, group, True) if clip else SCHEMES[scheme](w, inputs, group)
+    form, inputs = target.format, target.inputs
+    if clip or not form.symmetric:
+        grid, group = grids.levels_of(form)
+        node = grids.quantized(w, grid, inputs, group, clip)
+    else:
+        node = SCHEMES[form.scheme](w, inputs, form.group)
     return node, relative_error(w, node)
 
 

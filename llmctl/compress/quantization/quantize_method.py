@@ -10,20 +10,11 @@ from typing import Any, Literal
 
 from llmctl.compress.calibration.settings import DAMPING
 from llmctl.compress.quantization import rules
+from llmctl.compress.quantization.formats import Format
 from llmctl.compress.quantization.rules import Rules
-from llmctl.compress.quantization.schemes import inputs_per_scale
+from llmctl.compress.quantization.schemes import INTEGERS, inputs_per_scale
 
 MethodName = Literal["rtn", "gptq", "awq", "awq+gptq"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """Describe the storage format of one quantized matrix."""
-
-    scheme: str
-    """Name of the format in `llmctl.compress.quantization.schemes.SCHEMES`."""
-    group: int
-    """Number of inputs per scale; 0 for one scale per output."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +59,8 @@ class Quantization:
     """Migration strength of SmoothQuant."""
     rules: Rules = ()
     """Formats of the matrices whose module paths match patterns (`llmctl.compress.quantization.rules`)."""
+    symmetric: bool = True
+    """Whether integers are symmetric around 0. Otherwise, each group has a zero point. Floats are always symmetric."""
 
     @property
     def calibrated(self) -> bool:
@@ -99,16 +92,18 @@ class Quantization:
 
         >>> method = Quantization("int4", group=128, rules=(("attn/*", "nvfp4"), ("lm_head", "none")))
         >>> [method.format_of(module) for module in ("decoder/blocks/attn/q", "lm_head")]
-        [Format(scheme='nvfp4', group=16), None]
+        [Format(scheme='nvfp4', group=16, symmetric=True), None]
 
         Args:
           module: path of the module, such as `decoder/blocks/attn/q`.
         """
         name = rules.format_of(module, self.rules, self.scheme)
-        return None if name == rules.NONE else Format(name, inputs_per_scale(name, self.group))
+        if name == rules.NONE:
+            return None
+        return Format(name, inputs_per_scale(name, self.group), self.symmetric or name not in INTEGERS)
 
     @property
     def rounding(self) -> dict[str, Any]:
         """Return the keyword arguments of `llmctl.compress.quantization.quantize.quantize`, by name."""
-        names = ("scheme", "group", "embeddings", "head", "activations", "clip", "rules")
+        names = ("scheme", "group", "embeddings", "head", "activations", "clip", "rules", "symmetric")
         return {name: getattr(self, name) for name in names}

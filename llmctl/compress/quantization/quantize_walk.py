@@ -20,8 +20,8 @@ from llmctl.compress.calibration.output_error import replicated, rounded_error
 from llmctl.compress.calibration.settings import CalibrationConfig
 from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Peaks, Statistic
 from llmctl.compress.quantization import folding, gptq, grids, input_scales, quantize
-from llmctl.compress.quantization.grids import GRIDS
-from llmctl.compress.quantization.quantize_method import Format, Quantization
+from llmctl.compress.quantization.formats import Format
+from llmctl.compress.quantization.quantize_method import Quantization
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Matrix, Node, Weight
@@ -151,7 +151,7 @@ def _scaled(
         if method.smooth:
             scale_I = input_scales.smooth(kernels, replicated(parts["peaks"].peaks), method.alpha, at=at)
         else:
-            levels = tuple((GRIDS[form.scheme], form.group) for form in formats.values() if form)
+            levels = tuple(grids.levels_of(form) for form in formats.values() if form)
             gram_II = replicated(parts["gram"].products[0])
             scale_I, exponent = input_scales.awq(kernels, gram_II, at=at, levels=levels)
             found = {"exponent": round(float(exponent), 6)}
@@ -171,7 +171,7 @@ def _quantized(
       The quantized matrix, and JSON data: `error` (of the outputs, if there is a Gram matrix) and `fallback` (if the
       requested method failed).
     """
-    grid, group, found = GRIDS[form.scheme], form.group, {}
+    (grid, group), found = grids.levels_of(form), {}
     if method.solves and gram_II is not None:
         node, attempts = gptq.quantize(
             w, gram_II, method.damping, grid=grid, group=group, clip=method.clips,

@@ -25,6 +25,8 @@ have an attribute `group`: the number of inputs per scale that is used if 0 is r
 """
 
 NAMES = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "nf4", "mxfp4", "nvfp4")
+INTEGERS = NAMES[:4]
+"""Formats that can have zero points."""
 BLOCKS = {"mxfp4": 32, "nvfp4": 16}
 """Number of inputs per scale, by format, for formats whose specification fixes this number."""
 

@@ -19,7 +19,7 @@ from pydantic import (
 from llmctl.compress.calibration.settings import DAMPING, CalibrationConfig
 from llmctl.compress.quantization.quantize_method import MethodName, Quantization
 from llmctl.compress.quantization.rules import NONE
-from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES, has_grid, inputs_per_scale
+from llmctl.compress.quantization.schemes import BLOCKS, INTEGERS, SCHEMES, has_grid, inputs_per_scale
 
 SHORT = {"int8": 8, "int4": 4}
 """Value of the setting `bits` that selects each format, by the format's name."""
@@ -48,7 +48,8 @@ class QuantizeConfig(CalibrationConfig):
     """Set how a model is quantized. The config of the stage `quantize` inherits these fields."""
 
     added: ClassVar[frozenset[str]] = CALIBRATION | {
-        *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha", "rules"),
+        *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha", "rules", "symmetric"),
+        "rotate",
     }
 
     bits: int = 8
@@ -60,6 +61,9 @@ class QuantizeConfig(CalibrationConfig):
     group: int = Field(default=0, ge=0)
     """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output,
     64 inputs for nf4, 32 for mxfp4 and 16 for nvfp4."""
+    symmetric: bool = True
+    """Use integers that are symmetric around 0. If false, each group also has a zero point, an integer as wide as the
+    weights (int3, int2: 4 bits), and its values reach from its lowest to its highest weight."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
     """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
     longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a
@@ -82,6 +86,10 @@ class QuantizeConfig(CalibrationConfig):
     smooth: bool = False
     """Divide activations by one scale per channel, and multiply the weights that read them by the same scale
     (SmoothQuant). Outliers of activations then have less effect. Requires calibration data and activations = "int8"."""
+    rotate: bool = False
+    """Rotate the residual stream and the values of each head by random Hadamard matrices before rounding (QuaRot). The
+    model's outputs do not change, and outliers spread over all channels. Only for models with RMSNorm before each
+    sublayer. Tied embeddings become two matrices."""
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Migration strength of `smooth`: 0 scales by the weights alone, 1 by the activations alone."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
@@ -161,6 +169,10 @@ class QuantizeConfig(CalibrationConfig):
         for other in formats if self.activations else ():
             if has_grid(other) and other not in SHORT:
                 raise ValueError(f"activations: not for format {other!r}; choose {' or '.join(SHORT)}")
+        if not self.symmetric and not set(formats) & set(INTEGERS):
+            raise ValueError(f"symmetric = false: not for format {name!r}; choose one of {', '.join(INTEGERS)}")
+        if not self.symmetric and self.activations:
+            raise ValueError("symmetric = false: not with quantized activations, whose products have no zero points")
         if "alpha" in told and not self.smooth:
             raise ValueError("alpha: only with smooth = true")
         if self.smooth and not self.activations:
@@ -186,6 +198,6 @@ class QuantizeConfig(CalibrationConfig):
     @property
     def quantization(self) -> Quantization:
         """Return the description of the quantization that `llmctl.compress` reads."""
-        names = ("group", "embeddings", "head", "activations", "method", "clip", "smooth", "alpha", "damping")
-        given = {name: getattr(self, name) for name in (*names, "act_order", "static_groups")}
+        names = ("group", "symmetric", "embeddings", "head", "activations", "method", "clip", "smooth", "alpha")
+        given = {name: getattr(self, name) for name in (*names, "damping", "act_order", "static_groups")}
         return Quantization(self.scheme_name, rules=tuple(sorted(self.rules.items())), **given)

@@ -2,7 +2,8 @@
 
 A value is the code's level times the scale of its block times one factor of the matrix. The formats:
 
-- int2, int3: integers from -2 to 1 and from -4 to 3, and scales in the dtype of the matrix.
+- int2, int3: integers from -2 to 1 and from -4 to 3, and scales in the dtype of the matrix. Blocks may have zero
+  points, which are subtracted from the integers.
 - mxfp4: floats of 4 bits (e2m1), and powers of two as scales (e8m0), as in the OCP Microscaling specification.
 - nvfp4: floats of 4 bits (e2m1), scales in float8_e4m3fn, and a float32 factor of the matrix.
 
@@ -54,6 +55,8 @@ class Packed(Node):
     """Length of the dense weight along the packed axis."""
     axis: int = setting(default=-2)
     """Axis along which codes are packed into bytes: -2 for a matrix, -1 for a table."""
+    zero: jax.Array | None = None
+    """Integer that stores the weight 0 in each block, int4; None for 0. Only integers have such zero points."""
 
     dtype = property(lambda self: self.whole.dtype)
     is_integer = property(lambda self: True)
@@ -67,7 +70,9 @@ class Packed(Node):
         return tuple(shape)
 
     @classmethod
-    def of(cls, name: str, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array) -> Packed:
+    def of(
+        cls, name: str, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, zero_GO: jax.Array | None = None
+    ) -> Packed:
         """Pack a matrix [I, O].
 
         Args:
@@ -75,18 +80,20 @@ class Packed(Node):
             level_IO: Values of the weights before scaling, all of which the format represents exactly.
             scale_GO: Scales, in the dtype that the format stores. For mxfp4, they are powers of two in float32.
             whole: Factor by which all scales are multiplied, [1, 1].
+            zero_GO: Zero points of integers, int4; None if the values are symmetric around 0.
         """
         if name == "mxfp4":
             scale_GO = exponent(scale_GO)
-        return cls(pack(codes(name, level_IO), BITS[name], 0), scale_GO, whole, name, len(level_IO))
+        return cls(pack(codes(name, level_IO), BITS[name], 0), scale_GO, whole, name, len(level_IO), zero=zero_GO)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """Return the weight as one dense array that has the shape `shape`."""
-        return self._values(self.codes, self.scale).astype(dtype)
+        return self._values(self.codes, self.scale, self.zero).astype(dtype)
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
         """Return the rows of this table at ids [...] in `dtype`, an array [..., D]. Only these rows are dequantized."""
-        return self._values(jnp.take(self.codes, ids, axis=0), jnp.take(self.scale, ids, axis=0)).astype(dtype)
+        rows = jax.tree.map(lambda a: jnp.take(a, ids, axis=0), (self.codes, self.scale, self.zero))
+        return self._values(*rows).astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
         """Return a plain array on CPUs, because a CPU would unpack the codes again for every token."""
@@ -95,7 +102,10 @@ class Packed(Node):
     def masked(self, mask: jax.Array) -> Packed:
         """Return the weight with zeros where the mask is False. Other codes, and all scales, are unchanged."""
         found = unpack(self.codes, BITS[self.format], self.size, self.axis)
-        found = jnp.where(mask, found, 0)
+        zero = jnp.zeros((), jnp.uint8)
+        if self.zero is not None:
+            zero = codes(self.format, jnp.repeat(self.zero, self.size // self.zero.shape[self.axis], axis=self.axis))
+        found = jnp.where(mask, found, zero)
         return replace(self, codes=pack(found, BITS[self.format], self.axis))
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
@@ -108,8 +118,15 @@ class Packed(Node):
             raise RequestError(f"is packed {self.format} along what would be cut; prune first and quantize then")
         return super().select(index_LN, axis)
 
-    def _values(self, packed: jax.Array, scale: jax.Array) -> jax.Array:
+    def parts(self) -> dict[str, Any]:
+        """Return the stored arrays of the weight, by name."""
+        return {name: part for name, part in super().parts().items() if part is not None}
+
+    def _values(self, packed: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
         level = levels(self.format, unpack(packed, BITS[self.format], self.size, self.axis))
+        if zero is not None:
+            zero = zero.astype(jnp.float32)
+            level -= jnp.repeat(zero, self.size // zero.shape[self.axis], axis=self.axis)
         if self.format == "mxfp4":
             scale = power(scale)
         scale = scale.astype(jnp.float32) * self.whole.astype(jnp.float32)

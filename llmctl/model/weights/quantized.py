@@ -1,4 +1,6 @@
-"""Store a weight as symmetric integers or 8-bit floats with scales, per output channel or per group of inputs.
+"""Store a weight as integers or 8-bit floats with scales, per output channel or per group of inputs.
+
+Integers may have zero points, one per scale.
 
 Shapes: N tokens, I inputs, O outputs, G groups, V vocabulary, D model width.
 """
@@ -29,7 +31,7 @@ class Quantized(Node):
 
     shape = property(lambda self: self.array.qvalue.shape)
     dtype = property(lambda self: self.array.scale.dtype)
-    values_part = property(lambda self: "qvalue")
+    values_part = property(lambda self: "qvalue" if self.array.zero_point is None else None)
     is_integer = property(lambda self: True)
     format_name = property(lambda self: str(self.array.qvalue.dtype))
 
@@ -46,21 +48,29 @@ class Quantized(Node):
             x_q = qwix.quantize(x_NI, self.activations, channelwise_axes=list(range(last)), tiled_axes=tiles)
             return qwix.dot_general(x_q, self.array, (((last,), (0,)), ((), ()))).astype(dtype)
         if self.array.scale.shape[0] == 1:  # per output channel: scaling the product is cheaper than scaling the weight
-            return jnp.matmul(x_NI, self.array.qvalue.astype(dtype)) * self.array.scale.astype(dtype)
+            return jnp.matmul(x_NI, self._unit(dtype)) * self.array.scale.astype(dtype)
         return jnp.matmul(x_NI, self.dense(dtype))
+
+    def _unit(self, dtype: Any) -> jax.Array:
+        """Return the integers minus their zero points, if these are one per output."""
+        unit = self.array.qvalue.astype(dtype)
+        return unit if self.array.zero_point is None else unit - self.array.zero_point.astype(dtype)
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
         """Return the rows of this table at ids [...] in `dtype`, an array [..., D]. Only these rows are dequantized."""
-        q_ND = jnp.take(self.array.qvalue, ids, axis=0)
-        scale = self.array.scale
-        scale_NG = (
-            jnp.take(scale, ids, axis=0)
-            if scale.shape[0] > 1
-            else jnp.broadcast_to(scale[0], (*ids.shape, scale.shape[1]))
-        )
-        return (
-            q_ND.astype(dtype) * jnp.repeat(scale_NG.astype(dtype), q_ND.shape[-1] // scale_NG.shape[-1], axis=-1)
-        ).astype(dtype)
+        q_ND = jnp.take(self.array.qvalue, ids, axis=0).astype(dtype)
+
+        def spread(parts: jax.Array) -> jax.Array:
+            part_NG = (
+                jnp.take(parts, ids, axis=0)
+                if parts.shape[0] > 1
+                else jnp.broadcast_to(parts[0], (*ids.shape, parts.shape[1]))
+            )
+            return jnp.repeat(part_NG.astype(dtype), q_ND.shape[-1] // part_NG.shape[-1], axis=-1)
+
+        if self.array.zero_point is not None:
+            q_ND -= spread(self.array.zero_point)
+        return (q_ND * spread(self.array.scale)).astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
         """Return a plain array on CPUs, because a CPU would convert the integers again for every token.
@@ -71,13 +81,14 @@ class Quantized(Node):
         return self.dense() if on_cpu and not self.activations else self
 
     def parts(self) -> dict[str, Any]:
-        """Return the integers ("qvalue") and their scales ("scale")."""
-        return {"qvalue": self.array.qvalue, "scale": self.array.scale}
+        """Return the integers ("qvalue"), their scales ("scale") and, if there are any, their zero points ("zero")."""
+        found = {"qvalue": self.array.qvalue, "scale": self.array.scale, "zero": self.array.zero_point}
+        return {name: part for name, part in found.items() if part is not None}
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
         """Build a quantized weight from its settings and its stored arrays."""
-        array = qwix.QArray(parts["qvalue"], parts["scale"], qtype=parts["qvalue"].dtype)
+        array = qwix.QArray(parts["qvalue"], parts["scale"], parts.get("zero"), qtype=parts["qvalue"].dtype)
         return cls(array, settings["activations"])
 
     def integers(self) -> Quantized | None:
@@ -88,9 +99,9 @@ class Quantized(Node):
         """Return the same weight, but with products that quantize activations to `kind` (int8), one scale per token.
 
         Raises:
-            RequestError: If the weight stores floats.
+            RequestError: If the weight stores floats, or has zero points.
         """
-        if self.integers() is None:
+        if self.integers() is None or self.array.zero_point is not None:
             return super().with_activations(kind)
         return replace(self, activations=kind)
 
@@ -101,4 +112,8 @@ class Quantized(Node):
     def masked(self, mask: jax.Array) -> Quantized:
         """Return the weight with zeros where the mask is False. Other integers, and all scales, are unchanged."""
         zero = jnp.zeros((), self.array.qvalue.dtype)
+        if self.array.zero_point is not None:
+            zero = self.array.zero_point
+            for axis, size in enumerate(self.shape):
+                zero = jnp.repeat(zero, size // zero.shape[axis], axis=axis)
         return replace(self, array=replace(self.array, qvalue=jnp.where(mask, self.array.qvalue, zero)))

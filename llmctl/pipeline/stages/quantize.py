@@ -40,6 +40,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Quantize the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
+    from llmctl.compress.quantization import rotation
     from llmctl.compress.quantization.quantize import quantize
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
@@ -53,11 +54,17 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
     if config.unread:
         say(f"{', '.join(config.unread)}: not read, because method {config.method!r} rounds without calibration data")
-    params, found = merged(base, say, requantizes=True), {}
+    params, found, model = merged(base, say, requantizes=True), {}, base.model
+    if config.rotate:
+        rotation.check(model, params, base.manifest.pruned)
+        model, tied = rotation.untied(model), model.tied
+        params = rotation.rotate(base.model, params, config.seed, devices)
+        if model.tied != tied:
+            say("the output projection becomes a matrix of its own, with the scale of the final norm")
     if not config.quantization.calibrated:
         params, errors = quantize(params, **config.quantization.rounding)
     else:
-        params, errors, found = _calibrated(config, base, params, devices, ctx)
+        params, errors, found = _calibrated(config, rotation.with_model(base, model), params, devices, ctx)
     worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN sorts as the largest
     say(f"{_formats(config, [*errors])}; largest relative error {errors[worst]:.2%} ({worst})")
     trained = fake_quantize.log_lines(base, config.scheme_name, inputs_per_scale(config.scheme_name, config.group))
@@ -66,7 +73,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     ctx.save(
         config,
         params,
-        base.model,
+        model,
         parent=base.manifest,
         labels=base.manifest.labels,
         metrics={
@@ -151,11 +158,15 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     """Return (the programs that calibrate the layers and quantize the largest weight, the quantized artifact)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs
-    from llmctl.compress.quantization import quantization_programs
+    from llmctl.compress.quantization import quantization_programs, rotation
 
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)
+    held, model, first = [] if params is base.params else [base.params], base.model, []
+    if config.rotate:
+        rotation.check(model, params, base.manifest.pruned)
+        program, params, held = quantization_programs.rotated(model, params, mesh, held)
+        model, first = rotation.untied(model), [program]
     walk = programs.Walk.of(config, base, mesh) if config.quantization.calibrated else None
-    held = [] if params is base.params else [base.params]
-    found, small = quantization_programs.quantization(base.model, params, mesh, held, config.quantization, walk)
-    return found, abstract_artifact.abstract_result(config, small, base.model, base=base)
+    found, small = quantization_programs.quantization(model, params, mesh, held, config.quantization, walk)
+    return first + found, abstract_artifact.abstract_result(config, small, model, base=base)

@@ -20,14 +20,24 @@ def layer(seed=0, inputs=24, outputs=10, tokens=200):
     return (x.T @ x).astype(np.float32), rng.normal(size=(inputs, outputs)).astype(np.float32)
 
 
+ZEROS = "int4 with zero points"
+EVERY = {**GRIDS, ZEROS: grids.ASYMMETRIC["int4"]}
+
+
 def scale_of(w, name):
-    """Return the scales of one group of weights [K, O]."""
+    """Return the scales of one group of weights [K, O], and their zero points if there are any."""
+    if name == ZEROS:
+        low, high = np.minimum(w.min(axis=0), 0), np.maximum(w.max(axis=0), 0)
+        return (high - low) / 15, np.round(-low * 15 / (high - low)) - 8
     return np.abs(w).max(axis=0) / {"int8": 127.5, "int4": 7.5, "nf4": 1.0}[name]
 
 
 def nearest(w, scale, name):
     if name == "nf4":
         return LEVELS[np.argmin(np.abs(w / scale - LEVELS[:, None]), axis=0)] * scale
+    if name == ZEROS:
+        step, zero = scale
+        return (np.clip(np.round(w / step) + zero, -8, 7) - zero) * step
     top = {"int8": 127, "int4": 7}[name]
     return np.clip(np.round(w / scale), -top, top) * scale
 
@@ -58,12 +68,12 @@ def error(gram, w, new):
 
 @pytest.mark.parametrize(("name", "group", "act_order", "static"), [
     ("int4", 0, True, True), ("int4", 6, True, True), ("int4", 6, False, False), ("int8", 0, False, True),
-    ("nf4", 12, True, True),
+    ("nf4", 12, True, True), (ZEROS, 6, True, True), (ZEROS, 6, False, False), (ZEROS, 0, False, True),
 ])  # fmt: skip
 def test_weights_equal_a_reference(name, group, act_order, static):
     gram, w = layer()
     got, attempts = gptq.quantize(
-        w, gram, grid=GRIDS[name], group=group, act_order=act_order, static_groups=static, block=9
+        w, gram, grid=EVERY[name], group=group, act_order=act_order, static_groups=static, block=9
     )
     expected = reference(w, gram, name, group, act_order, static)
     np.testing.assert_allclose(dense(got), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -96,8 +106,8 @@ def test_zeros_stay_zeros():
     gram, w = layer()
     w[::3] = 0
     w[:, 0] = 0
-    for name in GRIDS:
-        got, _ = gptq.quantize(w, gram, grid=GRIDS[name], group=8)
+    for grid in EVERY.values():
+        got, _ = gptq.quantize(w, gram, grid=grid, group=8)
         assert np.all(np.asarray(dense(got))[w == 0] == 0)
 
 
@@ -124,7 +134,7 @@ def test_without_an_inverse_the_weights_are_rounded():
 def test_the_clipping_search_lowers_the_error_it_minimizes():
     gram, w = layer(inputs=64, outputs=32)
     w[::16] *= 3
-    for read in (None, gram):
-        plain, clipped = (grids.rounded(w, read, grid=GRIDS["int4"], group=64, clip=clip) for clip in (False, True))
+    for read, name in ((None, "int4"), (gram, "int4"), (gram, ZEROS)):
+        plain, clipped = (grids.rounded(w, read, grid=EVERY[name], group=64, clip=clip) for clip in (False, True))
         least, most = (error(np.eye(64) if read is None else gram, w, dense(node)) for node in (clipped, plain))
         assert least < 0.97 * most

@@ -11,6 +11,7 @@ from llmctl.compress.quantization import gptq, quantize_walk
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.pipeline.stages import prune
 from llmctl.pipeline.stages import quantize as stage
@@ -77,7 +78,7 @@ def test_zeros_of_a_pruned_parent_stay(artifacts, tmp_path, reviews):
     (tmp_path / "work").mkdir()
     pruning = prune.Config(method="magnitude", pattern="2:4")
     prune.run(pruning, artifacts / "lm", Context(tmp_path / "sparse", tmp_path / "work", "key"))
-    made = run(tmp_path, tmp_path, "sparse", **GPTQ, data=reviews)
+    made = run(tmp_path, tmp_path, "sparse", **GPTQ, data=reviews, symmetric=False)
     assert made.manifest.sparsity >= 0.5 and made.manifest.pruned
     sparse = weights.flatten(artifact.load(tmp_path / "sparse").params)
     for m in weights.matrices(made.params, "block"):
@@ -98,17 +99,18 @@ def test_formats_are_saved_and_run(artifacts, tmp_path, reviews, name):
     assert artifact.load(tmp_path / "pruned").manifest.sparsity >= 0.5
 
 
-@pytest.mark.parametrize(("name", "group", "bits"), [
-    ("int3", 128, 3.25), ("mxfp4", 0, 4.25), ("nvfp4", 0, 4.5),
+@pytest.mark.parametrize(("name", "group", "symmetric", "bits"), [
+    ("int3", 128, True, 3.25), ("mxfp4", 0, True, 4.25), ("nvfp4", 0, True, 4.5), ("int4", 128, False, 4.28125),
+    ("int2", 64, False, 2.5625),
 ])  # fmt: skip
-def test_bytes_on_disk_are_those_of_arithmetic(artifacts, tmp_path, name, group, bits):
+def test_bytes_on_disk_are_those_of_arithmetic(artifacts, tmp_path, name, group, symmetric, bits):
     """All matrices of the layers; the table and the norms stay as they are."""
     base = artifact.load(artifacts / "lm")
     model = base.model.model_copy(update={"d_model": 256, "head_dim": 64, "d_ff": 1024, "layers": 2})
     params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
     common = {"stage": "pretrain", "key": "k", "config": {}, "tokenizer_dir": base.tokenizer_dir}
     artifact.save(tmp_path / "wide", params, model, **common)
-    made = run(tmp_path, tmp_path, "wide", format=name, group=group)
+    made = run(tmp_path, tmp_path, "wide", format=name, group=group, symmetric=symmetric)
     matrices = sum(m.weight.size for m in weights.matrices(params, "block"))
     rest = artifact.read_manifest(tmp_path / "wide").parameters - matrices
     expected = matrices * bits / 8 + 4 * rest
@@ -131,6 +133,34 @@ def test_smoothing_reads_data_also_for_rounding(artifacts, tmp_path, reviews):
     assert len(made.manifest.metrics["quantized_layers"]) == 3
     config = stage.Config(activations="int8", smooth=True, data=reviews)
     assert keyed(config)["data"]["path"] == reviews.path and config.alpha == 0.5
+
+
+def test_a_rotated_model_is_saved_with_its_own_output_projection(artifacts, tmp_path, reviews, capsys):
+    """Of a tied parent, on one device and on eight, and with calibration data."""
+    base = artifact.load(artifacts / "lm")
+    settings = {"rotate": True, "format": "int4", "method": "gptq", "examples": 20, "data": reviews, "head": True}
+    made = [run(artifacts, tmp_path / str(n), "lm", **settings, mesh=mesh) for n, mesh in (
+        (1, MeshConfig()), (8, MeshConfig(data=2, fsdp=2, tensor=2)),
+    )]  # fmt: skip
+    assert base.model.tied and not made[0].model.tied
+    assert "the output projection becomes a matrix of its own" in " ".join(capsys.readouterr().err.split())
+    for a, b in zip(*(weights.flatten(m.params).items() for m in made), strict=True):
+        one, other = (np.asarray(weights.dense(w)) for w in (a[1], b[1]))
+        assert np.linalg.norm(one - other) <= 0.02 * np.linalg.norm(one), a[0]
+    assert made[0].manifest.metrics["quantized_layers"][-1]["matrices"].keys() == {"lm_head"}
+
+
+@pytest.mark.parametrize(("settings", "title"), [
+    ({"rotate": True, "symmetric": False, "group": 8, "rules": {"up": "nf4"}}, "rotation of decoder/blocks/attn/o"),
+])  # fmt: skip
+def test_plans_trace_the_programs_and_know_the_result(artifacts, tmp_path, settings, title):
+    mesh = meshes.make(MeshConfig(data=2, fsdp=2, tensor=2))
+    config = stage.Config(format="int4", head=True, **settings)
+    found, left = stage.programs(config, artifact.abstract(artifacts / "lm", mesh), {}, mesh)
+    assert left and any(program.title.startswith(title) for program in found)
+    assert all(program.trace() is not None for program in found)
+    made = run(artifacts, tmp_path, "lm", format="int4", head=True, **settings)
+    assert made.manifest.weights == left.manifest.weights and made.model == left.model
 
 
 def test_a_fallback_is_named(artifacts, tmp_path, reviews, monkeypatch, capsys):
@@ -163,6 +193,8 @@ def test_data_is_no_part_of_the_key_without_calibration(reviews):
     ({"format": "int3", "activations": "int8"}, "activations: not for format 'int3'; choose int8 or int4"),
     ({"alpha": 0.2}, "alpha: only with smooth = true"),
     ({"rules": {"mlp/*": "int5"}}, "unknown scheme 'int5'"),
+    ({"symmetric": False, "format": "nf4"}, "symmetric = false: not for format 'nf4'; choose one of int8, int4"),
+    ({"symmetric": False, "activations": "int8"}, "symmetric = false: not with quantized activations"),
     ({"rules": {"": "int4"}}, "a pattern is empty"),
     ({"rules": {"mlp/*": "nf4"}, "activations": "int8"}, "activations: not for format 'nf4'"),
 ])  # fmt: skip
