@@ -88,7 +88,7 @@ def size_of(kind: str, seq_len: int) -> Size:
     return lambda cfg: flops.parameters(cfg)["total"]
 
 
-def limit(space: Space, asked: tuple[str, float], size: Size) -> float:
+def limit(space: Space, asked: tuple[str, float], size: Size, whole: float = 0.0) -> float:
     """Return the budget as a number of parameters, bytes or FLOPs.
 
     Raises:
@@ -96,7 +96,7 @@ def limit(space: Space, asked: tuple[str, float], size: Size) -> float:
     """
     kind, amount = asked
     smallest = space.smallest()
-    whole, least = size(space.cfg), size(smallest)
+    whole, least = whole or size(space.cfg), size(smallest)
     wanted = amount * whole if amount < 1 else amount
     if wanted >= whole:
         raise RequestError(f"budget.{kind}: {wanted:,.0f}, but the artifact has only {whole:,.0f}; nothing to remove")

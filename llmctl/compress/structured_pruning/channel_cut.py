@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.compress.structured_pruning.shrink import take
+from llmctl.compress.structured_pruning.shrink import take_everywhere
 from llmctl.config.errors import RequestError
 from llmctl.model import functional, weights, wiring
 from llmctl.model.config import ModelConfig
@@ -60,15 +60,7 @@ def cut_channels(
     """
     target = ModelConfig.model_validate({**cfg.model_dump(), "preset": "", "d_model": len(kept_E)})
     flat = weights.flatten(params)
-    for path, axes in hidden_axes(cfg).items():
-        if path not in flat:
-            continue
-        stacked = weights.parse(path).stacked
-        w = flat[path] if stacked else jax.tree.map(lambda a: a[None], flat[path])
-        layers = weights.as_node(w).shape[0]
-        for axis in axes:
-            w = take(path, w, np.broadcast_to(kept_E, (layers, len(kept_E))), axis)
-        flat[path] = w if stacked else jax.tree.map(lambda a: a[0], w)
+    take_everywhere(flat, hidden_axes(cfg), kept_E)
     for norm, ratio in (ratios or {}).items():
         _scale_norm(cfg, flat, norm, ratio, biased=False)
     _keep_factors(cfg, flat, math.sqrt(cfg.d_model / len(kept_E)))

@@ -5,7 +5,7 @@ The module does not import JAX.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,7 +26,7 @@ class StructuredSettings(MethodSettings):
 
     added: ClassVar[frozenset[str]] = MethodSettings.added | {
         *(f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")),
-        *("importance", "hidden", "budget"),
+        *("importance", "hidden", "budget", "vocabulary"),
     }
 
     heads: float = Field(default=0.0, ge=0)
@@ -59,6 +59,9 @@ class StructuredSettings(MethodSettings):
     """Number of layers to keep, if the method is structured."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Fraction of the layers to remove, if the method is structured."""
+    vocabulary: Literal["", "unused"] | Annotated[int, Field(ge=1)] = ""
+    """Tokens to keep, if the method is structured. unused: remove the tokens that no text of the data has, in any
+    split. A number: keep the most frequent tokens. Special tokens and bytes stay. The tokenizer is rewritten."""
     budget: BudgetConfig = BudgetConfig()
     """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is structured. A search
     chooses these four by the loss on the calibration data, and prints the candidates."""
@@ -106,10 +109,10 @@ class StructuredSettings(MethodSettings):
         if self.budget.asked and (self.sized or self.heads_by == "queries"):
             instead = " and ".join(self.sized or ["heads_by"])
             raise ValueError(f"budget chooses the sizes, and removes heads by groups; leave out {instead}, or budget")
-        if not (self.sized or self.budget.asked):
+        if not (self.sized or self.budget.asked or self.vocabulary):
             raise ValueError(
-                "structured pruning needs a budget, or at least one of heads, ffn, layers and hidden, such as "
-                "keep_layers = 2 (--keep-layers 2) or remove_ffn = 0.5"
+                "structured pruning needs a budget, or at least one of heads, ffn, layers, hidden and vocabulary, such "
+                "as keep_layers = 2 (--keep-layers 2) or remove_ffn = 0.5"
             )
         narrows = bool(self.heads or self.ffn or self.hidden or self.budget.asked)
         stray = sorted({"importance", *(["repair"] if self.repair else [])} & self.model_fields_set)

@@ -7,6 +7,7 @@ Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.model import wiring
 from llmctl.model.config import ModelConfig
-from llmctl.model.weights import Weight, as_node, flatten, kernel_of, unflatten
+from llmctl.model.weights import Weight, as_node, flatten, kernel_of, parse, unflatten
 
 Kept = dict[str, dict[str, list[np.ndarray]]]
 """Heads and neurons to keep: "encoder" or "decoder" -> kind ("attn/heads", "mlp/neurons", …) -> ascending indices per
@@ -179,6 +180,25 @@ def columns(units: np.ndarray, width: int) -> np.ndarray:
       Indices of columns [..., N * width].
     """
     return (units[..., None] * width + np.arange(width)).reshape(*units.shape[:-1], -1)
+
+
+def take_everywhere(flat: dict[str, Any], axes: Mapping[str, tuple[int, ...]], kept: np.ndarray) -> None:
+    """Replace weights by those with only the entries `kept` along some axes, the same in all layers.
+
+    Args:
+      flat: the weights by path, which are replaced. Paths of `axes` that it lacks are skipped.
+      axes: axes, counted from the end, by the path of the weight.
+      kept: ascending indices.
+    """
+    for path, own in axes.items():
+        if path not in flat:
+            continue
+        stacked = parse(path).stacked
+        w = flat[path] if stacked else jax.tree.map(lambda a: a[None], flat[path])
+        layers = as_node(w).shape[0]
+        for axis in own:
+            w = take(path, w, np.broadcast_to(kept, (layers, len(kept))), axis)
+        flat[path] = w if stacked else jax.tree.map(lambda a: a[0], w)
 
 
 def take(path: str, w: Weight, index_LN: np.ndarray, axis: int) -> Weight:

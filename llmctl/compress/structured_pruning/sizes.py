@@ -20,7 +20,7 @@ Params = dict[str, Any]
 
 
 def target(
-    config: StructuredSettings, base: Artifact, params: Params, method: StructuredMethod, mesh: Mesh
+    config: StructuredSettings, base: Artifact, params: Params, method: StructuredMethod, mesh: Mesh, rows: int
 ) -> ModelConfig:
     """Return the model's config after structured pruning. With a budget, the sizes are estimated from uniform pruning
     ratios.
@@ -29,12 +29,15 @@ def target(
       RequestError: If the sizes are impossible, the model cannot be pruned to them, or the mesh cannot shard them.
     """
     if asked := config.budget.asked:
-        space, size, wanted = search(config, base, params, asked, method, mesh)
-        return space.uniform(wanted, size)
-    model = shrink.target(
-        base.model, heads=config.heads, ffn=config.ffn, layers=config.layers, hidden=config.hidden,
-        by=config.heads_by, multiple=config.multiple,
-    )  # fmt: skip
+        space, size, wanted = search(config, base, params, asked, method, mesh, rows)
+        return _with_rows(space.uniform(wanted, size), rows)
+    model = base.model
+    if config.sized:
+        model = shrink.target(
+            model, heads=config.heads, ffn=config.ffn, layers=config.layers, hidden=config.hidden,
+            by=config.heads_by, multiple=config.multiple,
+        )  # fmt: skip
+    model = _with_rows(model, rows)
     check_method(base, params, method)
     check_sizes(base.model, params, model, mesh)
     return model
@@ -47,11 +50,13 @@ def search(
     asked: tuple[str, float],
     method: StructuredMethod,
     mesh: Mesh,
+    rows: int,
 ) -> tuple[Space, Size, float]:
     """Return what a budget search works on: the allowed sizes, the function that computes a size, and the limit.
 
     Sizes are left out that the mesh cannot shard, and those whose removal a weight does not allow, such as hidden
-    channels of a quantized embedding table. Nothing is measured.
+    channels of a quantized embedding table. Nothing is measured. `rows` is the number of tokens in the vocabulary after
+    pruning.
 
     Raises:
       RequestError: If no sizes meet the budget, or the method does not fit the model.
@@ -59,13 +64,24 @@ def search(
     cfg = base.model
     check_method(base, params, method)
     space = Space(cfg, config.multiple).restricted(
-        lambda model: check_sizes(cfg, params, model, mesh), each=mesh.size > 1, tries=mesh.shape["tensor"]
+        lambda model: check_sizes(cfg, params, _with_rows(model, rows), mesh),
+        each=mesh.size > 1,
+        tries=mesh.shape["tensor"],
     )
     if asked[0] == "bytes":
         size = stored_bytes.counter(cfg, params)
     else:
         size = budget.size_of(asked[0], calibration_data.sequence_length(config, base))
-    return space, size, budget.limit(space, asked, size)
+    return (
+        space,
+        lambda model: size(_with_rows(model, rows)),
+        budget.limit(space, asked, lambda model: size(_with_rows(model, rows)), size(cfg)),
+    )
+
+
+def _with_rows(cfg: ModelConfig, rows: int) -> ModelConfig:
+    """Return the config with another number of tokens in the vocabulary."""
+    return cfg if rows == cfg.vocab_size else cfg.model_copy(update={"vocab_size": rows, "preset": ""})
 
 
 def check_sizes(cfg: ModelConfig, params: Params, model: ModelConfig, mesh: Mesh) -> None:

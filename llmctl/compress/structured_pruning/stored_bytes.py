@@ -14,7 +14,7 @@ from llmctl.compress.structured_pruning.search_space import Size
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
-FIELDS = ("layers", "encoder_layers", "heads", "kv_heads", "d_ff", "d_model")
+FIELDS = ("layers", "encoder_layers", "heads", "kv_heads", "d_ff", "d_model", "vocab_size")
 """Fields of ModelConfig that structured pruning reduces."""
 
 

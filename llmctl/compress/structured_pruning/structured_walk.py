@@ -63,7 +63,7 @@ def prune_structure(
       config: settings of the stage.
       base: artifact of the saved model.
       params: parameters of the model, with merged adapters. Those of the layers are donated.
-      target: config of the model after pruning.
+      target: config of the model after pruning. The vocabulary is not pruned here.
       method: importance and compensation.
       mesh: the devices.
       saved: folder of finished layers and of measurements.
@@ -77,6 +77,11 @@ def prune_structure(
       RequestError: If the calibration data cannot be read.
     """
     model, found, dtype, progress = base.model, dict[str, Any](), config.dtype, log.log_layer
+    target = target.model_copy(update={"vocab_size": model.vocab_size})
+    if not (structured.fewer_layers(model, target) or structured.narrower(model, target)) and (
+        model.d_model == target.d_model
+    ):
+        return model, params, found
     batches = scan.batches if scan else calibration_data.load(config, base, mesh, labels=method.gradients)
     scores, measurements = scan.scores if scan else None, Measurements(saved.folder)
 
@@ -120,6 +125,7 @@ def choose_sizes(
     method: StructuredMethod,
     mesh: Mesh,
     *,
+    rows: int,
     saved: Saved,
     log: Log,
     show: Callable[[Any], None],
@@ -135,6 +141,7 @@ def choose_sizes(
       asked: kind and amount of the budget (`BudgetConfig.asked`).
       method: how the importance is measured.
       mesh: the devices.
+      rows: number of tokens in the vocabulary after pruning.
       saved: folder of finished layers and of measurements.
       log: log of the layers and losses that were measured. Its total becomes that of the search and of the pruning.
       show: function that prints the table of candidates.
@@ -145,7 +152,7 @@ def choose_sizes(
     Raises:
       RequestError: If no sizes meet the budget, or the calibration data cannot be read.
     """
-    space, size, wanted = sizes.search(config, base, params, asked, method, mesh)
+    space, size, wanted = sizes.search(config, base, params, asked, method, mesh, rows)
     before, done = search_steps(space, method), _most_steps(space, method)
     log.total = before + done
     batches = calibration_data.load(config, base, mesh, labels=True)

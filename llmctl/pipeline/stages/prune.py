@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import Programs
     from llmctl.train.run_log import Reporter
 
-    Pruned = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
-    """Config and parameters of the pruned model, and metrics."""
+    Pruned = tuple[ModelConfig, dict[str, Any], dict[str, Any], Path | None]
+    """Config and parameters of the pruned model, metrics, and folder of the tokenizer."""
 
 
 class Config(StructuredSettings, SparseSettings, StageConfig):
@@ -42,7 +42,7 @@ class Config(StructuredSettings, SparseSettings, StageConfig):
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
-        structured = {"heads", "heads_by", "ffn", "multiple", "layers", "hidden", "budget", "importance"}
+        structured = {"heads", "heads_by", "ffn", "multiple", "layers", "hidden", "budget", "importance", "vocabulary"}
         zeros = {"sparsity", "pattern", "damping", "allocation", "spread", "outlier", "store"}
         other = zeros if self.method == STRUCTURED else structured
         if self.method != SPARSEGPT:
@@ -82,7 +82,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     structured = config.method == STRUCTURED
     with run_log.Reporter(ctx.work, 0, config.title, False) as reporter, mesh.use(devices):
         prune = _prune_structure if structured else _prune_weights
-        model, params, found = prune(config, base, params, devices, ctx, reporter)
+        model, params, found, tokenizer = prune(config, base, params, devices, ctx, reporter)
     ctx.save(
         config,
         params,
@@ -92,7 +92,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         pruned=None if structured else True,
         sparse=True if config.store == "sparse" else None,
         metrics=found | {"parameters_before": base.manifest.parameters, "sparsity_before": base.manifest.sparsity},
-        tokenizer_dir=base.tokenizer_dir,
+        tokenizer_dir=tokenizer,
     )
 
 
@@ -101,24 +101,33 @@ def _prune_structure(
 ) -> Pruned:
     """Remove layers, hidden channels, heads and neurons. A budget chooses the sizes first."""
     from llmctl.compress.calibration.layer_files import Saved
-    from llmctl.compress.structured_pruning import sizes, structured_walk
+    from llmctl.compress.calibration.measurements import Measurements
+    from llmctl.compress.structured_pruning import sizes, structured_walk, vocabulary
     from llmctl.convert import architectures
     from llmctl.pipeline import console
 
-    scan, chosen, method, saved = None, {}, config.structure, Saved(ctx.work / "layers")
+    scan, chosen, method, saved = None, dict[str, Any](), config.structure, Saved(ctx.work / "layers")
+    kept, rows = None, base.model.vocab_size
+    if config.vocabulary:
+        known = vocabulary.rows_after(config, base.model)
+        sizes.target(config, base, params, method, mesh, known)  # raises for impossible sizes before the data is read
+        kept = vocabulary.choose(config, base, ctx.work, Measurements(saved.folder), log.say)
+        chosen["vocabulary"], rows = kept.about, len(kept.ids)
     if asked := config.budget.asked:
         scan, target, chosen["budget"] = structured_walk.choose_sizes(
-            config, base, params, asked, method, mesh, saved=saved, log=log, show=console.note
+            config, base, params, asked, method, mesh, rows=rows, saved=saved, log=log, show=console.note
         )
     else:
-        target = sizes.target(config, base, params, method, mesh)
+        target = sizes.target(config, base, params, method, mesh, rows)
         log.total = structured_walk.pruning_steps(base.model, target, method)
     for line in filter(None, (sizes.describe(config, base.model, target), architectures.notice(target, base.model))):
         log.say(line)
     model, params, found = structured_walk.prune_structure(
         config, base, params, target, method, mesh, saved=saved, log=log, scan=scan
     )
-    return model, params, found | chosen
+    if kept:
+        model, params = vocabulary.cut(model, params, kept.ids)
+    return model, params, found | chosen, kept.folder if kept else base.tokenizer_dir
 
 
 def _prune_weights(
@@ -140,7 +149,7 @@ def _prune_weights(
     for line in prune_report.fallbacks(layers):
         log.say(line)
     console.note(prune_report.table(layers))
-    return base.model, params, found
+    return base.model, params, found, base.tokenizer_dir
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
@@ -151,7 +160,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs
     from llmctl.compress.pruning import prune, pruning_programs
-    from llmctl.compress.structured_pruning import sizes, structured_programs
+    from llmctl.compress.structured_pruning import sizes, structured_programs, vocabulary
     from llmctl.model import functional
 
     base = required(config, base)
@@ -165,12 +174,13 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         left = abstract_artifact.abstract_result(config, params, base.model, base=base, pruned=True, sparsity=zeros)
         return found, left
     method, asked = config.structure, config.budget.asked
-    target = sizes.target(config, base, params, method, mesh)
+    rows = vocabulary.rows_after(config, base.model)
+    target = sizes.target(config, base, params, method, mesh, rows)
     small = functional.laid_out(target, functional.abstract(target), mesh)
     walk = programs.Walk.of(config, base, mesh, method.gradients or bool(asked))
     found = []
     if asked:
-        space, _, _ = sizes.search(config, base, params, asked, method, mesh)
+        space, _, _ = sizes.search(config, base, params, asked, method, mesh, rows)
         found += structured_programs.search(base.model, params, space, method, walk)
     found += structured_programs.structured_pruning(base.model, params, target, method, mesh, walk, known=bool(asked))
     return found, abstract_artifact.abstract_result(config, small, target, base=base)

@@ -1,6 +1,7 @@
 """The prune stage: what it writes loads, has the shapes or the zeros it claims, and bad requests write nothing."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from llmctl.compress.structured_pruning import budget_scan, measured_walk, sizes
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
+from llmctl.data.config import DataConfig
+from llmctl.data.tokenizers import loading
 from llmctl.distributed import mesh as meshes
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
@@ -124,7 +127,7 @@ def test_what_a_weight_does_not_allow_is_refused_before_the_search(artifacts, tm
     base = artifact.load(artifacts / "lm")
     config = stage.Config(**settings, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     devices = meshes.make(config.mesh)
-    space, _, _ = sizes.search(config, base, base.params, ("parameters", 0.6), config.structure, devices)
+    space, _, _ = sizes.search(config, base, base.params, ("parameters", 0.6), config.structure, devices, 300)
     assert (space.heads, space.multiple, space.hidden) == ([2], 2, [16, 14, 12, 10, 8, 6, 4])
 
 
@@ -132,6 +135,64 @@ def test_a_budget_of_bytes_is_that_of_the_arrays(artifacts, tmp_path, reviews):
     quantize.run(quantize.Config(), artifacts / "lm", Context(tmp_path / "int8", tmp_path / "work", "key"))
     made = run(tmp_path, tmp_path, "int8", budget={"bytes": 0.8}, data=reviews, examples=16)
     assert made.manifest.metrics["budget"]["size"] == made.manifest.weight_bytes
+
+
+@pytest.fixture
+def few_words(tmp_path):
+    file = tmp_path / "few.csv"
+    file.write_text(
+        "text,label\n" + "".join(f"{word} warm cold {i},pos\n" for i, word in enumerate(("fine", "dull") * 9))
+    )
+    return DataConfig(source="csv", path=str(file), validation=0.2, test=0.2)
+
+
+@pytest.mark.parametrize(
+    ("parent", "asked"), [("lm", "unused"), ("encoder", "unused"), ("lm", 288), ("classifier", 296)]
+)
+def test_tokens_that_the_data_lacks_go(artifacts, tmp_path, few_words, parent, asked, capsys):
+    """All splits are read. The corpus is the same after encoding and decoding, also if the width changes too."""
+    more = {"remove_hidden": 0.5, "examples": 4} if parent == "classifier" else {}
+    made = run(artifacts, tmp_path, parent, vocabulary=asked, data=few_words, **more)
+    old, new = (loading.load(path) for path in (artifacts / parent / "tokenizer", made.path / "tokenizer"))
+    about, manifest = made.manifest.metrics["vocabulary"], made.manifest
+    assert about["after"] == new.vocab_size == made.model.vocab_size == len(made.params["embed"]["tokens"]) < 300
+    assert manifest.tokenizer == new.digest and manifest.parameters < about["before"] * 16 + manifest.parameters
+    assert isinstance(asked, str) or about["after"] == asked
+    texts = [line.rpartition(",")[0] for line in Path(few_words.path).read_text().splitlines()[1:]]
+    before, after = old.encode_batch(texts), new.encode_batch(texts)
+    assert [new.decode(ids) for ids in after] == [old.decode(ids) for ids in before] == texts
+    assert about["tokens_before"] == sum(map(len, before)) and about["tokens_after"] == sum(map(len, after))
+    if asked == "unused":
+        assert about["tokens_before"] == about["tokens_after"]
+        rows = [old._sp.piece_to_id(new.piece(i)) for i in range(new.vocab_size)]
+        table = artifact.load(artifacts / parent).params["embed"]["tokens"]
+        np.testing.assert_array_equal(made.params["embed"]["tokens"], np.asarray(table)[rows])
+    assert f"vocabulary: 300 → {about['after']} tokens" in capsys.readouterr().err
+
+
+def test_vocabularies_that_cannot_shrink_write_nothing(artifacts, tmp_path, reviews, few_words):
+    for data, asked, message in (
+        (few_words, 300, "300 to keep, but .* has 300 tokens"),
+        (few_words, 100, "100 to keep, but the special tokens and bytes alone are"),
+        (few_words, 280, "280 to keep, but special tokens, bytes and the characters of the data are 28"),
+        (few_words, 291, "embed/tokens: vocab_in of size 291 is not divisible"),
+    ):
+        mesh = MeshConfig(tensor=2) if asked == 291 else MeshConfig()
+        with pytest.raises(RequestError, match=message):
+            run(artifacts, tmp_path, "lm", vocabulary=asked, data=data, mesh=mesh)
+        assert not (tmp_path / "out").exists()
+    run(artifacts, tmp_path / "small", "lm", vocabulary="unused", data=reviews)
+    with pytest.raises(RequestError, match="the data uses all 291 tokens; nothing to remove"):
+        run(tmp_path / "small", tmp_path / "again", "out", vocabulary="unused", data=reviews)
+
+
+def test_a_vocabulary_and_a_budget_go_together(artifacts, tmp_path, few_words):
+    """The budget is a fraction of the unpruned model, and counts the smaller table."""
+    made = run(artifacts, tmp_path, "lm", vocabulary=290, budget={"parameters": 0.6}, data=few_words, examples=4)
+    before = artifact.read_manifest(artifacts / "lm").parameters
+    found = made.manifest.metrics["budget"]
+    assert found["size"] == made.manifest.parameters and found["limit"] == pytest.approx(0.6 * before)
+    assert made.model.vocab_size == 290 and 0.99 * 0.6 * before <= found["size"] <= 0.6 * before
 
 
 def test_budgets_below_the_smallest_model_write_nothing(artifacts, tmp_path, reviews):
@@ -318,7 +379,7 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"layers": 2, "repair": True, "importance": "random"}, "importance, repair: for heads, ffn and hidden; layers"),
     ({"method": "wanda", "importance": "random"}, "importance: not for method 'wanda'; set method to 'structured'"),
     ({"heads": 2, "importance": "wanda"}, "'contribution', 'activation', 'taylor', 'magnitude' or 'random'"),
-    ({}, "a budget, or at least one of heads, ffn, layers and hidden"),
+    ({}, "a budget, or at least one of heads, ffn, layers, hidden and vocabulary"),
     ({"ffn": 0.5, "budget": {"parameters": 0.5}}, "budget chooses the sizes, .*; leave out ffn, or budget"),
     ({"heads_by": "queries", "budget": {"flops": 0.5}}, "leave out heads_by, or budget"),
     ({"budget": {"bytes": 0.5, "flops": 0.5}}, "bytes and flops: say one of them"),

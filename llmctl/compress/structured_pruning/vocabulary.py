@@ -1,0 +1,244 @@
+"""Choose the tokens that a corpus needs, and remove all other rows of the embedding table and the output projection.
+
+The tokens of all texts of the data are counted, of all splits, as the texts are read. With "unused", exactly those
+tokens are removed that no text has, so that all texts have the same tokens as before. The complete data is tokenized
+again to check this. With a number, the most frequent tokens stay. Texts with removed tokens are spelled by others, and
+must read the same after decoding.
+
+Shapes: V tokens before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.compress.calibration.measurements import Measurements
+from llmctl.compress.structured_pruning.settings import StructuredSettings
+from llmctl.compress.structured_pruning.shrink import take_everywhere
+from llmctl.config.errors import RequestError
+from llmctl.convert import tokenizer_subset
+from llmctl.data import columns, splits
+from llmctl.data.corpus import CHUNK
+from llmctl.data.tokenizers import loading, vocabulary_subset
+from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.data.tokenizers.vocabulary_subset import Vocabulary
+from llmctl.distributed import processes
+from llmctl.evaluate.tasks.registry import of
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.model.generate.chat_template import Template
+
+Params = dict[str, Any]
+Encode = Callable[[Tokenizer, list[Any]], list[list[int]]]
+"""Function (tokenizer, texts or conversations) -> their token ids."""
+MESSAGES = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+"""Conversation whose tokens stay if the tokenizer has a chat template."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Store the tokens that stay, and the new tokenizer."""
+
+    ids: np.ndarray
+    """Ids of the kept tokens before pruning, ascending. The n-th gets the id n."""
+    folder: Path
+    """Folder of the new tokenizer."""
+    about: dict[str, Any]
+    """JSON data: the numbers of tokens in the vocabulary and in the corpus, before and after."""
+
+
+def choose(
+    config: StructuredSettings, base: Artifact, work: Path, saved: Measurements, say: Callable[[str], None]
+) -> Kept:
+    """Count the tokens of the data, choose those that stay, and write the new tokenizer.
+
+    Args:
+      config: settings of the stage.
+      base: artifact of the saved model.
+      work: folder of the stage, in which the new tokenizer is written.
+      saved: counts of an interrupted run.
+      say: function that prints a line.
+
+    Raises:
+      RequestError: If the tokenizer cannot lose tokens exactly, nothing would be removed, or too few tokens would stay.
+    """
+    if base.tokenizer_dir is None:
+        raise RequestError(f"{base.path}: has no tokenizer, so no tokens can be removed from its vocabulary")
+    old = loading.load(base.tokenizer_dir)
+    vocabulary = vocabulary_subset.of(old)
+    _check_number(config.vocabulary, vocabulary, base)
+    corpus, encode = _corpus(config, base)
+    counted = saved.get("vocabulary", lambda: _count(old, vocabulary, corpus(), encode))
+    counts_V, fixed = counted["counts"], vocabulary.fixed | set(counted["needed"].tolist())
+    if config.vocabulary == "unused":
+        ids = _used(vocabulary, counts_V, fixed)
+    else:
+        ids = _most_frequent(vocabulary, counts_V, fixed, int(config.vocabulary))
+    if len(ids) == base.model.vocab_size:
+        raise RequestError(f"vocabulary: the data uses all {len(ids):,} tokens; nothing to remove")
+    folder = work / "tokenizer"
+    with processes.process_0_first():
+        if processes.first():
+            tokenizer_subset.write(base.tokenizer_dir, ids, base.model.vocab_size, folder)
+    new = loading.load(folder)
+    after = _checked(old, new, ids, corpus(), encode, exact=config.vocabulary == "unused")
+    before = int(counts_V.sum())
+    about = {"before": base.model.vocab_size, "after": len(ids), "tokens_before": before, "tokens_after": after}
+    about["used"] = int((counts_V > 0).sum())
+    say(f"vocabulary: {about['before']:,} → {len(ids):,} tokens; the data has {before:,} → {after:,} of them")
+    return Kept(np.array(ids), folder, about)
+
+
+def rows_after(config: StructuredSettings, cfg: ModelConfig) -> int:
+    """Return the number of tokens after pruning if it is known before the data is read, otherwise the present one."""
+    return config.vocabulary if isinstance(config.vocabulary, int) else cfg.vocab_size
+
+
+def cut(cfg: ModelConfig, params: Params, kept: np.ndarray) -> tuple[ModelConfig, Params]:
+    """Return the config and the parameters with only the rows `kept` of all tables of the vocabulary."""
+    target = ModelConfig.model_validate({**cfg.model_dump(), "preset": "", "vocab_size": len(kept)})
+    flat = weights.flatten(params)
+    take_everywhere(flat, axes(cfg), kept)
+    return target, weights.unflatten(flat)
+
+
+def axes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the axes, from the end, whose length is the number of tokens, by the path of the weight.
+
+    >>> axes(ModelConfig(preset="llama-tiny"))
+    {'embed/tokens': (-2,)}
+    """
+    larger = cfg.model_copy(update={"vocab_size": cfg.vocab_size + 1, "preset": ""})
+    one, other = (weights.flatten(functional.abstract(c)) for c in (cfg, larger))
+    found = {p: tuple(i - a.ndim for i in range(a.ndim) if a.shape[i] != other[p].shape[i]) for p, a in one.items()}
+    return {path: own for path, own in found.items() if own}
+
+
+def _check_number(asked: str | int, vocabulary: Vocabulary, base: Artifact) -> None:
+    """Check a number of tokens before the data is read.
+
+    Raises:
+      RequestError: If the number is too large, or too small for the tokens that always stay.
+    """
+    if isinstance(asked, int) and asked >= len(vocabulary.tokens):
+        raise RequestError(f"vocabulary: {asked:,} to keep, but {base.path} has {len(vocabulary.tokens):,} tokens")
+    if isinstance(asked, int) and asked < len(vocabulary.fixed):
+        raise RequestError(
+            f"vocabulary: {asked:,} to keep, but the special tokens and bytes alone are {len(vocabulary.fixed):,}"
+        )
+
+
+def _corpus(config: StructuredSettings, base: Artifact) -> tuple[Callable[[], Iterator[Any]], Encode]:
+    """Return a function that iterates over all texts or conversations of the data, and one that encodes them."""
+    talks = of(base.manifest).reads_conversations and columns.holds_conversations(config.data)
+    found = splits.load(config.data, labels=False, conversations=talks)
+    rows = (e for e in found.examples.values() if len(e))
+    every = list(rows)
+
+    def texts() -> Iterator[Any]:
+        for row in itertools.chain.from_iterable(every):
+            if talks:
+                yield row["messages"], row.get("tools")
+                continue
+            for name in sorted(row):
+                if isinstance(row[name], str):
+                    yield row[name]
+                elif name == "tokens":  # words, which have one label each
+                    yield " ".join(row[name])
+
+    def conversations(tokenizer: Tokenizer, given: list[Any]) -> list[list[int]]:
+        template = Template(tokenizer.chat_template, tokenizer)
+        return [tokenizer.encode_with_special(template.render(m, tools, prompt=False)) for m, tools in given]
+
+    return texts, conversations if talks else lambda tokenizer, given: tokenizer.encode_batch(given)
+
+
+def _count(
+    tokenizer: Tokenizer, vocabulary: Vocabulary, corpus: Iterator[Any], encode: Encode
+) -> dict[str, np.ndarray]:
+    """Return the count of each token, [V], and the ids of tokens that are needed although no text has them."""
+    counts_V, needed = np.zeros(tokenizer.vocab_size, np.int64), _of_template(tokenizer)
+    for chunk in _chunks(corpus):
+        for given, ids in zip(chunk, encode(tokenizer, chunk), strict=True):
+            counts_V += np.bincount(np.asarray(ids, np.int64), minlength=len(counts_V))
+            if tokenizer.unk_id in ids and isinstance(given, str):
+                needed |= vocabulary.on_the_way(given)
+    return {"counts": counts_V, "needed": np.array(sorted(needed), np.int64)}
+
+
+def _of_template(tokenizer: Tokenizer) -> set[int]:
+    """Return the tokens that the tokenizer's chat template writes itself."""
+    if tokenizer.chat_template is None:
+        return set()
+    for messages in (MESSAGES, MESSAGES[1:]):  # some templates have no system message
+        try:
+            return set(tokenizer.encode_with_special(Template(tokenizer.chat_template, tokenizer).render(messages)))
+        except RequestError:
+            continue
+    return set()
+
+
+def _used(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int]) -> list[int]:
+    """Return the ids of the tokens that the counted texts need."""
+    used = {*np.flatnonzero(counts_V).tolist(), *fixed}
+    return sorted(set[int]().union(*(vocabulary.needed(i) for i in used)))
+
+
+def _most_frequent(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int], number: int) -> list[int]:
+    """Return the ids of `number` tokens: those that always stay, characters, and the most frequent others.
+
+    A token that others lead to counts with them, so it may be left out for a less frequent one that needs fewer.
+
+    Raises:
+      RequestError: If the tokens that always stay, and those of the corpus' characters, are more.
+    """
+    used = np.flatnonzero(counts_V).tolist()
+    kept = set[int]().union(*(vocabulary.needed(i) for i in fixed)) | vocabulary.characters(used)
+    if len(kept) > number:
+        raise RequestError(
+            f"vocabulary: {number:,} to keep, but special tokens, bytes and the characters of the data are "
+            f"{len(kept):,}"
+        )
+    order = [int(i) for i in np.argsort(-counts_V, kind="stable") if int(i) in vocabulary.tokens]
+    while len(kept) < number:
+        for i in order:
+            more = vocabulary.needed(i) - kept if i not in kept else set[int]()
+            if len(kept) + len(more) <= number:
+                kept |= more
+    return sorted(kept)
+
+
+def _checked(
+    old: Tokenizer, new: Tokenizer, kept: list[int], corpus: Iterable[Any], encode: Encode, *, exact: bool
+) -> int:
+    """Return the number of tokens of the corpus by the new tokenizer.
+
+    Raises:
+      RequestError: If a text has other tokens (`exact`), or reads otherwise after encoding and decoding.
+    """
+    at_V, total = np.full(old.vocab_size, -1), 0
+    at_V[kept] = np.arange(len(kept))
+    for chunk in _chunks(corpus):
+        for before, after in zip(encode(old, chunk), encode(new, chunk), strict=True):
+            total += len(after)
+            same = at_V[np.asarray(before, np.int64)].tolist() == after
+            if not same and (exact or old.decode(before) != new.decode(after)):
+                raise RequestError(
+                    "vocabulary: without the removed tokens the tokenizer reads "
+                    f"{old.decode(before)[:60]!r} otherwise; keep more tokens"
+                )
+    return total
+
+
+def _chunks(corpus: Iterable[Any]) -> Iterator[list[Any]]:
+    """Split texts into lists, each for one call of the tokenizer."""
+    waiting = iter(corpus)
+    while chunk := list(itertools.islice(waiting, CHUNK)):
+        yield chunk
