@@ -56,7 +56,7 @@ class Scan:
     state: np.ndarray
     """State of each row, uint8 [R]: KEPT, FILTERED (removed by `data.filter`), BLANK (no text) or UNLABELED."""
     fraction: np.ndarray
-    """Hash of each text in [0, 1), float64, which determines the row's split."""
+    """Hash of each text as a number in [0, 1), float64. The hash determines the row's split."""
     key: np.ndarray
     """Hash of each row's normalized texts: the first 16 bytes of SHA-256. Rows with equal keys are duplicates."""
     digest: np.ndarray
@@ -66,7 +66,7 @@ class Scan:
     labels: list[Label]
     """Label of each row with the state KEPT, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """Location of the first row with each word label, by label, for error messages; empty if words have no labels."""
+    """First location of each word label, by label, for error messages; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:

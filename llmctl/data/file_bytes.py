@@ -64,9 +64,8 @@ def line_offsets(data: bytes | bytearray | mmap.mmap, path: epath.Path) -> tuple
         data: Bytes of the text.
         path: Path of the file, for the error message.
 
-    Returns:
-        For each of these N lines, the byte offset of its start and of its end, and its line number from 1, int64 [N]
-        each.
+    Returns: Three arrays for the N lines, int64 [N]: byte offsets of the starts, byte offsets of the ends, and line
+        numbers from 1.
 
     Raises:
         RequestError: If a line is longer than `limits.LINE`.
@@ -92,7 +91,7 @@ def _check_length(path: epath.Path, number: int, size: int) -> None:
         size: Length of the line in bytes or characters.
 
     Raises:
-        RequestError: If it exceeds `limits.LINE`.
+        RequestError: If the line is longer than `limits.LINE`.
     """
     if size > limits.LINE:
         raise RequestError(f"{path}:{number}: a line of {size:,} bytes; {limits.LINE:,} at most, so break it up")

@@ -22,7 +22,7 @@ def read(choices: Any, answer: Any) -> tuple[tuple[str, ...], int]:
         answer: Index of the correct choice from 0, its text, or its name. Default names are the letters A, B, ….
 
     Raises:
-        RequestError: If there are fewer than two different choices, or the answer is not one of them.
+        RequestError: If there are fewer than two different choices, or the answer is none of the choices.
     """
     texts, names = texts_of(choices)
     letters = [chr(ord("A") + k) for k in range(len(texts))]

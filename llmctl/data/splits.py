@@ -44,7 +44,7 @@ class Examples:
     index: np.ndarray
     """Row numbers in `source`, ascending."""
     fraction: np.ndarray
-    """Hash of each text in [0, 1), float64, which determines the row's split."""
+    """Hash of each text as a number in [0, 1), float64. The hash determines the row's split."""
     digests: np.ndarray
     """Hash of each row's exact texts: the first 16 bytes of SHA-256."""
     chars: np.ndarray

@@ -325,7 +325,7 @@ class _BoundedFormatter(SandboxedFormatter):
         return super().format_field(value, format_spec)
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        """Convert a value by `!r` or `!s`. Its size counts as steps."""
+        """Convert a value by `!r` or `!s`. The size of the value counts as steps."""
         return super().convert_field(self._sandbox.read(value), conversion)
 
 

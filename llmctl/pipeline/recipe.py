@@ -44,8 +44,8 @@ class Step:
     out: Path
     parent: str | Path | None
     others: dict[str, str | Path] = field(default_factory=dict)
-    """Artifacts that the stage reads in addition to the parent, such as the teacher of `distill`. The keys are their
-    names in the config."""
+    """Artifacts that the stage reads in addition to the parent, such as the teacher of `distill`. The keys are the
+    names of the artifacts in the config."""
 
     @property
     def name(self) -> str:

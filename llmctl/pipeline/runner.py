@@ -111,7 +111,7 @@ def run(
 
 
 def plan(recipe: Recipe) -> list[StageStatus]:
-    """Return every stage with the reason why it has to run, but run none.
+    """Return every stage with the reason why it has to run. No stage is run.
 
     Each stage also has its key, a hash of its settings in the recipe and of its input files on disk.
 

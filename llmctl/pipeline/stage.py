@@ -12,7 +12,7 @@ A stage is one module:
         ...  # optional: the programs that `llmctl plan` compiles, and the artifact of the stage
 
 `base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. If a stage
-does not define `programs`, a plan assumes that it compiles nothing and that its arrays have its parent's shapes.
+does not define `programs`, a plan assumes that the stage compiles nothing and writes arrays with the parent's shapes.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class StageConfig(Config):
 
 
 def required(config: StageConfig, parent: T | None) -> T:
-    """Return the parent of a stage that requires one.
+    """Return the parent of a stage that requires a parent.
 
     Raises:
       RequestError: If the stage has no parent.

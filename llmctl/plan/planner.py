@@ -77,8 +77,8 @@ def programs_of(
 ) -> list[tuple[str, Program]]:
     """Return the programs of the chosen stages, each with its stage's name. Nothing is compiled.
 
-    Stages that are not chosen only supply the shapes of the model that they would write. Their meshes may need another
-    number of devices.
+    A stage that is not chosen only supplies the shapes of the model that it would write. The mesh of such a stage may
+    need another number of devices.
 
     Args:
       recipe, chosen, generate, say, kv_cache: see `plans`.
@@ -152,7 +152,8 @@ def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
 def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
     """Return a stage's programs and the artifact that it would write.
 
-    If a stage declares no programs, it is assumed to compile nothing and to write arrays with its parent's shapes.
+    If a stage declares no programs, the plan assumes that it compiles nothing and writes arrays with the parent's
+    shapes.
     """
 
     def there(named: str | Path) -> Artifact:

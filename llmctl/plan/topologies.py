@@ -60,7 +60,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Return the number of JAX devices. The product of the mesh axes must equal it."""
+        """Return the number of JAX devices. The product of the mesh axes must equal this number."""
         return self.chips * self.chip.devices
 
     @property

@@ -26,7 +26,7 @@ Sums = dict[str, jax.Array]
 NEVER = 2**31 - 1
 """Number of updates that stands for "never": `Job.starts` returns it for arrays or layers that stay frozen."""
 EXTRA = "extra/"
-"""Prefix, in the training state, of the names of trained arrays that are not part of the model (`Job.extra`)."""
+"""Prefix of names in the training state: trained arrays outside the model (`Job.extra`) have this prefix."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Learner:
     beside: ModelConfig | None = None
     """Config of another model, such as a teacher, whose forward pass runs in each step; None if there is none."""
     temperature: float = COSINE_TEMPERATURE
-    """Temperature of embedding losses: similarities of embeddings are divided by it."""
+    """Temperature of embedding losses: the divisor of the similarities between embeddings."""
     settings: Any = None
     """Settings that only the task reads: the section of the config whose name is `task.section`."""
     labels: Sequence[str] = ()
@@ -61,8 +61,8 @@ class Learner:
     job_fields: dict[str, Any] = field(default_factory=dict)
     """Further fields of the training job (`llmctl.train.job.Job`), by name."""
     step_fields: Callable[[dict[str, Any], int], dict[str, Any]] = lambda params, steps: {}
-    """Function (initial parameters, number of training steps) -> fields of the training job that depend on them, by
-    name.
+    """Function (initial parameters, number of training steps) -> fields of the training job that depend on these
+    arguments, by name.
     """
     adapt_job: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
     """Function (job, number of steps) -> the job to run. The function may, for example, replace the loss. By default it

@@ -72,7 +72,8 @@ def fit(
       title: name of the run in the log.
       about: lines to print before training.
 
-    Returns: (parameters, metrics by name). If `optim.ema` is set, they are the averaged parameters.
+    Returns:
+      (parameters, metrics by name). If `optim.ema` is set, these are the moving averages of the parameters.
 
     Raises:
       Interrupted: If SIGTERM or Ctrl-C arrived. A checkpoint was written, and the same command continues the run.
@@ -305,7 +306,7 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
 
 
 def improves(value: float, best: float, minimized: bool) -> bool:
-    """Return whether a metric's value is better than the best one so far. Every number is better than NaN.
+    """Return whether a metric's value is better than the best value so far. Every number is better than NaN.
 
     >>> improves(0.5, 0.7, True), improves(9.0, math.nan, True), improves(math.nan, 0.7, False)
     (True, True, False)

@@ -20,8 +20,8 @@ from llmctl.config.errors import Interrupted
 from llmctl.distributed import processes
 
 LAG = 2
-"""Number of steps from the start of an exchange of stop requests to the reading of its result. The exchange is finished
-by then, so that reading does not wait."""
+"""Number of steps after which the result of an exchange of stop requests is read. The exchange is then finished, so
+reading does not wait."""
 
 
 class StopRequested(Interrupted):

@@ -25,8 +25,8 @@ class SparsifyConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     sparsity: float = Field(default=0.0, ge=0, lt=1)
-    """Prune during training: fraction of each matrix of the layers that is zero in the result. 0 prunes nothing, unless
-    pattern is N:M. Later stages keep the zeros."""
+    """Prune during training: set this fraction of each matrix in the layers to zero. 0 prunes nothing, unless pattern
+    is N:M. Later stages keep the zeros."""
     schedule: Literal["cubic", "once", "constant"] = "cubic"
     """Sparsity by step. cubic: rise from 0 at step start to the full sparsity at step end, first fast and then slowly.
     once: prune at step end. constant: full sparsity from step start on."""
@@ -90,7 +90,7 @@ class SparsifyConfig(Config):
     def steps(self, total: int) -> tuple[int, int, int]:
         """Return (start, end, every) in steps of a run of `total` steps.
 
-        The zeros of schedule constant with score magnitude are chosen once, so that `end` is then 1 step after `start`.
+        The zeros of schedule constant with score magnitude are chosen once, so `end` is 1 step after `start`.
 
         Raises:
           RequestError: If no step is left between `start` and `end`, or `end` is after the last step.

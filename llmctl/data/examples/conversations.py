@@ -88,7 +88,7 @@ class ConversationRows(ExampleRows):
 
     @property
     def log_lines(self) -> list[str]:
-        """Return log lines with numbers of conversations: truncated, dropped, and with answers that do not count in the
+        """Return log lines: how many conversations are truncated or dropped, and how many answers do not count in the
         loss."""
         reasons = {
             "lose their first exchanges": self.shortened,

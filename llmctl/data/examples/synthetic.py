@@ -39,7 +39,7 @@ class SyntheticText(Text):
 
         Args:
             cfg: Settings of the data. The data itself is not read.
-            columns: Columns that the task reads, in addition to those that `cfg` maps.
+            columns: Columns that the task reads, in addition to the columns that `cfg` maps.
             seq_len: Minimum document length in tokens.
             classes: Class names, if `cfg` has none; two by default.
         """

@@ -75,7 +75,7 @@ class Text:
 
     @property
     def epochs(self) -> float:
-        """Return the maximum number of epochs: the smallest maximum of all sources, or 0 if no source has one."""
+        """Return the maximum number of epochs: the smallest maximum of all sources, or 0 if no source has a maximum."""
         return min((part.epochs for part in self._cfg.parts() if part.epochs), default=0.0)
 
     def tokenizer(self, cfg: TokenizerConfig) -> Tokenizer:

@@ -45,7 +45,7 @@ class PairRows:
 
     Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. In each group,
     exactly half of the rows with a label have next_label 0. If a passage has no partner, it has two rows `bos A eos B
-    eos` with next_label -1 (no label). If it has no sentence boundary, these rows are `bos A eos`.
+    eos` with next_label -1 (no label). If such a passage has no sentence boundary, these rows are `bos A eos`.
 
     A document of n tokens has about n / T passages per epoch. Each passage has two rows. The offset of a passage in its
     document is sampled again in every epoch. Rows exist for all row numbers, because epochs follow one another without

@@ -65,8 +65,8 @@ def causal(packed: Packed) -> Batch:
 class Layout:
     """Store where each piece of a document is in the token sequence of one epoch.
 
-    A piece is a document or a part of one. The epoch's token sequence is divided into rows of T tokens. Tokens of the
-    sequence that belong to no piece are padding. Each array has one entry per piece, int64 [P].
+    A piece is a document or a part of a document. The epoch's token sequence is divided into rows of T tokens. Tokens
+    of the sequence that belong to no piece are padding. Each array has one entry per piece, int64 [P].
     """
 
     start: np.ndarray
@@ -204,7 +204,8 @@ class PackedRows:
 
         Args:
             doc: Index of the document.
-            offset: Index of the token in the document, whose first token is `bos` (if added) and whose last is `eos`.
+            offset: Index of the token in the document, which includes `bos` at its start (if added) and `eos` at its
+                end.
             where: Whether there is a token; otherwise the result is the padding token.
         """
         bos = self._tokenizer.add_bos

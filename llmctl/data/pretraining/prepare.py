@@ -77,8 +77,8 @@ def prepare(
 ) -> Prepared:
     """Tokenize a corpus, write it to the folder `out`, and return the description of the folder.
 
-    `llmctl.data.pretraining.prepared` describes the files. They are first written to a hidden folder next to `out`,
-    which is renamed when it is complete.
+    `llmctl.data.pretraining.prepared` describes the files. The files are first written to a hidden folder next to
+    `out`. When the hidden folder is complete, it is renamed to `out`.
 
     Args:
         data: Settings of the data.
@@ -163,7 +163,7 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, text: splits.Splits) -> s
 def _begin(work: Path, key: str, cfg: TokenizerConfig, text: splits.Splits, say: Callable[[str], None]) -> Tokenizer:
     """Create the temporary folder of a preparation, and a tokenizer in it.
 
-    If an earlier call with the same settings has done so, its tokenizer is loaded.
+    If an earlier call with the same settings created the folder, the tokenizer in the folder is loaded.
 
     Args:
         work: Temporary folder.

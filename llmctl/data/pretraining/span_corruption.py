@@ -158,7 +158,8 @@ def prefix(packed: Packed, words: Vocabulary, *, seed: int = 0) -> Batch:
     The encoder reads the beginning of each document, and the decoder predicts the rest. The position at which a
     document is divided is sampled uniformly. Encoder and decoder rows have as many tokens as the packed rows.
 
-    Returns: Arrays with the same names as in the result of `corrupted`, int32 or float32 [B, T].
+    Returns:
+        Arrays with the same names as in the result of `corrupted`, int32 or float32 [B, T].
     """
     width = packed.tokens.shape[1]
     where_BT = uniform(packed.rows, width, seed, 6)

@@ -51,7 +51,7 @@ def table(path: epath.Path, cfg: SourceConfig) -> Source:
 def _filled(path: epath.Path, columns: list[str], rows: list[tuple[str, ...]]) -> list[int]:
     """Return the indices of the columns to keep: all columns that have a name or a value.
 
-    Spreadsheets add such empty columns. The first column may lack a name, as in tables with row numbers.
+    Spreadsheets add empty columns without a name. The first column may lack a name, as in tables with row numbers.
 
     Raises:
         RequestError: If another column has values but no name.

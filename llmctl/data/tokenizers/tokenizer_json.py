@@ -103,7 +103,7 @@ class JsonTokenizer(Tokenizer):
             name: Kind of the token: "bos", "eos", "pad", "unk" or "mask".
 
         Raises:
-            ValueError: If the caller gave a text for this token, and it is not in the vocabulary.
+            ValueError: If the caller gave a text for this token, and the vocabulary does not contain the text.
         """
         spellings = (self.special[name],) if name in self.special else SPELLINGS[name]
         for spelling in spellings:

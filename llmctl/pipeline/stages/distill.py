@@ -46,7 +46,7 @@ class Config(StageConfig):
     model: ModelConfig | None = None
     """Sizes of a new student, which is used instead of the artifact in `from`."""
     data: DataConfig = DataConfig()
-    """Training examples, with the columns that the teacher's task needs in finetune."""
+    """Training examples, with the columns that the stage finetune needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of the teacher's and the student's softmax. Above 1 both distributions are softer."""
     hard: float = Field(default=0.1, ge=0, le=1)

@@ -74,7 +74,7 @@ class Config(StageConfig):
     vectors that are similar for pairs of texts, or that match given scores. choice: one of several choices per prompt.
     preference: the better of two completions becomes more likely. chat: answers of the assistant in conversations.
     seq2seq: completions of prompts, validated by generation (translation, summarization). lm: language modelling. If
-    the data has completions, only they count in the loss."""
+        the data has completions, only the completions count in the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
     dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
@@ -168,7 +168,7 @@ class Config(StageConfig):
         return self
 
     def _check_fake_quantize(self) -> None:
-        """Raise a ValueError if matrices would be rounded that are not trained, or that the loss does not read."""
+        """Raise a ValueError if a matrix to round is not trained, or is not read by the loss."""
         if not self.fake_quantize.active:
             return
         if not METHODS[self.method].changes_base:
@@ -185,7 +185,7 @@ class Config(StageConfig):
             )
 
     def _check_sparsify(self) -> None:
-        """Raise a ValueError if weights would be pruned that are not trained, or that the loss does not read."""
+        """Raise a ValueError if weights to prune are not trained, or are not read by the loss."""
         if not self.sparsify.active:
             return
         if not METHODS[self.method].changes_base:
@@ -223,7 +223,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def _metric(config: Config, made: Manifest) -> str:
     """Return the name of the metric that selects the best of several seeds.
 
-    `made` is the manifest of the artifact of any seed, because the artifacts differ only in the seed.
+    `made` is the manifest of any seed's artifact. All of these artifacts have the same metrics.
     """
     return config.train.best_by or TASKS[config.task].best(made.labels)
 

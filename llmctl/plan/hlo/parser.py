@@ -75,7 +75,7 @@ class Instruction:
         return found
 
     def attribute(self, name: str) -> str:
-        """Return the text of an attribute up to the next one, or an empty string if the attribute is missing."""
+        """Return the text of an attribute up to the next attribute, or an empty string if the attribute is missing."""
         found = re.search(rf"(?:^|[ ,]){name}=(\{{[^}}]*\}}|[^,\s]*)", self.attributes)
         return found[1] if found else ""
 

@@ -27,7 +27,7 @@ DEVIATION = 0.02
 
 
 class AdaLora(Method):
-    """Train low-rank updates of matrices, whose ranks share a budget, and the task's head."""
+    """Train low-rank updates of matrices, with a common budget of ranks, and train the task's head."""
 
     name = "adalora"
     settings = ("lora", "adalora", "merge")

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SCALE = {"sequential": 1.0, "parallel": 4.0}
-"""Default factor by which the adapters' output is multiplied, by form. Each default is from the paper that introduced
-the form."""
+"""Default scale of the adapters' output, by form. Each default is from the paper that introduced the form."""
 
 
 class Houlsby(Method):

@@ -129,8 +129,7 @@ class Lora(Method):
         """Return the factor by which the learning rate of an array is multiplied.
 
         In LoRA+, the factor is `lora.plus_ratio` for the second matrix `b` of each adapter, and 1 for all other arrays.
-        In the adapter of the token embeddings, `b` has the factor 1 too, because there the matrix that starts at zero
-        is `a`.
+        In the adapter of the token embeddings, `a` starts at zero instead of `b`, so `b` has the factor 1 too.
         """
         from llmctl.model import weights
 

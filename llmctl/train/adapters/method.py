@@ -88,12 +88,13 @@ class Method:
     def tokenizer_dir(self, config: Any, model: ModelConfig, folder: Path, work: Path) -> Path:
         """Return the folder of the finetuned model's tokenizer. The default is `folder`, the parent model's tokenizer.
 
-        A method that changes the tokenizer writes the changed one to the folder `work`.
+        A method that changes the tokenizer writes the changed tokenizer to the folder `work`.
         """
         return folder
 
     def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
-        """Raise RequestError if the method cannot train on these rows (token sequences). The default accepts all."""
+        """Raise RequestError if the method cannot train on these rows (token sequences). The default accepts all
+        rows."""
 
     def attach(
         self, config: Any, model: ModelConfig, params: Params, key: jax.Array, mesh: jax.sharding.Mesh

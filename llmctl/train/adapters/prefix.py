@@ -161,8 +161,8 @@ class Prefix(Method):
 def projection(config: Any, params: Params) -> dict[str, jax.Array]:
     """Return the initial parameters, by name, of the network that computes the prefix. All parameters are replicated.
 
-    The arrays are abstract if the arrays of `params` are. `embedding` [P, W] is normally distributed. `first` [W, H],
-    `last` [H, 2 * L * W] and their biases are uniform, as the linear layers of torch.
+    If the arrays of `params` are abstract, the result is abstract too. `embedding` [P, W] is normally distributed.
+    `first` [W, H], `last` [H, 2 * L * W] and their biases are uniformly distributed, as in torch's linear layers.
     """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec

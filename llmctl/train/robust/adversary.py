@@ -1,4 +1,4 @@
-"""Define the interface of adversarial training methods: their settings, their loss, and its cost.
+"""Define the interface of adversarial training methods: settings, loss and cost.
 
 A new method is a subclass of `Adversary`. An instance of the subclass is registered in `llmctl.train.robust.registry`.
 Most methods override `passes`, which gets a function `pull`. Each call of `pull` runs one forward and backward pass

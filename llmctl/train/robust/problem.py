@@ -16,7 +16,8 @@ from llmctl.model.losses import Sums
 from llmctl.model.transformer import Batch, Params
 
 States = tuple[Params, jax.Array]
-"""Parameters of a network and the hidden states [B, T, D] that it computed, the input of its output head."""
+"""Pair (parameters of a network, hidden states [B, T, D] that the network computed). The output head reads the hidden
+states."""
 
 
 @dataclass(frozen=True)

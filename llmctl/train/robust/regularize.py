@@ -90,7 +90,7 @@ def mixout(own: Loss, rate: float) -> Loss:
 
 
 def from_parent(names: Collection[str], params: Params) -> list[str]:
-    """Return the names of the arrays that existed before finetuning, out of `names`.
+    """Return which of the `names` are arrays that existed before finetuning.
 
     The arrays of adapters, trained prompts, trained prefixes and the task's head are new, and are left out.
     """

@@ -115,7 +115,7 @@ def _preparation(
 def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
     """Return the job with the loss of the sections `adversarial` and `regularize`.
 
-    The arrays that this loss keeps between steps and its FLOPs per token are set too.
+    The job also gets the arrays that this loss keeps between steps, and the FLOPs per token of this loss.
     """
     asks, factor, plain = config.regularize, 1.0, job.loss
 

@@ -63,9 +63,9 @@ class AdversarialConfig(Settings):
     """Maximum norm of the random perturbation before the first step, for methods pgd, freelb and smart. Default: 0.02
     for pgd, 0.01 for freelb and 0.001 for smart, but at most epsilon."""
     weight: Positive | None = None
-    """For methods fgm and pgd: fraction of the loss that comes from perturbed rows; the rest comes from clean rows.
-    Default: 0.5 for fgm, 1 for pgd. For method smart: factor of the divergence between the outputs of clean and
-    perturbed rows. Default: 2."""
+    """Weight of perturbed rows in the loss. fgm and pgd: fraction of the loss that comes from perturbed rows; the rest
+    comes from clean rows. smart: factor of the divergence between the outputs of clean and perturbed rows. Default: 0.5
+    for fgm, 1 for pgd, 2 for smart."""
     proximal: Annotated[float, Field(ge=0)] | None = None
     """Factor of the divergence between the outputs with the current weights and with their moving average, for method
     smart. Default: 2.
