@@ -2,26 +2,21 @@
 
 `distillation` compares a student with a teacher. `symmetric_divergence` compares two forward passes of one model.
 
-Shapes: B batch, T sequence, D model width, E model width of a teacher, V vocabulary.
+Shapes: B batch, T sequence, D model width, E width of two models together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from llmctl.model.chunked_loss import Project, Tree, chunk_logits, chunked, hits, target_log_probability
+from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
 
-
-def divergence(teacher_V: jax.Array, student_V: jax.Array, temperature: float) -> jax.Array:
-    """Return the KL divergence KL(teacher || student) in nats, [...], from logits [..., V].
-
-    Both distributions are softmax outputs at `temperature`. The divergence is multiplied by the square of the
-    temperature (Hinton et al., 2015, arXiv:1503.02531).
-    """
-    log_t = jax.nn.log_softmax(teacher_V / temperature, axis=-1)
-    log_s = jax.nn.log_softmax(student_V / temperature, axis=-1)
-    return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
+Side = tuple[Project, Tree, jax.Array]
+"""Output projection of a model, its parameters, and the hidden states that it projects, [B, T, width]."""
 
 
 def symmetric_divergence(
@@ -44,12 +39,12 @@ def symmetric_divergence(
         weights_BT: Weights of the tokens.
         vocab: Size of the vocabulary.
     """
-    width = x_BTD.shape[-1]
+    width, kl = x_BTD.shape[-1], Divergence().between
 
     def fn(heads: Tree, _: Tree, both: jax.Array, weights: jax.Array) -> tuple[jax.Array, Tree]:
         p = chunk_logits(project, heads["one"], both[..., :width])
         q = chunk_logits(project, heads["other"], both[..., width:])
-        return jnp.sum((divergence(p, q, 1.0) + divergence(q, p, 1.0)) / 2 * weights), {}
+        return jnp.sum((kl(p, q) + kl(q, p)) / 2 * weights), {}
 
     both_BTE = jnp.concatenate([x_BTD, other_BTD], axis=-1)  # `chunked` differentiates one array of hidden states
     found: tuple[jax.Array, Tree] = chunked(fn, vocab, {"one": heads[0], "other": heads[1]}, (), both_BTE, weights_BT)
@@ -57,34 +52,36 @@ def symmetric_divergence(
 
 
 def distillation(
-    project: Project,
-    head: Tree,
-    x_BTD: jax.Array,
-    teacher_project: Project,
-    teacher_head: Tree,
-    teacher_x_BTE: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    vocab: int,
-    temperature: float,
-    hard: float,
+    student: Side, teachers: Sequence[Side], targets_BT: jax.Array, weights_BT: jax.Array, vocab: int, how: SoftLoss
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Compute the distillation loss: (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
+    """Compute the distillation loss of token predictions, as a weighted sum over tokens.
 
-    `divergence` defines the KL divergence. Arguments whose names begin with `teacher_` belong to the teacher. The
-    others belong to the student, and are described by `cross_entropy`.
+    The loss of a token is `how.soft` * divergence + `how.hard` * cross-entropy. If there are several teachers, their
+    probabilities are averaged. The result is differentiable with respect to the student's arrays.
+
+    Args:
+        student: Output projection and hidden states of the student.
+        teachers: Output projection and hidden states of each teacher.
+        targets_BT: Target tokens.
+        weights_BT: Weights of the targets.
+        vocab: Size of the vocabulary.
+        how: Divergence and weights.
 
     Returns:
-        The loss, and the sums {"nll", "kl", "correct", "weight"}.
+        The loss, and the sums {"nll", "correct", "weight"} and that of the divergence (`Divergence.metric`).
     """
+    project, head, x_BTD = student
+    projects, heads, taught = zip(*teachers, strict=True)
+    measure = how.divergence
 
-    def fn(head: Tree, teacher_head: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
-        teacher_x, targets, weights = aligned
+    def fn(head: Tree, heads: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
+        taught, targets, weights = aligned
         logits = chunk_logits(project, head, x)
-        kl = divergence(chunk_logits(teacher_project, teacher_head, teacher_x), logits, temperature)
+        given = [chunk_logits(*side) for side in zip(projects, heads, taught, strict=True)]
+        apart = measure.between(mean_logits(given, measure.temperature), logits)
         nll = -target_log_probability(logits, targets)[0]
         correct = hits(logits, targets) * weights
-        sums = {"nll": nll * weights, "kl": kl * weights, "correct": correct, "weight": weights}
-        return jnp.sum(((1 - hard) * kl + hard * nll) * weights), jax.tree.map(jnp.sum, sums)
+        sums = {"nll": nll * weights, measure.metric: apart * weights, "correct": correct, "weight": weights}
+        return jnp.sum(how.combined(apart, nll) * weights), jax.tree.map(jnp.sum, sums)
 
-    return chunked(fn, vocab, head, teacher_head, x_BTD, (teacher_x_BTE, targets_BT, weights_BT))
+    return chunked(fn, vocab, head, heads, x_BTD, (taught, targets_BT, weights_BT))

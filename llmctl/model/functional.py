@@ -198,7 +198,8 @@ def hidden_states(
         cfg: Config of the model.
         params: Parameters of the model.
         batch: Batch (see `hidden`).
-        layers: Indices of the selected layers, from 0, in the decoder or, if there is none, in the encoder.
+        layers: Indices of the selected layers, from 0, in the decoder or, if there is none, in the encoder. -1 selects
+            the input of the first layer: the embeddings.
         train: Whether dropout is applied.
         rng: Random key (see `hidden`).
         dtype: Dtype of the computation.

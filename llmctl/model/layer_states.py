@@ -35,7 +35,7 @@ def run(
         own: Further inputs that differ per layer, such as dropout keys, with the same leading axis.
         x_BTD: Input of the first layer.
         shared: Inputs that all layers share, such as masks.
-        layers: Indices of the layers whose outputs are kept, each at most once.
+        layers: Indices of the layers whose outputs are kept, each at most once. -1 keeps the input of the first layer.
 
     Returns:
         Output of the last layer [B, T, D], and the outputs of the selected layers [n, B, T, D], in the order of
@@ -49,10 +49,10 @@ def run(
         raise RequestError(
             "hidden states of chosen layers need mesh.pipeline = 1: its stages keep no outputs of layers"
         )
-    if len(set(layers)) < n or not set(layers) <= set(range(depth)):
+    if len(set(layers)) < n or not set(layers) <= set(range(-1, depth)):
         raise RequestError(f"layers {list(layers)} are not different layers of a stack of {depth} (0 is the first)")
-    slot_L = np.full(depth, n)
-    slot_L[list(layers)] = np.arange(n)
+    slot_of = {layer: slot for slot, layer in enumerate(layers)}
+    slot_L = np.array([slot_of.get(layer, n) for layer in range(depth)])
 
     def body(carry: tuple[jax.Array, jax.Array], each: Tree) -> tuple[tuple[jax.Array, jax.Array], None]:
         x_BTD, kept = carry
@@ -61,6 +61,7 @@ def run(
         kept = jax.lax.dynamic_update_index_in_dim(kept, x_BTD, slot, axis=0)
         return (x_BTD, meshes.constrain(kept, None, "batch", "seq", "act_embed")), None
 
-    start = (x_BTD, jnp.zeros((n + 1, *x_BTD.shape), x_BTD.dtype))
+    kept = jnp.zeros((n + 1, *x_BTD.shape), x_BTD.dtype)
+    start = (x_BTD, kept.at[slot_of[-1]].set(x_BTD) if -1 in slot_of else kept)
     (x_BTD, kept), _ = jax.lax.scan(body, start, (params, own, jnp.asarray(slot_L)))
     return x_BTD, kept[:n]

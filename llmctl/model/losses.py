@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmctl.model import chunked_divergence, chunked_loss
+from llmctl.model import chunked_loss
+from llmctl.model.divergences import EXCLUDED_LOGIT, SoftLoss
 from llmctl.model.transformer import Batch
 
 Sums = dict[str, jax.Array]
@@ -21,8 +22,6 @@ Loss = Callable[..., tuple[jax.Array, Sums]]
 With a dropout key, it computes the training loss. Without one, it computes the validation loss.
 """
 
-EXCLUDED_LOGIT = -1e30
-"""Logit of an excluded class. It is finite, so that the difference of two excluded classes' logits is defined."""
 COSINE_TEMPERATURE = 0.05
 """Default divisor of cosine similarities before a softmax. Without it, the softmax could not assign a high probability
 to one class, because cosines are at most 1."""
@@ -91,42 +90,38 @@ def soft_class_sums(
     logits_BC: jax.Array,
     label_B: jax.Array,
     weight_B: jax.Array,
-    temperature: float,
-    hard: float,
+    how: SoftLoss,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return a classifier's distillation loss: the weighted sum of (1 - hard) * KL divergence + hard * cross-entropy.
-
-    `chunked_divergence.divergence` defines the KL divergence between teacher and student.
+    """Return a classifier's distillation loss, the weighted sum of divergence from the teacher and cross-entropy.
 
     Args:
         teacher_BC: Logits of the teacher.
         logits_BC: Logits of the student.
         label_B: True classes.
         weight_B: Weights of the examples.
-        temperature: Temperature of the KL divergence.
-        hard: Weight of the cross-entropy.
+        how: Divergence, and the weights of divergence and cross-entropy.
         among: 1 for classes that are possible, 0 for excluded ones, broadcast to the logits; None excludes no class.
 
     Returns:
         (loss, sums over the examples). The sums are "loss", "accuracy" and "weight", with the meaning that `class_sums`
-        defines, and "kl", the KL divergence.
+        defines, and the divergence (`Divergence.metric`).
     """
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
-    kl = jnp.sum(chunked_divergence.divergence(only(teacher_BC, among), only(logits_BC, among), temperature) * weight_B)
-    return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
+    apart = jnp.sum(how.divergence.between(only(teacher_BC, among), only(logits_BC, among)) * weight_B)
+    return how.combined(apart, nll), sums | {how.divergence.metric: apart}
 
 
 def soft_number_sums(
-    teacher_B: jax.Array, y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array, hard: float
+    teacher_B: jax.Array, y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array, how: SoftLoss
 ) -> tuple[jax.Array, Sums]:
-    """Return the distillation loss of a regression: (1 - hard) * error to the teacher + hard * error to the labels.
+    """Return the distillation loss of a regression, the weighted sum of errors to the teacher and to the labels.
 
-    Errors are weighted sums of squared differences.
+    Errors are weighted sums of squared differences. Of `how`, only the two weights are used.
 
     Returns:
         (loss, sums). The sums are those that `number_sums` returns for the labels.
     """
     taught, _ = number_sums(y_B, teacher_B, weight_B)
     loss, sums = number_sums(y_B, label_B, weight_B)
-    return (1 - hard) * taught + hard * loss, sums
+    return how.combined(taught, loss), sums

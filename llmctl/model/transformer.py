@@ -159,7 +159,7 @@ class Stack(nn.Module):
         return self.finish(x_BTD)
 
     def states(self, x_BTD: jax.Array, shared: Shared, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Run the stack, and also return the outputs of the layers with the indices `layers`.
+        """Run the stack, and also return the outputs of the layers with the indices `layers`; -1 is the stack's input.
 
         Returns:
             The output of the stack [B, T, D], and the outputs of these layers [n, B, T, D].

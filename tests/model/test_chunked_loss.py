@@ -11,6 +11,7 @@ from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.model import chunked_loss
 from llmctl.model.chunked_divergence import distillation
+from llmctl.model.divergences import Divergence, SoftLoss
 
 B, T, D, V = 3, 8, 5, 11
 
@@ -66,7 +67,7 @@ def test_token_nll(given):
 def test_distillation_gradients_and_identity(given):
     head, x, targets, weights = given
     teacher = jax.tree.map(lambda a: a * 0.5, head)
-    args = (targets, weights, V)
+    how = SoftLoss(Divergence(temperature=2.0), soft=0.75, hard=0.25)
 
     def plain(head):
         t, s = jax.nn.log_softmax(project(teacher, x) / 2.0), jax.nn.log_softmax(project(head, x) / 2.0)
@@ -74,11 +75,12 @@ def test_distillation_gradients_and_identity(given):
         return jnp.sum((0.75 * 4.0 * jnp.sum(jnp.exp(t) * (t - s), -1) + 0.25 * nll) * weights)
 
     def ours(head):
-        return distillation(project, head, x, project, teacher, x, *args, temperature=2.0, hard=0.25)[0]
+        return distillation((project, head, x), [(project, teacher, x)], targets, weights, V, how)[0]
 
     want, got = (jax.value_and_grad(f)(head) for f in (plain, ours))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), want, got)
-    _, sums = distillation(project, head, x, project, head, x, *args, temperature=2.0, hard=0.0)
+    how = SoftLoss(Divergence(temperature=2.0), soft=1.0, hard=0.0)
+    _, sums = distillation((project, head, x), [(project, head, x)], targets, weights, V, how)
     np.testing.assert_allclose(sums["kl"], 0.0, atol=1e-5)
 
 
@@ -98,7 +100,7 @@ MESHES = [{"data": 1, "tensor": 8}, {"data": 2, "context": 2, "tensor": 2}, {"da
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
-@pytest.mark.parametrize("kind", ["labels", "teacher"])
+@pytest.mark.parametrize("kind", ["labels", "teacher", "top"])
 def test_a_split_vocabulary_stays_split(axes, kind, monkeypatch):
     """Equal to one device; between devices move the head's columns, its gradient and numbers a token, never logits."""
     b, t, d, v = 4, 32, 16, 1024
@@ -115,7 +117,8 @@ def test_a_split_vocabulary_stays_split(axes, kind, monkeypatch):
         if kind == "labels":
             return chunked_loss.cross_entropy(product, head, x, targets, weights, v, 0.1, 1e-3)
         teacher = jax.tree.map(lambda a: a * 0.5, head)
-        return distillation(product, head, x, product, teacher, x, targets, weights, v, 2.0, 0.25)
+        how = SoftLoss(Divergence("js", temperature=2.0, top_k=9) if kind == "top" else Divergence(), 0.75, 0.25)
+        return distillation((product, head, x), [(product, teacher, x)], targets, weights, v, how)
 
     step = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
     want = jax.jit(step)(head, x, targets, weights)

@@ -48,8 +48,10 @@ def test_chosen_states_equal_the_walk_block_by_block(preset):
     cfg = model(preset)
     params, batch = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0)), some_batch(cfg)
     want, layers = walk(cfg, params, batch)
-    x, states = functional.hidden_states(cfg, params, batch, (3, 1))
-    np.testing.assert_allclose(states, layers[jnp.array([3, 1])], atol=1e-5)
+    x, states = functional.hidden_states(cfg, params, batch, (3, -1, 1))
+    np.testing.assert_allclose(states[::2], layers[jnp.array([3, 1])], atol=1e-5)
+    memory = functional.encode(cfg, params, batch) if cfg.encoder_layers else None
+    np.testing.assert_allclose(states[1], functional.embed(cfg, params, batch, memory).x_BTD, atol=1e-5)
     np.testing.assert_allclose(x, want, atol=1e-5)
 
 
@@ -75,7 +77,7 @@ def test_gradients_through_chosen_states_equal_those_of_the_walk(remat):
 def test_a_layer_that_is_none_and_a_pipeline_are_refused():
     cfg = model("llama-tiny")
     params, batch = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0)), some_batch(cfg)
-    for layers in ((4,), (-1,), (1, 1)):
+    for layers in ((4,), (-2,), (1, 1)):
         with pytest.raises(RequestError, match="different layers of a stack of 4"):
             functional.hidden_states(cfg, params, batch, layers)
     with (

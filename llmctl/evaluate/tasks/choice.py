@@ -33,6 +33,7 @@ from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import SoftLoss, mean_logits
 from llmctl.model.losses import Loss, Sums, class_sums, only, row_weight, soft_class_sums
 
 
@@ -108,19 +109,21 @@ class Choice(Task):
         return loss
 
     def soft_loss(
-        self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
+        self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
     ) -> tuple[jax.Array, Sums]:
         """Return the distillation loss over the choices, and the metrics summed over the batch.
 
-        The loss is (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
+        The loss is the weighted sum of divergence from the teachers and cross-entropy.
         """
-        taught_R = choice_scores(*teacher, batch, dtype)
-        label_B, allowed_BK = batch["label"], allowed(batch, taught_R)
+        scores = [choice_scores(*teacher, batch, dtype) for teacher in teachers]
+        label_B, allowed_BK = batch["label"], allowed(batch, scores[0])
+        taught_BK = mean_logits(
+            [only(taught_R.reshape(allowed_BK.shape), allowed_BK) for taught_R in scores], how.divergence.temperature
+        )
 
         def compute(score_R: jax.Array) -> tuple[jax.Array, Sums]:
-            taught_BK, score_BK = taught_R.reshape(allowed_BK.shape), score_R.reshape(allowed_BK.shape)
-            weight_B = row_weight(batch, label_B)
-            return soft_class_sums(taught_BK, score_BK, label_B, weight_B, temperature, hard, allowed_BK)
+            score_BK, weight_B = score_R.reshape(allowed_BK.shape), row_weight(batch, label_B)
+            return soft_class_sums(taught_BK, score_BK, label_B, weight_B, how, allowed_BK)
 
         return loss_of_scores(*student, batch, dtype, compute)
 

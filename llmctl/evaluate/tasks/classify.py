@@ -22,6 +22,7 @@ from llmctl.evaluate.tasks.predictions import named, short
 from llmctl.evaluate.tasks.rows import KINDS
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import SoftLoss
 from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
 
 
@@ -51,14 +52,12 @@ class Classify(Task):
         label_B = batch["label"]
         return class_sums(y, label_B, row_weight(batch, label_B), options.label_smoothing, options.z_loss)
 
-    def soft_score(
-        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
+    def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of logits [B, C], and the metrics summed over the batch.
 
-        The loss is (1 - hard) * KL divergence from the teacher + hard * cross-entropy.
+        The loss is the weighted sum of divergence from the teacher and cross-entropy.
         """
-        return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), temperature, hard)
+        return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), how)
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
         """Return the batch with each row weighted by its class.

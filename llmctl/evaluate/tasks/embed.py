@@ -32,6 +32,7 @@ from llmctl.evaluate.tasks.predictions import short
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import SoftLoss
 from llmctl.model.losses import (
     COSINE_TEMPERATURE,
     Sums,
@@ -95,22 +96,22 @@ class Embed(Task):
         own, smoothing, z = jnp.arange(len(near)), options.label_smoothing, options.z_loss
         return class_sums(near / options.temperature, own, weight_B, smoothing, z, weight_B)
 
-    def soft_score(
-        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
+    def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
+        """Return unit vectors whose similarities are the means of the similarities of several vectors [2B, D]."""
+        return jnp.concatenate(outputs, axis=-1) / len(outputs) ** 0.5 if len(outputs) > 1 else outputs[0]
+
+    def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of unit vectors [2B, D].
 
-        If the data has pairs, the loss is (1 - hard) * KL divergence of similarities + hard * contrastive loss. If the
-        data has scores, both terms are squared errors.
+        It is the weighted sum of two terms. If the data has pairs, they are the divergence of the similarities and the
+        contrastive loss. If the data has scores, both terms are squared errors.
         """
         taught, near = similarities(teacher, batch), similarities(y, batch)
         weight_B = row_weight(batch, near)
         if "label" in batch:
-            return soft_number_sums(taught, near, batch["label"], weight_B, hard)
+            return soft_number_sums(taught, near, batch["label"], weight_B, how)
         own = jnp.arange(len(near))
-        return soft_class_sums(
-            taught / COSINE_TEMPERATURE, near / COSINE_TEMPERATURE, own, weight_B, temperature, hard, weight_B
-        )
+        return soft_class_sums(taught / COSINE_TEMPERATURE, near / COSINE_TEMPERATURE, own, weight_B, how, weight_B)
 
     def new_rows(self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings) -> Any:
         """Return rows of one text each for new rows of the user; a second text is ignored."""

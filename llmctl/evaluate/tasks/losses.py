@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.record import TaskRecord
 from llmctl.model import chunked_divergence, chunked_loss, functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
+from llmctl.model.layer_signals import Signals
 from llmctl.model.losses import COSINE_TEMPERATURE, Loss, Sums, class_sums, row_weight, soft_class_sums
 
 Network = tuple[ModelConfig, functional.Params, jax.Array]
@@ -85,49 +87,74 @@ class Losses(TaskRecord):
     def soft_loss_of(
         self,
         cfg: ModelConfig,
-        teacher_cfg: ModelConfig,
+        teacher_cfgs: Sequence[ModelConfig],
+        how: SoftLoss,
         *,
+        signals: Signals | None = None,
         dtype: Any = jnp.float32,
         remat: str = "none",
-        temperature: float,
-        hard: float,
     ) -> Callable[..., tuple[jax.Array, Sums]]:
         """Return the distillation loss, a function whose result is (loss, metrics summed over the batch).
 
-        Its arguments are the student's parameters, a batch, a dropout key, and the teacher's parameters.
+        Its arguments are the student's parameters, a batch, a dropout key, and the parameters of each teacher. With
+        `signals`, the keyword argument `extra` has the projections of `Signals.projections`.
 
         Args:
             cfg: Config of the student.
-            teacher_cfg: Config of the teacher.
+            teacher_cfgs: Config of each teacher.
+            how: Divergence from the teachers, and its weight and that of the loss on the labels.
+            signals: Further losses that compare inner layers with those of the only teacher; None means none.
             dtype: Dtype of the computation.
             remat: Rematerialization policy of the backward pass.
-            temperature: Softmax temperature of both distributions.
-            hard: Weight of the loss on labels; 1 - hard is the weight of the KL divergence from the teacher.
         """
 
         def loss(
-            params: functional.Params, batch: Batch, key: jax.Array, teacher: functional.Params
+            params: functional.Params, batch: Batch, key: jax.Array, *teachers: functional.Params
         ) -> tuple[jax.Array, Sums]:
             batch = self.model_inputs(batch)
-            taught_BTE = jax.lax.stop_gradient(functional.hidden(teacher_cfg, teacher, batch, dtype=dtype))
+            taught = [
+                (own, teacher, jax.lax.stop_gradient(functional.hidden(own, teacher, batch, dtype=dtype)))
+                for own, teacher in zip(teacher_cfgs, teachers, strict=True)
+            ]
             x_BTD = functional.hidden(cfg, params, batch, train=True, rng=key, dtype=dtype, remat=remat)
-            student, taught = (cfg, params, x_BTD), (teacher_cfg, teacher, taught_BTE)
-            return self.soft_loss(student, taught, batch, dtype, temperature, hard)
+            return self.soft_loss((cfg, params, x_BTD), taught, batch, dtype, how)
 
-        return loss
+        def inner_loss(
+            params: functional.Params,
+            batch: Batch,
+            key: jax.Array,
+            teacher: functional.Params,
+            extra: functional.Params,
+        ) -> tuple[jax.Array, Sums]:
+            batch, (teacher_cfg,), wanted = self.model_inputs(batch), teacher_cfgs, cast(Signals, signals)
+            y_BTE, theirs = wanted.read(teacher_cfg, teacher, batch, "teacher", dtype=dtype)
+            y_BTE = jax.lax.stop_gradient(y_BTE)
+            x_BTD, own = wanted.read(cfg, params, batch, "student", train=True, rng=key, dtype=dtype, remat=remat)
+            networks = (cfg, params, x_BTD), [(teacher_cfg, teacher, y_BTE)]
+            total, sums = self.soft_loss(*networks, batch, dtype, how)
+            # These losses are means over tokens. The step divides by the sum "weight".
+            found = wanted.losses(own, theirs, batch["segments"], extra)
+            total += sums["weight"] * sum(wanted.weight(name) * value for name, value in found.items())
+            return total, sums | {name: sums["weight"] * value for name, value in found.items()}
+
+        return inner_loss if signals else loss
 
     def soft_loss(
-        self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
+        self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
     ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and the summed metrics, from the hidden states of both networks."""
-        cfg, params, x = teacher
-        taught = functional.outputs(cfg, params, x, batch, dtype)
-        cfg, params, x = student
-        return self.soft_score(taught, functional.outputs(cfg, params, x, batch, dtype), batch, temperature, hard)
+        """Return the distillation loss and the summed metrics, from the hidden states of all networks."""
+        *taught, y = (functional.outputs(cfg, params, x, batch, dtype) for cfg, params, x in (*teachers, student))
+        mean = self.mean_output(taught, batch, how.divergence.temperature)
+        return self.soft_score(mean, y, batch, how)
 
-    def soft_score(
-        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
+    def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
+        """Return one output of the task head for several teachers: that of the mean of their predictions.
+
+        By default the outputs are logits of classes, and the mean is that of the probabilities at `temperature`.
+        """
+        return mean_logits(outputs, temperature)
+
+    def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss and the summed metrics, from the outputs of both task heads."""
         raise NotImplementedError
 
@@ -138,7 +165,8 @@ class Losses(TaskRecord):
         Gradients flow into both networks.
         """
         y, z = (functional.outputs(cfg, params, x, batch, dtype) for cfg, params, x in (one, other))
-        there, back = (self.soft_score(a, b, batch, 1.0, 0.0)[0] for a, b in ((y, z), (z, y)))
+        how = SoftLoss(Divergence(), 1.0, 0.0)
+        there, back = (self.soft_score(a, b, batch, how)[0] for a, b in ((y, z), (z, y)))
         return (there + back) / 2
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
@@ -179,29 +207,33 @@ class TokenLosses(Losses):
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def soft_loss(
-        self, student: Network, teacher: Network, batch: Batch, dtype: Any, temperature: float, hard: float
+        self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
     ) -> tuple[jax.Array, Sums]:
         """Return the distillation loss, and the metrics summed over the batch.
 
-        The loss is (1 - hard) * KL divergence + hard * cross-entropy, summed over tokens. If both networks predict
+        The loss is a weighted sum of divergence and cross-entropy, summed over tokens. If all networks predict
         next-sentence labels, the loss also sums over these labels.
         """
-        (cfg, params, x_BTD), (teacher_cfg, teacher_params, taught_BTE) = student, teacher
+        cfg, params, x_BTD = student
         x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
+
+        def side(cfg: ModelConfig, params: functional.Params, x: jax.Array) -> chunked_divergence.Side:
+            return project(cfg, dtype), functional.head_params(cfg, params), x
+
+        taught = [side(own, given, predicted(batch, x)[0]) for own, given, x in teachers]
         total, sums = chunked_divergence.distillation(
-            project(cfg, dtype), functional.head_params(cfg, params), x_BPD,
-            project(teacher_cfg, dtype), functional.head_params(teacher_cfg, teacher_params),
-            predicted(batch, taught_BTE)[0], targets_BP, weights_BP, cfg.vocab_size, temperature, hard,
-        )  # fmt: skip
-        found = {"loss": sums["nll"], "kl": sums["kl"], "accuracy": sums["correct"], "weight": sums["weight"]}
-        if not (cfg.next_sentence and teacher_cfg.next_sentence and "next_label" in batch):
+            side(cfg, params, x_BPD), taught, targets_BP, weights_BP, cfg.vocab_size, how
+        )
+        measure = how.divergence
+        found = {"loss": sums["nll"], measure.metric: sums[measure.metric]}
+        found |= {"accuracy": sums["correct"], "weight": sums["weight"]}
+        if not (all(own.next_sentence for own, *_ in (student, *teachers)) and "next_label" in batch):
             return total, found
-        soft_B2 = functional.outputs(teacher_cfg, teacher_params, taught_BTE, batch, dtype)
+        *soft, y_B2 = (functional.outputs(*network, batch, dtype) for network in (*teachers, student))
         label_B = batch["next_label"]
         follows, sums = soft_class_sums(
-            soft_B2, functional.outputs(cfg, params, x_BTD, batch, dtype), label_B,
-            row_weight(batch, label_B) * (label_B >= 0), temperature, hard,
-        )  # fmt: skip
+            mean_logits(soft, measure.temperature), y_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), how
+        )
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:

@@ -26,8 +26,9 @@ from llmctl.evaluate.tasks.classify import Classify
 from llmctl.evaluate.tasks.evaluation import Found, Scored
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import named
-from llmctl.model import chunked_divergence, functional
+from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import SoftLoss, mean_logits
 from llmctl.model.hf_config import Keys
 from llmctl.model.losses import Sums, row_weight
 
@@ -71,19 +72,21 @@ class MultiLabel(Classify):
         sums |= {"micro_f1": 2 * jnp.sum(hit_C), "micro_weight": jnp.sum(both_C)}
         return loss, sums | {"macro_f1": 2 * hit_C, "macro_weight": both_C}
 
-    def soft_score(
-        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss of logits [B, C]: (1 - hard) * KL divergence + hard * cross-entropy.
+    def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
+        """Return the logits [B, C] of the mean probabilities at `temperature`."""
+        mean_BC2 = mean_logits([binary(y) for y in outputs], temperature)
+        return mean_BC2[..., 0] - mean_BC2[..., 1]
+
+    def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
+        """Return the distillation loss of logits [B, C], the weighted sum of divergence and cross-entropy.
 
         Both terms are means over the classes. Each class is a binary distribution with the logits z and 0, where z is
         the output of the model.
         """
         nll, sums = self.score(y, batch, Options())
-        taught_BC2, predicted_BC2 = (jnp.stack([z, jnp.zeros_like(z)], axis=-1) for z in (teacher, y))
-        kl_BC = chunked_divergence.divergence(taught_BC2, predicted_BC2, temperature)
-        kl = jnp.sum(jnp.mean(kl_BC, axis=-1) * row_weight(batch, y))
-        return (1 - hard) * kl + hard * nll, sums | {"kl": kl}
+        apart_BC = how.divergence.between(binary(teacher), binary(y))
+        apart = jnp.sum(jnp.mean(apart_BC, axis=-1) * row_weight(batch, y))
+        return how.combined(apart, nll), sums | {how.divergence.metric: apart}
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup) -> dict[str, Any]:
         """Return {"thresholds": {class: probability threshold}}. The thresholds maximize the F1 of each class on the
@@ -154,6 +157,11 @@ class MultiLabel(Classify):
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def binary(logits_BC: jax.Array) -> jax.Array:
+    """Return the logits [B, C, 2] of each class as a choice between the class, with its logit, and 0."""
+    return jnp.stack([logits_BC, jnp.zeros_like(logits_BC)], axis=-1)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import short
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import SoftLoss
 from llmctl.model.losses import Sums, number_sums, row_weight, soft_number_sums
 
 
@@ -38,14 +39,16 @@ class Regress(Task):
         """Return the summed squared error of predictions [B], and the metrics summed over the batch."""
         return number_sums(y, batch["label"], row_weight(batch, batch["label"]))
 
-    def soft_score(
-        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
+    def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
+        """Return the mean of the predicted numbers, [B]."""
+        return sum(outputs[1:], outputs[0]) / len(outputs)
+
+    def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of predictions [B].
 
-        The loss is (1 - hard) * squared error to the teacher + hard * squared error to the labels.
+        The loss is the weighted sum of the squared errors to the teacher and to the labels.
         """
-        return soft_number_sums(teacher, y, batch["label"], row_weight(batch, y), hard)
+        return soft_number_sums(teacher, y, batch["label"], row_weight(batch, y), how)
 
     def check_examples(self, artifact: Artifact, examples: Examples) -> None:
         """Check that the labels of the data are numbers.

@@ -26,6 +26,7 @@ from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import SoftLoss, mean_logits
 from llmctl.model.losses import Sums, class_sums, only, row_weight, soft_class_sums
 
 LONGEST = 200
@@ -72,13 +73,16 @@ class Span(Task):
         smoothing, z = options.label_smoothing, options.z_loss
         return ends(lambda k, at, weight: class_sums(y[..., k], at, weight, smoothing, z, batch["among"]), batch)
 
-    def soft_score(
-        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss of logits [B, T, 2]: (1 - hard) * KL divergence + hard * cross-entropy."""
+    def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
+        """Return the logits [B, T, 2] of the mean probabilities of the tokens at which an answer may begin or end."""
+        allowed = [only(y.swapaxes(1, 2), batch["among"][:, None]) for y in outputs]
+        return mean_logits(allowed, temperature).swapaxes(1, 2) if len(outputs) > 1 else outputs[0]
+
+    def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
+        """Return the distillation loss of logits [B, T, 2], the weighted sum of divergence and cross-entropy."""
 
         def one(k: int, at: jax.Array, weight: jax.Array) -> tuple[jax.Array, Sums]:
-            return soft_class_sums(teacher[..., k], y[..., k], at, weight, temperature, hard, batch["among"])
+            return soft_class_sums(teacher[..., k], y[..., k], at, weight, how, batch["among"])
 
         return ends(one, batch)
 

@@ -25,6 +25,7 @@ from llmctl.evaluate.tasks.predictions import Outputs, named, new_examples, shor
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import SoftLoss
 from llmctl.model.losses import Sums, class_sums, soft_class_sums
 
 
@@ -66,11 +67,9 @@ class Tokens(Classify):
             sums |= entity_counts.sums(marks, targets_BT, y.argmax(-1), weights_BT, batch.get("order"))
         return loss, sums
 
-    def soft_score(
-        self, teacher: jax.Array, y: jax.Array, batch: Batch, temperature: float, hard: float
-    ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss of logits [B, T, C]: (1 - hard) * KL divergence + hard * cross-entropy."""
-        return soft_class_sums(teacher, y, batch["targets"], batch["weights"], temperature, hard)
+    def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
+        """Return the distillation loss of logits [B, T, C], the weighted sum of divergence and cross-entropy."""
+        return soft_class_sums(teacher, y, batch["targets"], batch["weights"], how)
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
         """Return the batch with each word weighted by its class."""

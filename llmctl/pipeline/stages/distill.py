@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers.loading import Tokenizer
+    from llmctl.model.divergences import SoftLoss
     from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
 
@@ -38,7 +39,7 @@ class Config(StageConfig):
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
-    added: ClassVar[frozenset[str]] = frozenset({"fake_quantize", "sparsify"})
+    added: ClassVar[frozenset[str]] = frozenset({"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k"})
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
@@ -50,7 +51,18 @@ class Config(StageConfig):
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of the teacher's and the student's softmax. Above 1 both distributions are softer."""
     hard: float = Field(default=0.1, ge=0, le=1)
-    """Weight of the cross-entropy with the labels. The KL divergence from the teacher has the remaining weight."""
+    """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
+    divergence: Literal["forward", "reverse", "js", "skew"] = "forward"
+    """Divergence of the student's distribution q from the teacher's p. forward: KL(p || q), which covers all that the
+    teacher finds likely. reverse: KL(q || p), which avoids what the teacher finds unlikely. js: generalized
+    Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q)."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Weight of the teacher in divergence js. Near 0 it resembles reverse, and near 1 forward."""
+    skew: float = Field(default=0.1, gt=0, lt=1)
+    """Weight of the teacher in the mixture of divergence skew."""
+    top_k: int = Field(default=0, ge=0)
+    """Number of the teacher's most probable classes, or tokens of the vocabulary, that are compared one by one. All
+    others are compared by the sum of their probabilities. 0: compare all one by one."""
     truncate: Truncate = "tail"
     """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -70,6 +82,9 @@ class Config(StageConfig):
             raise ValueError("there is no teacher; name an artifact with `teacher` (--teacher)")
         if self.train.label_smoothing or self.train.z_loss:
             raise ValueError("train.label_smoothing and train.z_loss are for training on labels; set them to 0")
+        for name, kind in (("beta", "js"), ("skew", "skew")):
+            if name in self.model_fields_set and self.divergence != kind:
+                raise ValueError(f"{name} is for divergence = {kind!r}, and divergence = {self.divergence!r}")
         sparsify_settings.check(self)
         return self
 
@@ -184,11 +199,10 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
     task.check_label_type(config.data)
     loss = task.soft_loss_of(
         model.model_copy(update={"dropout": config.dropout}),
-        teacher.model,
+        [teacher.model],
+        _soft_loss(config, model),
         dtype=jnp.dtype(train.dtype),
         remat=train.remat,
-        temperature=config.temperature,
-        hard=config.hard,
     )
     params = student.params if student else loop.initialize(model, config.seed, mesh)
     sparsify.check(config.sparsify, params, student)
@@ -207,6 +221,21 @@ def make_learner(config: Config, teacher: Artifact, student: Artifact | None, me
             **learner.selection_fields(task, teacher.manifest.labels),
         },
     )
+
+
+def _soft_loss(config: Config, model: ModelConfig) -> SoftLoss:
+    """Return the divergence from the teacher, with its weight and that of the labels.
+
+    Raises:
+      RequestError: If a divergence of distributions is set and the model predicts a number.
+    """
+    from llmctl.model.divergences import Divergence, SoftLoss
+
+    if model.head_kind.scalar and (config.divergence != "forward" or config.top_k):
+        name = "top_k" if config.top_k else "divergence"
+        raise RequestError(f"{name}: the teacher predicts numbers, which are compared by their squared difference")
+    divergence = Divergence(config.divergence, config.temperature, config.beta, config.skew, config.top_k)
+    return SoftLoss(divergence, soft=1 - config.hard, hard=config.hard)
 
 
 def _student_model(config: Config, teacher: Artifact, student: Artifact | None) -> ModelConfig:

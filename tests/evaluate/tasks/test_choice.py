@@ -21,6 +21,7 @@ from llmctl.evaluate.tasks.choice import TASK
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import Divergence, SoftLoss
 
 SIZES = {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "vocab_size": 300}
 MODELS = {
@@ -105,7 +106,7 @@ def test_every_choice_reads_the_same_prompt_and_none_is_cut(tmp_path):
 def test_a_teacher_equal_to_the_student_diverges_by_nothing(examples):
     model = MODELS["decoder"]
     params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
-    loss = TASK.soft_loss_of(model, model, temperature=2.0, hard=0.0)
+    loss = TASK.soft_loss_of(model, [model], SoftLoss(Divergence(temperature=2.0), soft=1.0, hard=0.0))
     total, sums = jax.jit(loss)(params, batch_of(model, examples), jax.random.key(0), params)
     np.testing.assert_allclose([total, sums["kl"]], 0, atol=1e-5)
 

@@ -19,6 +19,7 @@ from llmctl.evaluate.tasks import multilabel
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import Divergence, SoftLoss
 from llmctl.pipeline.stages import distill, finetune, prune
 from llmctl.pipeline.stages import eval as evaluation
 
@@ -62,10 +63,11 @@ def test_the_softened_divergence_is_that_of_a_choice_per_class():
     p, q = (1 / (1 + np.exp(-np.asarray(x, np.float64) / 2)) for x in (teacher, y))
     kl = 4 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
     hard = TASK.score(y, batch, Options())[0]
-    mixed, sums = TASK.soft_score(teacher, y, batch, 2.0, 0.25)
+    measure = Divergence(temperature=2.0)
+    mixed, sums = TASK.soft_score(teacher, y, batch, SoftLoss(measure, soft=0.75, hard=0.25))
     np.testing.assert_allclose(sums["kl"], kl.mean(1).sum(), rtol=1e-5)
     np.testing.assert_allclose(mixed, 0.75 * kl.mean(1).sum() + 0.25 * hard, rtol=1e-5)
-    assert abs(float(TASK.soft_score(y, y, batch, 2.0, 0.0)[0])) < 1e-6
+    assert abs(float(TASK.soft_score(y, y, batch, SoftLoss(measure, soft=1.0, hard=0.0))[0])) < 1e-6
 
 
 TRUTH = np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]], bool)

@@ -1,0 +1,119 @@
+"""Compute divergences between the output distributions of a teacher and a student, from their logits.
+
+    how = SoftLoss(Divergence("js", temperature=2.0, beta=0.3), soft=0.9, hard=0.1)
+    nats = how.divergence.between(teacher_V, student_V)
+
+Shapes: V vocabulary or classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.distributed import mesh as meshes
+
+EXCLUDED_LOGIT = -1e30
+"""Logit of an excluded class. It is finite, so that the difference of two excluded classes' logits is defined."""
+
+Kind = Literal["forward", "reverse", "js", "skew"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Define a divergence of a student's distribution q from a teacher's distribution p.
+
+    >>> float(Divergence("reverse").between(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.5, 0.5]))))
+    0.0
+    """
+
+    kind: Kind = "forward"
+    """forward: KL(p || q). reverse: KL(q || p). js: beta * KL(p || m) + (1 - beta) * KL(q || m), with
+    m = beta * p + (1 - beta) * q (Agarwal et al., 2023, arXiv:2306.13649). skew: KL(p || skew * p + (1 - skew) * q)
+    (Ko et al., 2024, arXiv:2402.03898)."""
+    temperature: float = 1.0
+    """Divisor of the logits. The divergence is multiplied by its square (Hinton et al., 2015, arXiv:1503.02531)."""
+    beta: float = 0.5
+    """Weight of the teacher's distribution in `js`."""
+    skew: float = 0.1
+    """Weight of the teacher's distribution in the mixture of `skew`."""
+    top_k: int = 0
+    """Number of the teacher's most probable classes that are compared one by one. All other classes count as one class,
+    whose probability is their sum. 0 compares all classes one by one."""
+
+    @property
+    def metric(self) -> str:
+        """Return the name of the training metric: "kl" for a KL divergence from p to q, else "divergence"."""
+        return "kl" if self.kind == "forward" else "divergence"
+
+    def between(self, teacher_V: jax.Array, student_V: jax.Array) -> jax.Array:
+        """Return the divergence in nats, [...], from logits [..., V]."""
+        log_p, log_q = (jax.nn.log_softmax(z / self.temperature, axis=-1) for z in (teacher_V, student_V))
+        if not self.top_k or self.top_k >= teacher_V.shape[-1]:
+            return self.temperature**2 * jnp.sum(self._terms(log_p, log_q), axis=-1)
+        top = top_classes(teacher_V, self.top_k)
+        # Arrays keep their shape [..., V], so a vocabulary that is sharded over devices stays sharded.
+        listed = jnp.sum(jnp.where(top, self._terms(log_p, log_q), 0.0), axis=-1)
+        rest = (jax.nn.logsumexp(jnp.where(top, EXCLUDED_LOGIT, a), axis=-1) for a in (log_p, log_q))
+        return self.temperature**2 * (listed + self._terms(*rest))
+
+    def _terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        """Return the terms whose sum over classes is the divergence, from log probabilities."""
+        if self.kind == "forward":
+            return jnp.exp(log_p) * (log_p - log_q)
+        if self.kind == "reverse":
+            return jnp.exp(log_q) * (log_q - log_p)
+        share = self.skew if self.kind == "skew" else self.beta
+        log_m = jnp.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+        from_p = jnp.exp(log_p) * (log_p - log_m)
+        return from_p if self.kind == "skew" else share * from_p + (1 - share) * jnp.exp(log_q) * (log_q - log_m)
+
+
+@dataclass(frozen=True)
+class SoftLoss:
+    """Define the loss of a student's outputs: soft * divergence from the teacher + hard * loss on the labels."""
+
+    divergence: Divergence
+    soft: float
+    """Weight of the divergence."""
+    hard: float
+    """Weight of the loss on the labels."""
+
+    def combined(self, divergence: jax.Array, label_loss: jax.Array) -> jax.Array:
+        """Return the weighted sum of a divergence and a loss on the labels."""
+        return self.soft * divergence + self.hard * label_loss
+
+
+def top_classes(logits_V: jax.Array, k: int) -> jax.Array:
+    """Return whether each class is one of the k classes with the highest logits, bool [..., V].
+
+    Of equal logits, those with the lower index come first, as in `jax.lax.top_k`.
+    """
+    # The classes are divided into the n parts that devices hold, so that devices exchange k logits per part.
+    V, n = logits_V.shape[-1], meshes.axis_size("tensor")
+    n = n if V % n == 0 else 1
+    parts = logits_V.reshape(*logits_V.shape[:-1], n, V // n)
+    if logits_V.ndim == 3:  # tokens of a vocabulary
+        parts = meshes.constrain(parts, "batch", "seq", "act_vocab", None)
+    # XLA gathers the operand of a top_k that is sharded, but not that of a sort.
+    best = jax.lax.top_k(parts, min(k, V // n))[0] if n == 1 else jnp.sort(parts, descending=True)[..., :k]
+    best = best.reshape(*logits_V.shape[:-1], -1)
+    last = jax.lax.top_k(best, k)[0][..., -1, None, None]
+    above, equal = parts > last, (parts == last).astype(jnp.int32)
+    room = k - jnp.sum(above, axis=(-2, -1), keepdims=True)
+    count_n = jnp.sum(equal, axis=-1, keepdims=True)
+    order = jnp.cumsum(equal, axis=-1) + jnp.cumsum(count_n, axis=-2) - count_n
+    return (above | ((equal > 0) & (order <= room))).reshape(logits_V.shape)
+
+
+def mean_logits(logits: Sequence[jax.Array], temperature: float) -> jax.Array:
+    """Return logits [..., V] whose softmax at `temperature` is the mean of the softmax of several logits [..., V]."""
+    if len(logits) == 1:
+        return logits[0]
+    log_p = jnp.stack([jax.nn.log_softmax(z / temperature, axis=-1) for z in logits])
+    return temperature * (jax.nn.logsumexp(log_p, axis=0) - math.log(len(logits)))
