@@ -14,7 +14,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import distill
 
 SIZES = {"d_model": 16, "layers": 3, "heads": 4, "kv_heads": 4, "head_dim": 4, "d_ff": 24, "max_seq_len": 32}
-SIZES |= {"vocab_size": ByteTokenizer.new().vocab_size}
+SIZES |= {"vocab_size": 264}  # those of the byte tokenizer, and a few that a mesh needs
 CLASSES = {"head": "classify", "labels": 2, "pooling": "mean"}
 MODELS = {
     "decoder": ModelConfig(preset="llama-tiny", **SIZES),
@@ -55,14 +55,14 @@ def classifier(folder, architecture, seed=0, **sizes):
     return made(folder, model, seed, labels=["n", "p"], task="classify")
 
 
-def go(folder, teacher, student, **settings):
+def go(folder, teacher, parent, **settings):
     """Run the stage and return its artifact."""
     siblings = {"teacher": teacher} if not isinstance(teacher, dict) else teacher
     given = {"teacher": "teacher"} if not isinstance(teacher, dict) else {}
     config = distill.Config(**{"train": TRAIN, "optim": OPTIM, **given, **settings})
     ctx = Context(folder / "out", folder / "work", "key", siblings)
     ctx.work.mkdir(parents=True, exist_ok=True)
-    distill.run(config, student, ctx)
+    distill.run(config, parent, ctx)
     return artifact.load(ctx.out)
 
 

@@ -296,7 +296,7 @@ def _names_others(config: StageConfig) -> bool:
     Examples are `distill` with a teacher and a new student, and `eval` with a list of artifacts.
     """
     named = any(getattr(config, key) for key in config.artifact_fields)
-    return named and (not config.produces or getattr(config, "model", None) is not None)
+    return named and (not config.produces or config.makes_model)
 
 
 def out_name(artifact: str | Path) -> str:

@@ -86,6 +86,11 @@ class StageConfig(Config):
         return True
 
     @property
+    def makes_model(self) -> bool:
+        """Return whether the stage makes a model without a parent, from its settings and the artifacts they name."""
+        return False
+
+    @property
     def title(self) -> str:
         """Return the name of this stage for messages: its name, or its kind if the name is empty."""
         return self.name or self.kind

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.class_names import numbers_hint
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
-from llmctl.train import sparsify_settings
+from llmctl.train import distill_settings, sparsify_settings
+from llmctl.train.distill_settings import SignalsConfig, StudentConfig
 from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.sparsify_settings import SparsifyConfig
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
     from llmctl.data.pretraining.lm_corpus import Text
     from llmctl.data.tokenizers.loading import Tokenizer
-    from llmctl.model.divergences import SoftLoss
     from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
 
@@ -39,7 +38,10 @@ class Config(StageConfig):
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
-    added: ClassVar[frozenset[str]] = frozenset({"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k", "signals", "layer_map", "hidden_distance"}
+        | {"relation_heads", "student"}
+    )
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
@@ -63,6 +65,19 @@ class Config(StageConfig):
     top_k: int = Field(default=0, ge=0)
     """Number of the teacher's most probable classes, or tokens of the vocabulary, that are compared one by one. All
     others are compared by the sum of their probabilities. 0: compare all one by one."""
+    signals: SignalsConfig = SignalsConfig()
+    """Weights of the losses, such as { logits = 1.0, hidden = 0.5, hard = 0.1 }, instead of `hard`."""
+    layer_map: Literal["uniform", "last"] | list[tuple[int, int]] = "uniform"
+    """Pairs of layers that signals.hidden and signals.relations compare. uniform: every student layer with evenly
+    spaced teacher layers. last: the last layers. A list of pairs (student layer, teacher layer) counts from 0. In an
+    encoder-decoder, these are layers of the decoder."""
+    hidden_distance: Literal["mse", "cosine"] = "mse"
+    """Distance of hidden states and embeddings. mse: mean squared difference. cosine: 1 - cosine similarity."""
+    relation_heads: int = Field(default=0, ge=0)
+    """Number of parts of queries, keys and values whose relations are compared. 0: the greatest common divisor of the
+    numbers of heads."""
+    student: StudentConfig = StudentConfig()
+    """Layers of the teacher that a shallower student copies, instead of starting from `from` or `model`."""
     truncate: Truncate = "tail"
     """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -76,15 +91,18 @@ class Config(StageConfig):
     fake_quantize: FakeQuantizeConfig = FakeQuantizeConfig()
     """Settings of quantization-aware training."""
 
+    @property
+    def makes_model(self) -> bool:
+        """Return whether the student is a new model, or copies layers of the teacher."""
+        return self.model is not None or self.student.active
+
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Config:
         if not self.teacher:
             raise ValueError("there is no teacher; name an artifact with `teacher` (--teacher)")
         if self.train.label_smoothing or self.train.z_loss:
             raise ValueError("train.label_smoothing and train.z_loss are for training on labels; set them to 0")
-        for name, kind in (("beta", "js"), ("skew", "skew")):
-            if name in self.model_fields_set and self.divergence != kind:
-                raise ValueError(f"{name} is for divergence = {kind!r}, and divergence = {self.divergence!r}")
+        distill_settings.check(self)
         sparsify_settings.check(self)
         return self
 
@@ -97,13 +115,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
-    from llmctl.train import learner
+    from llmctl.train import distillation, learner
 
     devices = mesh.make(config.mesh)
     # Loaded apart, even if one is the other's base, because the student's arrays are donated to the training state.
     teacher = artifact.load(next(iter(ctx.siblings.values())), devices, bases=config.bases)
-    student = artifact.load(parent, devices, bases=config.bases) if parent and config.model is None else None
-    learns = make_learner(config, teacher, student, devices)
+    student = teacher if config.student.active else None
+    if parent and config.model is None and not student:
+        student = artifact.load(parent, devices, bases=config.bases)
+    learns = distillation.make_learner(config, teacher, student, devices)
     tokens = loading.load(teacher.tokenizer_dir)
     text = Text(config.data, learns.task.reads_labels, learns.task.reads_conversations)
     for line in text.describe():
@@ -139,11 +159,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     """Return (the training step of student and teacher as a program, the student's artifact)."""
     from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
-    from llmctl.train import programs
+    from llmctl.train import distillation, programs
 
     teacher = next(iter(others.values()))
-    student = base if config.model is None else None
-    learns = programs.abstractly(mesh, lambda s: make_learner(config, teacher, s, mesh), student)
+    student = teacher if config.student.active else base if config.model is None else None
+    learns = programs.abstractly(mesh, lambda s: distillation.make_learner(config, teacher, s, mesh), student)
     labels = teacher.manifest.labels
     text = synthetic.SyntheticText(config.data, learns.task.columns, config.train.seq_len, labels)
     rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
@@ -173,109 +193,3 @@ def _rows(
 
     settings = RowSettings(config.train.seq_len, shuffle, config.seed, config.truncate)
     return learns.task.stage_rows(learns.model, text, split, tokens, cache, settings, needed)
-
-
-def make_learner(config: Config, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
-    """Return the student's initial parameters and options with the distillation loss, as a Learner.
-
-    Args:
-      config: settings of the stage.
-      teacher: the teacher.
-      student: artifact from which the student starts; None initializes a new model of the sizes in `config.model`.
-      mesh: the devices.
-
-    Raises:
-      RequestError: If the student does not fit the teacher, or the settings do not fit the models or the mesh.
-    """
-    import jax.numpy as jnp
-
-    from llmctl.evaluate.tasks.registry import of
-    from llmctl.train import fake_quantize, learner, loop, sparsify
-
-    model = _student_model(config, teacher, student)
-    for reads in (model, teacher.model):
-        loop.check(reads, config.train, mesh)
-    task, train = of(teacher.manifest), config.train
-    task.check_label_type(config.data)
-    loss = task.soft_loss_of(
-        model.model_copy(update={"dropout": config.dropout}),
-        [teacher.model],
-        _soft_loss(config, model),
-        dtype=jnp.dtype(train.dtype),
-        remat=train.remat,
-    )
-    params = student.params if student else loop.initialize(model, config.seed, mesh)
-    sparsify.check(config.sparsify, params, student)
-    fake_quantize.check(config.fake_quantize, params)
-    return learner.Learner(
-        model,
-        params,
-        task,
-        config.dropout,
-        loss,
-        beside=teacher.model,
-        labels=teacher.manifest.labels,
-        job_fields={
-            "constants": (teacher.params,),
-            **({"holds_zeros": student.zeros.__contains__} if student else {}),
-            **learner.selection_fields(task, teacher.manifest.labels),
-        },
-    )
-
-
-def _soft_loss(config: Config, model: ModelConfig) -> SoftLoss:
-    """Return the divergence from the teacher, with its weight and that of the labels.
-
-    Raises:
-      RequestError: If a divergence of distributions is set and the model predicts a number.
-    """
-    from llmctl.model.divergences import Divergence, SoftLoss
-
-    if model.head_kind.scalar and (config.divergence != "forward" or config.top_k):
-        name = "top_k" if config.top_k else "divergence"
-        raise RequestError(f"{name}: the teacher predicts numbers, which are compared by their squared difference")
-    divergence = Divergence(config.divergence, config.temperature, config.beta, config.skew, config.top_k)
-    return SoftLoss(divergence, soft=1 - config.hard, hard=config.hard)
-
-
-def _student_model(config: Config, teacher: Artifact, student: Artifact | None) -> ModelConfig:
-    """Return the student's config. The student must have the teacher's tokenizer and outputs.
-
-    Raises:
-      RequestError: If the student does not fit the teacher.
-    """
-    like = teacher.model
-    if student is None:
-        if config.model is None:
-            raise RequestError("distill: no student; name an artifact with `from`, or sizes with `model`")
-        if config.model.architecture != like.architecture:
-            raise RequestError(
-                f"distill: the student is {with_article(config.model.architecture)}, the teacher "
-                f"{with_article(like.architecture)}; "
-                "they must read the same rows"
-            )
-        answer = {
-            name: getattr(like, name)
-            for name in ("head", "labels", "pooling", "vocab_size", "prompt_tokens", "next_sentence")
-        }
-        per_token = like.head_kind.per_token
-        answer["pooler"] = not per_token and (config.model.pooler or like.next_sentence)
-        answer["head_bias"] = config.model.head_bias or per_token
-        answer["head_transform"] = config.model.head_transform and like.head_kind.vocabulary
-        return ModelConfig.model_validate({**config.model.model_dump(), **answer, "preset": ""})
-    if (student.model.architecture, student.model.head, student.model.labels) != (
-        like.architecture, like.head, like.labels,
-    ):  # fmt: skip
-        raise RequestError(
-            f"{student.path}: is {with_article(student.model.architecture)} that answers as {student.model.head!r}, "
-            f"the teacher {with_article(like.architecture)} that answers as {like.head!r}; they must agree"
-        )
-    if student.model.prompt_tokens != teacher.model.prompt_tokens:
-        raise RequestError(f"{student.path}: has another trained prompt than the teacher {teacher.path}")
-    if student.manifest.tokenizer != teacher.manifest.tokenizer:
-        raise RequestError(f"{student.path}: has another tokenizer than the teacher {teacher.path}")
-    if not student.plain:
-        raise RequestError(
-            f"{student.path}: has quantized or low-rank weights; distill before quantizing, after merging"
-        )
-    return student.model

@@ -1,0 +1,114 @@
+"""Define the settings of distillation that are sections of the stage `distill`, and check their combinations.
+
+The module does not import JAX, so that settings can be checked early.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmctl.config.base import Config
+
+INNER = ("hidden", "relations", "embeddings")
+"""Names of the signals that compare inner layers."""
+
+
+class SignalsConfig(Config):
+    """Set the weight of each loss of distillation. A signal whose weight is not set is not used."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+
+    logits: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the teacher's outputs. If no signal has a weight, it is 1 - hard."""
+    hard: float = Field(default=0.0, ge=0)
+    """Weight of the loss on the labels. If no signal has a weight, it is the setting `hard` of the stage."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Weight of the distance between the hidden states of the layer pairs in `layer_map`. If the widths differ, a
+    trained projection maps the student's states to the teacher's width."""
+    relations: float = Field(default=0.0, ge=0)
+    """Weight of the divergence between the relations of tokens: the softmax of the products of all queries, of all keys
+    and of all values, in the last pair of `layer_map`."""
+    embeddings: float = Field(default=0.0, ge=0)
+    """Weight of the distance between the inputs of the first layers."""
+
+    @property
+    def active(self) -> bool:
+        """Return whether a weight is set."""
+        return any(getattr(self, name) for name in type(self).model_fields)
+
+    @property
+    def inner(self) -> list[str]:
+        """Return the names of the signals of inner layers whose weight is not zero."""
+        return [name for name in INNER if getattr(self, name)]
+
+    @model_validator(mode="after")
+    def _has_a_weight(self) -> SignalsConfig:
+        if self.model_fields_set and not self.active:
+            raise ValueError("all signals have the weight 0; set one of them, such as logits = 1.0")
+        return self
+
+
+class StudentConfig(Config):
+    """Set which layers of the teacher become the student. To cut widths too, use `prune` with method structured."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+
+    layers: int = Field(default=0, ge=0)
+    """Number of the teacher's layers that a new student copies, in the encoder and in the decoder; 0 copies none,
+    unless `layer_map` is a list."""
+    layer_map: Literal["every_other", "first"] | list[int] = "every_other"
+    """Copied layers. every_other: evenly spaced, from the first; half as many as the teacher has are every other one.
+    first: the first ones. A list of indices, such as [0, 2, 5], counts from 0."""
+
+    @property
+    def active(self) -> bool:
+        """Return whether the student starts from the teacher's layers."""
+        return self.layers > 0 or isinstance(self.layer_map, list)
+
+    @model_validator(mode="after")
+    def _fits(self) -> StudentConfig:
+        chosen = self.layer_map
+        if isinstance(chosen, list):
+            if not chosen or sorted(set(chosen)) != chosen or chosen[0] < 0:
+                raise ValueError(f"layer_map: {chosen} are not ascending indices of layers, such as [0, 2, 5]")
+            if self.layers not in (0, len(chosen)):
+                raise ValueError(f"layers = {self.layers}, and layer_map names {len(chosen)} layers; leave out layers")
+        elif "layer_map" in self.model_fields_set and not self.layers:
+            raise ValueError(f"layer_map = {chosen!r}: set layers, the number of layers that are copied")
+        return self
+
+    def kept(self, depth: int) -> list[int]:
+        """Return the indices of the copied layers of a stack with `depth` layers, ascending.
+
+        >>> StudentConfig(layers=3).kept(6), StudentConfig(layers=2, layer_map="first").kept(6)
+        ([0, 2, 4], [0, 1])
+        """
+        if isinstance(self.layer_map, list):
+            return self.layer_map
+        return [i * depth // self.layers if self.layer_map == "every_other" else i for i in range(self.layers)]
+
+
+def check(config: Any) -> None:
+    """Check that the settings of distillation do not contradict each other.
+
+    Args:
+      config: config of the stage `distill`.
+
+    Raises:
+      ValueError: If they do.
+    """
+    given, signals = config.model_fields_set, config.signals
+    for name, kind in (("beta", "js"), ("skew", "skew")):
+        if name in given and config.divergence != kind:
+            raise ValueError(f"{name} is for divergence = {kind!r}, and divergence = {config.divergence!r}")
+    if "hard" in given and signals.active:
+        raise ValueError("hard and signals exclude each other; set signals.hard instead of hard")
+    unused = {"layer_map": ("hidden", "relations"), "hidden_distance": ("hidden", "embeddings"),
+              "relation_heads": ("relations",)}  # fmt: skip
+    for name, readers in unused.items():
+        if name in given and not set(readers) & set(signals.inner):
+            raise ValueError(f"{name}: no signal reads it; set signals.{readers[0]}")
+    if config.student.active and config.model is not None:
+        raise ValueError("student and model exclude each other: the student has the teacher's layers, or new sizes")

@@ -1,0 +1,235 @@
+"""Build the training job of distillation: the student, the loss on a teacher's outputs and layers, and checks.
+
+(Hinton et al., 2015, arXiv:1503.02531)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llmctl.compress.structured_pruning.shrink import drop_layers
+from llmctl.config.base import with_article
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.registry import of
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import Divergence, SoftLoss
+from llmctl.model.layer_signals import Signals
+from llmctl.train import fake_quantize, learner, loop, sparsify
+
+if TYPE_CHECKING:
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.train.learner import Learner
+
+PROJECTIONS = 3
+"""Constant that is folded into a run's random key, to derive the key that initializes the projections of signals."""
+
+
+def make_learner(config: Any, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
+    """Return the student's initial parameters and options with the distillation loss, as a Learner.
+
+    Args:
+      config: config of the stage `distill`.
+      teacher: the teacher.
+      student: artifact from which the student starts; None initializes a new model of the sizes in `config.model`. If
+        `config.student` is set, it is the teacher, whose layers are copied.
+      mesh: the devices.
+
+    Raises:
+      RequestError: If the student does not fit the teacher, or the settings do not fit the models or the mesh.
+    """
+    model, task, train = student_model(config, teacher, student), of(teacher.manifest), config.train
+    for reads in (model, teacher.model):
+        loop.check(reads, train, mesh)
+    task.check_label_type(config.data)
+    soft, inner = soft_loss(config, model), signals(config, model, teacher.model, mesh)
+    loss = task.soft_loss_of(
+        model.model_copy(update={"dropout": config.dropout}),
+        [teacher.model],
+        soft,
+        signals=inner,
+        dtype=jnp.dtype(train.dtype),
+        remat=train.remat,
+    )
+    if student and config.student.active:
+        params = copied_layers(config, student, mesh)
+    else:
+        params = student.params if student else loop.initialize(model, config.seed, mesh)
+    sparsify.check(config.sparsify, params, student)
+    fake_quantize.check(config.fake_quantize, params)
+
+    def step_fields(params: dict[str, Any], steps: int) -> dict[str, Any]:
+        return {"extra": projections(config, inner, model, teacher.model, params)} if inner else {}
+
+    return learner.Learner(
+        model,
+        params,
+        task,
+        config.dropout,
+        loss,
+        beside=teacher.model,
+        labels=teacher.manifest.labels,
+        job_fields={
+            "constants": (teacher.params,),
+            **({"holds_zeros": student.zeros.__contains__} if student else {}),
+            **learner.selection_fields(task, teacher.manifest.labels),
+        },
+        step_fields=step_fields,
+    )
+
+
+def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
+    """Return the divergence from the teacher's outputs, with its weight and that of the labels.
+
+    Raises:
+      RequestError: If a divergence of distributions is set and the model predicts a number.
+    """
+    if model.head_kind.scalar and (config.divergence != "forward" or config.top_k):
+        name = "top_k" if config.top_k else "divergence"
+        raise RequestError(f"{name}: the teacher predicts numbers, which are compared by their squared difference")
+    divergence = Divergence(config.divergence, config.temperature, config.beta, config.skew, config.top_k)
+    if config.signals.active:
+        return SoftLoss(divergence, soft=config.signals.logits, hard=config.signals.hard)
+    return SoftLoss(divergence, soft=1 - config.hard, hard=config.hard)
+
+
+def signals(config: Any, model: ModelConfig, teacher: ModelConfig, mesh: Mesh) -> Signals | None:
+    """Return the losses on inner layers; None if their weights are 0.
+
+    Raises:
+      RequestError: If the layers or the heads do not fit the models, or if the mesh has a pipeline.
+    """
+    given = config.signals
+    if not given.inner:
+        return None
+    if mesh.shape["pipeline"] > 1:
+        raise RequestError(f"signals.{given.inner[0]}: needs mesh.pipeline = 1, whose stages keep no outputs of layers")
+    pairs = layer_pairs(config.layer_map, model.layers, teacher.layers)
+    widths = [n * cfg.head_dim for cfg in (model, teacher) for n in (cfg.heads, cfg.kv_heads)]
+    heads = config.relation_heads or math.gcd(model.heads, model.kv_heads, teacher.heads, teacher.kv_heads)
+    if given.relations and any(width % heads for width in widths):
+        raise RequestError(
+            f"relation_heads = {heads}: does not divide the widths of queries and keys, {widths[0]} and {widths[1]} in "
+            f"the student, {widths[2]} and {widths[3]} in the teacher"
+        )
+    return Signals(given.hidden, given.relations, given.embeddings, pairs, config.hidden_distance, heads)
+
+
+def layer_pairs(layer_map: str | list[tuple[int, int]], student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    """Return the compared layers as pairs (layer of the student, layer of the teacher).
+
+    Args:
+      layer_map: "uniform" (evenly spaced, the last layers are a pair), "last" (only this pair) or a list of pairs.
+      student: number of layers of the student.
+      teacher: number of layers of the teacher.
+
+    Raises:
+      RequestError: If a pair of the list names a layer that does not exist.
+
+    >>> layer_pairs("uniform", 2, 6), layer_pairs("last", 2, 6)
+    (((0, 2), (1, 5)), ((1, 5),))
+    """
+    if layer_map == "last":
+        return ((student - 1, teacher - 1),)
+    if layer_map == "uniform":
+        n = min(student, teacher)
+        return tuple(((i + 1) * student // n - 1, (i + 1) * teacher // n - 1) for i in range(n))
+    for pair in layer_map:
+        for layer, layers, who in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
+            if not 0 <= int(layer) < layers:
+                raise RequestError(f"layer_map: the {who} has no layer {layer}; its layers are 0 to {layers - 1}")
+    return tuple((int(a), int(b)) for a, b in layer_map)
+
+
+def projections(
+    config: Any, inner: Signals, model: ModelConfig, teacher: ModelConfig, params: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the initial projections of `inner`, by name, replicated over the mesh; abstract if `params` are."""
+    leaf: Any = jax.tree.leaves(params)[0]
+    key = jax.random.fold_in(jax.random.key(config.seed), PROJECTIONS)
+    replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+
+    def fresh() -> dict[str, Any]:
+        return inner.projections(model, teacher, key)
+
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.tree.map(lambda a: a.update(sharding=replicated), jax.eval_shape(fresh))
+    return jax.jit(fresh, out_shardings=replicated)()
+
+
+def copied_layers(config: Any, teacher: Artifact, mesh: Mesh) -> dict[str, Any]:
+    """Return the parameters of a student that copies layers of the teacher. No array is shared with the teacher."""
+    model = shallower(config, teacher)
+    kept = {stack: config.student.kept(functional.depth(teacher.model, stack)) for stack in functional.stacks(model)}
+    params = jax.tree.map(jnp.copy, drop_layers(teacher.model, teacher.params, kept)[1])
+    return jax.device_put(params, functional.shardings(model, params, mesh))
+
+
+def shallower(config: Any, teacher: Artifact) -> ModelConfig:
+    """Return the config of a student that copies layers of the teacher.
+
+    Raises:
+      RequestError: If the teacher has too few layers, or if a copied layer would get another kind of attention.
+    """
+    like, update = teacher.model, {}
+    for stack in functional.stacks(like):
+        depth = functional.depth(like, stack)
+        kept = config.student.kept(depth)
+        if len(kept) > depth or kept[-1] >= depth:
+            raise RequestError(f"student: the {stack} of {teacher.path} has {depth} layers, 0 to {depth - 1}")
+        kinds = like.local_layers(depth)
+        if [kinds[i] for i in kept] != like.local_layers(len(kept)):
+            raise RequestError(
+                f"student.layer_map: layers {kept} of {teacher.path} have another order of local and global attention "
+                "than its config gives to so few layers; choose layers of the same kinds by a list"
+            )
+        update["encoder_layers" if stack == "encoder" and like.encoder_layers else "layers"] = len(kept)
+    return ModelConfig.model_validate({**like.model_dump(), **update, "preset": ""})
+
+
+def student_model(config: Any, teacher: Artifact, student: Artifact | None) -> ModelConfig:
+    """Return the student's config. The student must have the teacher's tokenizer and outputs.
+
+    Raises:
+      RequestError: If the student does not fit the teacher.
+    """
+    like = teacher.model
+    if student is None:
+        if config.model is None:
+            raise RequestError("distill: no student; name an artifact with `from`, or sizes with `model`")
+        if config.model.architecture != like.architecture:
+            raise RequestError(
+                f"distill: the student is {with_article(config.model.architecture)}, the teacher "
+                f"{with_article(like.architecture)}; "
+                "they must read the same rows"
+            )
+        answer = {
+            name: getattr(like, name)
+            for name in ("head", "labels", "pooling", "vocab_size", "prompt_tokens", "next_sentence")
+        }
+        per_token = like.head_kind.per_token
+        answer["pooler"] = not per_token and (config.model.pooler or like.next_sentence)
+        answer["head_bias"] = config.model.head_bias or per_token
+        answer["head_transform"] = config.model.head_transform and like.head_kind.vocabulary
+        return ModelConfig.model_validate({**config.model.model_dump(), **answer, "preset": ""})
+    if (student.model.architecture, student.model.head, student.model.labels) != (
+        like.architecture, like.head, like.labels,
+    ):  # fmt: skip
+        raise RequestError(
+            f"{student.path}: is {with_article(student.model.architecture)} that answers as {student.model.head!r}, "
+            f"the teacher {with_article(like.architecture)} that answers as {like.head!r}; they must agree"
+        )
+    if student.model.prompt_tokens != teacher.model.prompt_tokens:
+        raise RequestError(f"{student.path}: has another trained prompt than the teacher {teacher.path}")
+    if student.manifest.tokenizer != teacher.manifest.tokenizer:
+        raise RequestError(f"{student.path}: has another tokenizer than the teacher {teacher.path}")
+    if not student.plain:
+        raise RequestError(
+            f"{student.path}: has quantized or low-rank weights; distill before quantizing, after merging"
+        )
+    return shallower(config, student) if config.student.active else student.model

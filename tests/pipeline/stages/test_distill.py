@@ -1,0 +1,167 @@
+"""distill: signals, divergences and students from the teacher, for each architecture; what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_distillation as tiny
+
+from llmctl.artifacts import artifact
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig, OptimConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import functional, weights
+from llmctl.model.config import ModelConfig
+from llmctl.pipeline.stages import distill
+from llmctl.train import distillation, loop
+
+SIGNALS = {"logits": 1.0, "hard": 0.1, "hidden": 0.5, "relations": 0.3, "embeddings": 0.2}
+WIDER = {"d_model": 24, "layers": 4}
+ONE = MeshConfig()  # one device on a CPU
+
+
+def logged(made):
+    lines = [json.loads(line) for line in (made.path / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "hidden" in line]
+
+
+def train(**changes):
+    return tiny.TRAIN.model_copy(update={"steps": 4, "checkpoint_every": 2, "log_every": 1, **changes})
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_language_models_learn_from_all_signals(architecture, tmp_path):
+    """A student of another width learns from outputs, states, relations and embeddings, with js of the top tokens."""
+    model = tiny.MODELS[architecture]
+    teacher = tiny.made(tmp_path, model.model_copy(update=WIDER))
+    student = tiny.made(tmp_path, model, seed=1)
+    made = tiny.go(
+        tmp_path / "run", teacher, student, data=tiny.data(tmp_path, "prompt", "completion"), signals=SIGNALS, mesh=ONE,
+        divergence="js", beta=0.3, top_k=8, train=train(),
+    )  # fmt: skip
+    steps = logged(made)
+    assert len(steps) == 4 and steps[-1]["hidden"] < steps[0]["hidden"]
+    assert all(
+        np.isfinite([line[n] for n in ("hidden", "relations", "embeddings", "divergence")]).all() for line in steps
+    )
+    assert made.model == model
+
+
+def test_eight_devices_and_a_resumed_run_equal_one_run(tmp_path, monkeypatch):
+    """A classifier that learns from all signals has the same parameters on 8 devices, and bit for bit after a kill."""
+    teacher = tiny.classifier(tmp_path, "encoder", **WIDER)
+    student = tiny.classifier(tmp_path, "encoder", seed=1)
+    settings = {"data": tiny.data(tmp_path, "text", "label"), "signals": SIGNALS, "train": train(), "dropout": 0.1}
+    one = tiny.go(tmp_path / "one", teacher, student, mesh=ONE, **settings)
+    many = tiny.go(tmp_path / "many", teacher, student, mesh=MeshConfig(data=2, fsdp=2, tensor=2), **settings)
+    named = weights.arrays(many.params)
+    for name, a in weights.arrays(one.params).items():
+        np.testing.assert_allclose(a, named[name], atol=2e-4, err_msg=name)
+    log = loop._Loop.log
+
+    def killed(self, done, *rest):
+        if done == 3:
+            raise KeyboardInterrupt
+        return log(self, done, *rest)
+
+    monkeypatch.setattr(loop._Loop, "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.go(tmp_path / "killed", teacher, student, mesh=ONE, **settings)
+    monkeypatch.undo()
+    again = tiny.go(tmp_path / "killed", teacher, student, mesh=ONE, **settings)
+    assert tiny.digest(again) == tiny.digest(one)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path):
+    """The loss with signals equals that on the outputs plus weight * mean of each inner loss * number of targets."""
+    teacher = artifact.load(tiny.classifier(tmp_path, "decoder", **WIDER))
+    student = artifact.load(tiny.classifier(tmp_path, "decoder", seed=1))
+    mesh = meshes.make(MeshConfig())
+    batch = functional.example_batch(student.model, 2, 5)
+    batch = {n: a + 1 for n, a in batch.items()} | {"label": jax.numpy.array([0, 1])}
+    key, found = jax.random.key(0), {}
+    for name, weights_of in {
+        "outputs": {"logits": 0.7, "hard": 0.2},
+        "all": {**SIGNALS, "logits": 0.7, "hard": 0.2},
+    }.items():
+        config = distill.Config(teacher="t", signals=weights_of, train=tiny.TRAIN)
+        learns = distillation.make_learner(config, teacher, student, mesh)
+        extra = learns.step_fields(learns.params, 1)
+        found[name] = jax.jit(learns.loss)(learns.params, batch, key, teacher.params, **extra)
+    (outputs, plain), (total, sums) = found["outputs"], found["all"]
+    parts = sum(SIGNALS[name] * float(sums[name]) for name in ("hidden", "relations", "embeddings"))
+    np.testing.assert_allclose(total, float(outputs) + parts, rtol=1e-5)
+    assert float(plain["kl"]) == pytest.approx(float(sums["kl"]), rel=1e-5) and float(sums["weight"]) == 2
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])
+def test_a_student_copies_layers_of_its_teacher(architecture, tmp_path):
+    """At a learning rate of almost 0, the student's layers are those of the map, and all else is the teacher's."""
+    teacher = artifact.load(tiny.made(tmp_path, tiny.MODELS[architecture]))
+    settings = {"data": tiny.data(tmp_path, "text"), "optim": OptimConfig(learning_rate=1e-30, weight_decay=0.0)}
+    if architecture == "encoder_decoder":
+        settings["data"] = tiny.data(tmp_path, "prompt", "completion")
+    given = {"layer_map": [0, 1]} if architecture == "encoder_decoder" else {"layers": 2}
+    made = tiny.go(tmp_path / "run", teacher.path, None, student=given, **settings)
+    assert made.model.layers == 2 and made.manifest.parent.digest == teacher.manifest.digest
+    kept = {"encoder": [0, 1], "decoder": [0, 1]}
+    before = weights.arrays(teacher.params)
+    for name, a in weights.arrays(made.params).items():
+        stack = name.split("/")[0]
+        want = before[name][np.array(kept[stack])] if "/blocks/" in name else before[name]
+        np.testing.assert_array_equal(a, want, err_msg=name)
+
+
+def test_plan_knows_the_projections_and_a_student_that_copies_layers(tmp_path):
+    """The described training step has the shapes of the job: projections in its state, and the copied layers."""
+    mesh = meshes.make(ONE)
+    teacher = artifact.abstract(tiny.classifier(tmp_path, "encoder", **WIDER), mesh)
+    student = artifact.abstract(tiny.classifier(tmp_path, "encoder"), mesh)
+    settings = {"teacher": "t", "data": tiny.data(tmp_path, "text", "label"), "train": tiny.TRAIN}
+    config = distill.Config(**settings, signals=SIGNALS)
+    (step,), left = distill.programs(config, student, {"t": teacher}, mesh)
+    assert step.parameters[0]["extra/hidden"].shape == (3, 16, 24) and left.model == student.model
+    assert step.parameters[0]["extra/embeddings"].shape == (16, 24)
+    step.trace()
+    config = distill.Config(**settings, student={"layers": 2})
+    (step,), left = distill.programs(config, None, {"t": teacher}, mesh)
+    assert left.model.layers == 2 and left.model.d_model == 24
+    step.trace()
+
+
+@pytest.mark.parametrize(("settings", "line"), [
+    ({"beta": 0.3}, "beta is for divergence = 'js'"),
+    ({"skew": 0.3, "divergence": "js"}, "skew is for divergence = 'skew'"),
+    ({"hard": 0.3, "signals": {"logits": 1.0}}, "hard and signals exclude each other"),
+    ({"signals": {"hidden": 0.0}}, "all signals have the weight 0"),
+    ({"layer_map": "last"}, "layer_map: no signal reads it"),
+    ({"relation_heads": 2, "signals": {"hidden": 1.0}}, "relation_heads: no signal reads it"),
+    ({"student": {"layers": 2}, "model": ModelConfig(preset="llama-tiny")}, "student and model exclude each other"),
+    ({"student": {"layer_map": "first"}}, "set layers, the number"),
+    ({"student": {"layer_map": [2, 1]}}, "are not ascending indices"),
+    ({"student": {"layer_map": [0, 1], "layers": 3}}, "leave out layers"),
+])  # fmt: skip
+def test_settings_that_contradict_one_another(settings, line):
+    with pytest.raises(ValueError, match=line):
+        distill.Config(teacher="t", **settings)
+
+
+def test_requests_that_do_not_fit_the_models_are_refused(tmp_path):
+    teacher = tiny.classifier(tmp_path, "decoder", layers=4)
+    data = tiny.data(tmp_path, "text", "label")
+    hidden = {"signals": {"hidden": 1.0}}
+    for settings, line in (
+        ({**hidden, "layer_map": [(0, 4)]}, "layer_map: the teacher has no layer 4; its layers are 0 to 3"),
+        ({**hidden, "layer_map": [(-1, 1)]}, "layer_map: the student has no layer -1"),
+        ({**hidden, "mesh": MeshConfig(data=4, pipeline=2)}, r"signals.hidden: needs mesh.pipeline = 1"),
+        ({"signals": {"relations": 1.0}, "relation_heads": 3}, "relation_heads = 3: does not divide"),
+        ({"student": {"layers": 5}}, "student: the decoder of .* has 4 layers"),
+    ):
+        with pytest.raises(RequestError, match=line):
+            tiny.go(tmp_path / "run", teacher, teacher, data=data, **settings)
+    assert not (tmp_path / "run" / "out").exists()
+    model = tiny.MODELS["decoder"].model_copy(update={"head": "regress", "labels": 1, "pooling": "mean"})
+    number = tiny.made(tmp_path, model, task="regress")
+    with pytest.raises(RequestError, match="divergence: the teacher predicts numbers"):
+        tiny.go(tmp_path / "run", number, number, data=data, divergence="reverse")
