@@ -45,7 +45,7 @@ def divergence(student_BTW: jax.Array, teacher_BTW: jax.Array, segments_BT: jax.
         kl_BRc = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
         return jnp.sum(jnp.where((segments_Bc > 0)[:, None], kl_BRc, 0.0))
 
-    def body(total: jax.Array, rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def body(total: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + block(*rows), None
 
     rows = [jnp.moveaxis(a.reshape(B, T // c, c, *a.shape[2:]), 1, 0) for a in (student, teacher, segments_BT)]
