@@ -64,8 +64,9 @@ def line_offsets(data: bytes | bytearray | mmap.mmap, path: epath.Path) -> tuple
         data: Bytes of the text.
         path: Path of the file, for the error message.
 
-    Returns: Three arrays for the N lines, int64 [N]: byte offsets of the starts, byte offsets of the ends, and line
-        numbers from 1.
+    Returns:
+        Three arrays for the N lines, int64 [N]: byte offsets of the starts, byte offsets of the ends, and line numbers
+        from 1.
 
     Raises:
         RequestError: If a line is longer than `limits.LINE`.

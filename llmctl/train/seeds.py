@@ -50,8 +50,8 @@ def run(
       once: function (config with one seed, its folders) that trains and saves one model.
       metric: function from the manifest of a saved model to the name of the metric that selects the best.
 
-    Returns: The summary of the metrics, as `summary` returns it. The copied result contains the summary as the metric
-      "seeds".
+    Returns:
+      The summary of the metrics, as `summary` returns it. The copied result contains the summary as the metric "seeds".
     """
     found = processes.broadcast(lambda: _read(ctx.work / FINISHED))
     by, finished = found["by"], found["metrics"]
