@@ -148,9 +148,9 @@ class DataConfig(SourceConfig):
     mixture: list[SourceConfig] = []
     """List of sources, each with a weight, in place of a single source."""
     classes: list[str] = []
-    """Label values in the order of their class indices. If empty: the class names that the data set declares (sources
-    tfds, hf, parquet), else the sorted values of the data. If the list contains numbers, declared names do not replace
-    the numbers."""
+    """Label values in the order of their class indices. If empty: the distinct values of the data, in the order of the
+    class names that the data set declares (sources tfds, hf, parquet), or else sorted. If the list contains numbers,
+    declared names do not replace the numbers."""
     label_type: Literal["class", "number", "set"] = "class"
     """Type of the labels: a class, a number (regression), or a set of any number of classes, including none."""
     label_separator: str = ""

@@ -223,7 +223,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def _metric(config: Config, made: Manifest) -> str:
     """Return the name of the metric that selects the best of several seeds.
 
-    `made` is the manifest of any seed's artifact. All of these artifacts have the same metrics.
+    `made` is the manifest of any seed's artifact. Only its class names are read, which are the same for all seeds.
     """
     return config.train.best_by or TASKS[config.task].best(made.labels)
 
