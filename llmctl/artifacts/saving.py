@@ -9,7 +9,7 @@ Example:
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from llmctl.model.config import ModelConfig
 
 FILES = {
     *("manifest.json", "params", "tokenizer", "log.jsonl"),
-    *("results.json", "table.md", "tradeoff.png", "predictions.jsonl"),
+    *("results.json", "table.md", "tradeoff.png", "predictions.jsonl", "importance.png"),
 }
 """Names of the files and folders that stages write into an artifact's folder."""
 
@@ -81,6 +81,7 @@ def save(
     metrics: dict[str, Any] | None = None,
     tokenizer_dir: Path | None = None,
     log: Path | None = None,
+    beside: Sequence[Path] = (),
     written: Path | None = None,
     pruned: bool | None = None,
     sparse: bool | None = None,
@@ -107,6 +108,7 @@ def save(
         metrics: Measured metrics.
         tokenizer_dir: Tokenizer folder to copy.
         log: Log file to copy.
+        beside: Further files to copy, such as pictures.
         written: Folder that contains the arrays in Orbax format; it is moved to `params/`.
         pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
             of zeros exceeds `fingerprint.PRUNED`.
@@ -175,6 +177,8 @@ def save(
                 containment.copy(tokenizer_dir, draft / "tokenizer")
             if log and log.exists():
                 shutil.copy(log, draft / "log.jsonl")
+            for file in beside:
+                shutil.copy(file, draft / file.name)
         text = processes.broadcast(lambda: write_manifest(draft, manifest).model_dump_json())
     return Manifest.model_validate_json(text)
 

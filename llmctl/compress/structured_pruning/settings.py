@@ -26,7 +26,7 @@ class StructuredSettings(MethodSettings):
 
     added: ClassVar[frozenset[str]] = MethodSettings.added | {
         *(f"{verb}_{part}" for part in PARTS for verb in ("keep", "remove")),
-        *("importance", "hidden", "budget", "vocabulary"),
+        *("importance", "hidden", "budget", "vocabulary", "latency", "plot"),
     }
 
     heads: float = Field(default=0.0, ge=0)
@@ -65,6 +65,12 @@ class StructuredSettings(MethodSettings):
     budget: BudgetConfig = BudgetConfig()
     """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is structured. A search
     chooses these four by the loss on the calibration data, and prints the candidates."""
+    latency: bool = False
+    """Measure the time of a prompt and of each new token before and after pruning, on one device, if the method is
+    structured."""
+    plot: bool = False
+    """Plot the importance of layers, heads, neurons and channels as importance.png, if the method is structured.
+    Requires matplotlib (the `demo` extra)."""
     importance: ImportanceName = "contribution"
     """Score of a head, neuron or channel, if the method is structured; the parts with the lowest scores are removed.
     contribution: norm of the part's contribution to the next outputs. activation: mean norm of the part's output.

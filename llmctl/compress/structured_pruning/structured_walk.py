@@ -93,6 +93,7 @@ def prune_structure(
 
     if structured.fewer_layers(model, target) and scan and scores:
         found["layers_kept"] = kept = structured.kept_layers(model, target, scan.influence)
+        found["influence"] = scan.influence
         scores = {stack: [scores[stack][i] for i in layers] for stack, layers in kept.items()}
         model, params = drop_layers(model, params, kept)
     elif structured.fewer_layers(model, target):
@@ -114,6 +115,7 @@ def prune_structure(
         )
         found["layer_error"] = _errors(reports)
         found["units"] = [_units(r) for r in reports]
+        found.setdefault("influence", {r.stack: [o.influence for o in reports if o.stack == r.stack] for r in reports})
     return model, params, found
 
 

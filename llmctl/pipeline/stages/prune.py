@@ -5,6 +5,7 @@ Most pruning methods choose what to prune by measurements on calibration data.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,12 +16,14 @@ from llmctl.compress.pruning.settings import STRUCTURED, SparseSettings
 from llmctl.compress.pruning.sparse_method import SPARSEGPT
 from llmctl.compress.structured_pruning.settings import StructuredSettings
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
+from llmctl.config.errors import RequestError
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.compress.structured_pruning.latency import Shapes
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
     from llmctl.train.run_log import Reporter
@@ -42,7 +45,8 @@ class Config(StructuredSettings, SparseSettings, StageConfig):
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
-        structured = {"heads", "heads_by", "ffn", "multiple", "layers", "hidden", "budget", "importance", "vocabulary"}
+        structured = {"heads", "heads_by", "ffn", "multiple", "layers", "hidden", "budget", "importance"}
+        structured |= {"vocabulary", "latency", "plot"}
         zeros = {"sparsity", "pattern", "damping", "allocation", "spread", "outlier", "store"}
         other = zeros if self.method == STRUCTURED else structured
         if self.method != SPARSEGPT:
@@ -70,19 +74,24 @@ class Config(StructuredSettings, SparseSettings, StageConfig):
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Prune the parent and write the artifact to `ctx.out`."""
+    import jax
+
     from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
     from llmctl.train import run_log
 
+    if config.plot and importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("prune: the picture needs matplotlib: pip install 'llmctl[demo]', or say plot = false")
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices, bases=config.bases)
     params = merged(base, lambda line: console.say(f"{config.title}: {line}"))
-    structured = config.method == STRUCTURED
+    structured, shapes = config.method == STRUCTURED, jax.eval_shape(lambda tree: tree, params)
     with run_log.Reporter(ctx.work, 0, config.title, False) as reporter, mesh.use(devices):
         prune = _prune_structure if structured else _prune_weights
         model, params, found, tokenizer = prune(config, base, params, devices, ctx, reporter)
+    pictures = _report(config, base, (base.model, shapes), (model, params), found, ctx) if structured else ()
     ctx.save(
         config,
         params,
@@ -93,6 +102,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         sparse=True if config.store == "sparse" else None,
         metrics=found | {"parameters_before": base.manifest.parameters, "sparsity_before": base.manifest.sparsity},
         tokenizer_dir=tokenizer,
+        beside=pictures,
     )
 
 
@@ -128,6 +138,27 @@ def _prune_structure(
     if kept:
         model, params = vocabulary.cut(model, params, kept.ids)
     return model, params, found | chosen, kept.folder if kept else base.tokenizer_dir
+
+
+def _report(
+    config: Config, base: Artifact, before: Shapes, after: Shapes, found: dict[str, Any], ctx: Context
+) -> list[Path]:
+    """Add the layers and sizes of structured pruning to the metrics, print them, and return the pictures.
+
+    `before` and `after` are the config and the parameters of the unpruned and of the pruned model.
+    """
+    from llmctl.compress.structured_pruning import importance_plot, latency, structured_report
+    from llmctl.pipeline import console
+
+    models = {"before": before, "after": after}
+    seq_len = config.seq_len or base.manifest.seq_len or min(base.model.max_seq_len, 2048)
+    times = latency.measure(models, seq_len, config.dtype) if config.latency else {}
+    found["structured_layers"] = structured_report.layers(before[0], after[0], found)
+    found["sizes"] = {n: structured_report.sizes(*shapes, seq_len, times.get(n)) for n, shapes in models.items()}
+    console.note(structured_report.layers_table(found["structured_layers"], before[0]))
+    console.note(structured_report.sizes_table(**found["sizes"]))
+    file = ctx.work / "importance.png"
+    return [file] if config.plot and importance_plot.plot(found, file) else []
 
 
 def _prune_weights(

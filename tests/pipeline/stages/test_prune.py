@@ -51,6 +51,20 @@ def test_structured_pruning_of_a_classifier(artifacts, tmp_path, reviews):
     assert (made.path / "log.jsonl").read_text().count("\n") == 3 + 2  # a line a layer of each walk
 
 
+def test_structured_pruning_reports_layers_sizes_and_times(artifacts, tmp_path, reviews, capsys):
+    settings = {"keep_layers": 2, "remove_ffn": 0.5, "latency": True, "plot": True, "data": reviews, "examples": 16}
+    made = run(artifacts, tmp_path, "lm", **settings)
+    found, base = made.manifest.metrics, artifact.read_manifest(artifacts / "lm")
+    before, after = found["sizes"]["before"], found["sizes"]["after"]
+    assert (before["parameters"], after["parameters"]) == (base.parameters, made.manifest.parameters)
+    assert (before["bytes"], after["bytes"]) == (base.weight_bytes, made.manifest.weight_bytes)
+    assert before["flops_per_token"] > after["flops_per_token"] and after["decode_seconds"] > 0
+    assert sum(layer["kept"] for layer in found["structured_layers"]) == 2
+    assert (made.path / "importance.png").stat().st_size > 1000
+    said = capsys.readouterr().err
+    assert "removed" in said and "layers after pruning" in said and "flops per token" in said
+
+
 def test_importance_by_gradients_and_repair(artifacts, tmp_path, reviews):
     """Repair makes the error of the layers smaller, and what is kept and how important it was is in the metrics."""
     settings = {"heads": 0.5, "ffn": 0.5, "data": reviews, "examples": 20, "importance": "taylor", "keep_hidden": 12}
