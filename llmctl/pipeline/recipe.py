@@ -279,6 +279,8 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
     others: dict[str, str | Path] = {}
     for key in config.artifact_fields:
         named = getattr(config, key)
+        if named is None:  # an optional field that is not set
+            continue
         if isinstance(named, str):
             named = [named] if named else []
         elif not named:  # an empty list means all earlier models

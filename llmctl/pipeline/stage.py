@@ -54,8 +54,9 @@ class StageConfig(Config):
     produces: ClassVar[bool] = True
     """Whether the stage writes a model. The next stage then starts from it by default. `eval` writes no model."""
     artifact_fields: ClassVar[tuple[str, ...]] = ()
-    """Names of the fields that name further artifacts. Their type is str or a list of str; an empty list means all
-    earlier models. `run` finds the artifacts in `Context.siblings`. If one of them changes, the stage runs again."""
+    """Names of the fields that name further artifacts. Their type is str or a list of str. An empty list means all
+    earlier models, and None names no artifact. `run` finds the artifacts in `Context.siblings`. If one of them changes,
+    the stage runs again."""
 
     kind: str
     """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""

@@ -5,7 +5,7 @@ The module does not import JAX, so that settings can be checked early.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -58,7 +58,7 @@ class StudentConfig(Config):
     layers: int = Field(default=0, ge=0)
     """Number of the teacher's layers that a new student copies, in the encoder and in the decoder; 0 copies none,
     unless `layer_map` is a list."""
-    layer_map: Literal["every_other", "first"] | list[int] = "every_other"
+    layer_map: str | list[Any] = "every_other"
     """Copied layers. every_other: evenly spaced, from the first; half as many as the teacher has are every other one.
     first: the first ones. A list of indices, such as [0, 2, 5], counts from 0."""
 
@@ -71,10 +71,12 @@ class StudentConfig(Config):
     def _fits(self) -> StudentConfig:
         chosen = self.layer_map
         if isinstance(chosen, list):
-            if not chosen or sorted(set(chosen)) != chosen or chosen[0] < 0:
+            if not _indices(chosen) or sorted(set(chosen)) != chosen:
                 raise ValueError(f"layer_map: {chosen} are not ascending indices of layers, such as [0, 2, 5]")
             if self.layers not in (0, len(chosen)):
                 raise ValueError(f"layers = {self.layers}, and layer_map names {len(chosen)} layers; leave out layers")
+        elif chosen not in ("every_other", "first"):
+            raise ValueError(f"layer_map: {chosen!r} is not every_other, first or a list of layers, such as [0, 2, 5]")
         elif "layer_map" in self.model_fields_set and not self.layers:
             raise ValueError(f"layer_map = {chosen!r}: set layers, the number of layers that are copied")
         return self
@@ -88,6 +90,11 @@ class StudentConfig(Config):
         if isinstance(self.layer_map, list):
             return self.layer_map
         return [i * depth // self.layers if self.layer_map == "every_other" else i for i in range(self.layers)]
+
+
+def _indices(values: Any) -> bool:
+    """Return whether `values` is a list of one or more whole numbers that are not negative."""
+    return isinstance(values, list) and bool(values) and all(type(i) is int and i >= 0 for i in values)
 
 
 def check(config: Any) -> None:
@@ -105,10 +112,25 @@ def check(config: Any) -> None:
             raise ValueError(f"{name} is for divergence = {kind!r}, and divergence = {config.divergence!r}")
     if "hard" in given and signals.active:
         raise ValueError("hard and signals exclude each other; set signals.hard instead of hard")
+    pairs = config.layer_map
+    if isinstance(pairs, str):
+        if pairs not in ("uniform", "last"):
+            raise ValueError(f"layer_map: {pairs!r} is not uniform, last or a list of pairs, such as [[0, 1], [2, 5]]")
+    elif not pairs or not all(_indices(pair) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"layer_map: {pairs} are not pairs of layers (student, teacher), such as [[0, 1], [2, 5]]")
     unused = {"layer_map": ("hidden", "relations"), "hidden_distance": ("hidden", "embeddings"),
               "relation_heads": ("relations",)}  # fmt: skip
     for name, readers in unused.items():
         if name in given and not set(readers) & set(signals.inner):
             raise ValueError(f"{name}: no signal reads it; set signals.{readers[0]}")
+    if config.teacher and config.teachers:
+        raise ValueError("teacher and teachers exclude each other; name all of them in teachers")
+    if len(set(config.teachers or [])) != len(config.teachers or []):
+        raise ValueError(f"teachers: {config.teachers} name an artifact twice")
+    if len(config.teachers or []) > 1:
+        if signals.inner:
+            raise ValueError(f"signals.{signals.inner[0]}: compares layers of one teacher, and teachers names several")
+        if config.student.active:
+            raise ValueError("student: copies layers of one teacher, and teachers names several")
     if config.student.active and config.model is not None:
         raise ValueError("student and model exclude each other: the student has the teacher's layers, or new sizes")

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llmctl.artifacts import artifact
 from llmctl.compress.structured_pruning.shrink import drop_layers
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
@@ -30,12 +33,34 @@ PROJECTIONS = 3
 """Constant that is folded into a run's random key, to derive the key that initializes the projections of signals."""
 
 
-def make_learner(config: Any, teacher: Artifact, student: Artifact | None, mesh: Mesh) -> Learner:
+def load_teachers(paths: Sequence[Path], mesh: Mesh, bases: Sequence[Path]) -> list[Artifact]:
+    """Load the teachers. Teachers that are adapters over one base, and the base itself, share the base's arrays.
+
+    Args:
+      paths: folders of the teachers.
+      mesh: the devices.
+      bases: further folders in which to look for bases.
+    """
+    loaded: dict[str, Artifact] = {}
+    found: dict[Path, Artifact] = {}
+    for path in sorted(paths, key=lambda path: artifact.read_manifest(path).base is None):  # adapters load their bases
+        same = (a for a in loaded.values() if a.path.resolve() == path.resolve())
+        found[path] = next(same, None) or artifact.load(path, mesh, bases=bases, loaded=loaded)
+    return [found[path] for path in paths]
+
+
+def named_teachers(teachers: Sequence[Artifact]) -> dict[str, Any]:
+    """Return the digests of the teachers as an entry of the metrics: "teacher", or "teachers" for several."""
+    digests = [t.manifest.digest for t in teachers]
+    return {"teachers": digests} if len(digests) > 1 else {"teacher": digests[0]}
+
+
+def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | None, mesh: Mesh) -> Learner:
     """Return the student's initial parameters and options with the distillation loss, as a Learner.
 
     Args:
       config: config of the stage `distill`.
-      teacher: the teacher.
+      teachers: the teachers, whose probabilities are averaged.
       student: artifact from which the student starts; None initializes a new model of the sizes in `config.model`. If
         `config.student` is set, it is the teacher, whose layers are copied.
       mesh: the devices.
@@ -43,14 +68,17 @@ def make_learner(config: Any, teacher: Artifact, student: Artifact | None, mesh:
     Raises:
       RequestError: If the student does not fit the teacher, or the settings do not fit the models or the mesh.
     """
+    teacher = teachers[0]
+    for other in teachers[1:]:
+        check_alike(teacher, other)
     model, task, train = student_model(config, teacher, student), of(teacher.manifest), config.train
-    for reads in (model, teacher.model):
+    for reads in (model, *(t.model for t in teachers)):
         loop.check(reads, train, mesh)
     task.check_label_type(config.data)
     soft, inner = soft_loss(config, model), signals(config, model, teacher.model, mesh)
     loss = task.soft_loss_of(
         model.model_copy(update={"dropout": config.dropout}),
-        [teacher.model],
+        [t.model for t in teachers],
         soft,
         signals=inner,
         dtype=jnp.dtype(train.dtype),
@@ -72,15 +100,34 @@ def make_learner(config: Any, teacher: Artifact, student: Artifact | None, mesh:
         task,
         config.dropout,
         loss,
-        beside=teacher.model,
+        beside=[t.model for t in teachers],
         labels=teacher.manifest.labels,
         job_fields={
-            "constants": (teacher.params,),
+            "constants": tuple(t.params for t in teachers),
             **({"holds_zeros": student.zeros.__contains__} if student else {}),
             **learner.selection_fields(task, teacher.manifest.labels),
         },
         step_fields=step_fields,
     )
+
+
+def check_alike(teacher: Artifact, other: Artifact) -> None:
+    """Check that two teachers read the same rows and have the same outputs.
+
+    Raises:
+      RequestError: If they differ in architecture, head, classes, tokenizer or trained prompt.
+    """
+    reasons = {
+        "architecture": (teacher.model.architecture, other.model.architecture),
+        "head": (teacher.model.head, other.model.head),
+        "classes": (teacher.manifest.labels, other.manifest.labels),
+        "task": (teacher.manifest.task, other.manifest.task),
+        "tokenizer": (teacher.manifest.tokenizer, other.manifest.tokenizer),
+        "trained prompt": (teacher.model.prompt_tokens, other.model.prompt_tokens),
+        "vocabulary": (teacher.model.vocab_size, other.model.vocab_size),
+    }
+    if different := [name for name, (a, b) in reasons.items() if a != b]:
+        raise RequestError(f"teachers: {other.path} differs from {teacher.path} in {' and '.join(different)}")
 
 
 def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
@@ -120,7 +167,7 @@ def signals(config: Any, model: ModelConfig, teacher: ModelConfig, mesh: Mesh) -
     return Signals(given.hidden, given.relations, given.embeddings, pairs, config.hidden_distance, heads)
 
 
-def layer_pairs(layer_map: str | list[tuple[int, int]], student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+def layer_pairs(layer_map: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
     """Return the compared layers as pairs (layer of the student, layer of the teacher).
 
     Args:
@@ -141,9 +188,9 @@ def layer_pairs(layer_map: str | list[tuple[int, int]], student: int, teacher: i
         return tuple(((i + 1) * student // n - 1, (i + 1) * teacher // n - 1) for i in range(n))
     for pair in layer_map:
         for layer, layers, who in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
-            if not 0 <= int(layer) < layers:
+            if layer >= layers:
                 raise RequestError(f"layer_map: the {who} has no layer {layer}; its layers are 0 to {layers - 1}")
-    return tuple((int(a), int(b)) for a, b in layer_map)
+    return tuple((a, b) for a, b in layer_map)
 
 
 def projections(

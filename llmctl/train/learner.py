@@ -50,8 +50,8 @@ class Learner:
     """Dropout rate in training; None uses the rate of the model's config."""
     loss: Loss | None = None
     """Loss function; None uses the loss of the task."""
-    beside: ModelConfig | None = None
-    """Config of another model, such as a teacher, whose forward pass runs in each step; None if there is none."""
+    beside: Sequence[ModelConfig] = ()
+    """Configs of other models, such as teachers, whose forward passes run in each step."""
     temperature: float = COSINE_TEMPERATURE
     """Temperature of embedding losses: the divisor of the similarities between embeddings."""
     settings: Any = None
@@ -98,7 +98,7 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
     """
     settings, model = config.train, learner.training_model
     own = learner.task.loss_of(model, remat=settings.remat, **learner.options(settings))
-    beside = flops.of_rows(learner.beside, row_shapes(rows)) if learner.beside else 0.0
+    beside = sum(flops.of_rows(other, row_shapes(rows)) for other in learner.beside)
     made = loop.Job(
         params=learner.params,
         loss=learner.loss or own,

@@ -110,3 +110,16 @@ def test_the_mean_of_teachers_is_that_of_their_probabilities():
     found = jax.nn.softmax(mean_logits([TEACHER, STUDENT], 2.0) / 2.0)
     np.testing.assert_allclose(found, (softmax(TEACHER / 2) + softmax(STUDENT / 2)) / 2, rtol=1e-5)
     assert mean_logits([TEACHER], 2.0) is TEACHER
+
+
+def test_tokens_learn_from_the_mean_of_two_teachers_of_different_widths():
+    """The chunked loss equals KL(mean of the teachers' probabilities || student) at the temperature."""
+    rng, T = np.random.default_rng(2), 2.0
+    given = [(rng.normal(size=(2, 2, d)), rng.normal(size=(d, C))) for d in (3, 5, 4)]
+    *teachers, (x, head) = [(jnp.asarray(x), jnp.asarray(head)) for x, head in given]
+    sides = [(lambda head, x: x @ head, head, x) for x, head in [*teachers, (x, head)]]
+    p = np.mean([softmax(x @ head / T) for x, head in given[:2]], axis=0)
+    want = T**2 * np.sum(kl(p, softmax(given[2][0] @ given[2][1] / T)))
+    how, ones = SoftLoss(Divergence(temperature=T), soft=1.0, hard=0.0), jnp.ones((2, 2))
+    found = distillation(sides[2], sides[:2], ones.astype(int), ones, C, how)[0]
+    np.testing.assert_allclose(found, want, rtol=1e-5)

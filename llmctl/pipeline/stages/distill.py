@@ -37,15 +37,18 @@ class Config(StageConfig):
 
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
-    artifact_fields: ClassVar[tuple[str, ...]] = ("teacher",)
+    artifact_fields: ClassVar[tuple[str, ...]] = ("teacher", "teachers")
     added: ClassVar[frozenset[str]] = frozenset(
         {"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k", "signals", "layer_map", "hidden_distance"}
-        | {"relation_heads", "student"}
+        | {"relation_heads", "student", "teachers"}
     )
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
     """Artifact whose outputs the student learns. Its head determines the task."""
+    teachers: list[str] | None = None
+    """Several teachers instead of `teacher`. The student learns the mean of their probabilities. Adapters over one base
+    share its arrays."""
     model: ModelConfig | None = None
     """Sizes of a new student, which is used instead of the artifact in `from`."""
     data: DataConfig = DataConfig()
@@ -67,7 +70,7 @@ class Config(StageConfig):
     others are compared by the sum of their probabilities. 0: compare all one by one."""
     signals: SignalsConfig = SignalsConfig()
     """Weights of the losses, such as { logits = 1.0, hidden = 0.5, hard = 0.1 }, instead of `hard`."""
-    layer_map: Literal["uniform", "last"] | list[tuple[int, int]] = "uniform"
+    layer_map: str | list[Any] = "uniform"
     """Pairs of layers that signals.hidden and signals.relations compare. uniform: every student layer with evenly
     spaced teacher layers. last: the last layers. A list of pairs (student layer, teacher layer) counts from 0. In an
     encoder-decoder, these are layers of the decoder."""
@@ -98,7 +101,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Config:
-        if not self.teacher:
+        if not self.teacher and not self.teachers:
             raise ValueError("there is no teacher; name an artifact with `teacher` (--teacher)")
         if self.train.label_smoothing or self.train.z_loss:
             raise ValueError("train.label_smoothing and train.z_loss are for training on labels; set them to 0")
@@ -118,12 +121,13 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.train import distillation, learner
 
     devices = mesh.make(config.mesh)
-    # Loaded apart, even if one is the other's base, because the student's arrays are donated to the training state.
-    teacher = artifact.load(next(iter(ctx.siblings.values())), devices, bases=config.bases)
+    # Loaded apart from the student, even if one is the other's base, because the student's arrays are donated.
+    teachers = distillation.load_teachers(list(ctx.siblings.values()), devices, config.bases)
+    teacher = teachers[0]
     student = teacher if config.student.active else None
     if parent and config.model is None and not student:
         student = artifact.load(parent, devices, bases=config.bases)
-    learns = distillation.make_learner(config, teacher, student, devices)
+    learns = distillation.make_learner(config, teachers, student, devices)
     tokens = loading.load(teacher.tokenizer_dir)
     text = Text(config.data, learns.task.reads_labels, learns.task.reads_conversations)
     for line in text.describe():
@@ -150,7 +154,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         fitted=learner.fitted(config, learns, params, held_out),
         generation=artifact.generation_settings(teacher.manifest),
         pruned=config.sparsify.pruned or (None if student else False),
-        metrics=metrics | {"teacher": teacher.manifest.digest},
+        metrics=metrics | distillation.named_teachers(teachers),
         tokenizer_dir=teacher.tokenizer_dir,
     )
 
@@ -161,9 +165,10 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.data.examples import synthetic
     from llmctl.train import distillation, programs
 
-    teacher = next(iter(others.values()))
+    teachers = list(others.values())
+    teacher = teachers[0]
     student = teacher if config.student.active else base if config.model is None else None
-    learns = programs.abstractly(mesh, lambda s: distillation.make_learner(config, teacher, s, mesh), student)
+    learns = programs.abstractly(mesh, lambda s: distillation.make_learner(config, teachers, s, mesh), student)
     labels = teacher.manifest.labels
     text = synthetic.SyntheticText(config.data, learns.task.columns, config.train.seq_len, labels)
     rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)

@@ -8,6 +8,7 @@ import pytest
 import tiny_distillation as tiny
 
 from llmctl.artifacts import artifact
+from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig
 from llmctl.distributed import mesh as meshes
@@ -87,7 +88,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path):
         "all": {**SIGNALS, "logits": 0.7, "hard": 0.2},
     }.items():
         config = distill.Config(teacher="t", signals=weights_of, train=tiny.TRAIN)
-        learns = distillation.make_learner(config, teacher, student, mesh)
+        learns = distillation.make_learner(config, [teacher], student, mesh)
         extra = learns.step_fields(learns.params, 1)
         found[name] = jax.jit(learns.loss)(learns.params, batch, key, teacher.params, **extra)
     (outputs, plain), (total, sums) = found["outputs"], found["all"]
@@ -131,6 +132,30 @@ def test_plan_knows_the_projections_and_a_student_that_copies_layers(tmp_path):
     step.trace()
 
 
+def test_teachers_over_one_base_share_its_integers(tmp_path):
+    """Two adapters over a quantized base: its arrays are in memory once, as integers, and the student learns."""
+    base = artifact.load(tiny.made(tmp_path, tiny.MODELS["decoder"]))
+    small = quantize(base.params, scheme="int8", group=0, embeddings=False, head=False, activations="")[0]
+    about = {"key": "k", "tokenizer_dir": base.tokenizer_dir, "config": {"train": {"seq_len": 16}}}
+    parent = artifact.save(tmp_path / "base", small, base.model, stage="quantize", **about)
+    for seed, name in enumerate(("one", "two")):
+        flat, path = weights.flatten(small), "decoder/blocks/attn/q/kernel"
+        a, b = (jax.random.normal(jax.random.key(seed), (3, *shape)) for shape in ((16, 2), (2, 16)))
+        params = weights.unflatten(flat | {path: weights.LowRank(flat[path], a, b, 0.5)})
+        artifact.save(tmp_path / name, params, base.model, stage="finetune", parent=parent, base=small, **about)
+    paths = {name: tmp_path / name for name in ("one", "base", "two")}
+    alive = {id(a) for a in jax.live_arrays()}
+    loaded = distillation.load_teachers(list(paths.values()), meshes.make(ONE), ())
+    new = sum(a.nbytes for a in jax.live_arrays() if id(a) not in alive)
+    assert new == sum(a.nbytes for a in jax.tree.leaves(small)) + 2 * 4 * 3 * 2 * (16 * 2)
+    assert [t.path.name for t in loaded] == list(paths)
+    found = weights.arrays(loaded[0].params)
+    assert {a.dtype.name for a in found.values()} == {"int8", "float32"}
+    student = tiny.made(tmp_path, tiny.MODELS["decoder"], seed=1)
+    made = tiny.go(tmp_path / "run", paths, student, teachers=list(paths), data=tiny.data(tmp_path, "text"))
+    assert len(made.manifest.metrics["teachers"]) == 3
+
+
 @pytest.mark.parametrize(("settings", "line"), [
     ({"beta": 0.3}, "beta is for divergence = 'js'"),
     ({"skew": 0.3, "divergence": "js"}, "skew is for divergence = 'skew'"),
@@ -138,6 +163,12 @@ def test_plan_knows_the_projections_and_a_student_that_copies_layers(tmp_path):
     ({"signals": {"hidden": 0.0}}, "all signals have the weight 0"),
     ({"layer_map": "last"}, "layer_map: no signal reads it"),
     ({"relation_heads": 2, "signals": {"hidden": 1.0}}, "relation_heads: no signal reads it"),
+    ({"signals": {"hidden": 1.0}, "layer_map": [[0, -1]]}, "layer_map: .* are not pairs of layers"),
+    ({"signals": {"hidden": 1.0}, "layer_map": "first"}, "'first' is not uniform, last or a list of pairs"),
+    ({"teachers": ["a", "b"]}, "teacher and teachers exclude each other"),
+    ({"teacher": "", "teachers": ["a", "a"]}, "name an artifact twice"),
+    ({"teacher": "", "teachers": ["a", "b"], "signals": {"hidden": 1.0}}, "compares layers of one teacher"),
+    ({"student": {"layers": 2, "layer_map": "last"}}, "'last' is not every_other, first"),
     ({"student": {"layers": 2}, "model": ModelConfig(preset="llama-tiny")}, "student and model exclude each other"),
     ({"student": {"layer_map": "first"}}, "set layers, the number"),
     ({"student": {"layer_map": [2, 1]}}, "are not ascending indices"),
@@ -145,7 +176,7 @@ def test_plan_knows_the_projections_and_a_student_that_copies_layers(tmp_path):
 ])  # fmt: skip
 def test_settings_that_contradict_one_another(settings, line):
     with pytest.raises(ValueError, match=line):
-        distill.Config(teacher="t", **settings)
+        distill.Config(**{"teacher": "t", **settings})
 
 
 def test_requests_that_do_not_fit_the_models_are_refused(tmp_path):
@@ -153,8 +184,8 @@ def test_requests_that_do_not_fit_the_models_are_refused(tmp_path):
     data = tiny.data(tmp_path, "text", "label")
     hidden = {"signals": {"hidden": 1.0}}
     for settings, line in (
-        ({**hidden, "layer_map": [(0, 4)]}, "layer_map: the teacher has no layer 4; its layers are 0 to 3"),
-        ({**hidden, "layer_map": [(-1, 1)]}, "layer_map: the student has no layer -1"),
+        ({**hidden, "layer_map": [[0, 4]]}, "layer_map: the teacher has no layer 4; its layers are 0 to 3"),
+        ({**hidden, "layer_map": [[4, 1]]}, "layer_map: the student has no layer 4"),
         ({**hidden, "mesh": MeshConfig(data=4, pipeline=2)}, r"signals.hidden: needs mesh.pipeline = 1"),
         ({"signals": {"relations": 1.0}, "relation_heads": 3}, "relation_heads = 3: does not divide"),
         ({"student": {"layers": 5}}, "student: the decoder of .* has 4 layers"),
@@ -167,3 +198,6 @@ def test_requests_that_do_not_fit_the_models_are_refused(tmp_path):
     with pytest.raises(RequestError, match="divergence: the teacher predicts numbers"):
         numbers = data.model_copy(update={"label_type": "number"})
         tiny.go(tmp_path / "run", number, number, data=numbers, divergence="reverse")
+    other = tiny.classifier(tmp_path, "encoder")
+    with pytest.raises(RequestError, match=r"teachers: .* differs from .* in architecture"):
+        tiny.go(tmp_path / "run", {"a": teacher, "b": other}, teacher, teachers=["a", "b"], data=data)
