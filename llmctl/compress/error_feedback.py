@@ -1,10 +1,10 @@
 """Change a matrix input by input, and let the weights of later inputs compensate for the error of each change.
 
 SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774) and GPTQ (Frantar et al., 2022, arXiv:2210.17323) both minimize
-the squared error of the matrix's outputs on the calibration inputs X. Its Hessian is the Gram matrix X^T X. A factor of
-the inverse Hessian determines how much the weights of later inputs change. The inputs are processed in blocks. Within a
-block, the later inputs compensate for each change immediately. The inputs after the block compensate once, for all
-changes of the block together.
+the squared error of the matrix's outputs on the calibration inputs X. The Hessian of this error is the Gram matrix X^T
+X. A factor of the inverse Hessian determines how much the weights of later inputs change. The inputs are processed in
+blocks. Within a block, the later inputs compensate for each change immediately. The inputs after the block compensate
+once, for all changes of the block together.
 
 The papers invert the Hessian and factor the inverse. This code instead computes a Cholesky factor of the Hessian in
 reverse order, and inverts the factor. The Hessian is first scaled to a diagonal of ones. Float32 therefore suffices.
@@ -26,7 +26,7 @@ from llmctl.compress.calibration.settings import DAMPING
 BLOCK = 128
 """Number of inputs per block, as in the papers."""
 ATTEMPTS = 4
-"""Number of damping values that are tried. Each is ten times the one before."""
+"""Number of damping values that are tried. Each value is ten times the value before."""
 
 T = TypeVar("T")
 
@@ -56,7 +56,8 @@ class Block(NamedTuple):
 
 
 Change = Callable[[Block, jax.Array, T], tuple[jax.Array, jax.Array, T]]
-"""Function (block, its weights [S, O], state) -> (changed weights, errors divided by the factor's diagonal, state)."""
+"""Function (block, weights of the block [S, O], state) -> (changed weights, errors divided by the factor's diagonal,
+state)."""
 
 
 def factor(gram_II: jax.Array, damping: jax.Array | float = DAMPING) -> Factor:
@@ -107,8 +108,8 @@ def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], st
       w_IO: the matrix, float32.
       upper_II: factor R of the inverse Hessian.
       size: number of inputs per block.
-      change: function that changes one block (see `Change`). Its argument is a block whose weights already compensate
-          for the changes of earlier blocks. If `size` does not divide the inputs, the last block is padded with zeros.
+      change: function that changes one block (see `Change`). The weights of a block already compensate for the changes
+          of earlier blocks. If `size` does not divide the inputs, the last block is padded with zeros.
       state: initial value of the third argument of `change`, such as scales that each block may replace.
     """
     inputs = len(w_IO)
@@ -143,17 +144,18 @@ def compensate(
       i: index of the input in the block.
       lost_O: old minus new weights of input `i`.
       w_SO: weights of the block.
-      error_SO: errors of the block's inputs that have changed before: `lost_O`, divided by the factor's diagonal.
+      error_SO: errors of the block's inputs. The error of an input is the old minus the new weights, divided by the
+          factor's diagonal. Rows of inputs that have not changed yet are 0.
 
     Returns:
-      The updated weights [S, O], and the errors [S, O] with that of input `i` in row `i`.
+      The updated weights [S, O], and the errors [S, O], to which the error of input `i` is added.
     """
     error_O = lost_O / block.diagonal_S[i]
     return w_SO - block.upper_SS[i][:, None] * error_O, error_SO.at[i].set(error_O)
 
 
 def fallback(attempts: int, damping: float, instead: str) -> str:
-    """Return the message for reports if damping values failed; an empty string if none failed.
+    """Return a message about failed damping values, for reports; an empty string if none failed.
 
     The message names the damping value that succeeded or, if all failed, the method that was used instead.
 

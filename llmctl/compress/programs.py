@@ -132,7 +132,7 @@ class Walk:
     def sums(self, params: Tree, method: SparseMethod) -> Tree:
         """Return the gradient sums that the score of a pruning method reads, as abstract arrays.
 
-        They are in a dictionary: path of a matrix -> name of the sum -> array.
+        The result is a dictionary: path of a matrix -> name of the sum -> array.
         """
         inner = {m.path: m.weight for m in weights.matrices(params, "block")}
         names = method.gradients
@@ -176,7 +176,7 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_other_type(params: Tree, after: Tree, stack: str) -> Tree:
-    """Return the stacked weights of `after` whose type differs from that in `params`, by path in the layer."""
+    """Return the stacked weights that have different types in `after` and in `params`, by path in the layer."""
     old, new = (weights.flatten(tree[stack]["blocks"]) for tree in (params, after))
     return {path: w for path, w in new.items() if jax.tree.structure(w) != jax.tree.structure(old[path])}
 

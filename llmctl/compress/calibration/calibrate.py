@@ -58,14 +58,14 @@ class Visit:
     """
 
     stack: str
-    """Stack that contains the layer, "encoder" or "decoder"; `HEAD` for the output head."""
+    """Stack of the layer: "encoder" or "decoder". For the output head, `HEAD`."""
     index: int
     """Index of the layer in its stack, from 0."""
     layer: Layer
-    """Parameters of the layer. For the output head these are the subtrees "lm_head" and "head"."""
+    """Parameters of the layer. For the output head, the subtrees "lm_head" and "head"."""
     stats: Stats
     """Statistics of the inputs of each matrix, by the path of the matrix in the layer ("attn/q"). The argument
-    `collect` of `walk` selects them.
+    `collect` of `walk` selects the statistics.
     """
     gradients: Gradients = field(default_factory=dict)
     """Gradients of the loss, summed over batches, by the path of the matrix in the layer. Empty for the output head,
@@ -76,14 +76,14 @@ class Visit:
 
 
 Change = Callable[[Visit], Layer]
-"""Compression method: a function from a Visit to the changed parameters of its layer. A weight must have the same type
-after the change, such as dense or quantized, in all layers of the encoder or decoder.
+"""Compression method: a function from a Visit to the changed parameters of its layer. After the change, a weight must
+have the same type (dense, quantized, …) in all layers of the encoder or decoder.
 """
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Store the measurements of one layer over all tokens that are not padding."""
+    """Store the measurements of one layer. Padding is not measured."""
 
     stack: str
     layer: int
@@ -128,12 +128,11 @@ def walk(
 
     Args:
       cfg: config of the model.
-      params: parameters of the model. If `change` is given, those of the layers are donated; otherwise the parameters
-          are returned unchanged.
+      params: parameters of the model. If `change` is given, the parameters of the layers are donated.
       batches: inputs of the model: tokens, segments, positions [B, T]. For an encoder-decoder, the same arrays with the
           prefix `encoder_` too. Padding (segment 0) is not counted.
-      collect: function from the path of a matrix to the statistic of its inputs that is collected (see `Collect`).
-      change: compression method, a function that returns the changed layer; None only measures.
+      collect: function that selects the statistic to collect for each matrix (see `Collect`).
+      change: compression method, a function that returns the changed layer. If None, the walk only measures.
       gradients: gradients of the unchanged model, summed over batches (`gradients.accumulate`).
       head: whether to visit the output head too, after all layers.
       keep: whether to keep each layer's statistics in its report.
@@ -143,7 +142,7 @@ def walk(
       dtype: dtype of the computation.
 
     Returns:
-      The parameters, changed if `change` is given, and a report per layer.
+      The parameters and one report per layer. The parameters are changed only if `change` is given.
 
     Raises:
       RequestError: If the batches contain only padding.
@@ -189,8 +188,8 @@ class _Walk:
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
-        The list `carries` has the inputs of the first layer, one entry per batch. They are replaced by the outputs of
-        the last layer.
+        The list `carries` has one entry per batch: the inputs of the first layer. This method replaces them by the
+        outputs of the last layer.
         """
         observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])

@@ -36,8 +36,8 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
       labels: whether batches contain labels or targets, as in training. Otherwise they contain only the model's inputs.
 
     Raises:
-      RequestError: If the sequence length is unknown or too long, the split has no texts or fewer than the user set, or
-        `labels` is true and the data has no labels.
+      RequestError: If the sequence length is unknown or too long, if the split has too few texts, or if `labels` is
+        true and the data has no labels.
     """
     talks = of(base.manifest).reads_conversations and (labels or mapping.holds_conversations(config.data))
     chosen = splits.examples(config.data, config.split, labels, talks).sample(config.examples)
@@ -77,7 +77,7 @@ def abstract(
 
 
 def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
-    """Return the number of tokens per sequence: the configured one, or the training length.
+    """Return the number of tokens per sequence: the configured number, or the training length.
 
     Raises:
       RequestError: If the sequence length is unknown or too long.

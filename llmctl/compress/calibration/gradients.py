@@ -92,7 +92,7 @@ def summed(
 
 
 def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
-    """Return a compiled function (matrices, parameters, totals, batch) -> (totals, total weight of the loss's tokens).
+    """Return a compiled function (matrices, parameters, totals, batch) -> (totals, total weight of the batch's tokens).
 
     The function computes the gradients of one batch, applies each function that `sums` names, and adds the results to
     the totals. The totals are donated.

@@ -43,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the layer's parameters have other names than the stack's. Also if the type of a weight changes
-              in this layer but not in the first replaced one, or the reverse.
+          ValueError: If the layer's parameters have other names than the stack's. Also if a weight changes its type in
+              only one of two layers: this layer and the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
@@ -101,7 +101,7 @@ def shard_like(new: Layer, old: Layer) -> Layer:
 
 
 def sharding(shape: tuple[int, ...], old: Any) -> Sharding:
-    """Return the sharding for an array of a changed weight: that of the unchanged weight `old`, adapted to `shape`.
+    """Return the sharding of the unchanged weight `old`, adapted to the shape of a changed array.
 
     A dimension whose length has changed is replicated.
     """

@@ -25,7 +25,10 @@ class Measurements:
         self.folder = folder
 
     def get(self, name: str, measure: Callable[[], Arrays]) -> Arrays:
-        """Return the arrays of the file `name`. If it is missing or damaged, call `measure` and write its arrays."""
+        """Return the arrays of the file `name`.
+
+        If the file is missing or damaged, call `measure` and write the file.
+        """
         if self.folder is None:
             return measure()
         file = self.folder / f"{name}.npz"

@@ -31,8 +31,8 @@ def rounded_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array)
 def replicated(a: Any) -> Any:
     """Replicate an array on all devices of the current mesh. Without a mesh, return it unchanged.
 
-    Every device then computes the complete result of a method that reads a Gram matrix. The result therefore does not
-    depend on the mesh.
+    Methods that read a Gram matrix replicate their arguments. Every device then computes the complete result, so the
+    result does not depend on the mesh.
     """
     current = mesh.current()
     return a if current is None else jax.device_put(a, mesh.replicated(current))

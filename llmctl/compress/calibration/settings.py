@@ -30,12 +30,13 @@ class CalibrationConfig(Config):
     """
 
     data: DataConfig = DataConfig()
-    """Calibration data. Only methods that need gradients read its labels. Methods without calibration ignore it."""
+    """Calibration data. Only methods that need gradients read the labels. Methods without calibration ignore the
+    data."""
     split: Split = "train"
     """Split of the data that is used for calibration."""
     examples: int = Field(default=256, ge=1)
-    """Number of calibration examples, selected by hash. If set, the data must have at least this number; by default,
-    up to 256 are used."""
+    """Number of calibration examples, selected by hash. By default, up to 256. If set, the data must have at least this
+    number of examples."""
     seq_len: int = Field(default=0, ge=0)
     """Number of tokens per sequence; 0 uses the training length."""
     truncate: Literal["", Truncate] = ""

@@ -62,7 +62,7 @@ class Gram:
     """Sum the Gram matrices X^T X [H, K, K] of a matrix's inputs, in H blocks of K inputs, and count the tokens.
 
     With a single block of all inputs, the Gram matrix is the Hessian of the layer's squared error. With one block per
-    head, it serves to score the heads for pruning.
+    head, the Gram matrices give the scores by which heads are pruned.
     """
 
     products: jax.Array

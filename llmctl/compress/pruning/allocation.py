@@ -1,7 +1,7 @@
 """Choose how sparse each layer becomes in unstructured pruning: by outliers (OWL), or by measured sensitivity.
 
-This module does not choose which weights of a matrix become zero; a pruning score does. All matrices of a layer get
-the same sparsity. The numbers of zeros add up to exactly the sparsity of the complete model.
+The zeros of a matrix are not chosen here, but by a pruning score. All matrices of a layer get the same sparsity. The
+numbers of zeros add up to exactly the sparsity of the complete model.
 
 Shapes: B batch, T sequence, D model width.
 """
@@ -41,7 +41,7 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
 
     (OWL; Yin et al., 2023, arXiv:2310.05175.) The fraction of kept weights grows linearly with the fraction of
     outliers. The highest and the lowest sparsity differ by 2 * `spread`. A layer's sparsity can differ from `sparsity`
-    by nearly this much. Therefore, 2 * `spread` must be less than `sparsity` and less than 1 - `sparsity`.
+    by nearly 2 * `spread`. Therefore, 2 * `spread` must be less than `sparsity` and less than 1 - `sparsity`.
 
     >>> owl(np.array([0.0, 1.0, 3.0]), np.ones(3), 0.5, 0.15).round(3).tolist()
     [0.633, 0.533, 0.333]
@@ -66,15 +66,16 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
     and so on. Among ranges with equal error per zero, lower ranges come first, and layers get zeros in proportion to
     their sizes. Layers with equal errors therefore get equal sparsities.
 
-    The result minimizes the sum of the errors if no layer's lower range adds more error than its upper range. If one
-    does, both of its ranges get the mean of the two errors, and the result is an approximation.
+    The result minimizes the sum of the errors if no layer's lower range adds more error than its upper range. If the
+    lower range of a layer adds more error, both ranges get the mean of the two errors. The result is then an
+    approximation.
 
     >>> by_sensitivity(np.array([[0.0, 1.0, 3.0], [0.0, 0.1, 0.3]]), np.ones(2), 0.5, 0.1).round(3).tolist()
     [0.4, 0.6]
 
     Args:
-      errors: errors [layers, 3] of the model if only this layer is pruned: to the sparsities sparsity - spread,
-        sparsity, and sparsity + spread.
+      errors: errors [layers, 3] of the model if only one layer is pruned. The three sparsities of the layer are
+        sparsity - spread, sparsity, and sparsity + spread.
       sizes, sparsity, spread: see `owl`.
     """
     costs = np.diff(errors, axis=1)
@@ -197,7 +198,7 @@ def scan(
       batch: calibration batch.
       layers: the layers to prune, each alone.
       prune_one: function (layer, sparsity) -> the parameters of this layer, pruned to this sparsity.
-      sparsities: the sparsities to which each layer is pruned.
+      sparsities: sparsities to try for each layer.
       dtype: dtype of the computation.
       saved: errors of layers that an interrupted run measured.
     """
@@ -250,8 +251,8 @@ def allocate(
 
     First the calibration batches pass through the unpruned model, to measure the inputs of every matrix. If
     `method.allocation` is by sensitivity, each layer is then pruned alone, and the error is measured on the first batch
-    (`scan`). These layers are pruned by the method's score without repair, or by Wanda's score if the method is
-    SparseGPT. The parameters do not change.
+    (`scan`). This pruning uses the method's score without repair. If the method is SparseGPT, it uses Wanda's score.
+    The parameters do not change.
 
     Args:
       cfg: config of the model.
@@ -260,7 +261,7 @@ def allocate(
       method: the pruning method. Its allocation must not be uniform.
       gradients: sums of the loss's gradients, if the score needs them.
       seed: seed of the random keys (see `prune_layer`).
-      progress: function that is called with the report of each layer whose inputs were measured.
+      progress: function that is called with the report of each measured layer.
       dtype: dtype of the computation.
       saved: measurements of an interrupted run: the inputs of all layers, and the errors of each layer.
     """

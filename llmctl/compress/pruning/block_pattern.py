@@ -16,8 +16,8 @@ from llmctl.compress.pruning.pattern import Pattern
 def total_scores(score_IO: jax.Array, pattern: Pattern) -> jax.Array:
     """Return the sum of the scores in each block, [M, N].
 
-    A score of -infinity means that the weight is already zero. It counts 0 in the sum of its block, unless all weights
-    of the block are zero; the sum is then -infinity.
+    A score of -infinity means that the weight is already zero. Such a score counts as 0 in the sum. If all weights of a
+    block are zero, the sum is -infinity.
 
     Args:
       score_IO: scores of the weights.

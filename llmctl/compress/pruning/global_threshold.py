@@ -23,16 +23,16 @@ HALF = 16
 def counts(scores: Callable[[], Scores], sparsity: float) -> Counts:
     """Return the number of weights or blocks to prune in each matrix. The sum is round(sparsity * number of scores).
 
-    The threshold is exact. It is found in two passes over the scores, by counting the values of their upper 16 bits,
-    and then of their lower 16 bits. Only one matrix at a time is in memory. Of scores that equal the threshold, those
-    of the first matrices are pruned.
+    The threshold is exact. Two passes over the scores find it: one counts the values of the upper 16 bits, and one the
+    values of the lower 16 bits. Only one matrix at a time is in memory. If several scores equal the threshold, the
+    scores of the first matrices are pruned.
 
     >>> one = ("decoder", 0), "attn/q", np.array([[1.0, -2.0], [5.0, 3.0]])
     >>> counts(lambda: [one, (("decoder", 1), "attn/q", np.array([[4.0, 3.0]]))], 0.5)
     {('decoder', 0): {'attn/q': 3}, ('decoder', 1): {'attn/q': 0}}
 
     Args:
-      scores: function that returns the scores of all matrices, equal in each call.
+      scores: function that returns the scores of all matrices. Every call returns the same scores.
       sparsity: fraction of all scores to prune.
     """
     above = np.zeros(1 << HALF, np.int64)

@@ -23,16 +23,18 @@ def mask(
 ) -> jax.Array:
     """Return a mask [I, O] that is True for every weight to keep.
 
-    Of equal scores, those with lower indices are pruned first.
+    If scores are equal, weights with lower indices are pruned first.
 
     Args:
       score_IO: scores; the lowest are pruned. A weight that is already zero has the score -infinity.
       pattern: sparsity pattern. In a block pattern, the score of a block is the sum of its weights' scores.
       per: group within which scores compete, except in an N:M pattern: the complete matrix, or each output's inputs.
-      count: number of weights to prune in the matrix; by default the number that the pattern gives. In a block pattern,
-        it is a number of blocks. In an N:M pattern, it is the number per group of M inputs. If `per` is "output", the
-        number is divided over the outputs, and the first outputs prune one more if a rest remains. An array [O] sets
-        the number for each output (in a block pattern, for each block of outputs).
+      count: number of weights to prune in the matrix; by default the number that the pattern gives.
+
+        - Block pattern: the number of blocks.
+        - N:M pattern: the number per group of M inputs.
+        - If `per` is "output", the number is divided evenly over the outputs. The first outputs get the remainder.
+        - An array [O] sets the number of each output (in a block pattern, of each block of outputs).
 
     Raises:
       RequestError: If the M of an N:M pattern does not divide the inputs.
@@ -62,8 +64,8 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 
     Existing zeros stay and are counted. If scores compete per output, every output has an equal share of `count`. An
     output may already have more zeros than its share. The other outputs then prune fewer weights, and the result is an
-    array [O] of numbers per output. Its sum is `count`, or the number of existing zeros if that is larger. In all other
-    cases, the result is `count` itself.
+    array [O] of numbers per output. The sum of the array is the larger of `count` and the number of existing zeros. In
+    all other cases, the result is `count` itself.
     """
     if method.per == "matrix" or count is None:
         return count
@@ -73,11 +75,11 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 
 @partial(jax.jit, static_argnames="pattern")
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
-    """Return the number of zeros [O] that each output gets, and whether any output already has more than its share.
+    """Return the number of zeros of each output [O], and whether any output already has more zeros than its share.
 
     The share of an output is `count` divided by the number of outputs. The numbers include existing zeros. They add up
-    to `count`, or to the number of existing zeros if that is larger. New zeros are given to outputs with fewer zeros
-    than their share, in proportion to the difference. In a block pattern, blocks are counted in place of weights.
+    to the larger of `count` and the number of existing zeros. Only outputs with fewer zeros than their share get new
+    zeros, in proportion to the missing zeros. In a block pattern, blocks are counted in place of weights.
     """
     zero_IO = block_pattern.all_true(values_IO == 0, pattern)
     zeros_O = jnp.sum(zero_IO, axis=0)

@@ -37,8 +37,8 @@ class Pattern:
     def count(self, inputs: int, outputs: int, per: Literal["matrix", "output"]) -> int:
         """Return the number of weights to prune in a matrix; in a block pattern, the number of blocks.
 
-        If `per` is "output", every output (or block of outputs) prunes the same number. This number is rounded, not
-        that of the matrix.
+        If `per` is "output", the same number is pruned in every output (or block of outputs). The number per output is
+        then rounded, and not the number of the matrix.
 
         >>> Pattern(0.3).count(5, 3, "matrix"), Pattern(0.3).count(5, 3, "output")
         (4, 6)
@@ -76,7 +76,7 @@ class Pattern:
         the argument `sparsity` is not used.
 
         Raises:
-          RequestError: If the text is no pattern, or the sparsity is out of range.
+          RequestError: If the text is not a pattern, or the sparsity is out of range.
         """
         a, cross, b = text.partition("x")
         blocks = bool(cross) and a.isdecimal() and b.isdecimal() and int(a) * int(b) > 1

@@ -55,8 +55,8 @@ def prune(
 ) -> Weight:
     """Return one matrix [I, O] with the lowest-scored weights set to zero.
 
-    Weights that are already zero are pruned first, so they count towards the sparsity. In a block pattern, this holds
-    for blocks of zeros.
+    Weights that are already zero are pruned first, so they count towards the sparsity. In a block pattern, blocks of
+    zeros are pruned first.
 
     Args:
       w: the matrix.
@@ -106,8 +106,9 @@ def prune_layer(
     Returns:
       The pruned layer, and JSON data about each matrix by its path:
 
-      - `shape`, and `zeros`, their number
-      - `error`, the relative error of the outputs, and `error_before_repair`, if there is a Gram matrix
+      - `shape`, the shape of the matrix
+      - `zeros`, the number of zeros
+      - `error` and `error_before_repair`, the relative errors of the outputs, if there is a Gram matrix
       - `fallback`, what was used if SparseGPT failed
     """
     notes: dict[str, Any] = {}

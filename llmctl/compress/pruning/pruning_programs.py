@@ -147,8 +147,8 @@ def _shard(w: Tree) -> tuple[int, ...]:
 def _sparsegpt_cost(w: Tree) -> Cost:
     """Return the cost of SparseGPT for one matrix.
 
-    Only the FLOPs of the products are counted that propagate each block's errors to later inputs. The triangular solve
-    and the Cholesky decomposition are not counted. Memory holds four arrays of the Hessian's size and six of the
+    The only FLOPs counted are those of the products that propagate each block's errors to later inputs. The triangular
+    solve and the Cholesky decomposition are not counted. Memory holds four arrays of the Hessian's size and six of the
     matrix's size.
     """
     inputs, outputs = w.shape

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 STEPS = 16
 """Number of conjugate-gradient steps."""
 ROUNDING = 1e-6
-"""Assumed relative rounding error of an output's squared error in float32. The squared error is a sum of positive and
-negative terms, and the rounding error is relative to the sum of their absolute values. It is large if inputs are nearly
-collinear, because the terms then cancel."""
+"""Assumed float32 rounding error of an output's squared error. The squared error is a sum of positive and negative
+terms. The rounding error is a fraction of the sum of the terms' absolute values. If inputs are nearly collinear, the
+terms cancel, and the sum of absolute values is much larger than the squared error."""
 
 
 @partial(jax.jit, static_argnames=("steps",))
 def repair(original_IO: jax.Array, pruned_IO: jax.Array, gram_II: jax.Array, *, steps: int = STEPS) -> jax.Array:
-    """Recompute the nonzero weights of a pruned matrix, so that its outputs are closest to those before pruning.
+    """Recompute the nonzero weights of a pruned matrix, so that the outputs are closest to the outputs before pruning.
 
     The squared error of every output is compared before and after the repair. The weights of an output change only if
-    its error decreases by more than float32 rounding can explain (see `ROUNDING`). The error of an output therefore
+    the error decreases by more than float32 rounding can explain (see `ROUNDING`). The error of an output therefore
     never increases.
 
     Args:

@@ -105,7 +105,7 @@ def ria(weights_IO, statistics, gradients, key):
 
 @score(per="matrix", gradients=("absolute",))
 def taylor(weights_IO, statistics, gradients, key):
-    """Return the sum over batches of |w g| as the scores [I, O].
+    """Return |w g|, summed over batches, as the scores [I, O].
 
     The score is the first-order change of the loss if the weight is removed (Molchanov et al., 2019, arXiv:1906.10771).
     """

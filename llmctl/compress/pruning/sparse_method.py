@@ -30,7 +30,7 @@ class Allocation:
     name: AllocationName = "uniform"
     spread: float = 0.08
     """For owl, half the difference between the highest and the lowest sparsity of a layer (OWL's lambda). For
-    sensitivity, the largest difference between the sparsity of a layer and that of the model."""
+    sensitivity, the largest difference between a layer's sparsity and the model's sparsity."""
     outlier: float = 5.0
     """Score from which a weight is an outlier, as a multiple of the layer's mean score (OWL's M)."""
 
@@ -85,7 +85,7 @@ class SparseMethod:
 
     @property
     def per(self) -> Literal["matrix", "output"]:
-        """Return whether an unstructured pattern fixes the number of zeros per matrix or per output of a matrix."""
+        """Return the group ("matrix" or "output") in which an unstructured pattern fixes the number of zeros."""
         return self.score.per if self.score else "matrix"
 
     @property
@@ -95,7 +95,7 @@ class SparseMethod:
 
     @property
     def hessian(self) -> bool:
-        """Return whether the method reads each matrix's Gram matrix, and changes the kept weights by it."""
+        """Return whether the method reads Gram matrices, and changes the kept weights."""
         return self.name == SPARSEGPT or self.repair
 
     @property

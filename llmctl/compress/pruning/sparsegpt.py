@@ -44,8 +44,8 @@ def prune(
 ) -> Solution:
     """Return the matrix with `count` zeros (or the zeros of an N:M pattern), and changed values of the kept weights.
 
-    Weights that are zero stay zero and count towards the sparsity. In an unstructured pattern, every block of inputs
-    prunes the same fraction of its nonzero weights; in a block pattern, of its nonzero blocks.
+    Weights that are zero stay zero and count towards the sparsity. In an unstructured pattern, the same fraction of
+    nonzero weights is pruned in every block of inputs. In a block pattern, it is the same fraction of nonzero blocks.
 
     Args:
       w_IO: the matrix.
@@ -53,7 +53,8 @@ def prune(
       count: number of weights or blocks to prune, except in an N:M pattern.
       damping: fraction of the Hessian's mean diagonal entry that is added to its diagonal.
       pattern: sparsity pattern.
-      block: number of inputs per block; rounded up to a multiple of the M of an N:M pattern, or of a block's inputs.
+      block: number of inputs per block. It is rounded up to a multiple of M in an N:M pattern, and of a block's inputs
+          in a block pattern.
     """
     dtype = w_IO.dtype
     w_IO = w_IO.astype(jnp.float32)
@@ -110,7 +111,9 @@ def fallback(attempts: int, damping: float) -> str:
 
 
 def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array | int) -> jax.Array:
-    """Return the number of zeros in each block of inputs. The sum is `count`, or the number of zeros if that is larger.
+    """Return the number of zeros in each block of inputs.
+
+    The sum is the larger of `count` and the number of existing zeros.
 
     Existing zeros stay. Further zeros are distributed over the blocks in proportion to each block's number of nonzero
     weights. In a block pattern, blocks of weights are counted in place of weights.
@@ -127,7 +130,7 @@ def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array
 def _lowest(score_NO: jax.Array, count: jax.Array | int) -> jax.Array:
     """Return a mask that is True at the `count` lowest scores of each column.
 
-    If scores are equal, the first count as lower.
+    If scores are equal, the first scores count as lower.
     """
     order = jnp.argsort(score_NO, axis=0, stable=True)
     return jnp.argsort(order, axis=0) < count

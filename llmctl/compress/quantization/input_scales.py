@@ -33,7 +33,7 @@ def awq(
 
     Args:
       kernels: the matrices [I, O] that are quantized.
-      gram_II: Gram matrix of their inputs.
+      gram_II: Gram matrix of the inputs.
       at: the matrices, and the module into which the scales are folded.
       levels: for each matrix, the levels of its format and the number of inputs with one scale; 0 for all inputs.
     """
@@ -66,8 +66,8 @@ def awq(
 def smooth(kernels: tuple[jax.Array, ...], peak_I: jax.Array, alpha: float, *, at: Fold) -> jax.Array:
     """Return SmoothQuant's scales [I] of matrices with the same inputs (Xiao et al., 2022, arXiv:2211.10438).
 
-    A scale is max|x|^alpha / max|w|^(1 - alpha). Activations are divided by it, so outliers move from activations to
-    weights. Inputs whose activations or weights are all 0 get the scale 1.
+    A scale is max|x|^alpha / max|w|^(1 - alpha). Activations are divided by the scale, so outliers move from
+    activations to weights. Inputs whose activations or weights are all 0 get the scale 1.
 
     Args:
       kernels: the matrices [I, O] that are quantized.

@@ -22,7 +22,7 @@ import qwix
 from llmctl.model.weights import Node, NormalFloat, Packed, Quantized, nf4, packed
 
 SMALLEST = float(jnp.finfo(jnp.float32).tiny) ** 0.5
-"""Scales below this value are replaced by 1, as in qwix. All weights of such a group become 0."""
+"""Scales below this value are replaced by 1, as in qwix. All weights of a group with such a scale become 0."""
 
 
 class Grid(abc.ABC):
@@ -54,7 +54,7 @@ class Grid(abc.ABC):
         """
 
     def table(self, node: Any) -> Any:
-        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
+        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
         return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), node)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
@@ -90,7 +90,9 @@ class Grid(abc.ABC):
 
 @dataclass(frozen=True)
 class Integers(Grid):
-    """Define signed integers of 2, 3, 4 or 8 bits without a zero point. Those of 2 and 3 bits are packed into bytes."""
+    """Define signed integers of 2, 3, 4 or 8 bits without a zero point. Integers of 2 and 3 bits are packed into
+    bytes.
+    """
 
     bits: int
 
@@ -117,7 +119,7 @@ class Integers(Grid):
         return Quantized(qwix.QArray(level_IO.astype(stored), scale_GO.astype(dtype), qtype=stored))
 
     def table(self, node: Any) -> Any:
-        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
+        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
         return packed_table(super().table(node)) if self.bits < 4 else super().table(node)
 
 
@@ -143,7 +145,7 @@ class Floats(Grid):
 
 @dataclass(frozen=True)
 class BlockFloats(Grid):
-    """Define 4-bit floats (e2m1). Scales of mxfp4 are powers of two, and those of nvfp4 are float8_e4m3fn."""
+    """Define 4-bit floats (e2m1). Scales of mxfp4 are powers of two. Scales of nvfp4 are float8_e4m3fn."""
 
     name: str
 
@@ -174,7 +176,7 @@ class BlockFloats(Grid):
 
         For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), so max|w| / scale is between 4 and 8 (OCP Microscaling
         specification 1.0, section 6.3). Magnitudes above 6 * scale are clipped, because 6 is the largest float of e2m1.
-        For nvfp4, the scale is max|w| / 6, rounded to a float8_e4m3fn times the factor of the matrix.
+        For nvfp4, the scale is max|w| / 6, rounded to the product of a float8_e4m3fn and the factor of the matrix.
         """
         if self.name == "mxfp4":
             stored = jnp.frexp(magnitude)[1] - 3 + packed.BIAS
@@ -190,7 +192,7 @@ class BlockFloats(Grid):
         return Packed.of(self.name, level_IO, scale_GO, _factor(whole, jnp.float32))
 
     def table(self, node: Any) -> Any:
-        """Transpose the weight node of a matrix [D, V] to that of an embedding table [V, D]."""
+        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
         return packed_table(super().table(node))
 
 

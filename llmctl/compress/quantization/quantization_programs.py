@@ -102,7 +102,7 @@ def _rounding(
 def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh, method: Quantization) -> list[Program]:
     """Return the programs that scale the inputs of a layer's largest matrices and quantize the largest matrix.
 
-    Every device computes them in full.
+    Every device computes the complete matrices.
     """
     stack = functional.stacks(model)[-1]
     matrices = {m.module: m.weight for m in weights.layer_matrices(layer_of(params, stack))}
@@ -190,9 +190,9 @@ def _clip_cost(w: Tree, group: int, method: Quantization) -> Cost:
 def _solve_cost(w: Tree) -> Cost:
     """Return the cost of GPTQ for one matrix.
 
-    Only the FLOPs of the products are counted that propagate each block's errors to later inputs. The triangular solve
-    and the Cholesky decomposition are not counted. Memory holds five arrays of the Hessian's size, one of them in
-    another order, and six of the matrix's size.
+    The only FLOPs counted are those of the products that propagate each block's errors to later inputs. The triangular
+    solve and the Cholesky decomposition are not counted. Memory holds five arrays of the Hessian's size and six arrays
+    of the matrix's size.
     """
     inputs, outputs = w.shape
     blocks, size = -(-inputs // error_feedback.BLOCK), min(error_feedback.BLOCK, inputs)

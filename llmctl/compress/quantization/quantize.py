@@ -44,7 +44,8 @@ def quantize(
     Args:
       params: the parameters.
       scheme: name of the scheme in `SCHEMES`.
-      group: inputs per scale; 0 means the scheme's own number, or else one scale per output channel.
+      group: number of inputs per scale. 0 means the scheme's own number. If the scheme has no number, every output has
+          one scale.
       embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
       head: whether to quantize the output projection, pooler and task head.
       activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).

@@ -28,7 +28,7 @@ from llmctl.model.weights import Matrix, Node, Weight
 
 Params = dict[str, Any]
 NO_INPUTS = "rounding to nearest: no calibration inputs"
-"""Message in reports about a matrix that was rounded, because calibration collects no inputs of it."""
+"""Message for reports: a matrix was rounded without data, because calibration collects no inputs of the matrix."""
 
 
 def quantize_layers(
@@ -79,8 +79,8 @@ def quantize_layers(
 def collector(method: Quantization) -> Collect:
     """Return the `Collect` function of a quantization method: the statistics that calibration collects per matrix.
 
-    They are a `Joined` of "gram" (the Gram matrix) and "peaks" (the largest magnitude of each input), without those
-    that the method does not read. Nothing is collected for the token embedding table.
+    The statistics are a `Joined` with the names "gram" (the Gram matrix) and "peaks" (the largest magnitude of each
+    input). A statistic is omitted if the method does not read it. Nothing is collected for the token embedding table.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -106,7 +106,7 @@ def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tupl
       - `shape`
       - `error`, the relative error of the outputs on the calibration inputs, if there is a Gram matrix
       - `weight_error`, the relative error of the weights, after AWQ or SmoothQuant have scaled their rows
-      - `exponent`, that of AWQ's scales
+      - `exponent`, the exponent of AWQ's scales
       - `unscaled`, true if scales were requested and cannot be folded
       - `fallback`, what was used if the requested method failed
     """
@@ -134,7 +134,7 @@ def _scaled(
     """Scale the inputs of a layer's matrices by AWQ or SmoothQuant. For other methods, return the layer unchanged.
 
     Returns:
-      The layer, whose outputs are unchanged, the scales of each matrix's inputs, and JSON data about each matrix.
+      The scaled layer, which has the same outputs; the scales of each matrix's inputs; JSON data about each matrix.
     """
     layer, scales, notes = visit.layer, {}, {}
     if not (method.scales_inputs or method.smooth):

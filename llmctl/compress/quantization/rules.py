@@ -1,8 +1,8 @@
 """Choose the format of each matrix by patterns on module paths (mixed precision).
 
 A rule is a pair of a pattern and a format. A pattern is a glob (`*`, `?`, `[…]`) on the last keys of a module's path:
-`q`, `attn/q`, `mlp/*`, `encoder/*`. The path of a module in the layers is `decoder/blocks/attn/q`. It has no layer
-number, because the matrices of all layers are stored in one array, and an array has one format.
+`q`, `attn/q`, `mlp/*`, `encoder/*`. The path of a module in the layers is `decoder/blocks/attn/q`. The path has no
+layer number, because the matrices of all layers are stored in one array, and an array has one format.
 
 The module does not import JAX, so that settings can be checked early.
 """
@@ -31,7 +31,7 @@ def matches(module: str, pattern: str) -> bool:
 
 
 def format_of(module: str, rules: Rules, default: str) -> str:
-    """Return the name of a module's format: that of the longest pattern that matches, otherwise `default`.
+    """Return the name of a module's format: the format of the longest pattern that matches, otherwise `default`.
 
     The length of a pattern is its number of characters other than `*` and `?`.
 

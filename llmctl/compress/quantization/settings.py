@@ -22,7 +22,7 @@ from llmctl.compress.quantization.rules import NONE
 from llmctl.compress.quantization.schemes import BLOCKS, INTEGERS, SCHEMES, has_grid, inputs_per_scale
 
 SHORT = {"int8": 8, "int4": 4}
-"""Value of the setting `bits` that selects each format, by the format's name."""
+"""{name of a format: value of the setting `bits` that selects the format}."""
 CALIBRATION = frozenset(CalibrationConfig.model_fields)
 """Names of the settings that have an effect only with calibration data."""
 RTN = "rtn"
@@ -59,8 +59,8 @@ class QuantizeConfig(CalibrationConfig):
     floats with 8-bit scales for blocks of 32 and of 16 inputs. nf4: 4-bit quantiles of the normal distribution, for
     unmerged LoRA (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
     group: int = Field(default=0, ge=0)
-    """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output,
-    64 inputs for nf4, 32 for mxfp4 and 16 for nvfp4."""
+    """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output;
+    for nf4, mxfp4 and nvfp4, it means 64, 32 and 16 inputs per scale."""
     symmetric: bool = True
     """Use integers that are symmetric around 0. If false, each group also has a zero point, an integer as wide as the
     weights (int3, int2: 4 bits), and its values reach from its lowest to its highest weight."""
@@ -81,11 +81,11 @@ class QuantizeConfig(CalibrationConfig):
     matrices by their magnitude in calibration data, clip, and round to nearest. awq+gptq: the scales of awq, then gptq.
     Token embeddings are always rounded to nearest."""
     clip: bool = False
-    """Search for scales with the least squared error, which may clip the largest weights. Method rtn measures the error
-    of the weights, the others that of the outputs. Method awq always searches."""
+    """Search for scales with the least squared error. Such scales may clip the largest weights. Method `rtn` minimizes
+    the error of the weights, and the other methods minimize the error of the outputs. Method `awq` always searches."""
     smooth: bool = False
-    """Divide activations by one scale per channel, and multiply the weights that read them by the same scale
-    (SmoothQuant). Outliers of activations then have less effect. Requires calibration data and activations = "int8"."""
+    """Divide activations by one scale per channel, and multiply the channel's weights by the same scale (SmoothQuant).
+    Outliers of activations then have less effect. Requires calibration data and activations = "int8"."""
     rotate: bool = False
     """Rotate the residual stream and the values of each head by random Hadamard matrices before rounding (QuaRot). The
     model's outputs do not change, and outliers spread over all channels. Only for models with RMSNorm before each
@@ -93,13 +93,13 @@ class QuantizeConfig(CalibrationConfig):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Migration strength of `smooth`: 0 scales by the weights alone, 1 by the activations alone."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
-    """Method gptq: fraction of the Hessian's mean diagonal entry to add to its diagonal. If a Hessian has no inverse,
-    the fraction is multiplied by 10, and the matrix is reported."""
+    """Fraction of the Hessian's mean diagonal entry to add to the diagonal, if the method is gptq. If a Hessian has
+    no inverse, the fraction is multiplied by 10, and the matrix is reported."""
     act_order: bool = True
-    """Method gptq: round inputs with larger sums of squares first."""
+    """Round inputs with larger sums of squares first, if the method is gptq."""
     static_groups: bool = True
-    """Method gptq with groups: use scales of the unchanged weights. If false, a group's scale is determined when its
-    first input is rounded; this requires act_order = false."""
+    """Use scales of the unchanged weights, if the method is gptq and inputs have groups. If false, a group's scale is
+    determined when the group's first input is rounded, and act_order must be false."""
 
     _unread: tuple[str, ...] = PrivateAttr(default=())
 
@@ -108,7 +108,7 @@ class QuantizeConfig(CalibrationConfig):
     def _without_unread(cls, given: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
         """Drop settings of calibration data if the method reads no calibration data, and remember their names.
 
-        A finished stage is therefore not repeated if only such settings change, as a recipe's shared data.
+        A finished stage is therefore not repeated if only such settings change, such as a recipe's shared data.
         """
         unread = ()
         if isinstance(given, dict) and given.get("method", RTN) == RTN and not given.get("smooth"):

@@ -1,9 +1,10 @@
 """Choose sizes of a model that meet a budget of parameters, bytes or FLOPs, and estimate what each choice costs.
 
-All combinations of layers, heads and hidden width are enumerated. For each, the number of neurons is the largest that
-the budget allows (`llmctl.compress.structured_pruning.search_space`). The estimated loss of a combination is the sum of
-four losses: each is the loss if only this size is reduced, interpolated between measured sizes. The module does not
-import JAX.
+All combinations of layers, heads and hidden width are enumerated. Each combination gets the largest number of neurons
+that the budget allows (`llmctl.compress.structured_pruning.search_space`).
+
+The estimated loss of a combination is a sum over the four sizes. A term is the loss if only one size is reduced. It is
+interpolated between measured sizes. The module does not import JAX.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmctl.model import flops
 from llmctl.model.config import ModelConfig
 
 TOLERANCE = 0.01
-"""Largest difference between a candidate and the budget, as a fraction of the budget."""
+"""Largest difference between the size of a candidate and the budget, as a fraction of the budget."""
 
 Curves = Mapping[str, Mapping[int, float]]
 """Measured increase of the loss if only one size is reduced: {name in `PARTS`: {kept count: increase}}."""
@@ -62,7 +63,7 @@ class Candidate:
 
     model: ModelConfig
     size: float
-    """Parameters, bytes or FLOPs per token, whichever the budget limits."""
+    """Parameters, bytes or FLOPs per token: the quantity that the budget limits."""
     estimate: float
     """Estimated increase of the loss."""
     measured: float | None = None
@@ -111,7 +112,7 @@ def limit(space: Space, asked: tuple[str, float], size: Size, whole: float = 0.0
 def candidates(space: Space, wanted: float, size: Size, curves: Curves) -> list[Candidate]:
     """Return all combinations of sizes that meet the budget, sorted by estimated loss.
 
-    A combination meets the budget if its size is at most `TOLERANCE` below the budget. If there is none, the
+    A combination meets the budget if its size is at most `TOLERANCE` below the budget. If no combination does, the
     combinations with the largest size below the budget are returned.
     """
     found: list[Candidate] = []
@@ -127,7 +128,7 @@ def candidates(space: Space, wanted: float, size: Size, curves: Curves) -> list[
 
 
 def finalists(found: list[Candidate], count: int) -> list[Candidate]:
-    """Return up to `count` candidates from the start of the list, without those that are similar to an earlier one.
+    """Return the first `count` candidates. A candidate that is similar to an earlier candidate is skipped.
 
     Two candidates are similar if they have equally many heads, and differ by at most one layer and an eighth of the
     hidden width.
@@ -149,7 +150,7 @@ def finalists(found: list[Candidate], count: int) -> list[Candidate]:
 def estimate(cfg: ModelConfig, model: ModelConfig, curves: Curves) -> float:
     """Estimate by how much the loss increases if `cfg` is reduced to the sizes of `model`.
 
-    The increases that each size alone causes are interpolated from `curves` and added.
+    The increase that each size alone causes is interpolated from `curves`. The increases are added.
     """
     total = 0.0
     for name, field in PARTS.items():

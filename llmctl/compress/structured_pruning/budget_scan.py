@@ -1,12 +1,17 @@
 """Measure what the removal of layers, heads, neurons and hidden channels costs, and choose sizes that meet a budget.
 
-One pass of the calibration data measures the importance of everything in the unpruned model. Then each size alone is
-reduced to a few counts, and the loss of the calibration data is measured: rows of the matrices that read heads and
-neurons are set to zero, and channels are cut. A layer whose rows are all zero passes on its input, so it need not be
-removed. A post-norm model would still apply the layer's norms, so its layers are removed. The candidates with the
-lowest estimates, and the one with uniform ratios, are measured in the same way with all sizes reduced together. The
-candidate with the lowest loss is chosen. It is pruned by the same importance, so that without repair its loss is the
-measured one.
+The search has four steps:
+
+- Measure the importance of all layers, heads, neurons and channels in the unpruned model.
+- Reduce each size alone to a few counts, and measure the loss on the calibration data.
+- Reduce all sizes together, and measure the loss of the best candidates and of the candidate with uniform ratios.
+- Choose the candidate with the lowest loss.
+
+The final pruning uses the same importance. Without repair, the pruned model therefore has the measured loss.
+
+To measure a loss, heads and neurons are disabled by zero rows in the matrices that read them, and channels are cut.
+Layers are disabled by zero rows too. In a post-norm model, the norms of such a layer would still change the hidden
+states, so layers are removed.
 
 Every measurement is saved. A run that continues after a kill measures only what is missing, and chooses the same sizes.
 """
@@ -53,12 +58,12 @@ Note = Callable[[Mapping[str, float]], None] | None
 """Function that is called with the name and the value of each measured loss."""
 
 FINALISTS = 6
-"""Number of candidates whose loss is measured, besides the one with uniform ratios."""
+"""Number of candidates whose loss is measured. The candidate with uniform ratios is not counted."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Store the importance of a model's layers, heads, neurons and channels, and measure the loss without some."""
+    """Store the importance of a model's layers, heads, neurons and channels, and measure the loss of pruned models."""
 
     cfg: ModelConfig
     params: Params
@@ -75,12 +80,12 @@ class Scan:
     """Losses that an interrupted run measured."""
     note: Note = None
     losses: dict[str, float] = field(default_factory=dict)
-    """Losses of this run, by the sizes."""
+    """Losses that this run has measured or read: {name of the sizes: loss}."""
     programs: dict[tuple[int, int], Any] = field(default_factory=dict)
     """Compiled functions for the loss, by number of layers and hidden width."""
 
     def loss(self, model: ModelConfig) -> float:
-        """Return the mean loss on the calibration data of the model, pruned to the sizes of `model`.
+        """Prune the model to the sizes of `model`, and return the mean loss on the calibration data.
 
         The layers, heads, neurons and channels of lowest importance are disabled or removed, without repair.
 
@@ -118,7 +123,7 @@ class Scan:
         return float(total[0] / total[1])
 
     def _masked(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the matrices, by path, with zero rows for all heads, neurons and layers that `model` does not have.
+        """Return the matrices by path, with zero rows for the heads, neurons and layers that `model` does not have.
 
         Unchanged matrices are omitted.
         """
@@ -153,7 +158,7 @@ def measure(scan: Scan, method: StructuredMethod, progress: Progress = None) -> 
     """Measure the importance of layers, heads, neurons and channels, all in the unpruned model.
 
     Args:
-      scan: the model and the data. Its importance is empty.
+      scan: the model and the data, without importance.
       method: the importance.
       progress: function that is called with the report of each layer.
 
@@ -202,7 +207,7 @@ def measure(scan: Scan, method: StructuredMethod, progress: Progress = None) -> 
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Any:
     """Return the `Collect` function for the importance of heads and neurons.
 
-    It selects the statistic of each matrix that reads the outputs of heads or neurons.
+    The function selects the statistic of each matrix that reads the outputs of heads or neurons.
     """
     read = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
     scored = StructuredMethod(method.importance)
@@ -231,17 +236,17 @@ def loss_steps(space: Space, count: int = FINALISTS + 1) -> int:
 def choose(
     scan: Scan, space: Space, wanted: float, size: Size, planned: Callable[[int], None] | None = None
 ) -> tuple[list[Candidate], budget.Curves]:
-    """Measure the loss of the best candidates and of uniform pruning, for a budget.
+    """Measure the loss of candidates that meet a budget: the best estimates, and uniform pruning.
 
     Args:
       scan: importance in the unpruned model, and calibration batches.
-      space: the sizes that are allowed. One choice of them meets the budget (`budget.limit`).
+      space: the sizes that are allowed. At least one choice of sizes meets the budget (`budget.limit`).
       wanted: the budget, in the unit of `size`.
       size: function that computes the size of a model.
       planned: function that is called with the number of losses that remain to be measured.
 
     Returns:
-      The candidates, sorted by measured loss, and the measured losses if only one size is reduced.
+      The candidates, sorted by measured loss, and the measured increases of the loss if only one size is reduced.
     """
     cfg, base = scan.cfg, scan.loss(scan.cfg)
     curves: dict[str, dict[int, float]] = {

@@ -52,7 +52,7 @@ def prune_channels(
 
     Args:
       cfg: config of the model.
-      params: parameters of the model. With repair, those of the layers are donated.
+      params: parameters of the model. With repair, the parameters of the layers are donated.
       batches: calibration batches.
       keep: number of channels to keep.
       method: importance and repair.
@@ -64,7 +64,7 @@ def prune_channels(
       measurements: importance that an interrupted run measured.
 
     Returns:
-      The config, the parameters, and JSON data: the indices of the kept channels and the importance of all.
+      The config, the parameters, and JSON data: the indices of the kept channels, and the importance of all channels.
     """
     scores_D = known_D
     if scores_D is None:
@@ -86,7 +86,7 @@ def norm_feeds(cfg: ModelConfig) -> list[wiring.Feed]:
 def gate_paths(cfg: ModelConfig, params: Params) -> dict[str, int]:
     """Return the argument `units` of `gates.accumulate` for channels: {path of a norm's scale: hidden width}.
 
-    All norms are included whose outputs are inputs of matrices.
+    A norm is omitted if no matrix reads its outputs.
     """
     flat = weights.flatten(params)
     scales = {f"{feed.producer}/scale" for feed in norm_feeds(cfg)}
@@ -106,7 +106,7 @@ def channel_scores(
 ) -> np.ndarray:
     """Return the importance of each channel, [D]. `prune_channels` describes the arguments.
 
-    The importance is saved as `name`. If an interrupted run saved it, it is not measured.
+    The importance is saved as `name`. If an interrupted run saved the importance, nothing is measured.
     """
     total_D, flat = np.zeros(cfg.d_model), weights.flatten(params)
     if method.importance == "random":
@@ -141,7 +141,8 @@ def channel_scores(
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
     """Return the `Collect` function for the importance of channels.
 
-    It selects the sum of squares of each channel or, for the importance "activation", the sum of magnitudes.
+    The function selects the sum of squares of each channel. For the importance "activation", it selects the sum of
+    magnitudes.
     """
     names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
 
@@ -220,9 +221,9 @@ def _compensated(
 
 
 def _norm_of(cfg: ModelConfig, feed: wiring.Feed, visit: Visit) -> tuple[str, tuple[int, ...]]:
-    """Return the path of the norm that produces an activation of the visited layer, and the layer of the norm.
+    """Return (path, layer index) of the norm that produces an activation of the visited layer.
 
-    The layer is () for a norm outside of the layers.
+    The index is a tuple, and () for a norm outside of the layers.
     """
     norm = feed.producer
     if not norm:  # the layers of a post-norm model read the norm of the layer before
@@ -239,7 +240,7 @@ def _ratio(
 ) -> float:
     """Return the root mean square of a norm's kept channels, before scale and bias of the norm are applied.
 
-    `measured` has statistics of the norm's outputs, multiplied by the number `after`.
+    `measured` has the statistics of y * `after`, for the outputs y of the norm.
     """
     gram: Any = measured.parts[GRAM]
     sums: Any = measured.parts[TOTALS].sums
@@ -252,13 +253,13 @@ def _ratio(
 
 
 def _at(reader: str) -> tuple[str, str]:
-    """Split the path of a matrix into its stack ("encoder", "decoder", or `HEAD` for heads) and its path in a layer."""
+    """Split the path of a matrix into a stack ("encoder", "decoder" or `HEAD`) and the path in a layer."""
     name = weights.parse(_path(reader))
     return (name.stack, name.module) if name.stacked else (HEAD, reader)
 
 
 def _path(reader: str) -> str:
-    """Return the path of a matrix's weight: that of its kernel, or the path itself for the embedding table."""
+    """Return the path of a matrix's weight: `reader/kernel`. For the embedding table, return `reader`."""
     return reader if reader == "embed/tokens" else f"{reader}/kernel"
 
 
@@ -268,7 +269,7 @@ def _axis(reader: str) -> int:
 
 
 def _row_squares(flat: dict[str, Any], reader: str, layer: int) -> np.ndarray:
-    """Return the sum of squares of each row of a matrix, [D]: the weights that multiply one channel."""
+    """Return the sum of squares of each row of a matrix, [D]. A row contains the weights of one channel."""
     w = flat[_path(reader)]
     w = weights.layer_of(w, layer) if weights.is_stacked(_path(reader)) else w
     return np.square(np.asarray(dense(w), float)).sum(axis=0 if reader == "embed/tokens" else 1)

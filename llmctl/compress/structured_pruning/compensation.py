@@ -36,7 +36,7 @@ def compensate(
 
     Args:
       w_IO: the matrix with all inputs.
-      bias_O: its bias; None if it has none.
+      bias_O: bias of the matrix; None if the matrix has no bias.
       kept: ascending indices of the kept inputs.
       gram_II: Gram matrix of the inputs.
       sums_I: sums of the inputs over the tokens.

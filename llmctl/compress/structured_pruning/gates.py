@@ -1,11 +1,12 @@
-"""Compute derivatives of the loss with respect to a factor on each head, neuron or hidden channel (its gate).
+"""Compute derivatives of the loss with respect to gates: factors on the outputs of heads, neurons and hidden channels.
 
-The gate of a unit multiplies its output. The derivative with respect to the gate, at the value 1, is the sum of w * g.
-Here w are the weights that read the unit, and g is the gradient of the loss. The absolute value of the derivative is
-the change of the loss, to first order, if the unit is removed (Molchanov et al., 2019, arXiv:1906.10771). The gate of a
-hidden channel multiplies one channel of a norm's output.
+Each unit (head, neuron or channel) has one gate. The derivative with respect to the gate, at the value 1, is the sum of
+w * g. Here w are the weights that read the unit, and g is the gradient of the loss. The absolute value of the
+derivative is the change of the loss, to first order, if the unit is removed (Molchanov et al., 2019, arXiv:1906.10771).
+The gate of a hidden channel multiplies one channel of a norm's output.
 
-Only the gradients of these matrices and norms are computed. Between batches, memory holds one number per unit.
+Gradients are computed only for matrices that read units, and for norms. Between batches, memory holds one number per
+unit.
 
 Shapes: L layers, N units, I inputs, O outputs, D model width.
 """
@@ -51,8 +52,8 @@ def accumulate(
       cfg: config of the model.
       params: parameters of the model.
       batches: training batches, with labels or targets.
-      units: {path: number of units}. The path is that of a matrix that reads units ("decoder/blocks/attn/o/kernel"), or
-          that of a norm's scale. In the latter case, the units are the output channels of the norm.
+      units: {path: number of units}. Heads and neurons have the path of the matrix that reads them
+          ("decoder/blocks/attn/o/kernel"). Channels have the path of a norm's scale.
       dtype: dtype of the computation.
       saved: sums of an interrupted run.
       name: name of the sums in `saved`.
@@ -113,5 +114,5 @@ def adder(task: Task, cfg: ModelConfig, units: Mapping[str, int], dtype: Any) ->
 
 
 def _bias_of(path: str) -> str:
-    """Return the path of a norm's bias, given that of its scale; empty for a matrix."""
+    """Return the path of a norm's bias, given the path of the norm's scale; empty for a matrix."""
     return path.removesuffix("scale") + "bias" if path.endswith("/scale") else ""

@@ -1,7 +1,7 @@
-"""Run a calibration walk that only measures, and keep its measurements for a run that continues after a kill.
+"""Run a calibration walk that only measures, and save the measurements, so that an interrupted run can resume.
 
-The measurements of a walk are saved when it ends. Saving them per layer would spare little: the batches would have to
-pass through all layers again, and this pass is nearly all that a measuring walk does.
+The measurements are saved when the walk ends. Saving them per layer would save little time: a resumed walk would still
+pass all batches through all layers, which takes nearly all the time.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def measure(
 ) -> tuple[Arrays, dict[str, list[float]]]:
     """Return what `reduce` computes from the reports of a walk, and the block influence of the layers by stack.
 
-    If an interrupted run saved both, the walk does not run. `progress` is then called with the saved influence, so that
-    the log has the same lines.
+    If an interrupted run saved both results, the walk does not run. `progress` is then called with the saved influence,
+    so that the log has the same lines.
 
     Args:
       name: name of the measurements in `saved`.
@@ -72,5 +72,5 @@ def measure(
 
 
 def measure_once(saved: Measurements, name: str, compute: Callable[[], float]) -> float:
-    """Return a number that `compute` measures, or the one that an interrupted run saved."""
+    """Return a number that an interrupted run saved. If there is none, call `compute` and save the result."""
     return float(saved.get(name, lambda: {"value": np.array(compute(), np.float64)})["value"])

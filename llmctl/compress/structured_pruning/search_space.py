@@ -1,7 +1,7 @@
 """List the sizes that a budget search considers: numbers of layers, heads, neurons and hidden channels.
 
-The number of neurons is the largest that the budget allows, for each combination of the other sizes. The module does
-not import JAX.
+For each combination of layers, heads and channels, the number of neurons is the largest that the budget allows. The
+module does not import JAX.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 FRACTIONS = (7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
 """Fractions of each size at which the loss is measured."""
 PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_model"}
-"""Sizes that a search may reduce: {name: field of ModelConfig that counts it}."""
+"""{name of a size that a search may reduce: field of ModelConfig that contains the size}."""
 
 Size = Callable[[ModelConfig], float]
 """Function that computes the parameters, bytes or FLOPs per token of a model."""
@@ -43,19 +43,22 @@ class Space:
     hidden: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Allow all sizes that are not given, descending."""
+        """If the values of a size are not given, allow all values, in descending order."""
         whole = {"layers": range(self.cfg.layers, 0, -1), "heads": range(self.cfg.kv_heads, 0, -1)}
         for name, counts in {**whole, "hidden": hidden_sizes(self.cfg, self.multiple)}.items():
             if not getattr(self, name):
                 object.__setattr__(self, name, list(counts))
 
     def restricted(self, check: Callable[[ModelConfig], None], *, each: bool = True, tries: int = 1) -> Space:
-        """Return the sizes that `check` allows if no other size changes. The present sizes are always allowed.
+        """Return a Space with only the values that `check` allows. The values of the unpruned model are always allowed.
+
+        A value is checked alone: the other sizes are those of the unpruned model.
 
         Args:
           check: function that raises a RequestError if the model cannot be pruned to a config.
-          each: whether to check every count. Otherwise, the smallest count of each size decides for all of its counts.
-          tries: number of multiples of `multiple` that are tried as steps of the number of neurons.
+          each: whether to check every value. Otherwise, only the smallest value of each size is checked. If it is not
+              allowed, no smaller value than the present one is.
+          tries: number of steps that are tried for the number of neurons: `multiple`, 2 * `multiple`, and so on.
 
         Raises:
           RequestError: If no number of neurons is allowed.
@@ -80,12 +83,12 @@ class Space:
         return Space(self.cfg, step or self.multiple, **allowed)
 
     def one(self, name: str, count: int) -> ModelConfig:
-        """Return the config in which only the size `name` differs."""
+        """Return the unpruned model's config with only the size `name` changed to `count`."""
         whole = {part: getattr(self.cfg, of) for part, of in PARTS.items()}
         return with_sizes(self.cfg, **{**whole, name: count})
 
     def points(self) -> dict[str, list[int]]:
-        """Return the counts at which the loss of each size is measured, descending, for each name in `PARTS`."""
+        """Return, for each name in `PARTS`, the values at which the loss is measured, in descending order."""
         found = {}
         for name, counts in {**self._counts(), "ffn": range(1, self.cfg.d_ff + 1)}.items():
             found[name] = sorted({_nearest(self.cfg, name, counts, f) for f in FRACTIONS}, reverse=True)
@@ -97,12 +100,15 @@ class Space:
         return product(sorted(self.layers), sorted(self.heads), self.hidden)
 
     def smallest(self) -> ModelConfig:
-        """Return the config in which every size is the smallest."""
+        """Return the config in which every size has its smallest value."""
         least = {name: min(counts) for name, counts in self._counts().items()}
         return with_sizes(self.cfg, **least, ffn=min(self.multiple, self.cfg.d_ff))
 
     def filled(self, layers: int, heads: int, hidden: int, wanted: float, size: Size) -> ModelConfig | None:
-        """Return the config with these sizes and as many neurons as `wanted` allows; None if it allows none."""
+        """Return the config with these sizes and as many neurons as the budget `wanted` allows.
+
+        If the budget does not allow the smallest number of neurons, return None.
+        """
 
         def of(ffn: int) -> ModelConfig:
             return with_sizes(self.cfg, layers=layers, heads=heads, ffn=ffn, hidden=hidden)
@@ -119,8 +125,8 @@ class Space:
     def uniform(self, wanted: float, size: Size) -> ModelConfig:
         """Return the config that meets the budget by keeping about the same fraction of every size.
 
-        For each percentage, layers, heads and hidden width are reduced to it, and the neurons fill the rest of the
-        budget. The percentage is used for which the kept fraction of neurons is most similar.
+        For each percentage, the layers, heads and hidden width are reduced to this percentage. The neurons fill the
+        rest of the budget. The result is the config whose kept fraction of neurons is nearest to the percentage.
         """
         best, distance = self.smallest(), np.inf
         for percent in range(1, 101):
@@ -162,7 +168,10 @@ def hidden_sizes(cfg: ModelConfig, multiple: int) -> list[int]:
 
 
 def _nearest(cfg: ModelConfig, name: str, counts: Iterable[int], share: float) -> int:
-    """Return the count that is nearest to a fraction of a size. Layers, heads and neurons are rounded first."""
+    """Return the count that is nearest to a fraction of a size.
+
+    For layers, heads and neurons, the fraction of the size is first rounded to an integer.
+    """
     aim = share * getattr(cfg, PARTS[name])
     aim = aim if name == "hidden" else max(1, round(aim))
     return min(counts, key=lambda n: abs(n - aim))

@@ -47,7 +47,8 @@ def target(
       ffn: neurons per feed-forward layer.
       layers: layers of the encoder and of the decoder.
       hidden: channels of the residual stream.
-      by: remove "groups" (a key/value head with all its query heads) or "queries" (the same number in each group).
+      by: what to remove: "groups" (a key/value head with all its query heads) or "queries" (the same number of query
+          heads in each group).
       multiple: the numbers of kept neurons and of kept hidden channels are multiples of this number.
 
     Raises:
@@ -92,7 +93,7 @@ def target(
 
 
 def _keep(field: str, request: float, groups: float, size: int) -> int:
-    """Return how many groups of heads, neurons or layers to keep. Each group is kept or removed as one.
+    """Return how many groups of heads, neurons or layers to keep. A group is kept or removed as a whole.
 
     Args:
       field: name of the setting, for errors.
@@ -170,7 +171,7 @@ def cut(
 
 
 def columns(units: np.ndarray, width: int) -> np.ndarray:
-    """Return the indices of the columns that belong to some heads or neurons.
+    """Return the indices of the columns that belong to the given heads or neurons.
 
     Args:
       units: indices [..., N] of the heads or neurons.

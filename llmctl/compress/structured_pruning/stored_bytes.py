@@ -19,32 +19,36 @@ FIELDS = ("layers", "encoder_layers", "heads", "kv_heads", "d_ff", "d_model", "v
 
 
 class Axis(NamedTuple):
-    """Describe how the length of an array's axis follows the config."""
+    """Describe how the length of an array's axis depends on the config.
+
+    A weight may be stored as several arrays, such as integers and scales. An axis of the scales may be shorter than the
+    weight's axis.
+    """
 
     length: int
-    """Length before pruning."""
+    """Length of the array's axis before pruning."""
     whole: int = 1
-    """Length of the weight's axis before pruning. An axis of scales may be shorter."""
+    """Length of the weight's axis before pruning."""
     field: str = ""
-    """Field of the config that the axis follows; empty for a fixed length."""
+    """Field of the config on which the length depends; empty for a fixed length."""
     count: int = 0
     """Value of the field before pruning."""
     growth: int = 0
     """Growth of the weight's axis if the field grows by 1."""
 
     def at(self, model: ModelConfig) -> int:
-        """Return the length if the model had another config."""
+        """Return the length of the array's axis in a model with another config."""
         if not self.field:
             return self.length
         return self.length * (self.whole + self.growth * (getattr(model, self.field) - self.count)) // self.whole
 
 
 def counter(cfg: ModelConfig, params: dict[str, Any]) -> Size:
-    """Return a function that computes the bytes of the arrays if the model had the sizes of another config.
+    """Return a function that computes the bytes of the model's arrays from the config after pruning.
 
     Args:
       cfg: config of the model.
-      params: its parameters; they may be abstract.
+      params: parameters of the model; they may be abstract.
     """
     before = {path: a.shape for path, a in weights.flatten(functional.abstract(cfg)).items()}
     counts = {name: count for name in FIELDS if (count := getattr(cfg, name))}
@@ -74,7 +78,7 @@ def counter(cfg: ModelConfig, params: dict[str, Any]) -> Size:
 def _doubled(cfg: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all weights if a field of the config had twice its value.
 
-    Twice the key/value heads have twice the query heads, whose axes are therefore looked for first.
+    If the key/value heads are doubled, the query heads are doubled too.
     """
     update: dict[str, Any] = {name: 2 * getattr(cfg, name), "preset": ""}
     if name == "kv_heads":

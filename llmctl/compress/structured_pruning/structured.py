@@ -127,7 +127,9 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiring.Units]:
-    """Return {path of a matrix ("attn/o"): heads or neurons that it reads}, for matrices whose inputs are pruned."""
+    """Return {path of a matrix ("attn/o"): heads or neurons that the matrix reads}, for matrices whose inputs are
+    pruned.
+    """
     heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     found = {reader: u for u in wiring.units(cfg, stack) for reader in u.readers}
     return {p: u for p, u in found.items() if (heads if u.name.endswith("/heads") else target.d_ff != cfg.d_ff)}
@@ -136,7 +138,7 @@ def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiri
 def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = StructuredMethod()) -> Collect:
     """Return the `Collect` function of structured pruning from the sizes of `cfg` to those of `target`.
 
-    It selects the statistics of each matrix that reads heads or neurons of which some are pruned.
+    The function selects the statistics of each matrix whose inputs are pruned.
     """
     read = {path: u for stack in wiring.stacks(cfg) for path, u in readers(cfg, target, stack).items()}
 
@@ -150,8 +152,8 @@ def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = 
 def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
     """Return the argument `units` of `gates.accumulate` for structured pruning from `cfg` to `target`.
 
-    The result is {path of a matrix: number of heads or neurons whose outputs it reads}. Matrices are omitted if
-    `target` does not have fewer of these heads or neurons than `cfg`.
+    The result is {path of a matrix: number of heads or neurons whose outputs the matrix reads}. A matrix is omitted if
+    `target` keeps all these heads or neurons.
     """
     return {
         f"{stack}/blocks/{path}/kernel": units.count
@@ -181,7 +183,7 @@ def prune_widths(
 
     Args:
       cfg: config of the model.
-      params: parameters of the model. Those of the layers are donated.
+      params: parameters of the model. The parameters of the layers are donated.
       batches: calibration batches.
       target: config of the model after pruning.
       progress: function that is called with the report of each layer.
@@ -194,7 +196,7 @@ def prune_widths(
 
     Returns:
       The config, the parameters, and a report per layer. The notes of a report have the indices of the kept heads and
-      neurons, and under "importance" the scores of all.
+      neurons. The entry "importance" has the scores of all heads and neurons.
     """
     collect = collector(cfg, target, method)
     heads_change = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)

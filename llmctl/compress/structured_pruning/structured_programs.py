@@ -68,7 +68,7 @@ def structured_pruning(
 def search(model: ModelConfig, params: Tree, space: Space, method: StructuredMethod, walk: Walk) -> list[Program]:
     """Return the programs of a budget search: for the importance of all units, and for the loss of the candidates.
 
-    The loss is that of the unpruned sizes, the most expensive.
+    The program for the loss has the unpruned sizes, because they are the most expensive.
     """
     collect = budget_scan.collector(model, method)
     found = walk.programs(model, params, collect, changes=False)
@@ -132,7 +132,9 @@ def _of_width(model: ModelConfig, params: Tree, width: int, mesh: Mesh) -> tuple
 
 
 def _rows(model: ModelConfig, target: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return {path of a matrix: (number of inputs before pruning, after pruning)}, if its inputs are pruned."""
+    """Return {path of a matrix: (number of inputs before pruning, after pruning)} for matrices whose inputs are
+    pruned.
+    """
     stack = functional.stacks(model)[-1]
     after = {u.name: u.count * u.width for u in wiring.units(target, stack)}
     read = structured.readers(model, target, stack)
@@ -167,8 +169,8 @@ def _compensation(
 ) -> Program:
     """Return the program that compensates a matrix for removed inputs (repair), for the matrix with the most inputs.
 
-    It represents the programs of all matrices. The FLOPs of the Cholesky decomposition and of the triangular solves are
-    not counted. `rows` has the numbers of inputs of each matrix before and after pruning.
+    This program represents the programs of all matrices. The FLOPs of the Cholesky decomposition and of the triangular
+    solves are not counted. `rows` has the numbers of inputs of each matrix before and after pruning.
     """
     stack, whole = functional.stacks(model)[-1], meshes.replicated(mesh)
     layer = layer_of(params, stack)

@@ -62,7 +62,7 @@ def prune_structure(
     Args:
       config: settings of the stage.
       base: artifact of the saved model.
-      params: parameters of the model, with merged adapters. Those of the layers are donated.
+      params: parameters of the model, with merged adapters. The parameters of the layers are donated.
       target: config of the model after pruning. The vocabulary is not pruned here.
       method: importance and compensation.
       mesh: the devices.
@@ -145,7 +145,8 @@ def choose_sizes(
       mesh: the devices.
       rows: number of tokens in the vocabulary after pruning.
       saved: folder of finished layers and of measurements.
-      log: log of the layers and losses that were measured. Its total becomes that of the search and of the pruning.
+      log: log of the layers and losses that were measured. `log.total` becomes the number of steps of the search and of
+          the pruning together.
       show: function that prints the table of candidates.
 
     Returns:
@@ -183,13 +184,16 @@ def choose_sizes(
 
 
 def search_steps(space: Space, method: StructuredMethod, *candidates: int) -> int:
-    """Return how many layers and losses a budget search logs, if it measures a number of candidates (the most)."""
+    """Return how many layers and losses a budget search logs.
+
+    `candidates` is the number of candidates that the search measures; by default the maximum.
+    """
     layers = space.cfg.layers + space.cfg.encoder_layers
     return layers + _channel_walks(method) * (layers + 1) + budget_scan.loss_steps(space, *candidates)
 
 
 def _most_steps(space: Space, method: StructuredMethod) -> int:
-    """Return how many layers the pruning logs at most that follows a budget search."""
+    """Return the maximum number of layers that the pruning logs after a budget search."""
     whole = space.cfg
     least = with_sizes(whole, layers=whole.layers, heads=whole.kv_heads, ffn=1, hidden=min(space.hidden))
     return pruning_steps(whole, least, method, known=True)
@@ -221,7 +225,9 @@ def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
 
 
 def _units(report: LayerReport) -> dict[str, Any]:
-    """Return JSON data about one pruned layer: its kept heads and neurons, the importance of all, and its error."""
+    """Return JSON data about one pruned layer: the kept heads and neurons, the importance of all heads and neurons, and
+    the error of the layer.
+    """
     kept = {name: choice for name, choice in report.notes.items() if name != "importance"}
     about = {"stack": report.stack, "layer": report.layer, "error": round(report.error, 6)}
     return {**about, "kept": kept, "importance": report.notes["importance"]}
