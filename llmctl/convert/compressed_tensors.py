@@ -2,17 +2,22 @@
 
 Pruned layers that are not quantized have formats of their own (`llmctl.convert.sparse_tensors`).
 
-If activations are also quantized (W8A8), a layer has `weight` [out, in] int8 and `weight_scale` [out, groups]. If only
-weights are quantized, a layer has `weight_packed` [out, in * bits / 32] int32, `weight_scale` and `weight_shape`. Each
-int32 contains several values, the first one in the lowest bits. An offset makes the values unsigned. If the values are
-not symmetric around 0, `weight_zero_point` [out * bits / 32, groups] int32 has the zero points, packed along outputs.
+The formats, and the tensors of a layer:
+
+- int-quantized (W8A8): `weight` [out, in] int8 and `weight_scale` [out, groups].
+- pack-quantized (only weights are quantized): `weight_packed` [out, in * bits / 32] int32, `weight_scale` and
+  `weight_shape`. Each int32 contains several values, the first one in the lowest bits. An offset makes the values
+  unsigned. If the values are not symmetric around 0, `weight_zero_point` [out * bits / 32, groups] int32 has the zero
+  points, packed along outputs.
+- float-quantized: `weight` [out, in] float8_e4m3fn and `weight_scale` [out, 1].
+- nvfp4-pack-quantized: see `llmctl.convert.nvfp4_tensors`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +25,55 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.convert import architectures as bridge_names
-from llmctl.convert import name_map, sparse_tensors
+from llmctl.convert import name_map, nvfp4_tensors, sparse_tensors
 from llmctl.convert.lazy_tensors import Tensor, Tensors, listed, of_array
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 WORD = 32
-"""Number of bits per element of weight_packed."""
+"""Number of bits per element of weight_packed in the format pack-quantized."""
+FLOAT8, NVFP4 = "float-quantized", "nvfp4-pack-quantized"
+INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
+
+
+class Scheme(NamedTuple):
+    """Describe how the weights of a layer are stored."""
+
+    format: str
+    """Name of the format in compressed-tensors."""
+    type: str
+    """int or float."""
+    bits: int
+    group: int = 0
+    """Number of inputs per scale; 0 for one scale per output."""
+    activations: str = ""
+    """Type of quantized activations in llmctl; empty if activations are not quantized."""
+    symmetric: bool = True
+    """Whether the weights have no zero points."""
+
+
+def scheme_of(w: Any) -> Scheme | None:
+    """Return how a weight is stored in compressed-tensors; None if the format cannot store its numbers."""
+    node = weights.as_node(w)
+    if isinstance(node, weights.Packed):
+        return Scheme(NVFP4, "float", 4, nvfp4_tensors.BLOCK) if node.format == "nvfp4" else None
+    if not isinstance(node, weights.Quantized):
+        return None
+    groups, inputs = node.array.scale.shape[-2], node.shape[-2]
+    group = 0 if groups == 1 else inputs // groups
+    if node.array.qvalue.dtype == jnp.float8_e4m3fn:  # vLLM reads no groups of 8-bit floats
+        return Scheme(FLOAT8, "float", 8, 0, node.activations) if not group else None
+    if node.integers() is None:
+        return None
+    bits = 4 if node.array.qvalue.dtype == jnp.int4 else 8
+    form = "int-quantized" if node.activations and bits == 8 else "pack-quantized"
+    return Scheme(form, "int", bits, group, node.activations, node.array.zero_point is None)
 
 
 def pack(
     cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor], pruned: bool = False
 ) -> tuple[dict[str, Tensor], Any]:
-    """Convert quantized linear layers to integer tensors, or pruned ones to a sparse format if none is quantized.
+    """Convert quantized linear layers to quantized tensors, or pruned ones to a sparse format if none is quantized.
 
     The format has no quantized embeddings, so embeddings are dequantized.
 
@@ -54,7 +95,7 @@ def pack(
         raise RequestError(f"{bridge.model_type} models have no linear layers that compressed-tensors could hold")
     flat = weights.flatten(params)
     out, untouched = dict(dense), []
-    schemes: set[tuple[int, int, str, bool]] = set()
+    schemes: set[Scheme] = set()
     bare = cfg.head_kind.bare
     wanted = name_map.tensor_layouts(cfg, bridge, head, bare)
     # transformers constructs these layers although nothing is stored for them: a tied output layer, an unused pooler.
@@ -67,17 +108,14 @@ def pack(
         slot = joint.slots[0]
         if not slot.transposed:
             continue
-        module, w = name.removesuffix(".weight"), weights.as_node(flat[slot.path]).integers()
-        if w is None:
+        module, w = name.removesuffix(".weight"), flat[slot.path]
+        scheme = scheme_of(w)
+        if scheme is None:
             untouched.append(module)
             continue
-        bits = 4 if w.array.qvalue.dtype == jnp.int4 else 8
-        groups = w.array.scale.shape[-2]
-        inputs = slot.shape[0]
-        symmetric = w.array.zero_point is None
-        schemes.add((bits, 0 if groups == 1 else inputs // groups, w.activations, symmetric))
+        schemes.add(scheme)
         del out[name]
-        out |= _layer(module, w, slot, bits)
+        out |= nvfp4_tensors.written(module, w, slot) if scheme.format == NVFP4 else _layer(module, w, slot, scheme)
     plain = all(weights.is_plain(flat[joint.slots[0].path]) for joint in wanted.values())
     if not schemes and pruned and plain:
         sparse = [n for n, joint in wanted.items() if weights.parse(joint.slots[0].path).place == "block"]
@@ -90,20 +128,21 @@ def pack(
     if not schemes:
         raise RequestError("no linear layer is quantized; export --to hf writes it as it is")
     if len(schemes) > 1:
-        raise RequestError(f"linear layers differ in bits, groups or activations ({listed(map(str, sorted(schemes)))})")
-    return out, _config(*schemes.pop(), [*untouched, *built])
+        kinds = sorted(str((s.bits, s.group, s.activations, s.symmetric)) for s in schemes)
+        raise RequestError(f"linear layers differ in bits, groups or activations ({listed(kinds)})")
+    return out, _config(schemes.pop(), [*untouched, *built])
 
 
-def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, bits: int) -> dict[str, Tensor]:
-    inputs, outputs = slot.shape
+def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, scheme: Scheme) -> dict[str, Tensor]:
+    (inputs, outputs), bits = slot.shape, scheme.bits
     groups = w.array.scale.shape[-2]
 
     def part(a: jax.Array) -> np.ndarray:
         return name_map.host(a, slot.layer).T
 
     scale = Tensor((outputs, groups), np.dtype(w.array.scale.dtype), lambda: part(w.array.scale))
-    if w.activations and bits == 8:
-        values = Tensor((outputs, inputs), np.dtype(np.int8), lambda: part(w.array.qvalue))
+    if scheme.format != "pack-quantized":
+        values = Tensor((outputs, inputs), np.dtype(w.array.qvalue.dtype), lambda: part(w.array.qvalue))
         return {f"{module}.weight": values, f"{module}.weight_scale": scale}
     packed = Tensor(
         (outputs, packed_length(inputs, bits)),
@@ -148,21 +187,23 @@ def unpack_words(words: np.ndarray, inputs: int, bits: int) -> np.ndarray:
     return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - (1 << (bits - 1))).astype(np.int8)
 
 
-def _config(bits: int, group: int, activations: str, symmetric: bool, untouched: list[str]) -> dict[str, Any]:
+def _config(scheme: Scheme, untouched: list[str]) -> dict[str, Any]:
     common = {
-        "num_bits": bits,
-        "type": "int",
+        "num_bits": scheme.bits,
+        "type": scheme.type,
         "symmetric": True,
         "dynamic": False,
         "actorder": None,
         "block_structure": None,
     }
-    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
-    weight = common | strategy | {"symmetric": symmetric, "observer": "minmax", "observer_kwargs": {}}
+    strategy = {"strategy": "channel", "group_size": None}
+    if scheme.group:
+        strategy = {"strategy": "tensor_group" if scheme.format == NVFP4 else "group", "group_size": scheme.group}
+    weight = common | strategy | {"symmetric": scheme.symmetric, "observer": "minmax", "observer_kwargs": {}}
     inputs = None
-    if activations:
+    if scheme.activations:
         inputs = common | {"num_bits": 8, "dynamic": True, "strategy": "token", "group_size": None, "observer": None}
-    scheme = {
+    group = {
         "targets": ["Linear"],
         "weights": weight,
         "input_activations": inputs,
@@ -171,8 +212,8 @@ def _config(bits: int, group: int, activations: str, symmetric: bool, untouched:
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "int-quantized" if activations and bits == 8 else "pack-quantized",
-        "config_groups": {"group_0": scheme},
+        "format": scheme.format,
+        "config_groups": {"group_0": group},
         "ignore": sorted(untouched),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
@@ -193,8 +234,8 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         tensors: The stored tensors.
 
     Raises:
-        RequestError: If the quantization method is not compressed-tensors, or if a layer is not stored as symmetric
-            integers with scales.
+        RequestError: If the quantization method is not compressed-tensors, or if a layer is not stored in one of the
+            formats of this module.
     """
     sparse = settings.get("sparsity_config") if isinstance(settings, dict) else None
     if isinstance(sparse, dict) and sparse.get("format") != "dense" and not settings.get("config_groups"):
@@ -203,8 +244,9 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
     method, kind = (settings.get(k, "") if isinstance(settings, dict) else "" for k in ("quant_method", "format"))
     try:
         schemes = [g["weights"] for g in settings["config_groups"].values()]
-        known = method == "compressed-tensors" and kind in ("pack-quantized", "int-quantized", "naive-quantized")
-        known = known and all(s["type"] == "int" and s["num_bits"] in (4, 8) for s in schemes)
+        held = {FLOAT8: {("float", 8)}, NVFP4: {("float", 4)}} | {key: {("int", 4), ("int", 8)} for key in INTEGERS}
+        known = method == "compressed-tensors" and kind in held
+        known = known and all((s["type"], s["num_bits"]) in held[kind] for s in schemes)
         known = known and (kind == "pack-quantized" or all(s.get("symmetric") for s in schemes))
         known = known and not any(n.endswith("_g_idx") for n in tensors)
     except (KeyError, TypeError, AttributeError):
@@ -213,14 +255,17 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
     if not known or len(bits) != 1:
         raise RequestError(
             f"{where}: quantized by {method or 'an unnamed method'} {kind}, which is not supported (int8 and int4 of "
-            "compressed-tensors are, with zero points if packed); import the model that it was made of"
+            "compressed-tensors are, with zero points if packed, and fp8 and nvfp4); import the model that it was made "
+            "of"
         )
     width = bits.pop()
     out = {}
     for name, t in tensors.items():
         stem = re.sub(r"_(packed|scale|shape|zero_point)$", "", name)
         scale = tensors.get(f"{stem}_scale")
-        if name.endswith("_packed") and scale:
+        if name.endswith("_packed") and scale and kind == NVFP4:
+            out[stem] = nvfp4_tensors.dense(where, stem, t, scale, tensors.get(f"{stem}_global_scale"))
+        elif name.endswith("_packed") and scale:
             stored_shape = tensors.get(f"{stem}_shape")
             outputs, inputs = map(int, stored_shape.read()) if stored_shape and stored_shape.shape == (2,) else (0, 0)
             if t.shape != (outputs, packed_length(inputs, width)):

@@ -145,6 +145,8 @@ def _folder(
     if to == "compressed-tensors":
         theirs, settings = compressed_tensors.pack(cfg, params, theirs, about.pruned)
         config |= {"quantization_config": settings}
+        if settings.get("format") == compressed_tensors.NVFP4:
+            unread = "compressed-tensors rounds nvfp4 weights to bfloat16 when transformers reads them"
         if sparse := settings.get("sparsity_config"):
             unread = f"compressed-tensors reads {sparse['format']} up to version {sparse_tensors.LAST}"
             say(f"{found.path}: {unread}; export --to hf writes dense weights for all versions")
@@ -188,7 +190,7 @@ def _prove(
         back: Parameters that were read back.
         to: Name of the format, such as "hf".
         say: Function that is called with one line of text per message to the user.
-        unread: Reason why transformers cannot read the format; empty if it can.
+        unread: Reason why transformers cannot read the format, or reads other numbers; empty if it reads these.
 
     Returns:
         (difference in llmctl, difference in transformers, description of the comparison). A difference is the largest
@@ -239,7 +241,7 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
 
     def cast(path: str, w: Any) -> Any:
         node = weights.as_node(w)
-        stays = dtype is None or (packed and weights.is_kernel(path) and node.integers() is not None)
+        stays = dtype is None or (packed and weights.is_kernel(path) and bool(compressed_tensors.scheme_of(w)))
         return node.without_activations() if stays else jnp.asarray(node.dense(), dtype)
 
     return {path: cast(path, w) for path, w in weights.flatten(params).items()}

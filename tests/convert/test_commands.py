@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -318,7 +319,7 @@ def test_quantized_models_go_dense_and_as_integers(
 def test_scales_of_a_tensor_an_output_and_a_group_are_read():
     values = np.arange(-12, 12, dtype=np.int8).reshape(4, 6)
     scheme = {"type": "int", "symmetric": True, "num_bits": 8}
-    settings = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    settings: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
     settings["config_groups"] = {"group_0": {"weights": scheme}}
 
     def dense(scale):
@@ -334,14 +335,15 @@ def test_scales_of_a_tensor_an_output_and_a_group_are_read():
             dense(scale)
 
 
-def test_transformers_loads_integers_of_tied_models(save, config, wild, batch, logits, call, tmp_path):
+@pytest.mark.parametrize("form", ["int4", "fp8_e4m3"])
+def test_transformers_loads_quantized_layers_of_tied_models(form, save, config, wild, batch, logits, call, tmp_path):
     """It constructs the tied output layer, for which nothing is stored, and wants integers if `ignore` lacks it."""
     pytest.importorskip("compressed_tensors")
     hf, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     from llmctl.compress.quantization.quantize import quantize
 
     cfg = config.model_copy(update={"tied": True})
-    quantized, _ = quantize(wild(cfg), scheme="int4", group=16)
+    quantized, _ = quantize(wild(cfg), scheme=form, group=16 if form == "int4" else 0)
     code, _, err = call("export", save(cfg, quantized), "--to", "compressed-tensors", "--out", tmp_path / "ct")
     assert code == 0, err
     said = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
@@ -352,6 +354,53 @@ def test_transformers_loads_integers_of_tied_models(save, config, wild, batch, l
         with torch.no_grad():
             theirs = model(torch.tensor(np.asarray(batch["tokens"]))).logits.numpy()
     np.testing.assert_allclose(theirs, logits(cfg, quantized, batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["fp8_e4m3", "nvfp4"])
+def test_floats_are_those_that_the_package_reads_and_come_back(form, save, config, params, call, tmp_path):
+    """Codes and scales bit for bit, and the package's own decompression; an import has the same weights."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    torch = pytest.importorskip("torch")
+    from compressed_tensors.quantization import QuantizationScheme
+    from safetensors.torch import load_file
+
+    from llmctl.compress.quantization.quantize import quantize
+
+    made = save(config, quantize(params, scheme=form, head=True)[0])
+    for more in ((), ("--dtype", "bfloat16")):
+        code, said, err = call(
+            "export", made, "--to", "compressed-tensors", *more, "--out", tmp_path / f"ct{len(more)}"
+        )
+        assert code == 0, err
+        assert said["parity"] < 1e-4
+    settings = json.loads((tmp_path / "ct0" / "config.json").read_text())["quantization_config"]
+    reader = compressors.BaseCompressor.get_value_from_registry(settings["format"])
+    scheme = QuantizationScheme(**settings["config_groups"]["group_0"])
+    module = "model.layers.2.self_attn.k_proj."
+    stored = {n.removeprefix(module): t for n, t in load_file(tmp_path / "ct0" / "model.safetensors").items()}
+    theirs = reader.decompress({n: t for n, t in stored.items() if n.startswith("weight")}, scheme)["weight"]
+    ours = artifact.load(made).params["decoder"]["blocks"]["attn"]["k"]["kernel"]
+    dense = np.asarray(ours.dense()[2]).T
+    # The package decompresses nvfp4 to bfloat16.
+    np.testing.assert_allclose(theirs.to(torch.float32).numpy(), dense, rtol=2**-6 if form == "nvfp4" else 0)
+    if form == "nvfp4":
+        np.testing.assert_array_equal(stored["weight_packed"].numpy(), np.asarray(ours.codes[2]).T)
+        scale = stored["weight_scale"].to(torch.float32).numpy()
+        np.testing.assert_array_equal(scale, np.asarray(ours.scale[2], np.float32).T)
+    code, _, err = call("import", tmp_path / "ct0", "--out", tmp_path / "again")
+    assert code == 0, err
+    again = artifact.load(tmp_path / "again").params["decoder"]["blocks"]["attn"]["k"]["kernel"]
+    np.testing.assert_allclose(np.asarray(again[2]).T, dense, rtol=3e-7)
+
+
+def test_float_formats_without_a_place_are_refused(save, config, params, call, tmp_path):
+    from llmctl.compress.quantization.quantize import quantize
+
+    for form, group, name in (("fp8_e4m3", 16, "float8_e4m3fn"), ("fp8_e5m2", 0, "float8_e5m2"), ("nf4", 32, "nf4")):
+        made = save(config, quantize(params, scheme=form, group=group)[0])
+        code, _, err = call("export", made, "--to", "compressed-tensors", "--out", tmp_path / "no")
+        assert code == 2 and f"compressed-tensors does not hold {name} weights" in err
+        assert not (tmp_path / "no").exists()
 
 
 def test_layers_of_several_types_become_one_that_holds_them_exactly(copied, call, tmp_path):
