@@ -1,4 +1,4 @@
-"""Write an artifact's adapter in PEFT's format, and compare the outputs of base and adapter with the artifact's."""
+"""Write an artifact's adapter in PEFT's format, and compare the outputs with the artifact's outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llmctl.model import weights
 
 
 def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an artifact's adapter to the folder `draft`, and compare the outputs with the artifact's.
+    """Write an artifact's adapter to the folder `draft`, and compare the outputs with the artifact's outputs.
 
     Args:
         found: The artifact.
@@ -38,8 +38,8 @@ def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[flo
 
     Returns:
         (difference in llmctl, difference in PEFT, description of the comparison). A difference is the largest absolute
-        difference between outputs of the artifact and those with the written adapter. The second one is None if PEFT is
-        not installed.
+        difference between outputs of the artifact and of the base with the written adapter. The second difference is
+        None if PEFT is not installed.
 
     Raises:
         RequestError: If PEFT's format cannot hold the adapter.
@@ -50,7 +50,7 @@ def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[flo
 
 
 def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an adapter, and compare the outputs of base and adapter, loaded by PEFT, with those of the artifact.
+    """Write an adapter, load it onto the base with PEFT, and compare the outputs with the artifact's outputs.
 
     If PEFT is not installed, llmctl loads the adapter.
 
@@ -88,7 +88,7 @@ def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple
 
 
 def _vectors(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write a trained prompt or prefix, and compare the outputs of base and adapter in PEFT with those of the artifact.
+    """Write a trained prompt or prefix, load it with PEFT, and compare the outputs with the artifact's outputs.
 
     Returns:
         The same as `write`.

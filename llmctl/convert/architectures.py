@@ -18,9 +18,9 @@ def bridges() -> dict[str, tuple[str, Bridge]]:
 
 
 GGUF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-"""Values of `model_type` in transformers, by the names of architectures in llama.cpp."""
+"""{name of an architecture in llama.cpp: value of `model_type` in transformers}."""
 TO_GGUF = {v: k for k, v in GGUF.items()} | {"mistral": "llama"}
-"""Names of architectures in llama.cpp, by the values of `model_type` in transformers."""
+"""{value of `model_type` in transformers: name of the architecture in llama.cpp}."""
 
 
 def formats(name: str) -> list[str]:
@@ -43,8 +43,8 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
     """Return the Bridge and the Head that convert a model to the Hugging Face format.
 
     Raises:
-        RequestError: If the model has bottleneck adapters, a trained prompt or a trained prefix, or the family has no
-            Hugging Face counterpart, or the counterpart has no class for the model's head.
+        RequestError: If the model has bottleneck adapters, a trained prompt or a trained prefix. Also if the Hugging
+            Face format has no model of this family, or no class for the model's head.
     """
     if model.prompt_tokens:
         raise RequestError(
@@ -92,8 +92,8 @@ def check(model: ModelConfig) -> tuple[Bridge, Head]:
 def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
     """Return a warning if a model cannot be exported; an empty string if it can.
 
-    If `before` is given, it is the model from which a stage starts, and `model` is the stage's result. The string is
-    then also empty if `before` cannot be exported either.
+    A stage that changes a model gives the model before the change as `before`. If `before` cannot be exported either,
+    the string is empty.
 
     Stages print the warning before they start, so that hours of training are not spent on a model that export refuses.
 

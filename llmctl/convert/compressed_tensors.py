@@ -73,9 +73,10 @@ def scheme_of(w: Any) -> Scheme | None:
 def pack(
     cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor], pruned: bool = False
 ) -> tuple[dict[str, Tensor], Any]:
-    """Convert quantized linear layers to quantized tensors, or pruned ones to a sparse format if none is quantized.
+    """Convert quantized linear layers to quantized tensors.
 
-    The format has no quantized embeddings, so embeddings are dequantized.
+    If no layer is quantized, pruned layers are converted to a sparse format. The quantized formats have no quantized
+    embeddings, so embeddings are dequantized.
 
     Args:
         cfg: Config of the model.
@@ -164,7 +165,7 @@ def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, scheme: Schem
 
 
 def packed_length(inputs: int, bits: int) -> int:
-    """Return the number of int32 elements that `inputs` values of `bits` bits need."""
+    """Return the number of int32 elements that store `inputs` values of `bits` bits each."""
     return -(-inputs * bits // WORD)
 
 

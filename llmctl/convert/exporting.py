@@ -59,27 +59,31 @@ def run(
     Args:
         source: Folder of an artifact.
         out: A new folder, or a new file for GGUF. It appears only after everything is written and verified.
-        to: "hf" (dense weights), "compressed-tensors" (integers of a quantized artifact, or the sparse weights
-            of a pruned one), "peft" (an adapter),
-            "gguf", or "artifact" (an adapter with its base, for llmctl).
+        to: Name of the format:
+
+            - "hf": dense weights
+            - "compressed-tensors": integers of a quantized artifact, or sparse weights of a pruned artifact
+            - "peft": an adapter
+            - "gguf": a GGUF file
+            - "artifact": an adapter with its base, for llmctl
         dtype: Dtype of the written weights. If empty, weights keep their dtype; quantized weights get the dtype of
             their scales.
         kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
         shard_bytes: Maximum size of a weight file in bytes.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
-        merge: Whether to merge adapters into the matrices of an artifact. Other formats than "peft" and "artifact"
-            always merge them.
+        merge: Whether to merge adapters into the matrices of an artifact. All formats except "peft" and "artifact"
+            always merge adapters.
         say: Function that is called with one line of text per message to the user.
 
     Returns:
         A dict with "artifact", "digest", "format", "out", "files", "bytes", "parity", "transformers" and "proof".
-        "parity" is the largest difference between the outputs of the artifact and those of the written model in llmctl.
-        "transformers" is the largest difference from the outputs of the written model in transformers, or None if
-        transformers did not read it. "proof" describes the comparison.
+        "parity" is the largest difference between outputs of the artifact and of the written model, both in llmctl.
+        "transformers" is the same difference with the written model in
+        transformers; None if transformers did not read the model. "proof" describes the comparison.
 
     Raises:
         RequestError: If the artifact has no counterpart in that format, or if `out` exists.
-        WorkError: If the written model gives other outputs. It is then removed.
+        WorkError: If the written model gives other outputs. The written model is then removed.
     """
     if to not in FORMATS:
         raise RequestError(f"--to {to}: not a known format; known: {', '.join(FORMATS)}")
@@ -179,7 +183,7 @@ def _prove(
     say: Callable[[str], None],
     unread: str,
 ) -> tuple[float, float | None, str]:
-    """Compare the outputs of the artifact with those of the written model, on the same texts.
+    """Compare the outputs of the artifact with the outputs of the written model, on the same texts.
 
     Args:
         found: The artifact.
@@ -194,7 +198,7 @@ def _prove(
 
     Returns:
         (difference in llmctl, difference in transformers, description of the comparison). A difference is the largest
-        absolute difference between outputs of the artifact and of the written model. The second one is None if
+        absolute difference between outputs of the artifact and of the written model. The second difference is None if
         transformers cannot read the files.
     """
     what = str(found.path)
@@ -224,7 +228,7 @@ FREE = {
     "head_activation",
 }
 """Config fields that may differ between the artifact and the written model, because a format can express the same
-function differently. The comparison of outputs verifies them."""
+function differently. The comparison of outputs verifies that the function is the same."""
 
 
 def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
@@ -236,7 +240,7 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
         packed: Whether the format is compressed-tensors, in which quantized matrices stay quantized.
 
     Returns:
-        {path: weight}. Products with these weights do not quantize activations.
+        {path: weight}. In products with these weights, activations are not quantized.
     """
 
     def cast(path: str, w: Any) -> Any:

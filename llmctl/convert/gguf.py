@@ -307,7 +307,7 @@ def tokenizer(file: Path, work: Path) -> Path:
     """Convert the vocabulary of a GGUF file to a tokenizer in the folder `work`, and return that folder.
 
     Raises:
-        RequestError: If the kind of vocabulary is unknown, or it is damaged.
+        RequestError: If the vocabulary is damaged, or of an unknown kind.
     """
     library()
     try:

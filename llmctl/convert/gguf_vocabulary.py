@@ -25,13 +25,13 @@ REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"llama-bpe": CONTRACTIONS + r"\p{N}{1,3}" + REST, "qwen2": CONTRACTIONS + r"\p{N}" + REST}
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 WHOLE = ("gpt-2", "default")
-"""Names in llama.cpp of pre-tokenizers that split texts by GPT-2's pattern and nothing else."""
+"""llama.cpp's names of the pre-tokenizers that only split texts by GPT-2's pattern."""
 
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Metadata keys of the tokens that end an answer: end of text, end of turn, end of a message to a tool."""
 TURNS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
-"""Control tokens that may end a turn. If the metadata names no such token, llmctl and llama.cpp use the first one of
-this list that exists."""
+"""Control tokens that may end a turn. If the metadata names no such token, llmctl and llama.cpp use the first token of
+this list that is in the vocabulary."""
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
@@ -202,7 +202,7 @@ def _tokenization_difference(words: Tokenizer, pieces: SentencePieces) -> str:
 
 
 def _difference(words: SentencePieces) -> str:
-    """Describe the feature of a SentencePiece model that llama.cpp does not support; return "" if it supports all."""
+    """Describe the feature of a SentencePiece model that llama.cpp does not support; return "" if there is none."""
     pb = _protobuf()
     model = pb.ModelProto.FromString(words.model)
     if model.trainer_spec.model_type == pb.TrainerSpec.UNIGRAM:

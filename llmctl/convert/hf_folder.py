@@ -53,8 +53,7 @@ class Found:
 
     @property
     def rounded(self) -> bool:
-        """Return True if any tensor to read is stored as quantized integers. Such tensors are dequantized on
-        reading."""
+        """Return True if any tensor to read is stored as quantized integers, which are dequantized on reading."""
         return any(self.tensors[n].rounded for n in self.wanted)
 
 
@@ -243,7 +242,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
     """Return the tensors that must equal another stored tensor: {name: name of the other tensor}.
 
-    These are an output projection that is tied to the embedding table, and any other copies that the model family
+    Such tensors are an output projection that is tied to the embedding table, and other copies that the model family
     stores (`Bridge.copies`).
     """
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}

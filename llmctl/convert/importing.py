@@ -79,7 +79,7 @@ def run(
         drop: Regular expressions for the names of tensors to omit.
         name: Name of the artifact; by default the name of the folder.
         allow_nonfinite: Whether to import weights that contain NaN or infinity.
-        replace: Whether to replace any artifact at `out`; if false, only an imported one is replaced.
+        replace: Whether to replace any artifact at `out`. If false, only an imported artifact is replaced.
         say: Function that is called with one line of text per message to the user.
 
     Returns:
@@ -87,7 +87,8 @@ def run(
         difference from the reference, or None.
 
     Raises:
-        RequestError: If the source is invalid, or if `out` is no artifact or contains the source. Nothing is written.
+        RequestError: If the source is invalid, or if `out` exists and is not an artifact, or contains the source.
+            Nothing is written.
 
     Example:
         >>> import tempfile
@@ -196,10 +197,10 @@ def adapter(
         source: Folder of the adapter.
         base: Folder of the base, an artifact.
         out: Folder of the new artifact.
-        store: "model" (all arrays) or "adapter" (only those that the base does not have).
+        store: "model" (all arrays) or "adapter" (only the arrays that the base does not have).
         merge: Whether to merge the adapter into the matrices of the base.
         allow_nonfinite: Whether to import weights that contain NaN or infinity.
-        replace: Whether to replace any artifact at `out`; if false, only an imported one is replaced.
+        replace: Whether to replace any artifact at `out`. If false, only an imported artifact is replaced.
 
     Returns:
         The same report as `run`.
@@ -262,7 +263,7 @@ def shardings(cfg: ModelConfig, mesh: MeshConfig | None = None) -> dict[str, Any
 
 @contextlib.contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in bytes on standard error, if that is a terminal.
+    """Show a progress bar in bytes on standard error, if standard error is a terminal.
 
     Yields:
         A function that advances the bar by a number of bytes.

@@ -36,7 +36,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def of_array(array: np.ndarray) -> Tensor:
-    """Return a Tensor whose values are those of an array in memory."""
+    """Return a Tensor with the values of an array in memory."""
     return Tensor(tuple(array.shape), array.dtype, lambda: array)
 
 

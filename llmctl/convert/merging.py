@@ -59,7 +59,7 @@ def write(found: artifact.Artifact, out: Path, merge: bool, name: str) -> float:
         name: Name of the written artifact.
 
     Returns:
-        The largest difference between the outputs of `found` and those of the written artifact.
+        The largest difference between outputs of `found` and of the written artifact.
 
     Raises:
         RequestError: If the adapters cannot be merged (`merged`).

@@ -59,7 +59,7 @@ class Slot:
     shape: tuple[int, ...]
     """Shape of one layer of the parameter, in llmctl's layout."""
     first: int
-    """Index of the tensor's first output that belongs to the parameter; 0 unless the tensor is fused."""
+    """Index of the tensor's first output that belongs to the parameter; 0 if the tensor is not fused."""
     transposed: bool
 
 
@@ -136,8 +136,8 @@ def read(
         wanted: Tensors of the format by name, as `tensor_layouts` returns them for this config.
         tensors: Tensors of the model's files, which `check` has accepted.
         place: Function that reads a parameter and puts it on its devices.
-        dtype: Dtype of all parameters. If None, each parameter keeps the dtype of its tensors. If these differ between
-            layers, it gets their `common` dtype.
+        dtype: Dtype of all parameters. If None, each parameter keeps the dtype of its tensors. If the dtypes differ
+            between layers, the parameter gets the `common` dtype.
         wrote: Function that is called after every slice of a tensor that was read, with the slice's size in bytes.
 
     Returns:

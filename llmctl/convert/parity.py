@@ -16,7 +16,8 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
 TOLERANCE = 1e-4
-"""Maximum difference between two outputs, relative to the largest output (or to 1, if that is larger)."""
+"""Maximum difference between two outputs, as a fraction of the largest output. If the largest output is below 1, the
+fraction is that of 1."""
 
 
 def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:

@@ -1,8 +1,8 @@
 """Save the parameters of an import one at a time, so that an interrupted import can resume.
 
-Only one parameter is in memory, and a killed process loses at most one. The parameters are written to a folder next to
-the artifact's path, together with a hash of the imported files and settings. If the same import is started again, it
-resumes from this folder. An import with another hash deletes the folder and starts again.
+Only one parameter is in memory, and a killed process loses at most one parameter. The parameters are written to a
+folder next to the artifact's path, together with a hash of the imported files and settings. If the same import is
+started again, it resumes from this folder. An import with another hash deletes the folder and starts again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def opened(out: Path, key: str) -> Iterator[Stream]:
 
 
 class Stream:
-    """Write parameters to a folder, one by one. Each is committed and recorded before the next one is read."""
+    """Write parameters to a folder, one by one. Each parameter is committed and recorded before the next is read."""
 
     def __init__(self, out: Path, key: str) -> None:
         """Open or create the folder.

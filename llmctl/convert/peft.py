@@ -27,7 +27,8 @@ from llmctl.model.config import ModelConfig
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FULL = "trained_in_full"
-"""Key in the manifest's config of an imported adapter. It lists the paths of the weights that the adapter replaces."""
+"""Key in the manifest's config of an imported adapter. The value lists the paths of the weights that the adapter
+replaces."""
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
 """Modules that read and write one kind of adapter, by the value of `peft_type`."""
@@ -47,7 +48,7 @@ def _tensor_layouts(cfg: ModelConfig) -> dict[str, name_map.TensorLayout]:
 def _layers(cfg: ModelConfig) -> dict[str, tuple[name_map.Slot, ...]]:
     """Return the linear layers of the Hugging Face format: {module name: Slots of its matrix}.
 
-    Each Slot is a matrix of llmctl. A fused layer, such as one for queries, keys and values, has several.
+    Each Slot is a matrix of llmctl. A fused layer, such as one for queries, keys and values, has several Slots.
     """
     return {
         n.removesuffix(".weight"): j.slots
@@ -65,7 +66,7 @@ def load(base: Artifact, folder: Path) -> dict[str, Any]:
     """Load an adapter onto a base.
 
     Each adapted matrix gets its low-rank matrices (LoRA) or its factors ((IA)^3). Modules that were trained in full
-    replace those of the base.
+    replace modules of the base.
 
     Returns:
         The parameters of the base with the adapter.
@@ -126,7 +127,7 @@ def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, An
     Args:
         cfg: Config of the base.
         stored: Tensors of the adapter's files, by name.
-        flat: Parameters of the base by path. The copied ones are replaced.
+        flat: Parameters of the base by path. The copied modules replace entries of this dictionary.
         left: Names of tensors that are not read yet, without PEFT's prefix.
 
     Raises:
@@ -173,10 +174,10 @@ def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> se
 
 
 def export(found: Artifact, folder: Path) -> float:
-    """Write an artifact's adapters in PEFT's format, read them back, and compare the model's outputs with both.
+    """Write an artifact's adapters in PEFT's format, read them back, and compare the outputs before and after.
 
     Returns:
-        The largest difference between the outputs with the artifact's adapters and those with the written ones.
+        The largest difference between outputs with the artifact's adapters and with the written adapters.
 
     Raises:
         RequestError: If the artifact has no adapters, if matrices with adapters share a tensor in the Hugging Face
@@ -255,9 +256,9 @@ def base_of(found: Artifact) -> dict[str, Any]:
 def full_paths(found: Artifact) -> set[str]:
     """Return the paths of the weights that were trained in full, in addition to the adapters.
 
-    After finetuning, these are the task head and the modules in `lora.modules_to_save`. After an import, they are
-    recorded in its config. Older imports have no record. If such an import differs from its base, these are the weights
-    of its head.
+    After finetuning, these weights are the task head and the modules in `lora.modules_to_save`. After an import, the
+    config records the paths. Older imports have no record. If such an import differs from its base, the weights are
+    those of the head.
 
     Raises:
         RequestError: If an older import differs from its base, and has no head that could be the difference.
@@ -281,6 +282,6 @@ def full_paths(found: Artifact) -> set[str]:
 
 
 def replaced(base: Artifact, params: dict[str, Any]) -> list[str]:
-    """Return the paths of the base's weights that `load` replaced by weights in the adapter's files."""
+    """Return the paths of the base's weights that `load` replaced by weights from the adapter's files."""
     before, after = weights.flatten(base.params), weights.flatten(weights.without_adapters(params))
     return sorted(path for path, w in after.items() if w is not before[path])

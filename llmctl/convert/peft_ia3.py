@@ -1,6 +1,6 @@
 """Read and write (IA)^3 factors in PEFT's format (Liu et al., 2022, arXiv:2205.05638).
 
-The factors of a feed-forward module multiply its inputs. Those of other modules multiply their outputs.
+The factors of a feed-forward module multiply the module's inputs. The factors of other modules multiply outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from llmctl.convert.name_map import Slot
 from llmctl.model import weights
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"init_ia3_weights": (True, False)}
-"""Values of config keys that llmctl accepts, because they do not change the outputs. Other values may change them."""
+"""Values of config keys that llmctl accepts, because they do not change the outputs. Other values may change the
+outputs."""
 KINDS = ("scaled",)
 """Kinds of adapters that this module writes: names of llmctl's weight classes (`weights.Node.kind`)."""
 
@@ -38,7 +39,8 @@ def read(
 ) -> list[Factors]:
     """Read the factors of one module, and return one entry per matrix of llmctl.
 
-    A fused module, such as one for queries, keys and values, has several matrices. They share factors of inputs.
+    A fused module, such as one for queries, keys and values, has several matrices. The matrices share factors of
+    inputs.
 
     Args:
         config: Content of adapter_config.json.

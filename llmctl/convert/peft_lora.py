@@ -30,7 +30,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (), "kasa_config": (), "monteclora_config": (),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
-"""Values of config keys that llmctl accepts, because they do not change the outputs. Other values may change them.
+"""Values of config keys that llmctl accepts, because they do not change the outputs. Other values may change the
+outputs.
 
 Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
 (layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the stored tensors contain the
@@ -41,7 +42,7 @@ KINDS = ("low_rank", "dora")
 """Kinds of adapters that this module writes: names of llmctl's weight classes (`weights.Node.kind`)."""
 MAGNITUDE = "lora_magnitude_vector"
 SLOW = re.compile(r"\)[*+{]|(?:[*+}?].*){5}", re.DOTALL)
-"""Pattern of regular expressions that may take very long to match: with a repeated group, or over four repetitions."""
+"""Pattern that finds slow regular expressions: a group is repeated, or there are more than four repetitions."""
 
 
 class Pair(NamedTuple):
@@ -65,8 +66,8 @@ def read(
 ) -> list[Pair]:
     """Read the adapter of one module, and return one entry per matrix of llmctl.
 
-    A fused module, such as one for queries, keys and values, has several matrices. They share the first low-rank matrix
-    [I, R].
+    A fused module, such as one for queries, keys and values, has several matrices. The matrices share the first
+    low-rank matrix [I, R].
 
     Args:
         config: Content of adapter_config.json.
@@ -164,7 +165,7 @@ def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
 def write(w: Any) -> dict[str, np.ndarray]:
     """Return the tensors of one layer's adapter in PEFT's format, by the ending of their names.
 
-    Components of the rank that are zero in both matrices are omitted. If all are zero, return {}.
+    A component of the rank is omitted if it is zero in both matrices. If all components are zero, return {}.
     """
     a, b = np.asarray(w.a, np.float32), np.asarray(w.b, np.float32)
     magnitude = {MAGNITUDE: np.asarray(w.magnitude, np.float32)[0]} if w.kind == "dora" else {}

@@ -1,7 +1,8 @@
 """Read and write trained prefixes in PEFT's format (prefix tuning; Li and Liang, 2021, arXiv:2101.00190).
 
-A prefix consists of keys and values that every layer's attention reads in front of those of a text. The files contain
-one tensor [P, 2 * L * W]: for each vector, the key and the value of the first layer, then those of the next layers.
+A prefix consists of keys and values. In every layer, attention reads them before the keys and values of a text. The
+files contain one tensor [P, 2 * L * W]: for each vector, the key and the value of the first layer, then the key and the
+value of the second layer, and so on.
 
 Only the prefixes of decoder language models can be converted. For an encoder-decoder, PEFT's format assigns the vectors
 to layers in an order that repeats some of them. For an encoder, transformers has no class that reads a prefix.
@@ -49,10 +50,10 @@ def export(found: Artifact, folder: Path) -> float:
     """Write an artifact's trained prefix in PEFT's format, and read it back.
 
     Returns:
-        The largest difference between the outputs of the artifact and those with the written prefix.
+        The largest difference between outputs of the artifact and of the base with the written prefix.
 
     Raises:
-        RequestError: If the artifact has low-rank pairs too, or is not a decoder language model.
+        RequestError: If the artifact also has low-rank adapters, or is not a decoder language model.
     """
     cfg = found.model
     if weights.adapted(found.params):

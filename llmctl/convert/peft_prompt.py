@@ -1,6 +1,6 @@
 """Read and write trained prompts in PEFT's format (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
-The vectors are one tensor [P, D] in the order of the text. PEFT puts them before the token embeddings of a text, its
+The vectors are one tensor [P, D] in the order of the text. PEFT puts the vectors before all token embeddings of a text,
 special tokens included. llmctl stores them as additional rows of the token embeddings, and begins every text with the
 ids of these rows.
 
@@ -59,10 +59,10 @@ def export(found: Artifact, folder: Path) -> float:
     """Write an artifact's trained prompt and its task head in PEFT's format, and read them back.
 
     Returns:
-        The largest difference between the outputs of the artifact and those with the written prompt.
+        The largest difference between outputs of the artifact and of the base with the written prompt.
 
     Raises:
-        RequestError: If the artifact has low-rank pairs too, or if PEFT has no prompt tuning for the task.
+        RequestError: If the artifact also has low-rank adapters, or if PEFT has no prompt tuning for the task.
     """
     cfg, base = found.model, without_prompt(found)
     if weights.adapted(found.params):

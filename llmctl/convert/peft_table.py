@@ -1,8 +1,8 @@
 """Read and write low-rank adapters of the token table in PEFT's format.
 
-Their tensors have other names than those of linear layers. If the table is tied to the output projection, PEFT's format
-has a second adapter for the output projection, with the same values. The reason is that PEFT adapts modules, and llmctl
-adapts weights.
+In PEFT's format, the tensors of a token table and of a linear layer have different names. PEFT adapts modules, and
+llmctl adapts weights. If the table is tied to the output projection, PEFT's format therefore has two adapters with the
+same values.
 
 Shapes: V vocabulary, D model width, R rank.
 """
@@ -22,7 +22,7 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
-"""Names of a token table's tensors, by the names of the corresponding tensors of a linear layer."""
+"""{name of a tensor in the adapter of a linear layer: name in the adapter of a token table}."""
 
 
 class Table(NamedTuple):
@@ -33,7 +33,7 @@ class Table(NamedTuple):
     module: str
     """Name of the module in the Hugging Face format."""
     output: str
-    """Name of the output projection in the Hugging Face format if it is the same weight; otherwise empty."""
+    """Name of the output projection in the Hugging Face format, if it is tied to the token table; otherwise empty."""
 
 
 def of(cfg: ModelConfig, tensor_layouts: Mapping[str, TensorLayout]) -> Table:
@@ -82,7 +82,7 @@ def read(
 def nodes(table: Table, w: Any) -> dict[str, Any]:
     """Return the adapters of the token table: {module name in the Hugging Face format: weight with adapter}.
 
-    If the output projection is tied to the token table, its adapter has the same two matrices, transposed.
+    If the output projection is tied to the token table, it gets an adapter with the same two matrices, transposed.
     """
     found = {table.module: w}
     if table.output:

@@ -28,8 +28,8 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
 
     Args:
         made: Tokenizer of the tokenizer.json.
-        config: Content of the tokenizer_config.json in the same folder. If this has `add_bos_token` or `add_eos_token`,
-            transformers replaces the post-processor.
+        config: Content of the tokenizer_config.json in the same folder. If the config has `add_bos_token` or
+            `add_eos_token`, transformers replaces the post-processor.
         special: Token ids of "bos" and "eos", or None.
     """
     if "add_bos_token" in config or "add_eos_token" in config:
@@ -48,7 +48,7 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
 
 
 def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of an encoding's special tokens: before the first text, after the last, and between two."""
+    """Return the ids of special tokens: before the first text, after the last text, and between two texts."""
     of_text = [i for i, s in enumerate(encoded.sequence_ids) if s is not None]
     if not of_text:
         return tuple(encoded.ids), (), ()

@@ -91,11 +91,12 @@ def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tenso
 def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tensor]:
     """Return the tensors of a model folder by name, from one file or from shards with an index.
 
-    If the folder has both, the single file is used, as in transformers. Values are read only to compare the two.
+    If the folder has both forms, the single file is used, as in transformers. Values are read only to compare the two
+    forms.
 
     Args:
         folder: Folder of the model.
-        say: Function that is called with one line of text if the folder has both.
+        say: Function that is called with one line of text if the folder has both forms.
 
     Raises:
         RequestError: If the folder has only a pickle, if a shard is missing or damaged, if the index is wrong, or if
@@ -118,7 +119,7 @@ def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> di
 
 
 def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
-    """Compare the shards of a folder's index with the single weight file, and return a clause about them for a message.
+    """Compare the shards of a folder's index with the single weight file, and describe the shards for a message.
 
     Raises:
         RequestError: If the shards contain other tensors than the single file.

@@ -31,7 +31,7 @@ def pack(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert the weights of linear layers to a sparse format.
 
-    The format is that of 2:4 sparsity if all layers have it.
+    If all layers have 2:4 sparsity, the format is "sparse-24-bitmask"; otherwise "sparse-bitmask".
 
     Args:
         names: Names of the layers' weights [out, in], such as `model.layers.0.mlp.up_proj.weight`.
@@ -138,14 +138,14 @@ def _dense(where: str, stem: str, parts: Mapping[str, Tensor | None]) -> Tensor:
 
 
 def _summary(t: Tensor) -> tuple[int, int, bool]:
-    """Return a layer's number of nonzero weights, its number of weights, and whether the 2:4 format can store it."""
+    """Return the number of nonzero weights, the number of weights, and whether the 2:4 format can store the layer."""
     mask_OI = _nonzero(t.read())
     fits = mask_OI.shape[1] % 4 == 0 and bool((mask_OI.reshape(len(mask_OI), -1, 4).sum(axis=-1) <= 2).all())
     return int(mask_OI.sum()), mask_OI.size, fits
 
 
 def _nonzero(w_OI: np.ndarray) -> np.ndarray:
-    """Return whether any bit of each weight is set; -0.0 is therefore stored."""
+    """Return, for each weight, whether any bit is set. -0.0 is therefore stored."""
     return np.ascontiguousarray(w_OI).view(f"u{w_OI.dtype.itemsize}") != 0
 
 

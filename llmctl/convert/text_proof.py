@@ -212,8 +212,8 @@ def answers_there(
         rows: Token ids of the texts.
         T: Maximum number of tokens per row.
         adapter: Folder of an adapter, which PEFT loads onto the model.
-        prompt: Number of vectors of a trained prompt, for each of which the model has an output too; otherwise 0. It is
-            also 0 for an encoder-decoder, whose decoder does not read the prompt.
+        prompt: Number of outputs at the vectors of a trained prompt. 0 if there is no prompt. Also 0 for an
+            encoder-decoder, because the decoder does not read the prompt.
 
     Raises:
         WorkError: If transformers cannot load the model, or finds that weights are missing.

@@ -26,7 +26,7 @@ BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", GENERATION, "sentence_bert_config.json"),
 )
-"""Files in the folder of a tokenizer that only other programs read. They are copied unchanged."""
+"""Tokenizer files that only other programs read. The files are copied unchanged."""
 LEAST = 0.9
 """Minimum number of tokens of a tokenizer, as a fraction of the rows of the model's embedding table. Tables with more
 rows than tokens are usually padded to a round number."""

@@ -1,4 +1,4 @@
-"""Select the JAX platform before JAX is imported, and fail if the requested one is missing."""
+"""Select the JAX platform before JAX is imported, and fail if the requested platform is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TPU_FILES = ("accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*")
 """Glob patterns of TPU device files below /dev. Files below vfio may belong to other devices."""
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 """Environment variables to set on a machine without a TPU. If they are not set, libtpu queries a cloud metadata server
-for the type of its TPU, and logs errors."""
+for the type of the TPU, and logs errors."""
 
 
 def silence_libtpu(dev: Path = Path("/dev")) -> None:
@@ -68,7 +68,7 @@ def initialize(platforms: Iterable[str], warn: Callable[[str], None] = lambda te
         The platform in use.
 
     Raises:
-        RequestError: If two different platforms are requested, or if the requested one is missing.
+        RequestError: If two different platforms are requested, or if the requested platform is missing.
     """
     forced = os.environ.get("JAX_PLATFORMS", "")
     wanted = choose(platforms)

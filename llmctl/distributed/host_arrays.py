@@ -17,7 +17,7 @@ PIECE = 1 << 28
 
 
 def put(a: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Transfer a host array to the devices with `sharding`. The array must be equal in every process."""
+    """Shard a host array over the devices of `sharding`. The array must be equal in every process."""
     if processes.count() == 1:
         return jax.device_put(a, sharding)
     return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])

@@ -144,7 +144,7 @@ def connect(index: int, count: int, host: str, seconds: int, broadcast: Callable
         count: Number of processes.
         host: Host of process 0.
         seconds: Number of seconds without a reply after which a host is considered dead.
-        broadcast: Function that every process calls, and that returns the argument of process 0 in all of them.
+        broadcast: Function that every process calls, and that returns the argument of process 0 in all processes.
     """
     global _run
     _run = run = _Run(index, count)

@@ -84,7 +84,7 @@ def claim(out: Path) -> Iterator[None]:
     """Lock `out` for writing while the context lasts. Nested locks of the same process are allowed.
 
     Raises:
-        RequestError: If another process has locked it.
+        RequestError: If another process has locked `out`.
     """
     out = Path(out)
     place = out.parent.resolve() / out.name

@@ -63,7 +63,7 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     cores. On CPUs, the process also keeps freed memory (`host_memory.keep`).
 
     Args:
-        config: Number of devices per axis; -1 uses the remaining ones.
+        config: Number of devices per axis; -1 uses the remaining devices.
         devices: Devices to use; all of them by default.
 
     Raises:

@@ -40,7 +40,7 @@ def prune_weights(
     Args:
       config: calibration settings.
       base: artifact of the saved model.
-      params: parameters of the model, with merged adapters. Those of the layers are donated.
+      params: parameters of the model, with merged adapters. The parameters of the layers are donated.
       method: the pruning method.
       mesh: the devices.
       seed: seed of the random keys.

@@ -48,7 +48,7 @@ def quantize_layers(
     Args:
       config: calibration settings.
       base: artifact of the saved model.
-      params: parameters of the model, with merged adapters. Those of the layers are donated.
+      params: parameters of the model, with merged adapters. The parameters of the layers are donated.
       method: how the model is quantized.
       mesh: the devices.
       saved: folder of finished layers.

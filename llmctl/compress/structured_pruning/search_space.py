@@ -43,7 +43,7 @@ class Space:
     hidden: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """If the values of a size are not given, allow all values, in descending order."""
+        """Allow all values of a size, in descending order, if its values are not given."""
         whole = {"layers": range(self.cfg.layers, 0, -1), "heads": range(self.cfg.kv_heads, 0, -1)}
         for name, counts in {**whole, "hidden": hidden_sizes(self.cfg, self.multiple)}.items():
             if not getattr(self, name):
@@ -56,8 +56,8 @@ class Space:
 
         Args:
           check: function that raises a RequestError if the model cannot be pruned to a config.
-          each: whether to check every value. Otherwise, only the smallest value of each size is checked. If it is not
-              allowed, no smaller value than the present one is.
+          each: whether to check every value. Otherwise, only the smallest value of each size is checked. If this value
+              is not allowed, the size is not reduced.
           tries: number of steps that are tried for the number of neurons: `multiple`, 2 * `multiple`, and so on.
 
         Raises:

@@ -132,9 +132,7 @@ def _of_width(model: ModelConfig, params: Tree, width: int, mesh: Mesh) -> tuple
 
 
 def _rows(model: ModelConfig, target: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return {path of a matrix: (number of inputs before pruning, after pruning)} for matrices whose inputs are
-    pruned.
-    """
+    """Return {path of a matrix whose inputs are pruned: (number of inputs before, number of inputs after)}."""
     stack = functional.stacks(model)[-1]
     after = {u.name: u.count * u.width for u in wiring.units(target, stack)}
     read = structured.readers(model, target, stack)

@@ -225,8 +225,9 @@ def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
 
 
 def _units(report: LayerReport) -> dict[str, Any]:
-    """Return JSON data about one pruned layer: the kept heads and neurons, the importance of all heads and neurons, and
-    the error of the layer.
+    """Return JSON data about one pruned layer.
+
+    The data has the kept heads and neurons, the importance of all heads and neurons, and the error of the layer.
     """
     kept = {name: choice for name, choice in report.notes.items() if name != "importance"}
     about = {"stack": report.stack, "layer": report.layer, "error": round(report.error, 6)}
