@@ -6,7 +6,7 @@ stored in a sparse format (`llmctl.artifacts.sparse_storage`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def read(
     """
     import orbax.checkpoint as ocp
 
-    from llmctl.distributed import host_arrays
+    from llmctl.distributed import host_arrays, host_memory
     from llmctl.model import weights
 
     orbax_logging.silence_late_errors()
@@ -76,24 +76,54 @@ def read(
         name: _plain({part: sparse.get(weights.join(name, part), a) for part, a in own.items()})
         for name, own in target.items()
     }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore((path / "params").absolute(), weights.unflatten(there))
-    except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
-        raise RequestError(f"{path}: damaged (params: {first_line(str(e))}); {ADVICE}") from e
     out: dict[str, dict[str, Any]] = {}
-    for name, own in target.items():
-        found = _lookup(tree, name)
-        out[name] = {"": found} if "" in own else dict(found)
-        for part, a in own.items():
-            full = weights.join(name, part)
-            if storage and full in sparse:
-                try:
-                    dense = sparse_storage.decode(storage[full], out[name].pop(part), a.shape)
-                except ValueError as e:
-                    raise RequestError(f"{path}: damaged (params: {full}: {e}); {ADVICE}") from None
-                out[name][part] = host_arrays.put(dense, a.sharding)
+    for names in _groups(there):
+        wanted = weights.unflatten({name: there[name] for name in names})
+        args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                restore = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
+                tree = checkpointer.restore((path / "params").absolute(), args=restore)
+        except Exception as e:  # Orbax and TensorStore raise many types for a damaged or truncated store
+            raise RequestError(f"{path}: damaged (params: {first_line(str(e))}); {ADVICE}") from e
+        for name in names:
+            own, found = target[name], _lookup(tree, name)
+            out[name] = {"": found} if "" in own else dict(found)
+            for part, a in own.items():
+                full = weights.join(name, part)
+                if storage and full in sparse:
+                    try:
+                        dense = sparse_storage.decode(storage[full], out[name].pop(part), a.shape)
+                    except ValueError as e:
+                        raise RequestError(f"{path}: damaged (params: {full}: {e}); {ADVICE}") from None
+                    out[name][part] = host_arrays.put(dense, a.sharding)
+        host_memory.trim()
     return out
+
+
+def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the names of weights that are read together: at most a quarter of all bytes, but at least one weight.
+
+    Orbax keeps a decompressed copy of every array that it is reading. If all were read together, loading would need
+    twice the memory of the arrays.
+
+    Args:
+        arrays: Arrays of each weight, as Orbax stores them.
+    """
+    import jax
+    import numpy as np
+
+    sizes = {
+        name: sum(a.size * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(own)) for name, own in arrays.items()
+    }
+    group: list[str] = []
+    for name in sizes:
+        if group and 4 * sum(sizes[n] for n in [*group, name]) > sum(sizes.values()):
+            yield group
+            group = []
+        group.append(name)
+    if group:
+        yield group
 
 
 def first_line(text: str) -> str:

@@ -32,9 +32,9 @@ def keep() -> bool:
     Returns:
         True if the allocator was configured, which requires Linux with glibc; otherwise False.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+    libc = _glibc()
+    if libc is None:
         return False
-    libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -50,3 +50,18 @@ def keep() -> bool:
     advised = libc.madvise(first, end - first, HUGEPAGE) == 0
     libc.free(start)
     return advised
+
+
+def trim() -> None:
+    """Return the pages of freed memory to the kernel. Without glibc, the function has no effect.
+
+    It is called when far more memory was freed than the next computation needs, such as after arrays were loaded.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library of this process if it is glibc on Linux, otherwise None."""
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None

@@ -1,5 +1,6 @@
 """Check that memory which is freed and allocated again causes no new page faults."""
 
+import resource
 import subprocess
 import sys
 
@@ -29,3 +30,32 @@ def test_freed_memory_is_kept_and_taken_again() -> None:
         pytest.skip("another C library, or a kernel without huge pages")
     assert plain > 50, "the C library keeps memory by itself, and llmctl.distributed.host_memory is of no use"
     assert again < plain / 10, (plain, first, again)
+
+
+TRIMMED = """
+import numpy as np
+from llmctl.distributed import host_memory
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1])
+
+kept = host_memory.keep()
+blocks = [np.ones(8 << 20, np.uint8) for _ in range(16)]
+full, last = resident(), blocks[-1]
+del blocks
+freed = resident()
+host_memory.trim()
+print(int(kept), full, freed, resident())
+"""
+
+
+def test_trimmed_memory_is_returned_to_the_kernel() -> None:
+    """The blocks below one that is still used are returned too."""
+    out = subprocess.run([sys.executable, "-c", TRIMMED], check=True, capture_output=True, text=True).stdout
+    kept, full, freed, trimmed = map(int, out.split())
+    if not kept:
+        pytest.skip("another C library, or a kernel without huge pages")
+    pages = (100 << 20) // resource.getpagesize()
+    assert full - freed < pages / 10
+    assert full - trimmed > pages

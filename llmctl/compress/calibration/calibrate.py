@@ -41,6 +41,7 @@ from llmctl.compress.calibration.layer_passes import empty, empty_of_head, head_
 from llmctl.compress.calibration.layer_stack import LayerStack, shard_like
 from llmctl.compress.calibration.statistics import Collect, Stats
 from llmctl.config.errors import RequestError
+from llmctl.distributed import host_memory
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
@@ -153,6 +154,7 @@ def walk(
 
     def note(report: LayerReport) -> None:
         reports.append(report)
+        host_memory.trim()  # the heap otherwise grows by about twice the layer's size, because free blocks do not fit
         if progress is not None:
             progress(report)
 
