@@ -19,8 +19,22 @@ def values(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def rotated(x):
+    """The last axis multiplied by Hadamard matrices, by numpy alone."""
+    blocks = {2: [[1, 1], [1, -1]]}
+    for n in (4, 8, 16, 32, 64):
+        blocks[n] = np.kron(blocks[2], blocks[n // 2])
+    size = max(n for n in blocks if x.shape[-1] % n == 0)
+    matrix = np.kron(np.eye(x.shape[-1] // size), blocks[size]) / size**0.5
+    return (x @ matrix).astype(np.float32)
+
+
 def dequantized(x, name):
     """The values that a format can represent, one scale per last axis, by numpy alone."""
+    return rotated(rounded(rotated(x), name))
+
+
+def rounded(x, name):
     bound = {"int8": 127.5, "fp8_e4m3": 448.0, "int4": 7.5}[name]
     scale = (np.abs(x).max(axis=-1, keepdims=True) / np.float32(bound)).astype(np.float32)
     unit = x / np.where(scale == 0, 1, scale)
@@ -34,7 +48,9 @@ def test_stored_values_are_those_of_numpy_and_take_the_bytes_of_arithmetic(name)
     x = values(0, G, S, 64)
     x[0, 1] = 0
     kept = Compressed.of(jnp.asarray(x), name)
-    np.testing.assert_allclose(kept.dense(), dequantized(x, name), rtol=2e-7)
+    apart = np.abs(kept.dense() - dequantized(x, name)).max(axis=-1) > 1e-5  # a number halfway between two levels
+    assert apart.mean() < 0.2 and not apart[0, 1]
+    np.testing.assert_allclose(kept.dense(), x, atol=0.6 if name == "int4" else 0.15 if name == "fp8_e4m3" else 0.04)
     assert kept.shape == x.shape
     cfg = ModelConfig(preset="llama-tiny", layers=1, kv_heads=G, heads=G, head_dim=64)
     assert 2 * (kept.codes.nbytes + kept.scale.nbytes) == S * flops.kv_cache(cfg, 4, name)
@@ -42,9 +58,9 @@ def test_stored_values_are_those_of_numpy_and_take_the_bytes_of_arithmetic(name)
 
 
 def test_two_integers_share_a_byte():
-    kept = Compressed.of(jnp.array([[7.5, -3.0, 1.0, -7.5]]), "int4")
+    kept = Compressed.of(compressed_cache.rotated(jnp.array([[7.5, -3.0, 1.0, -7.5]])), "int4")
     assert kept.codes.tolist() == [[7 | 1 << 4, (-3 & 15) | (-7 & 15) << 4]]
-    assert kept.dense().tolist() == [[7, -3, 1, -7]]
+    assert compressed_cache.rotated(kept.dense()).tolist() == [[7, -3, 1, -7]]
     assert Compressed.zeros((2, 3, 4), "int4", jnp.bfloat16).codes.shape == (2, 3, 2)
     with pytest.raises(RequestError, match="two elements per byte, and heads have 5"):
         compressed_cache.check("int4", ModelConfig(preset="gpt2-tiny", head_dim=5))
@@ -55,7 +71,7 @@ def test_large_elements_in_bfloat16_stay_finite(name):
     x = jnp.asarray(values(1, 40, 8) * 1e30, jnp.bfloat16)
     found = Compressed.of(x, name).dense()
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, x.astype(jnp.float32), atol=float(jnp.abs(x).max()) * 0.1)
+    np.testing.assert_allclose(found, x.astype(jnp.float32), atol=float(jnp.abs(x).max()) * 0.15)
 
 
 @pytest.mark.parametrize("name", compressed_cache.BOUNDS)
@@ -73,4 +89,11 @@ def test_attention_is_that_of_the_dequantized_keys_and_values(name):
     scores = np.where(mask[:, None], scores, -np.inf)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     want = np.einsum("bhts,bshk->bthk", p / p.sum(axis=-1, keepdims=True), v)
-    np.testing.assert_allclose(got, want, atol=2e-6)
+    np.testing.assert_allclose(got, want, atol=3e-6)
+
+
+def test_an_outlier_channel_costs_little():
+    x = values(7, 50, 64)
+    x[:, 5] += 30
+    error = np.abs(Compressed.of(jnp.asarray(x), "int8").dense() - x).mean()
+    assert error < 0.6 * np.abs(rounded(x, "int8") - x).mean()
