@@ -45,12 +45,12 @@ def abstract_result(
         base: Parent artifact, if there is one.
         labels: Class names; None uses those of `base`.
         task: Name of the task; None uses that of `base`.
-        generation: Settings of generated answers; None uses those of `base`.
+        generation: Settings for generating answers; None uses those of `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
         stored: Function that returns whether the saved folder contains the array with a given name. An adapter's folder
             contains only some arrays.
-        sparsity: Fraction of zeros, if the stage stores the pruned matrices in a sparse format. None: if those of
-            `base` are in a sparse format, they have the same fractions.
+        sparsity: Fraction of zeros, if the stage stores the pruned matrices in a sparse format. None: each array that
+            `base` stores in a sparse format keeps its fraction.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -112,6 +112,5 @@ def masters(params: Params, trains: Callable[[str], bool] = lambda _: True) -> P
 
 
 def with_shardings(found: Artifact, mesh: Mesh) -> Artifact:
-    """Return an abstract artifact (shapes and dtypes in place of arrays) with the shardings that its arrays have on
-    `mesh`."""
+    """Add the shardings on `mesh` to the arrays of an abstract artifact, and return the artifact."""
     return Artifact(found.path, found.manifest, functional.laid_out(found.model, found.params, mesh))

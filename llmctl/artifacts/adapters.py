@@ -76,10 +76,10 @@ def _beside(path: Path) -> dict[Path, Manifest]:
 def stored_arrays(base: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the arrays in which a model differs from its base: {path of the weight: {name in the weight: array}}.
 
-    They are arrays that the base lacks, and arrays with other values than in the base.
+    These are the arrays that the base lacks, and the arrays that have other values in the base.
 
     Args:
-        base: Parameters of the base. Training may have deleted those arrays that it replaced.
+        base: Parameters of the base. An array may have been deleted if training replaced it.
         flat: Weights of the model by path.
     """
     import numpy as np

@@ -29,7 +29,7 @@ def write(folder: Path, arrays: Arrays) -> None:
 
 
 def sparse_parts(path: Path, target: Arrays, storage: Mapping[str, sparse_storage.Record]) -> dict[str, Any]:
-    """Allocate host arrays into which the encoded arrays of a sparse format are read.
+    """Allocate host arrays for reading the arrays that are stored in a sparse format.
 
     The result is {name of the dense array: {name of the part: array}}, such as parts "bitmask" and "values".
 

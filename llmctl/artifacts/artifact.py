@@ -64,12 +64,12 @@ class Artifact:
 
     @property
     def model(self) -> ModelConfig:
-        """Return the model config; its shapes are those of the parameters."""
+        """Return the model config, which defines the shapes of the parameters."""
         return self.manifest.model
 
     @property
     def plain(self) -> bool:
-        """Return True if every weight is a plain array, and False if any is quantized or has an adapter."""
+        """Return True if every weight is a plain array, and False if any weight is quantized or has an adapter."""
         return all("" in record["parts"] for record in self.manifest.weights.values())
 
     @property
@@ -221,7 +221,7 @@ def _check_layers(path: Path, manifest: Manifest) -> None:
     A damaged config could otherwise request millions of layers, for each of which an object would be created.
 
     Raises:
-        RequestError: If the number is larger.
+        RequestError: If the config has more layers.
     """
     shapes = [shape for record in manifest.weights.values() for _, shape in record["parts"].values()]
     layers, most = manifest.model.layers, max((shape[0] for shape in shapes if shape), default=0)
@@ -233,7 +233,7 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
     """Check that the stored arrays have the names and shapes that the model config defines.
 
     Raises:
-        RequestError: If they differ.
+        RequestError: If names or shapes differ.
     """
     odd = sorted(stored.keys() ^ expected.keys())
     odd += [k for k in stored.keys() & expected.keys() if tuple(stored[k].shape) != tuple(expected[k].shape)]

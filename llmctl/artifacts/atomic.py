@@ -22,8 +22,8 @@ def check(out: Path, flag: str = "--out") -> None:
 
     Raises:
         RequestError: If the path has no folder name (such as "." or "/"), is in a remote store, has a name that is too
-            long, is a link to a missing file, or is inside another artifact. An artifact inside another one would be
-            lost when the outer one is replaced.
+            long, is a link to a missing file, or is inside another artifact. An artifact inside another artifact would
+            be lost when the outer artifact is replaced.
     """
     if out.name in ("", ".."):
         raise RequestError(f"{flag} {out}: say the folder's name, such as {out.resolve()}")

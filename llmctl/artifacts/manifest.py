@@ -118,8 +118,7 @@ class Manifest(BaseModel):
     fitted: dict[str, Any] = {}
     """Values that the task fitted on validation data, such as one threshold per class."""
     fitted_for: str = ""
-    """Name of the earlier artifact from whose predictions `fitted` was computed; empty if it was computed from those of
-    this artifact."""
+    """Name of the artifact whose predictions `fitted` was computed from; empty means this artifact."""
     parameters: int
     bytes: int
     """Size of `params/` on disk in bytes. Two copies of equal weights may differ by a few bytes, because they are
@@ -147,15 +146,15 @@ class Manifest(BaseModel):
     truncate: Literal["", "tail", "head_tail"] = ""
     """Part of long texts that training removes (see `data.config.Truncate`); empty if unknown."""
     generation: dict[str, Any] = {}
-    """Settings of generated answers that the model was finetuned with; empty if its task generates none."""
+    """Settings for generating answers in finetuning; empty if the task generates no answers."""
     weights: dict[str, dict[str, Any]] = {}
     """Kind of each weight by path, such as plain, quantized or LoRA, and the dtypes and shapes of its arrays, as
     returned by `llmctl.model.weights.describe`."""
     base: Base | None = None
-    """Base of an adapter, which contains only a part of the arrays; None if the artifact contains all of them."""
+    """Base of this artifact, if it is an adapter; None if the artifact contains all arrays."""
     storage: dict[str, dict[str, Any]] = {}
-    """Arrays that are stored in a sparse format, by name, with the records of `llmctl.artifacts.sparse_storage`. All
-    other arrays are stored as they are in memory."""
+    """Records of the arrays in a sparse format, by array name (see `llmctl.artifacts.sparse_storage`). All other arrays
+    are stored as they are in memory."""
     versions: dict[str, str] = {}
     checksums: Checksums | None = None
     """Checksums of the fields above and of the artifact's files. None if an earlier version of llmctl saved the

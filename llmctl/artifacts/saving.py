@@ -113,7 +113,7 @@ def save(
         pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
             of zeros exceeds `fingerprint.PRUNED`.
         sparse: Whether to store the pruned matrices in a sparse format (`llmctl.artifacts.sparse_storage`). By default,
-            if the parent's are.
+            as in the parent.
         rounded: Whether the arrays are dequantized integers, which contain more zeros even without pruning.
         base: Parameters of the parent. If given, only arrays that the parent lacks are saved: the new artifact is an
             adapter, and the parent is its base model.
@@ -237,7 +237,7 @@ def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[st
 def generation_settings(manifest: Manifest | None) -> dict[str, Any]:
     """Return the settings for generating answers with which an artifact was finetuned; {} if there are none.
 
-    In artifacts that an earlier version of llmctl saved, they are only in the config of the finetuning stage.
+    In artifacts that an earlier version of llmctl saved, these settings are only in the config of the finetuning stage.
     """
     if manifest is None:
         return {}

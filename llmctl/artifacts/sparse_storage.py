@@ -33,12 +33,12 @@ Record = dict[str, Any]
 
 BITMASK, TWO_OF_FOUR = "bitmask", "2:4"
 FEWER = 0.95
-"""Minimum fraction of nonzero elements among those that the 2:4 format stores, which are half of all elements. With a
-smaller fraction, the bitmask format needs fewer bytes."""
+"""Minimum fraction of nonzero elements among the elements that the 2:4 format stores. With a smaller fraction, the
+bitmask format needs fewer bytes."""
 
 
 def encode(a: np.ndarray) -> tuple[Record, dict[str, np.ndarray]] | None:
-    """Return the record and the parts of an encoded array, or None if the dense array is not larger.
+    """Return the record and the parts of an encoded array, or None if no format needs fewer bytes.
 
     Args:
         a: Array [..., inputs, outputs].
@@ -90,7 +90,7 @@ def encode_all(
 
 
 def stored(record: Record, shape: tuple[int, ...], dtype: Any) -> dict[str, np.ndarray]:
-    """Allocate the arrays of an encoded array, into which the artifact's files are read.
+    """Allocate host arrays for reading the parts of an encoded array.
 
     Args:
         record: Record of the encoded array in the manifest.
@@ -170,9 +170,10 @@ def _counts() -> np.ndarray:
 
 
 def _indices() -> np.ndarray:
-    """Return, for each 4-bit mask with at most two set bits, the positions of the set bits as two 2-bit integers.
+    """Return a table with an entry per 4-bit mask: the positions of its set bits, as two 2-bit integers in a byte.
 
     The lower position is in the lower 2 bits. If fewer than two bits are set, positions of unset bits are added.
+    Entries of masks with more than two set bits are not used.
     """
     import numpy as np
 
@@ -185,7 +186,7 @@ def _indices() -> np.ndarray:
 
 
 def _positions(indices_GO: np.ndarray) -> np.ndarray:
-    """Split each byte [..., O] into its two 2-bit positions [..., 2, O]."""
+    """Split each entry [..., O] of the table of `_indices` into two positions [..., 2, O]."""
     import numpy as np
 
     return np.stack([indices_GO & 3, indices_GO >> 2], axis=-2).astype(np.intp)

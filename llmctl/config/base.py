@@ -53,7 +53,8 @@ class Config(BaseModel):
     (a hash of the stage's settings), so that existing keys stay valid."""
     deciding: ClassVar[tuple[str, ...]] = ()
     """Names of fields, such as a preset, that determine the defaults of the other fields of this class. If the user
-    sets one of them, all defaults come from it, and those of an enclosing settings class are ignored."""
+    sets such a field, it determines all defaults. Defaults that an enclosing settings class declares are then
+    ignored."""
     exclusive: ClassVar[dict[str, str]] = {}
     """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe file sets one and the
     command line sets the other, the value from the command line is used."""

@@ -75,10 +75,10 @@ def copy(folder: Path, target: Path) -> None:
 
 
 def regular(path: P) -> P:
-    """Check that `path` is a regular file or a folder, or that nothing exists there; return `path`.
+    """Return `path` if it is a regular file or a folder, or if nothing exists there.
 
     Raises:
-        RequestError: If it is a pipe, a socket or a device, because reading these may never end.
+        RequestError: If `path` is a pipe, a socket or a device, because reading may never end.
     """
     if _is_local(path):
         try:
@@ -93,11 +93,10 @@ def regular(path: P) -> P:
 
 
 def own(path: P) -> P:
-    """Check that the path of a temporary file or a lock file is not a link, before llmctl writes the file; return
-    `path`.
+    """Return the path of a temporary file or a lock file, if the path is not a link. Call this before writing the file.
 
     Raises:
-        RequestError: If it is a link, because the file would then be written elsewhere.
+        RequestError: If the path is a link, because the file would then be written elsewhere.
     """
     if _is_local(path) and Path(path).is_symlink():
         raise RequestError(f"{path}: is a link to {_target(path)}, and llmctl writes its own files there; remove it")

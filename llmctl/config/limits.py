@@ -1,7 +1,7 @@
 """Define limits on sizes that files and settings may request, each with its reason.
 
 Before an object of a requested size is created, the size is compared with the limit. All limits are far above the sizes
-of real files. A file that exceeds one is damaged or malicious.
+of real files. A file that exceeds a limit is damaged or malicious.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ LINE = 256 << 20
 """Maximum length of a line of a text file in bytes. A line is a document or a table row; the longest books have a
 few million bytes."""
 RATIO = 1000
-"""Maximum number of decompressed bytes per compressed byte. Text has about 3 to 10. If all bytes of a file are equal,
-the ratio is up to 1032 with gzip, and larger with zstd."""
+"""Maximum number of decompressed bytes per compressed byte. Text has a ratio of about 3 to 10. If all bytes of a file
+are equal, the ratio is up to 1032 with gzip, and larger with zstd."""
 UNCHECKED = 64 << 20
 """Number of decompressed bytes up to which the compression ratio of a file is not checked, because small files of equal
 lines are harmless."""
@@ -49,7 +49,8 @@ slow."""
 
 @functools.cache
 def memory() -> int:
-    """Return the number of bytes of memory that this process may use: the machine's, or the container's if smaller."""
+    """Return the memory that this process may use, in bytes: the minimum of the machine's and the container's
+    memory."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -100,7 +100,7 @@ class Registry(Generic[T]):
         """Check that `name` is known, and return it. Use this function with pydantic's `AfterValidator`.
 
         Raises:
-            ValueError: If it is unknown. The one-line message suggests a similar name.
+            ValueError: If the name is unknown. The one-line message suggests a similar name.
         """
         if name not in self:
             known = self.names()

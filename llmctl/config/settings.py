@@ -12,9 +12,7 @@ KVCache = Literal["", "int8", "fp8_e4m3", "int4"]
 
 
 def portion(amount: float, steps: int) -> int:
-    """Return the number of steps that a setting such as `warmup` means: `amount`, or a fraction of `steps` if it is
-    below 1.
-    """
+    """Convert a setting such as `warmup` to a number of steps: `amount`, or `amount * steps` if `amount` is below 1."""
     return round(amount * steps) if amount < 1 else round(amount)
 
 
@@ -109,10 +107,11 @@ class TrainConfig(Config):
     matmuls: dict[str, Literal["int8", "fp8"]] = {}
     """8-bit type of matrix products, forward and backward, by name pattern of matrices, such as {"mlp/*" = "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
-    """Attention implementation: the platform's fused kernel if there is one (TPU, GPU), or always XLA's."""
+    """Attention implementation. auto: the platform's fused kernel (TPU, GPU), or XLA if there is none. xla: always
+    XLA."""
     remat: Literal["none", "minimal", "qkv", "full", "offload"] = "minimal"
     """Activations to recompute in the backward pass. none: no activations. minimal: all except the outputs of matrix
-    products. offload: all except the outputs of matrix products and of attention; they are kept in host memory. qkv:
+    products. offload: all except the outputs of matrix products and of attention, which are kept in host memory. qkv:
     all except queries, keys and values. full: all activations."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates only at the end."""

@@ -77,7 +77,7 @@ def check_unicode(text: str, where: str) -> str:
     represent.
 
     Raises:
-        RequestError: If it contains a lone surrogate.
+        RequestError: If `text` contains a lone surrogate.
     """
     try:
         text.encode()

@@ -11,7 +11,7 @@ import numpy as np
 from llmctl.evaluate import report
 
 MOST = 8
-"""Maximum number of artifacts in the plot; further ones are omitted."""
+"""Maximum number of artifacts in the plot; further artifacts are omitted."""
 NAMED = 12
 """Maximum number of classes whose names and counts are written into the confusion matrix."""
 

@@ -135,7 +135,8 @@ def total_nll(
         stride: Number of newly scored tokens per window.
         batches: Size and sharding of the batches of windows.
         given: Number of tokens at the beginning of each document that are context only, such as prompts.
-        repeated: Number of first prefix tokens with which every later window begins (see `sliding_window.Rows`).
+        repeated: Number of tokens from the start of `prefix` that every later window repeats (see
+            `sliding_window.Rows`).
         dtype: Dtype of the computation. The sum over rows is in float64 on the host.
 
     Returns:

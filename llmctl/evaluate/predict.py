@@ -65,8 +65,8 @@ class Predictor:
     def predictions(self, rows: Sequence[Row]) -> list[Any]:
         """Return the prediction for each row before formatting, such as class probabilities or a number.
 
-        The order is that of `rows`. Rows with a second text and rows without one run in separate batches. The
-        prediction of a row therefore does not depend on the other rows.
+        The predictions are in the order of `rows`. Rows with a second text and rows without one run in separate
+        batches. The prediction of a row therefore does not depend on the other rows.
         """
         truncate, labels = self.manifest.truncate or "tail", tuple(self.manifest.labels)
         settings, found = RowSettings(self._seq_len, truncate=truncate, labels=labels), [None] * len(rows)
@@ -178,8 +178,8 @@ def predictor(
         beams: Number of beams; 0 uses the setting of finetuning.
 
     Raises:
-        RequestError: If an artifact cannot predict, if predictions of several cannot be averaged, or if settings of
-            generated answers are given for a task head.
+        RequestError: If an artifact cannot predict, if predictions of several artifacts cannot be averaged, or if
+            settings for generating answers are given for a task head.
     """
     generators = [found for found in loaded if generates(found)]
     if generators and len(loaded) > 1:

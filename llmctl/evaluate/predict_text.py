@@ -29,7 +29,7 @@ from llmctl.model.generate.continuations import Continuation, end_ids
 class TextPredictor:
     """Answer rows with a decoder or an encoder-decoder, greedily or by beam search.
 
-    If the length of answers or the number of beams is not given, that of finetuning is used.
+    If the length of answers or the number of beams is not given, the value of finetuning is used.
     """
 
     window = 4
@@ -88,7 +88,8 @@ class TextPredictor:
         the column `tools`.
 
         Raises:
-            RequestError: If the row has neither, or if the chat template refuses the conversation.
+            RequestError: If the row has no prompt and no conversation, or if the chat template refuses the
+                conversation.
         """
         try:
             prompt = row.get("prompt") or row.get("text", "")

@@ -43,8 +43,8 @@ def results(
         mesh: The device mesh.
         work: Folder for tokenized examples.
         say: Function that is called with one line of text per result.
-        keep: Function that is called with every record of an example that a task writes, such as a wrong prediction or
-            a generated text.
+        keep: Function that is called with each record that a task writes about an example, such as a wrong prediction
+            or a generated text.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
 
     Returns:
@@ -141,7 +141,8 @@ def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> 
     A setting of the evaluation overrides the value that the artifact has from training.
 
     Raises:
-        RequestError: If the sequence length is unknown or exceeds the model's maximum, or if the stride exceeds it.
+        RequestError: If the sequence length is unknown or exceeds the model's maximum, or if the stride exceeds the
+            sequence length.
     """
     seq_len = config.seq_len or manifest.seq_len
     if not seq_len:
@@ -158,7 +159,7 @@ def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> 
 
 
 def _generation(config: MeasureConfig, manifest: Manifest) -> GenerationConfig:
-    """Return the settings of generated answers: values that the user set for this evaluation, otherwise those of
+    """Return the settings for generating answers: values that the user set for this evaluation, otherwise the values of
     training.
     """
     given = {name: getattr(config.generation, name) for name in _set(config)}

@@ -40,9 +40,10 @@ class MeasureConfig(Config):
     repeats: int = Field(default=15, ge=1)
     """Number of rounds in the speed measurement."""
     generation: GenerationConfig = GenerationConfig()
-    """Settings of generated answers, for task seq2seq."""
+    """Settings for generating answers, for task seq2seq."""
     tasks: list[str] = []
-    """Tasks to measure each artifact on, such as masked and next_sentence; empty uses the task of its training."""
+    """Tasks to measure each artifact on, such as masked and next_sentence; empty uses the task of the artifact's
+    training."""
 
     @field_validator("tasks")
     @classmethod

@@ -130,8 +130,8 @@ def prediction_length(manifest: Manifest, seq_len: int, path: Path) -> int:
 
     Args:
         manifest: Manifest of the artifact.
-        seq_len: Number that the user set. 0 uses the value of training. If that is unknown, as for imports, 0 uses 512,
-            or the model's maximum if it is less.
+        seq_len: Number that the user set; 0 uses the value of training. If the value of training is unknown, as for
+            imports, 0 uses 512, but at most the model's maximum.
         path: Folder of the artifact, for errors.
 
     Raises:

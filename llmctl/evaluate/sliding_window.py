@@ -102,7 +102,7 @@ class Rows:
             context: Maximum number of inputs per window, and the row length.
             stride: Number of newly scored tokens per window.
             given: Number of tokens at the beginning of each document (the prompt) that are context only.
-            repeated: Number of first prefix tokens with which every later window begins, in place of its oldest inputs.
+            repeated: Number of tokens from the start of `prefix` that replace the oldest inputs of every later window.
 
         Raises:
             ValueError: If a later window would score the targets of repeated tokens.

@@ -2,8 +2,9 @@
 
 (Dao et al., 2022, arXiv:2205.14135)
 
-If no kernel supports the computation, `llmctl.model.attention_xla` computes it in plain XLA. The kernel is selected at
-tracing time, from the platform of the mesh and the shapes. `describe` returns the name of the kernel and the reason.
+If no kernel supports the computation, attention runs in plain XLA (`llmctl.model.attention_xla`). The kernel is
+selected at tracing time, from the platform of the mesh and the shapes. `describe` returns the name of the kernel and
+the reason.
 
 Several texts may be packed into one sequence. Each text is a segment, numbered from 1, and attention does not cross
 segments. Segment 0 is padding. In these kernels, padding attends to padding; in plain XLA it attends to nothing. The

@@ -203,8 +203,7 @@ def block_gradients(
 def output_gradient_dot(d_y: jax.Array, y: jax.Array) -> jax.Array:
     """Return the dot product of each output y [..., N, K] with its gradient d_y, float32 [..., N].
 
-    The backward pass of the softmax needs this number: it is subtracted from the gradients of the query's
-    probabilities, before they are multiplied by the probabilities.
+    The backward pass of the softmax subtracts this number from the gradients of the query's probabilities.
     """
     return jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 

@@ -26,8 +26,8 @@ SHARES = {"tokens": 5.0, "positions": 0.25, "types": 3.5}
 """Factors on the initial standard deviation (0.02) of token, position and segment-type embeddings. The sum of the
 embeddings is normalized, so only the ratios of these factors matter."""
 SHARPNESS = 2.5
-"""Factor on the query and key projections of the first layer. With it, attention to equal tokens is larger than to
-hundreds of other tokens."""
+"""Factor on the query and key projections of the first layer. With this factor, equal tokens stand out among hundreds
+of other tokens."""
 
 
 def applies_to(cfg: ModelConfig) -> bool:
@@ -60,7 +60,7 @@ def initialize(cfg: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_type_response(kernel_DI: jax.Array, types_UD: jax.Array | None) -> jax.Array:
-    """Change a kernel [D, I] so that its products with the outputs of a LayerNorm do not depend on the segment type.
+    """Change a kernel [D, I] so that x @ kernel does not depend on the segment type, if x is the output of a LayerNorm.
 
     The columns of the kernel are made orthogonal to the differences between type embeddings. The mean of each
     difference is subtracted first, as a LayerNorm does.

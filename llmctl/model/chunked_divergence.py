@@ -33,7 +33,7 @@ def symmetric_divergence(
 
     Args:
         project: Output projection.
-        heads: Parameters of the output projection for `x_BTD`, and for `other_BTD`.
+        heads: Two parameter trees of the output projection, the first for `x_BTD` and the second for `other_BTD`.
         x_BTD: Hidden states from which p is computed.
         other_BTD: Hidden states from which q is computed.
         weights_BT: Weights of the tokens.

@@ -214,7 +214,8 @@ def hits(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def chunk_logits(project: Project, head: Tree, x: jax.Array) -> jax.Array:
-    """Return the logits [..., V] of hidden states [..., D], sharded over the vocabulary if the mesh does so."""
+    """Return the logits [..., V] of hidden states [..., D], sharded over the vocabulary if the mesh shards the
+    vocabulary."""
     return meshes.constrain(project(head, x), "batch", "seq", "act_vocab")
 
 
@@ -264,9 +265,9 @@ def cross_entropy(
 def means(sums: dict[str, Any]) -> dict[str, Any]:
     """Convert sums to metrics: divide each sum by the sum "weight".
 
-    If there is a sum "PREFIX_weight", sums whose names begin with "PREFIX_" are divided by it instead. Sum and weight
-    may be vectors, for example with one element per class. They are then divided element by element, and the metric is
-    the mean of the quotients with positive weight.
+    If there is a sum "PREFIX_weight", sums whose names begin with "PREFIX_" are divided by "PREFIX_weight" instead. A
+    sum and its weight may be vectors, for example with one element per class. They are then divided element by element,
+    and the metric is the mean quotient of the elements with positive weight.
     """
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
 

@@ -133,7 +133,7 @@ class ModelConfig(Config):
     """Add a bias to the task head."""
 
     prompt_tokens: int = Field(default=0, ge=0)
-    """Number of trained prompt vectors (prompt tuning). Their token ids are those after the vocabulary."""
+    """Number of trained prompt vectors (prompt tuning). Their token ids start at vocab_size."""
     prefix_tokens: int = Field(default=0, ge=0)
     """Number of trained keys and values before every text (prefix tuning), in each layer of the decoder or, if there
     is none, of the encoder. Positions of texts start after them."""
@@ -196,8 +196,8 @@ class ModelConfig(Config):
     def of_stack(self, stack: str) -> ModelConfig:
         """Return the config for the layers of one stack, "encoder" or "decoder".
 
-        It differs from this config only for the encoder of an encoder-decoder with prefix tuning, because only the
-        decoder has the trained prefix.
+        In an encoder-decoder with prefix tuning, only the decoder has the trained prefix. The encoder's config then has
+        no prefix. In all other cases, the result equals this config.
         """
         bare = self.prefix_tokens and self.encoder_layers and stack == "encoder"
         return self.model_copy(update={"prefix_tokens": 0}) if bare else self
@@ -247,7 +247,7 @@ def presets() -> list[str]:
 
 
 def family(name: str) -> ModuleType:
-    """Return the module of a family. It defines FLAGS, SIZES and, if Hugging Face checkpoints exist, BRIDGE."""
+    """Return the module of a family. The module defines FLAGS, SIZES and, if Hugging Face checkpoints exist, BRIDGE."""
     return importlib.import_module(f"{FAMILIES}.{name}")
 
 

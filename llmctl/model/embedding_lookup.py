@@ -146,7 +146,8 @@ def _table_gradient(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) 
 
 
 def _local_index(ids: jax.Array, rows: int, layout: _Layout) -> tuple[jax.Array, jax.Array]:
-    """Return the index of each id among the `rows` local rows (0 if it is not local), and whether it is local."""
+    """Return the index of each id among the `rows` local rows (0 if the row is on another device), and whether the row
+    is local."""
     at = ids - rows * jax.lax.axis_index(layout.row_axes)
     here = (at >= 0) & (at < rows)
     return jnp.where(here, at, 0), here

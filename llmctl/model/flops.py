@@ -120,7 +120,7 @@ def _sublayers(cross: bool) -> tuple[str, ...]:
 
 
 def _adapters(cfg: ModelConfig, *parts: str) -> int:
-    """Return how many of the sublayers `parts` of one layer have a bottleneck adapter."""
+    """Return the number of sublayers in `parts` that have a bottleneck adapter."""
     return sum(cfg.has_adapter(part) for part in parts)
 
 
@@ -153,8 +153,8 @@ def _head(cfg: ModelConfig) -> int:
 def _mean_keys(length: int, window: int, causal: bool) -> float:
     """Return the mean number of keys to which a query attends.
 
-    These are the keys fewer than `window` tokens away, or all keys if `window` is 0. Later keys are excluded if
-    attention is causal.
+    A query attends to keys that are fewer than `window` tokens away, or to all keys if `window` is 0. If attention is
+    causal, later keys are excluded.
     """
     reach = min(window or length, length)
     if causal:

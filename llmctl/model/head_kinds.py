@@ -42,4 +42,4 @@ HEAD_KINDS = {
     "embed": HeadKind(bare=True),
     "choice": HeadKind(width=1, scalar=True),
 }
-"""Description of each head, by name. The field `width` of "lm" is that of its optional next-sentence head."""
+"""Description of each head, by name. For "lm", `width` is the number of classes of the optional next-sentence head."""

@@ -203,8 +203,8 @@ def rope_to_keys(cfg: Any, local: bool = False) -> Fields:
 def windows_from_keys(keys: Keys, layers: int, window: int, every: int = 1) -> Fields:
     """Return the fields of ModelConfig that define which layers have local attention.
 
-    The key `layer_types` of config.json lists them. If it is missing, the last of every `every` layers is global, and
-    the others are local; if `every` is 1, all layers are local.
+    The key `layer_types` of config.json has one entry per layer. If the key is missing, the last of every `every`
+    layers is global, and the others are local. If `every` is 1, all layers are local.
 
     Args:
         keys: The config.json to read.

@@ -19,7 +19,7 @@ Sums = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Sums]]
 """Function (params, batch, key=None) -> (sum of losses, sums by metric name and "weight").
 
-With a dropout key, it computes the training loss. Without one, it computes the validation loss.
+With a dropout key, the function computes the training loss; without a key, the validation loss.
 """
 
 COSINE_TEMPERATURE = 0.05

@@ -118,7 +118,8 @@ class Program:
     cache: Tree = ()
     """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Arrays of the four fields from `parameters` to `cache` that are in memory, but no arguments of the program."""
+    """Arrays of the four fields from `parameters` to `cache` that are in memory, but are not arguments of the
+    program."""
     artifact_bytes: int = 0
     """Size of the arrays of the artifact that the stage writes, in bytes; 0 if it writes none."""
     work: Pass | Cost | None = None

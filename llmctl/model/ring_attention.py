@@ -250,8 +250,8 @@ class _LocalQueries:
     def _positions(self, device: Any, chunk: Any, length: int) -> jax.Array:
         """Return the sequence positions of the tokens in chunk `chunk` of a device, int [length].
 
-        If attention is causal, each device has two chunks: one early and one late in the sequence. Otherwise, both form
-        one chunk.
+        Each device has tokens from an early and a late part of the sequence. If attention is causal, these parts are
+        two chunks, otherwise one chunk.
         """
         late = 2 * self.devices - 1 - device
         if self.chunks == 2:

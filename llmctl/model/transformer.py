@@ -94,8 +94,7 @@ class Block(nn.Module):
 def _may_use_kernels() -> bool:
     """Return True if attention may use fused kernels or ring attention.
 
-    On CPUs, attention uses plain XLA. There the result is True only if sequences are sharded, or if a test requests
-    kernels.
+    On CPUs, the result is True only if sequences are sharded, or if a test requests kernels.
     """
     on_cpu = meshes.device().platform == "cpu"
     return not on_cpu or meshes.splits_sequences() or attention_kernels.setting.get() == "interpret"
@@ -303,10 +302,10 @@ def hidden(
     Args:
         cfg: Config of the model.
         params: Parameters of the model.
-        batch: Tokens, positions and segments [B, T]; also those of the encoder in an encoder-decoder. Each of the texts
-            that are packed into one sequence is a segment, numbered from 1; 0 is padding. An optional
+        batch: Tokens, positions and segments [B, T]; in an encoder-decoder, also for the encoder. Several texts may be
+            packed into one sequence. Each text is a segment, numbered from 1; 0 is padding. An optional
             `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning), and
-            `encoder_embedding_offset` to those of the encoder.
+            `encoder_embedding_offset` to the encoder's token embeddings.
         train: Whether dropout is applied.
         rng: Random key; required if `train` is set and the config has dropout.
         dtype: Dtype of the computation.

@@ -31,9 +31,9 @@ class Feed:
     """Paths of the matrices whose input is the activation. They include the table `embed/tokens` if the output
     projection is tied."""
     foldable: bool
-    """Whether scales can be folded: if the producer multiplies a channel by a positive factor, and the readers divide
-    their rows of this channel by it, the outputs of the model do not change. False if another module reads the
-    activation, or if a nonlinearity f between producer and readers does not satisfy f(c x) = c f(x)."""
+    """Whether scales can be folded. The producer then multiplies a channel by a positive factor, and the readers divide
+    their rows of this channel by the same factor. The outputs of the model do not change. False if another module reads
+    the activation, or if a nonlinearity f between producer and readers does not satisfy f(c x) = c f(x)."""
     repeat: int = 1
     """Number of query heads per value head, if the producer is a value projection in grouped-query attention; otherwise
     1."""
@@ -73,7 +73,7 @@ class Residual:
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
-    """Return "encoder" and "decoder", or the one of them that the model has, in the order in which they run."""
+    """Return the names of the model's stacks, "encoder", "decoder" or both, in the order in which they run."""
     return {"decoder": ["decoder"], "encoder": ["encoder"]}.get(cfg.architecture, ["encoder", "decoder"])
 
 
@@ -94,7 +94,7 @@ def feeds(cfg: ModelConfig) -> list[Feed]:
 
 
 def first_readers(cfg: ModelConfig, stack: str) -> dict[str, str]:
-    """Return, for each matrix of a layer, the first of the matrices that have the same input.
+    """Map each matrix of a layer to the first matrix that has the same input.
 
     Paths are relative to the layer.
 
@@ -192,7 +192,8 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Return the modules that write to the residual stream of a stack ("encoder" or "decoder"), and its readers."""
+    """Describe the residual stream of a stack, "encoder" or "decoder": the modules that write to the stream or read
+    it."""
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

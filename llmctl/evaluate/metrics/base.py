@@ -1,10 +1,10 @@
-"""Register the metrics that llmctl reports: name, title, unit, format and direction of improvement.
+"""Register the metrics of evaluations: name, title, unit, format and direction of improvement.
 
-The tables and plots of `eval`, the last table of a run, and the output of `show` use these metrics. So does the
-selection of the best checkpoint. A metric that is not registered is written to JSON and appears in no table.
+`eval`, `show`, the last table of a run, and the selection of the best checkpoint use these metrics. A metric that is
+not registered is written to JSON and appears in no table.
 
-A package adds a metric by the entry point `metric.NAME` of the group `llmctl`; `eval` computes it when its setting
-`metrics` names it:
+Another package adds a metric by the entry point `metric.NAME` of the group `llmctl`. If the setting `metrics` of `eval`
+contains NAME, `eval` computes the metric. An example:
 
     >>> def brevity(truth, predicted):
     ...     return sum(len(p) <= len(t) for t, p in zip(truth, predicted)) / len(truth)
@@ -25,8 +25,8 @@ from llmctl.config.registry import Registry
 Direction = Literal["maximize", "minimize", "neither"]
 Table = Literal["run", "file", "none"]
 TABLES: tuple[Table, ...] = ("run", "file")
-"""Names of the tables with metrics, from the narrowest to the widest. The table "run" ends a run; "file" is that of
-`eval`. Each table also has the columns of the narrower ones."""
+"""Names of the tables with metrics, from the narrowest to the widest. "run" is the table at the end of a run, and
+"file" is the table that `eval` writes. Each table also has the columns of all narrower tables."""
 VALIDATION = "validation_"
 """Prefix of the names of metrics that are computed on validation data during training."""
 
@@ -40,7 +40,7 @@ class Metric:
     title: str
     """Column heading, also used as the metric's name in sentences."""
     better: Direction
-    """Direction of improvement: "maximize", "minimize", or "neither" for figures without one."""
+    """Direction of improvement: "maximize", "minimize", or "neither"."""
     format: str = "{:.4f}"
     """Format of the printed value, which is the value times `scale`."""
     unit: str = ""
@@ -54,13 +54,12 @@ class Metric:
     unless: str = ""
     """Name of another metric with the same value. A table that shows the other metric omits this one."""
     baseline: str = ""
-    """Name of the metric that has this metric's value for a baseline, which ignores the input; empty if there is
-    none."""
+    """Name of the metric with the value of a baseline that ignores the input; empty if there is no baseline."""
     compute: Callable[[Any, Any], float] | None = None
     """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
 
     def text(self, value: float) -> str:
-        """Format `value` for a table. The value has the unit that the metric has in JSON."""
+        """Format `value` for a table. `value` is in the unit of the metric in JSON."""
         return self.format.format(value * self.scale)
 
 

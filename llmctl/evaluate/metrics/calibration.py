@@ -63,7 +63,7 @@ def temperature(logits_NC: np.ndarray, label_N: np.ndarray) -> float:
     """Return the divisor of the logits that minimizes the log loss (Guo et al., 2017, arXiv:1706.04599).
 
     The loss is convex in the inverse temperature, so the sign of its derivative is bisected between COLDEST and
-    HOTTEST. If the minimum is outside this interval, as when no prediction is wrong, the result is 1.
+    HOTTEST. If the minimum is outside this interval, for example because no prediction is wrong, the result is 1.
     """
     logits_NC = logits_NC.astype(np.float64)
     of_label_N = np.take_along_axis(logits_NC, label_N[:, None], -1)[:, 0]

@@ -15,8 +15,7 @@ Entity = tuple[str, int, int]
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
 """Tag letters of the supported schemes, in addition to O: IOB2 and IOBES, BILOU, BMES, BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
-"""Letter of the scheme BIES for each letter of another scheme with the same meaning: M (middle), L (last), U (unit), W
-(whole)."""
+"""Map from letters of other schemes to letters of BIES: M (middle) to I, L (last) to E, U (unit) and W (whole) to S."""
 UNTYPED = "entity"
 """Entity type for tags without a type, such as those of word segmentation."""
 

@@ -42,7 +42,7 @@ def check() -> None:
     """Check that the packages sacrebleu and rouge-score are installed.
 
     Raises:
-        RequestError: If one of them is not installed.
+        RequestError: If a package is not installed.
     """
     if any(importlib.util.find_spec(name) is None for name in ("sacrebleu", "rouge_score")):
         raise RequestError("task seq2seq: its metrics need sacrebleu and rouge-score: pip install 'llmctl[seq2seq]'")
@@ -54,7 +54,7 @@ def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str
     Args:
         references: True text of each example.
         predictions: Generated text of each example.
-        tokenizer: Tokenizer of BLEU, a name of sacrebleu. If it is char, ROUGE counts characters too.
+        tokenizer: Name of sacrebleu's tokenizer for BLEU. If "char", characters are also the words of ROUGE.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

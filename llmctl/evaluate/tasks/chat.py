@@ -1,4 +1,5 @@
-"""Train on conversations in the format of a chat template: predict each token of the assistant from those before it."""
+"""Train on conversations in the format of a chat template: predict each token of the assistant from all earlier
+tokens."""
 
 from __future__ import annotations
 

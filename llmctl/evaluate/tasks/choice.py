@@ -130,7 +130,7 @@ class Choice(Task):
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return a compiled function (params, batch) -> float32 [B, K, 2].
 
-        The result has, for each choice, its score and its number of tokens.
+        The last axis has the score of a choice and the number of its tokens.
         """
 
         @jax.jit
@@ -164,7 +164,7 @@ class Choice(Task):
         return run
 
     def predictions(self, count: int, rows: SingleChoiceRows, outputs: Outputs) -> list[Any]:
-        """Return, for each question, the probability of each of its choices: the softmax of their scores, [K]."""
+        """Return the probabilities of each question's choices, [K]: the softmax of the scores."""
         scores: list[dict[int, float]] = [{} for _ in range(count)]
         for index_R, batch, score_R in outputs:
             for i, question, score in zip(index_R, batch["question"], score_R, strict=True):

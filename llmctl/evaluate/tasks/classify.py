@@ -71,7 +71,7 @@ class Classify(Task):
         """Check the type of the labels, and that the model has every class of the data.
 
         Raises:
-            RequestError: If the type differs, or if the model lacks a class.
+            RequestError: If the labels have another type, or if the model lacks a class.
         """
         sets = examples.labels is not None and examples.labels.ndim > 1
         if examples.classes and sets != (self.label_type == "set"):

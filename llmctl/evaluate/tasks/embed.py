@@ -1,7 +1,7 @@
 """Train text embeddings, from text pairs or from similarity scores.
 
-With text pairs, training makes the vector of each text more similar to the vector of its own second text than to those
-of other texts. With scores, training makes the cosine of two vectors equal to the score of their texts.
+With text pairs, training makes the vectors of the two texts of a pair more similar than the vectors of other texts.
+With scores, training makes the cosine of two vectors equal to the score of their texts.
 
 Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
 """
@@ -143,7 +143,8 @@ class Embed(Task):
         return predict
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: TwoTextRows, found: Found) -> Scored:
-        """Return recall and mean reciprocal rank of each text's own second text among all second texts.
+        """Return retrieval metrics: recall and mean reciprocal rank. Each first text retrieves its own second text
+        among all second texts.
 
         If the data has scores, return the correlations between the scores and the cosines instead.
         """
@@ -184,7 +185,7 @@ def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
 def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> np.ndarray:
     """Return the rank [N] of each text's own candidate among all candidates, by similarity; 1 is the best.
 
-    Candidates with the same similarity are ranked before the own candidate.
+    Candidates that are as similar as the own candidate are ranked before it.
 
     Args:
         text_ND: Unit vectors of the texts [N, D].

@@ -22,8 +22,8 @@ Found = Iterable[tuple[Batch, Any]]
 Scored = (
     tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
 )
-"""Result of `metrics`: (metrics by name, predictions), optionally followed by the records of predictions.jsonl. Here
-predictions are a pair (true labels, predictions) of all examples, or None if the task returns none."""
+"""Result of `metrics`: (metrics by name, answers), optionally followed by the records of predictions.jsonl. `answers`
+is (true labels, predictions) of all examples, or None if the task returns no predictions."""
 
 
 class EvaluationMethods(RowMethods):

@@ -42,11 +42,8 @@ class Language(TokenLosses, Task):
         return self.rows(model, examples, tokenizer, settings)
 
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
-        """Return a note for the user that validation scores a token that `eval` does not score; "" if both score the
-        same.
-
-        The token is the one that ends each text.
-        """
+        """Return a note for the user if validation scores the end of each text, which `eval` does not score; otherwise
+        ""."""
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
             return ""
         return "validation also scores the end of each text, which eval leaves out; compare it with validations"

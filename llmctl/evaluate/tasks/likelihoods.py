@@ -20,7 +20,8 @@ from llmctl.model.losses import Sums
 
 
 def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
-    """Merge arrays [B, T] of a batch whose names differ only in a prefix into one array [B * K, T], for K prefixes.
+    """Merge the arrays of a batch that have the same name after one of K prefixes: K arrays [B, T] become
+    one array [B * K, T].
 
     With the prefixes "" and "rejected_", for example, `tokens` and `rejected_tokens` become `tokens`. The K rows of
     each example follow one another. Arrays that exist only without prefix are returned unchanged.
@@ -57,9 +58,9 @@ def loss_of_rows(
     """Return the loss that `compute` computes from the rows' log-likelihoods [R], and its metrics summed over the
     batch.
 
-    The gradient is computed as that of a weighted cross-entropy. The weight of a token is minus the derivative of the
-    loss with respect to the log-likelihood of its row. Logits can therefore be computed in chunks, as in other losses.
-    The cost is one more output projection.
+    The gradient is computed as the gradient of a weighted cross-entropy. The weight of a token is minus the derivative
+    of the loss with respect to the log-likelihood of its row. Logits can therefore be computed in chunks, as in other
+    losses. The cost is one more output projection.
 
     Args:
         cfg: Config of the model.

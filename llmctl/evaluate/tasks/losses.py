@@ -51,7 +51,7 @@ class Losses(TaskRecord):
     def model_inputs(self, batch: Batch) -> Batch:
         """Return the batch with arrays of the shapes that the network reads.
 
-        By default, return the batch unchanged. Tasks with two texts per row make two rows of them.
+        By default, return the batch unchanged. If a row has two texts, a task makes one row per text.
         """
         return batch
 

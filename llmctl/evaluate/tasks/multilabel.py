@@ -172,7 +172,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def thresholds(truth_NC: np.ndarray, p_NC: np.ndarray) -> list[float]:
     """Return the threshold with the largest F1 for each class (Lipton et al., 2014, arXiv:1402.1892).
 
-    Candidates are the midpoints of neighboring probabilities. Among equally good ones, the threshold nearest to 0.5 is
+    Candidates are the midpoints of neighboring probabilities. Among equally good thresholds, the nearest to 0.5 is
     chosen. A class without true rows gets 0.5.
 
     Args:

@@ -82,7 +82,7 @@ class Predicts:
 
         Args:
             row: The new row.
-            prediction: The model's output for it, such as class probabilities.
+            prediction: The prediction for the row, such as class probabilities.
             manifest: The artifact's manifest, which has the class names.
             every: Whether to include the probability of every class.
         """

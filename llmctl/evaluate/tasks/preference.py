@@ -33,7 +33,8 @@ from llmctl.model.losses import Loss, Sums, row_weight
 
 
 class Preference(Language):
-    """Train with a loss on the log-likelihoods of two completions; measure how often the chosen one is likelier."""
+    """Train with a loss on the log-likelihoods of two completions; measure how often the chosen completion is
+    likelier."""
 
     name = "preference"
     title = "preferences"
@@ -133,11 +134,10 @@ class Preference(Language):
         return super(Language, self).evaluate(artifact, held, setup)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the fraction of pairs whose chosen completion is likelier than the rejected one, and the mean
-        difference.
+        """Return how often the chosen completion is likelier than the rejected completion, and the mean difference.
 
-        "accuracy" compares the log-likelihoods of complete completions, and "accuracy_per_token" their means per token.
-        "margin" is the mean difference of the complete log-likelihoods, in nats.
+        "accuracy" compares log-likelihoods summed over the tokens of a completion. "accuracy_per_token" compares means
+        per token. "margin" is the mean difference of the summed log-likelihoods, in nats.
         """
         scores_N22 = np.concatenate([outputs for _, outputs in found]).astype(np.float64)
         total_N2, tokens_N2 = scores_N22[..., 0], scores_N22[..., 1]
@@ -155,11 +155,12 @@ def pair_loss(
     """Return the loss summed over pairs, and the metrics summed over the batch.
 
     Args:
-      gained_2B: log-likelihoods of chosen and rejected completions, minus those of the reference model if there is one.
-      tokens_2B: number of tokens of each completion.
-      weight_B: weight of each pair.
-      settings: loss and its scale.
-      smoothing: probability that a pair is in the wrong order (conservative DPO; Mitchell, 2023).
+      gained_2B: Log-likelihoods of chosen and rejected completions. With a reference model, its log-likelihoods are
+          subtracted.
+      tokens_2B: Number of tokens of each completion.
+      weight_B: Weight of each pair.
+      settings: Loss and its scale.
+      smoothing: Probability that a pair is in the wrong order (conservative DPO; Mitchell, 2023).
     """
     beta = settings.scale
     # IPO's log-likelihoods are means per token, as its authors compute them.

@@ -54,7 +54,7 @@ class Regress(Task):
         """Check that the labels of the data are numbers.
 
         Raises:
-            RequestError: If they are classes.
+            RequestError: If the labels are classes.
         """
         if examples.classes:
             raise RequestError(f'{artifact.path}: predicts numbers; set data.label_type = "number"')

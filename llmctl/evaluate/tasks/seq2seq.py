@@ -1,7 +1,7 @@
 """Train on completions of prompts, and measure the answers that the model generates (sequence to sequence).
 
-Training is that of the task completions. Validation and evaluation also generate an answer to each prompt and compare
-it with the completion, by BLEU, chrF, ROUGE and exact match.
+Training is the same as for the task "completions". Validation and evaluation also generate an answer to each prompt.
+The answer is compared with the completion by BLEU, chrF, ROUGE and exact match.
 """
 
 from __future__ import annotations

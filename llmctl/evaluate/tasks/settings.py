@@ -23,9 +23,9 @@ class PreferenceConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"
-    """Loss on log-likelihoods of chosen and rejected completions. dpo, ipo: compare them with the log-likelihoods of
-    the model without its adapters, so that the method must have adapters, such as lora. simpo: compare means per token,
-    without another model."""
+    """Loss on log-likelihoods of chosen and rejected completions. dpo, ipo: subtract the log-likelihoods of the model
+    without its adapters; the method must have adapters, such as lora. simpo: use means per token, without a reference
+    model."""
     beta: float = Field(default=0.0, ge=0)
     """Scale of the log-likelihoods in the loss. For dpo and ipo, a larger value keeps the model closer to its initial
     parameters. 0 uses 0.1 for dpo and ipo, and 2 for simpo."""
@@ -82,7 +82,7 @@ class GenerationConfig(Config):
     added: ClassVar[frozenset[str]] = frozenset({"kv_cache"})
 
     max_new: int = Field(default=0, ge=0)
-    """Maximum number of tokens per answer. 0 uses 64, or half of the model's maximum sequence length if it is less."""
+    """Maximum number of tokens per answer. 0 uses 64, but at most half of the model's maximum sequence length."""
     beams: int = Field(default=1, ge=1)
     """Number of beams of a beam search; 1 generates greedily."""
     kv_cache: KVCache = ""
@@ -95,8 +95,7 @@ class GenerationConfig(Config):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> GenerationConfig:
-        """Return the settings of generated answers that an artifact stores. Unknown keys, of another version, are
-        ignored.
+        """Convert the settings that an artifact stores. Unknown keys, from another version of llmctl, are ignored.
 
         Raises:
             RequestError: If a value has another type.

@@ -61,7 +61,7 @@ class Span(Task):
     def best(self, labels: Sequence[str] = ()) -> str:
         """Return "accuracy", the validation metric that selects the best checkpoint.
 
-        It averages two accuracies: that of the answer's first token, and that of its last token.
+        This accuracy is the mean of the accuracies of the answer's first token and last token.
         """
         return "accuracy"
 

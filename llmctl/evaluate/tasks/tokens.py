@@ -95,7 +95,7 @@ class Tokens(Classify):
         return found
 
     def answer(self, row: Row, prediction: np.ndarray, manifest: Manifest, every: bool) -> dict[str, Any]:
-        """Return the words, and the most likely label of each with its probability.
+        """Return the words, and the most likely label of each word with the probability of the label.
 
         Labels and probabilities are null for words beyond the sequence length. If `every` is true, the probabilities of
         all classes are included.

@@ -49,7 +49,7 @@ class TrainingMethods(Losses):
         """
 
     def extra_passes(self, settings: Any) -> int:
-        """Return the number of forward passes per training step in addition to the one that is differentiated.
+        """Return the number of forward passes per training step in addition to the differentiated pass.
 
         Args:
             settings: The task's own settings (`section`).
@@ -57,7 +57,8 @@ class TrainingMethods(Losses):
         return 0
 
     def reads_adapters(self, settings: Any) -> bool:
-        """Return True if the loss compares the model with and without its adapters, so that merging is not possible.
+        """Return True if the loss compares the model with and without its adapters. The adapters can then not be
+        merged.
 
         Args:
             settings: The task's own settings (`section`).
@@ -111,7 +112,7 @@ class TrainingMethods(Losses):
         Args:
             model: Config of the model.
             params: Abstract parameters of the model.
-            settings: Settings of generated answers.
+            settings: Settings for generating answers.
             mesh: The device mesh.
             seq_len: Maximum number of tokens per prompt.
             batch_size: Number of prompts per batch.

@@ -43,7 +43,7 @@ def shared_from_keys(keys: Keys, every: int) -> Fields:
 
     Args:
         keys: The config.json to read.
-        every: Period of the attention pattern: the last of every `every` layers is global, the others are local.
+        every: Period of the attention pattern in layers. The last layer of each period is global; the others are local.
     """
     keys.check("use_bidirectional_attention", False)
     keys.drop("hidden_act")  # early configs have this key, but the model ignores it

@@ -69,7 +69,7 @@ class Search(NamedTuple):
     open_B: jax.Array
     """Whether a better answer to the prompt is still possible."""
     parent_BW: jax.Array
-    """For each live beam, the index of the beam that it continues, among those of the previous step."""
+    """Index of the beam of the previous step that each live beam continues."""
 
 
 class BeamSearch:

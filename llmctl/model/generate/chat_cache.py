@@ -38,7 +38,7 @@ class Session:
             raise ValueError("an encoder-decoder holds no conversations")
         self.decoder = decoder
         self.read = 0
-        """Number of prompt tokens that were computed so far, not counting those found in the cache."""
+        """Number of prompt tokens that were computed so far. Tokens found in the cache are not counted."""
         self._ids: list[int] = []
         self._cache: list[Any] = []
         self._extend = jax.jit(self._read_and_select, static_argnames="rules", donate_argnames="cache")

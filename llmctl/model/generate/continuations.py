@@ -82,7 +82,7 @@ class Continuation:
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids that end an answer: the tokenizer's end token, and those in generation_config.json.
+    """Return the token ids that end an answer: the tokenizer's end token, and the end tokens in generation_config.json.
 
     Args:
         folder: Folder of the tokenizer, which may contain generation_config.json.
@@ -119,13 +119,13 @@ class Speed:
 def begin(
     tokenizer: Tokenizer, prompts: Sequence[str], stops: Sequence[str] = (), *, encoded: bool = False
 ) -> list[Continuation]:
-    """Return one `Continuation` per prompt, which has no generated tokens yet.
+    """Return one empty `Continuation` per prompt.
 
     Args:
         tokenizer: Tokenizer of the model.
         prompts: Texts to continue.
         stops: Strings that end a continuation; empty strings are ignored.
-        encoded: Whether an encoder reads the prompts, with the special tokens that the tokenizer adds to texts.
+        encoded: Whether an encoder reads the prompts. If so, the tokenizer's special tokens are added to each prompt.
 
     Raises:
         RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token.

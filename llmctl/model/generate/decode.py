@@ -7,8 +7,8 @@ step. Padding is masked, and positions count from the first token of each prompt
 depend on the other rows.
 
 The program has one copy of the code per layer, and the parameters are split into layers once. A `lax.scan` over layers
-would copy the weights of every layer from the stacked parameters at each step. Such copies are expensive, because the
-time of a step is mostly that of reading the weights.
+would copy the weights of every layer from the stacked parameters at each step. Such copies are expensive, because a
+step spends most of its time on reading the weights.
 
 A slot is one position along the sequence axis of the cache. It holds the keys and values of one token, or of padding.
 
@@ -73,7 +73,7 @@ class Decoder:
             params: Parameters of the model. If empty, call `set_params` before decoding.
             dtype: Dtype of the computation and of the cache.
             start: First input token of the decoder in an encoder-decoder.
-            platform: Platform that will run the programs. If empty, it is that of the current mesh or of the default
+            platform: Platform that will run the programs. If empty, the platform of the current mesh or of the default
                 device.
             kv_cache: Format of the cached keys and values: int8, fp8_e4m3 or int4 (`compressed_cache`). If empty, they
                 have the dtype of the computation.
@@ -99,8 +99,8 @@ class Decoder:
 
         Args:
             params: Parameters of the model.
-            shared: Cache of arrays that were converted for other models, which may have arrays in common with this one
-                (see `llmctl.model.generate.served`).
+            shared: Cache of converted arrays, if several models have arrays in common (see
+                `llmctl.model.generate.served`).
         """
         self.model, self.weights = served(self._given, params, self._platform, shared)
 
@@ -130,14 +130,14 @@ class Decoder:
             seed: Seed of the sampling.
             first: Index of the first prompt among all prompts that share the seed.
             chunk: Number of tokens per yield, after a first yield of one token.
-            stopped_B: Array bool [B]. The caller may set an element to true between two chunks, which ends that row.
+            stopped_B: Array bool [B]. Between two chunks, the caller may end a row by setting its element to true.
 
         Yields:
             New tokens int32 [B, n]. The generator stops when all rows have ended or after `max_new` tokens. It may be
             closed earlier.
 
         Raises:
-            ValueError: If a prompt is empty, or if it and `max_new` exceed the model's maximum sequence length.
+            ValueError: If a prompt is empty, or too long together with `max_new` tokens.
             RequestError: If the cache does not fit into memory.
         """
         inputs, slots = self.inputs(prompts, max_new)
@@ -161,8 +161,9 @@ class Decoder:
     ) -> Iterator[tuple[State, np.ndarray]]:
         """Continue decoding from a state (key-value cache and last tokens), and yield (state, new tokens [B, n]).
 
-        A yielded state is valid only until the next one is requested, because its arrays are then donated. The last
-        chunk has full length, even if it exceeds `max_new`. The first yielded token is the one in the given state.
+        A yielded state is valid only until the next state is requested, because its arrays are then donated. The last
+        chunk has full length, even if the number of tokens exceeds `max_new`. The first yielded token is the last token
+        in `state`.
 
         Args:
             state: Result of `first`.
@@ -273,8 +274,8 @@ class Decoder:
     def read(self, served: Served, prompts: Prompts, slots: int) -> tuple[jax.Array, State]:
         """Run the model on left-padded prompts, and store their keys and values in a new cache for `slots` tokens.
 
-        Call this method in a traced function, with the parameters as an argument. They would otherwise become constants
-        of the program.
+        Call this method in a traced function that has the parameters as an argument. Otherwise, the parameters become
+        constants of the program.
 
         Returns:
             The hidden state [B, D] of the last token of each prompt, and the decoding state, from which `advance`
@@ -342,7 +343,7 @@ class Decoder:
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 
     def one(self, served: Served, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling) -> State:
-        """Run the decoder on the last token of each row, select the next one, and return the new decoding state."""
+        """Run the decoder on the last token of each row, select the next token, and return the new decoding state."""
         x_BD, state = self.advance(served, state, jnp.maximum(state["token"], 0))
         return self.next(served, x_BD, state, keys_B, ends_E, rules)
 

@@ -47,8 +47,8 @@ def generation(
         model: Config of the model.
         weights: Abstract parameters of the model.
         request: Sizes of the batch.
-        mesh: Device mesh. Its devices may be placeholders for those of another platform.
-        platform: Platform that will run the programs; by default that of the devices.
+        mesh: Device mesh. Its devices may be placeholders for devices of another platform.
+        platform: Platform that will run the programs; by default the platform of the devices.
         dtype: Dtype of the computation and of the cache.
         kv_cache: Format of cached keys and values, if they are quantized (`Decoder`).
 

@@ -17,7 +17,7 @@ from llmctl.config.base import FLOAT32_MAX
 
 EXCLUDED = -jnp.inf
 MIN_TEMPERATURE = 1e-6
-"""Smallest allowed temperature above 0, because division by less can exceed the range of float32."""
+"""Smallest allowed temperature above 0. Division by a smaller number can exceed the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Sampling:
     """Keep tokens whose probability is at least this fraction of the highest one (Nguyen et al., 2024,
     arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Penalty on tokens that already occurred: positive logits are divided by it, negative ones multiplied.
+    """Penalty on tokens that already occurred: positive logits are divided by the penalty, negative logits are
+    multiplied.
 
     (Keskar et al., 2019, arXiv:1909.05858)
     """
@@ -62,9 +63,9 @@ def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Ar
 
 
 def truncate_logits(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
-    """Replace the logits of tokens that top-k, top-p or min-p exclude by -inf.
+    """Set the logit of a token to -inf if top-k, top-p or min-p excludes the token.
 
-    If several tokens have the same probability as the last one that is kept, all of them are kept.
+    Tokens with the same probability as the last kept token are also kept.
     """
     if rules.top_k and rules.top_k < logits_BV.shape[-1]:
         limit_B1 = jax.lax.top_k(logits_BV, rules.top_k)[0][:, -1:]

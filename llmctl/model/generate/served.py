@@ -48,17 +48,17 @@ def served(
 ) -> tuple[ModelConfig, Served]:
     """Convert a model to the form that decoding steps read fastest.
 
-    Low-rank updates are merged. On a CPU, weight-only quantized matrices become dense, because the CPU would convert
-    their integers again for every token. If products also quantize activations, the matrix stays quantized, because a
-    dense matrix would give other results. On a CPU, tied embeddings get a separate output table [D, V]. XLA's CPU
-    backend reads it up to twice as fast as the transpose of [V, D]. Stacked layers [L, ...] are split.
+    Stacked layers [L, ...] are split, and low-rank updates are merged. On a CPU, matrices with quantized weights become
+    dense, because the CPU would convert their integers again for every token. If activations are also quantized, the
+    matrix stays quantized, because a dense matrix would give other results. On a CPU, tied embeddings get a separate
+    output table [D, V], which XLA's CPU backend reads up to twice as fast as the transpose of [V, D].
 
     Args:
         model: Config of the model.
         params: Parameters of the model.
         platform: Platform that will run the programs. If empty, the platform of the current mesh or device.
-        shared: Converted arrays of other models. If given, low-rank updates are not merged, because a merged matrix is
-            no longer that of the base.
+        shared: Converted arrays of other models. If given, low-rank updates are not merged, so that adapters share the
+            matrices of their base.
 
     Returns:
         The config and the parameters of the converted model, which computes the same function.

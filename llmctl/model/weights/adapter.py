@@ -91,11 +91,11 @@ class Adapter(Node):
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return the same adapter, but with a base whose products do not quantize activations."""
+        """Return the same adapter, with a base whose inputs are not quantized."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
-        """Raise an error: if elements of the base were set to zero, the adapter would make them nonzero again.
+        """Raise an error, because the adapter would make zeros of the base nonzero again.
 
         Raises:
             RequestError: If this function is called, because adapters must be merged before pruning.
@@ -116,7 +116,7 @@ def _base_part(part: str) -> str:
 
 
 def base_part(part: str) -> str:
-    """Return the name that an array of the base has in the base itself: remove the prefix "base.".
+    """Remove the prefix "base." from the name of an array of the base.
 
     Arrays of the adapter, such as "a", keep their names.
 
@@ -153,7 +153,7 @@ def merge_adapters(params: Params) -> Params:
 def merge_bias_adapters(params: Params) -> Params:
     """Merge those adapters that also scale the bias of their layer, and return the parameter tree.
 
-    In the result, every stored bias is the one that the layer adds. Other adapters are not changed.
+    Each stored bias is then multiplied by the adapter's factor. Other adapters are not changed.
     """
     flat = flatten(params)
     changes: dict[str, Any] = {}

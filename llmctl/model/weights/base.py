@@ -21,12 +21,12 @@ are called its settings:
 
 With the entry point `"weight.ternary" = "my_package:Ternary"`, llmctl can run, save, load, shard, merge and export this
 node. By default, all methods use `dense`, which returns the weight as a plain array. A subclass overrides methods for
-which that is slow or impossible. A node that adds an adapter to another weight derives from
+which a dense array is slow or impossible. A node that adds an adapter to another weight derives from
 `llmctl.model.weights.adapter.Adapter`.
 
 Limits: every array of a node must have as many axes as the weight. If the weight has a leading axis of layers, every
-array must have this axis too, because `lax.scan` over layers slices it. An array may be shorter than the weight along
-another axis, as scales are; it is then replicated along this axis.
+array must have this axis too, because `lax.scan` over layers slices it. Along another axis, an array may be shorter
+than the weight (such as scales). The array is then replicated along this axis.
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -56,8 +56,7 @@ class Product:
     """Whether to merge the leading axes of x into one before the product, which is much faster on XLA's CPU backend
     (see recipes/bench). It must be false if devices shard several leading axes, because XLA would then gather x."""
     kind: str = ""
-    """8-bit type of the product in training, "int8" or "fp8"; empty means none. Only weights that are plain arrays use
-    it."""
+    """8-bit type of the product in training, "int8" or "fp8"; empty means none. Only plain arrays use this option."""
     axes: tuple[str, str] | None = None
     """Names of the matrix's axes in the sharding rules. They determine how a matrix is gathered under FSDP."""
 
@@ -119,9 +118,10 @@ class Node(abc.ABC):
         return self.multiply(x_NI, dtype, options).reshape(*x.shape[:-1], self.shape[-1])
 
     def multiply(self, x_NI: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x_NI times the weight in `dtype`, an array [N, O]. `matmul` calls this method.
+        """Return the product of the activations `x_NI` and the weight [I, O]. `matmul` calls this method.
 
-        `x_NI` has the dtype `dtype`. It has the shape [N, I] if `options.fold` is true, otherwise [..., I].
+        `x_NI` and the result have the dtype `dtype`. Their shapes are [N, I] and [N, O] if `options.fold` is true,
+        otherwise [..., I] and [..., O].
         """
         return jnp.matmul(x_NI, self.dense(dtype))
 
@@ -235,15 +235,16 @@ class Node(abc.ABC):
         return None
 
     def with_activations(self, kind: str) -> Any:
-        """Return the same weight, but with products that quantize activations to `kind` (int8), one scale per token.
+        """Return the same weight, whose inputs are quantized to `kind` (int8) before each product, with one scale per
+        token.
 
         Raises:
-            RequestError: If this kind of weight does not support it.
+            RequestError: If this kind of weight does not support quantized activations.
         """
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the same weight, but with products that do not quantize activations, as for a dense export."""
+        """Return the same weight, whose inputs are not quantized."""
         return self
 
     def masked(self, mask: jax.Array) -> Any:

@@ -145,7 +145,7 @@ def is_stacked(name: str) -> bool:
 
 
 def is_layer_matrix(name: str) -> bool:
-    """Return True for a matrix of a layer that is stored as one plain array."""
+    """Return True for a layer's matrix, if the matrix is stored as one plain array."""
     found = parse(name)
     return found.place == "block" and not found.part
 

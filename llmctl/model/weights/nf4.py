@@ -83,7 +83,8 @@ class NormalFloat(Node):
 
 
 def codes(unit: jax.Array) -> jax.Array:
-    """Return the stored code of the nearest level to each element, int4. An element is a weight / its scale."""
+    """Return the stored code of the nearest level to each element, int4. Elements are weights divided by their
+    scales."""
     above = jnp.zeros(unit.shape, jnp.int8)
     for bound in BOUNDS:
         above += unit > bound

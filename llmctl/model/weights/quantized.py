@@ -21,7 +21,7 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 class Quantized(Node):
     """Store a weight as symmetric integers or 8-bit floats with scales. An element of the weight is integer * scale.
 
-    If `activations` is "int8", products also quantize the activations, with one scale per token (W8A8).
+    If `activations` is "int8", the inputs are also quantized before each product, with one scale per token (W8A8).
     """
 
     kind: ClassVar[str] = "quantized"
@@ -75,8 +75,8 @@ class Quantized(Node):
     def for_decoding(self, on_cpu: bool) -> Any:
         """Return a plain array on CPUs, because a CPU would convert the integers again for every token.
 
-        On other platforms, return the quantized weight unchanged. Also return it unchanged if its products quantize
-        activations, because the products of a plain array would have other results.
+        On other platforms, return the quantized weight unchanged. On CPUs, also return it unchanged if its inputs are
+        quantized, because a plain array would give other results.
         """
         return self.dense() if on_cpu and not self.activations else self
 
@@ -96,7 +96,8 @@ class Quantized(Node):
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
     def with_activations(self, kind: str) -> Quantized:
-        """Return the same weight, but with products that quantize activations to `kind` (int8), one scale per token.
+        """Return the same weight, whose inputs are quantized to `kind` (int8) before each product, with one scale per
+        token.
 
         Raises:
             RequestError: If the weight stores floats, or has zero points.
@@ -106,7 +107,7 @@ class Quantized(Node):
         return replace(self, activations=kind)
 
     def without_activations(self) -> Quantized:
-        """Return the same weight, but with products that do not quantize activations."""
+        """Return the same weight, whose inputs are not quantized."""
         return replace(self, activations="")
 
     def masked(self, mask: jax.Array) -> Quantized:

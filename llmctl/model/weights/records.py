@@ -42,7 +42,7 @@ def describe(w: Any) -> dict[str, Any]:
 def typed(w: Any) -> dict[str, Any]:
     """Return the record of a weight without "parts", its dtypes and shapes.
 
-    The result is {} for a plain array. For a weight node, it has the name of the class and the settings.
+    For a plain array, the result is {}. For a weight node, the result has the name of the class and the settings.
     """
     return {} if is_plain(w) else {"node": w.kind, **w.settings()}
 

@@ -51,7 +51,7 @@ class Scaled(Adapter):
         return base.matmul(x, dtype, plain) * factor
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
-        """Return the bias in `dtype`, multiplied by the factor if it scales outputs."""
+        """Return the bias in `dtype`, multiplied by the factor if the factor scales outputs."""
         return b.astype(dtype) * self.factor.astype(dtype)[..., 0, :] if self.scales_bias else b.astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:

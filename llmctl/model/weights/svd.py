@@ -43,8 +43,8 @@ class Svd(Adapter):
         """Return an equal weight as a `LowRank` update that keeps only the nonzero singular values.
 
         If all singular values are zero, return the frozen base weight. All layers get the same rank, the largest number
-        of nonzero singular values in any layer. Layers with fewer are padded with zeros. The rank is computed on the
-        host.
+        of nonzero singular values in any layer. Layers with fewer nonzero values are padded with zeros. The rank is
+        computed on the host.
         """
         import numpy as np
 

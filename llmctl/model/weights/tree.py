@@ -86,7 +86,7 @@ class Plain(Node):
         return self.array
 
     def without_activations(self) -> Any:
-        """Return the array unchanged, because its products do not quantize activations."""
+        """Return the array unchanged, because its inputs are not quantized."""
         return self.array
 
     def for_decoding(self, on_cpu: bool) -> Any:
@@ -154,8 +154,8 @@ def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str]
 def is_weight(x: Any) -> bool:
     """Return True if `x` is a weight, and False if it is a dictionary of weights.
 
-    With `jax.tree.map(f, params, is_leaf=is_weight)`, the function f gets complete weights. Without it, f would get
-    each array of a quantized weight separately.
+    With `jax.tree.map(f, params, is_leaf=is_weight)`, the function f gets complete weights. Without `is_leaf`, f would
+    get each array of a quantized weight separately.
     """
     return not isinstance(x, dict)
 
