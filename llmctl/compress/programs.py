@@ -36,8 +36,7 @@ from llmctl.model.program import Cost, Pass, Program, Tree
 
 @dataclass(frozen=True)
 class Walk:
-    """Describe a calibration walk (`llmctl.compress.calibration.calibrate`) by abstract arrays, and return its
-    programs."""
+    """Describe a calibration walk by abstract arrays, and return the compiled programs of the walk."""
 
     batch: Mapping[str, Any]
     """Batch of abstract arrays [B, T], by name."""

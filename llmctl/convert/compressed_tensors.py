@@ -42,7 +42,7 @@ class Scheme(NamedTuple):
     format: str
     """Name of the format in compressed-tensors."""
     type: str
-    """int or float."""
+    """Type of the stored values: int or float."""
     bits: int
     group: int = 0
     """Number of inputs per scale; 0 for one scale per output."""
@@ -53,7 +53,7 @@ class Scheme(NamedTuple):
 
 
 def scheme_of(w: Any) -> Scheme | None:
-    """Return how a weight is stored in compressed-tensors; None if the format cannot store its numbers."""
+    """Return the Scheme of a weight; None if compressed-tensors cannot store the weight's numbers."""
     node = weights.as_node(w)
     if isinstance(node, weights.Packed):
         return Scheme(NVFP4, "float", 4, nvfp4_tensors.BLOCK) if node.format == "nvfp4" else None

@@ -1,7 +1,10 @@
 """Write and read layers in the format nvfp4-pack-quantized of compressed-tensors.
 
-A layer has `weight_packed` [out, in / 2] uint8, the first value in the low half of a byte, `weight_scale`
-[out, in / 16] float8_e4m3fn, and `weight_global_scale` [1], by which scales are divided.
+A layer has three tensors:
+
+- `weight_packed` [out, in / 2] uint8: two values per byte, the first value in the low half
+- `weight_scale` [out, in / 16] float8_e4m3fn: one scale per block
+- `weight_global_scale` [1]: the number by which all scales are divided
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ BLOCK = 16
 
 
 def written(module: str, w: weights.Packed, slot: name_map.Slot) -> dict[str, Tensor]:
-    """Return the tensors of a layer by name, from one layer of a weight in nvfp4.
+    """Return one layer of an nvfp4 weight as tensors, by name.
 
     Args:
         module: Name of the layer.

@@ -1,4 +1,4 @@
-"""Write a tokenizer with fewer tokens, and the files beside it that other programs read."""
+"""Write a tokenizer with fewer tokens, and the tokenizer files that other programs read."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from llmctl.data.tokenizers.base import DESCRIPTOR, Tokenizer
 from llmctl.data.tokenizers.sentencepieces import SentencePieces
 
 REBUILT = ("vocab.txt", "vocab.json", "merges.txt")
-"""Files of older programs that repeat the vocabulary. They are left out, because all programs read tokenizer.json."""
+"""Files of older programs that repeat the vocabulary. The files are omitted, because all programs read
+tokenizer.json."""
 
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
-"""Keys of a generation_config.json with lists of token ids, besides those that end in token_id."""
+"""Keys of a generation_config.json that contain lists of token ids, although their names do not end in token_id."""
 
 
 def write(folder: Path, kept: Sequence[int], rows: int, out: Path) -> Tokenizer:
-    """Write the tokenizer of an artifact with only some of its tokens, and return it.
+    """Write an artifact's tokenizer with only the tokens `kept`, and return the new tokenizer.
 
-    Token kept[n] gets the id n. Ids after the vocabulary, of a trained prompt, follow the new vocabulary.
+    The token `kept[n]` gets the id n. The ids of a trained prompt follow the new vocabulary.
 
     Args:
         folder: Folder of the artifact's tokenizer.
         kept: Ids of the kept tokens, ascending.
         rows: Number of rows of the model's embedding table.
-        out: Folder to write to. It is replaced.
+        out: Folder to write to. An existing folder is replaced.
 
     Raises:
-        RequestError: If the tokens of the new file have other ids than wanted.
+        RequestError: If a token of the new tokenizer does not get this id.
     """
     old, at = loading.load(folder), {i: n for n, i in enumerate(kept)}
     shutil.rmtree(out, ignore_errors=True)
@@ -62,7 +63,7 @@ def write(folder: Path, kept: Sequence[int], rows: int, out: Path) -> Tokenizer:
 
 
 def _write_model_beside(folder: Path, kept: Sequence[int], old: Tokenizer, out: Path) -> None:
-    """Write the SentencePiece model beside a tokenizer.json, which GGUF export needs, with the same tokens."""
+    """Write the SentencePiece model with the same tokens next to a tokenizer.json. The GGUF export needs this model."""
     file = folder / SentencePieces.file
     if old.file == SentencePieces.file or not file.is_file():
         return
@@ -72,7 +73,7 @@ def _write_model_beside(folder: Path, kept: Sequence[int], old: Tokenizer, out: 
 
 
 def _renumbered(name: str, content: dict[str, Any], at: dict[int, int]) -> dict[str, Any]:
-    """Return the content of a file beside a tokenizer with the new token ids. Removed tokens are left out."""
+    """Return the content of the tokenizer file `name`, with the new token ids `at`. Removed tokens are omitted."""
     if name == "added_tokens.json":
         return {token: at[i] for token, i in content.items() if i in at}
     out = dict(content)

@@ -1,2 +1,1 @@
-"""Manage devices and processes: device meshes, sharding rules, commands that run in several processes, and hardware
-data."""
+"""Manage devices and processes: device meshes, sharding rules, commands in several processes, and hardware data."""

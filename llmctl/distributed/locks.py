@@ -101,8 +101,9 @@ def claim(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = False) -> Iterator[None]:
-    """Lock the file `path` while the context lasts. If a command runs in several processes, only process 0 takes the
-    lock.
+    """Lock the file `path` while the context lasts.
+
+    If a command runs in several processes, only process 0 takes the lock.
 
     The kernel releases the lock if the process dies. The last process that releases the lock removes the file. This
     process also removes the file's folder if it created that folder and the folder is empty.

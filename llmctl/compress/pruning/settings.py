@@ -60,15 +60,15 @@ class SparseSettings(MethodSettings):
     added: ClassVar[frozenset[str]] = MethodSettings.added | {"damping", "allocation", "spread", "outlier", "store"}
 
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Fraction of each matrix to set to zero, if the method prunes single weights. For wanda, this fraction of the
-    inputs of each output. If the allocation is not uniform, this fraction of all matrices together."""
+    """Fraction of each matrix to set to zero, if the method prunes single weights. For wanda, the fraction applies to
+    the inputs of each output. If the allocation is not uniform, it applies to all matrices together."""
     pattern: str = "unstructured"
     """Pattern of the zeros, if the method prunes single weights. unstructured: zeros at any position. N:M, such as 2:4:
-    keep N of every M inputs; N and M determine the sparsity. AxB, such as 128x1: prune blocks of A inputs and B
-    outputs, by the sum of their scores."""
+    keep N of every M inputs; N and M determine the sparsity. AxB, such as 128x1: prune the blocks of A inputs and B
+    outputs with the lowest sums of scores."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
-    """Multiple of the Hessian's mean diagonal entry that is added to its diagonal, if the method is sparsegpt. If a
-    Hessian has no inverse, the value is multiplied by 10, and the matrix is reported."""
+    """Fraction of the Hessian's mean diagonal entry to add to the diagonal, if the method is sparsegpt. If a Hessian
+    has no inverse, the fraction is multiplied by 10, and the matrix is reported."""
 
     allocation: AllocationName = "uniform"
     """Distribution of the sparsity over the layers, if the method prunes single weights and the pattern is not N:M.
@@ -80,8 +80,8 @@ class SparseSettings(MethodSettings):
     the highest and the lowest sparsity of a layer. sensitivity: largest difference between the sparsity of a layer and
     the sparsity of the model."""
     outlier: float = Field(default=5.0, gt=0)
-    """Score from which a weight is an outlier, if the allocation is owl. The value is a multiple of the layer's mean
-    score by wanda."""
+    """Score from which a weight is an outlier, as a multiple of the layer's mean score, if the allocation is owl. The
+    scores are those of wanda."""
     store: Literal["dense", "sparse"] = "dense"
     """Format of the pruned matrices on disk, also in later stages, if the method prunes single weights. sparse: store
     only nonzero weights and their positions. In memory, matrices are dense."""

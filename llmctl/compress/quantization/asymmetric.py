@@ -29,7 +29,7 @@ class Affine(NamedTuple):
 
 @dataclass(frozen=True)
 class AsymmetricIntegers(Grid):
-    """Integers of `bits` bits with zero points. A level is an integer minus the zero point of its group.
+    """Define integers of `bits` bits with zero points. A level is an integer minus the zero point of the group.
 
     >>> grid = AsymmetricIntegers(2)
     >>> fitted = grid.fit(jnp.float32(-0.5), jnp.float32(1.0), jnp.float32, jnp.float32(1))
@@ -82,5 +82,5 @@ class AsymmetricIntegers(Grid):
         return Quantized(array)
 
     def table(self, node: Any) -> Any:
-        """Return a table [V, D] from the node of its transpose, a matrix [D, V]."""
+        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
         return packed_table(super().table(node)) if self.bits < 4 else super().table(node)

@@ -1,6 +1,6 @@
-"""Choose the scales of a matrix for the levels of a format, and round the matrix to them.
+"""Choose the scales of a matrix for the levels of a format, and round the matrix to the scaled levels.
 
-The levels are in `llmctl.compress.quantization.levels`, and those with zero points in
+The levels are in `llmctl.compress.quantization.levels`. Levels with zero points are in
 `llmctl.compress.quantization.asymmetric`.
 
 Shapes: I inputs, O outputs, G groups of K inputs.
@@ -31,7 +31,7 @@ GRIDS: dict[str, Grid] = {
 }
 """Grid of each quantization format, by the format's name."""
 ASYMMETRIC: dict[str, Grid] = {f"int{bits}": AsymmetricIntegers(bits) for bits in (8, 4, 3, 2)}
-"""Grid with zero points of each format that can have them, by the format's name."""
+"""{name of a format that can have zero points: grid with zero points}."""
 
 
 def levels_of(form: Format) -> tuple[Grid, int]:
@@ -42,7 +42,7 @@ def levels_of(form: Format) -> tuple[Grid, int]:
 def ranges(w_IO: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     """Return the lowest and the highest weight of each group, [G, O] each.
 
-    `group` is the number of inputs of a group, 0 for all.
+    `group` is the number of inputs of a group; 0 for all inputs.
     """
     inputs, outputs = w_IO.shape
     w_GKO = w_IO.astype(jnp.float32).reshape(-1, group or inputs, outputs)

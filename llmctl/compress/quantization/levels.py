@@ -90,8 +90,9 @@ class Grid(abc.ABC):
 
 @dataclass(frozen=True)
 class Integers(Grid):
-    """Define signed integers of 2, 3, 4 or 8 bits without a zero point. Integers of 2 and 3 bits are packed into
-    bytes.
+    """Define signed integers of 2, 3, 4 or 8 bits without a zero point.
+
+    Integers of 2 and 3 bits are packed into bytes.
     """
 
     bits: int
@@ -230,5 +231,5 @@ def _factor(whole: jax.Array, dtype: Any) -> jax.Array:
 
 
 def packed_table(node: Packed) -> Packed:
-    """Return a packed matrix whose arrays were transposed as a table."""
+    """Return an embedding table from a packed matrix whose arrays were transposed."""
     return replace(node, axis=-1)

@@ -57,7 +57,7 @@ def quantization(
 
 
 def rotated(model: ModelConfig, params: Tree, mesh: Mesh, held: list[Tree]) -> tuple[Program, Tree, list[Tree]]:
-    """Return the program that rotates the largest matrix, the abstract rotated parameters, and what else is in memory.
+    """Return the program that rotates the largest matrix, the abstract rotated parameters, and other arrays in memory.
 
     Args:
       model: config of the model.

@@ -1,9 +1,9 @@
 """Rotate the channels of a model so that outliers spread over all channels, without changing the model's function.
 
 QuaRot (Ashkboos et al., 2024, arXiv:2404.00456) multiplies the residual stream by an orthogonal matrix R: matrices that
-write to the stream are multiplied by R, and matrices that read it by R^T. RMSNorm commutes with R once its scales are
-moved into the matrices after it. The values of each head are rotated in the same way, between the value and the output
-projection. All products are folded into the weights, so the rotated model runs as before.
+write to the stream are multiplied by R, and matrices that read the stream by R^T. RMSNorm commutes with R once its
+scales are moved into the matrices after it. The values of each head are rotated in the same way, between the value and
+the output projection. All products are folded into the weights, so the rotated model runs as before.
 
 R is a Hadamard matrix with random signs. If the size is not a power of two, it is the Kronecker product of a random
 orthogonal matrix and the largest Hadamard matrix that fits.
@@ -33,7 +33,7 @@ HEAD, TABLE = "lm_head/kernel", "embed/tokens"
 
 
 def refusal(cfg: ModelConfig) -> str:
-    """Return why a model cannot be rotated; empty if it can.
+    """Return the reason why a model cannot be rotated; empty if it can.
 
     >>> refusal(ModelConfig(preset="llama-tiny")), refusal(ModelConfig(preset="bert-tiny"))
     ('', 'its layer norms subtract the mean of the channels, which rotations change')
@@ -55,7 +55,8 @@ def check(cfg: ModelConfig, params: Params, pruned: bool) -> None:
     """Check, before any computation, that a model can be rotated.
 
     Raises:
-      RequestError: If the norms or the head do not allow it, if the model is pruned, or if a weight is quantized.
+      RequestError: If the norms or the head do not allow a rotation, if the model is pruned, or if a weight is
+          quantized.
     """
     reason = refusal(cfg) or ("its zeros would be filled" if pruned else "")
     if reason:
@@ -65,9 +66,10 @@ def check(cfg: ModelConfig, params: Params, pruned: bool) -> None:
 
 
 def untied(cfg: ModelConfig) -> ModelConfig:
-    """Return the config of the rotated model, whose output projection is a matrix of its own.
+    """Return the config of the rotated model, in which embeddings are not tied.
 
-    The scale of the final norm is moved into the output projection, and the embedding table has no such scale.
+    The scale of the final norm is moved into the output projection, but not into the embedding table. The two matrices
+    then differ.
     """
     shared = cfg.tied and cfg.head_kind.vocabulary
     return cfg.model_copy(update={"tied": False, "preset": ""}) if shared else cfg
@@ -92,7 +94,7 @@ def rotate(cfg: ModelConfig, params: Params, seed: int, mesh: Mesh) -> Params:
 
 
 def rotated(cfg: ModelConfig, params: Params, seed: int) -> Params:
-    """Return the parameters of the rotated model (see `rotate`). They may be abstract."""
+    """Return the parameters of the rotated model (see `rotate`). `params` may be abstract."""
     flat, new = weights.flatten(params), untied(cfg)
     if new.tied != cfg.tied:
         flat[HEAD] = flat[TABLE].T
@@ -135,8 +137,8 @@ def turn(w: jax.Array, rotation_KK: jax.Array, axis: int, scale: jax.Array | Non
     Args:
       w: the weight.
       rotation_KK: orthogonal matrix, float32.
-      axis: axis of the channels: -1 for the outputs of a matrix [..., I, O], -2 for its inputs.
-      scale: scale of a norm [..., I], by which the inputs are multiplied before.
+      axis: axis of the channels: -1 for the outputs of a matrix [..., I, O], -2 for the inputs.
+      scale: scale of a norm [..., I]. The inputs are multiplied by the scale before the rotation.
     """
     full = w.astype(jnp.float32) if scale is None else w.astype(jnp.float32) * scale[..., None]
     last = jnp.moveaxis(full, axis, -1)

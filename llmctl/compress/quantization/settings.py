@@ -62,8 +62,9 @@ class QuantizeConfig(CalibrationConfig):
     """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output;
     for nf4, mxfp4 and nvfp4, it means 64, 32 and 16 inputs per scale."""
     symmetric: bool = True
-    """Use integers that are symmetric around 0. If false, each group also has a zero point, an integer as wide as the
-    weights (int3, int2: 4 bits), and its values reach from its lowest to its highest weight."""
+    """Use integers that are symmetric around 0. If false, each group has a zero point, and the integers cover the range
+    from the group's lowest to its highest weight. A zero point has as many bits as a weight; for int3 and int2, it has
+    4 bits."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
     """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
     longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a

@@ -13,11 +13,13 @@ TITLES = {"heads": "query heads", "neurons": "neurons"}
 
 
 def plot(found: Mapping[str, Any], path: Path) -> bool:
-    """Write a PNG with one plot per kind of part whose importance was measured.
+    """Write a PNG with plots of the measured importance.
 
-    The first plot shows the block influence of each layer. Those of heads, neurons and channels show the importance in
-    descending order, relative to the largest, with one curve per layer; removed parts are red. If
-    a budget was searched, the last plot shows the increase of the loss against the kept fraction of each size.
+    - Layers: the block influence of each layer.
+    - Heads, neurons, channels: the importance in descending order, divided by the largest, with one curve per layer.
+    - Budget search: the increase of the loss against the kept fraction of each size.
+
+    Removed parts are red. A plot is omitted if nothing was measured for it.
 
     Args:
       found: metrics of the stage.
@@ -48,12 +50,12 @@ def plot(found: Mapping[str, Any], path: Path) -> bool:
 
 
 def curves(found: Mapping[str, Any]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Return the importance in descending order, relative to the largest, and which parts were kept (bool).
+    """Return the importance in descending order, divided by the largest, and whether each part was kept.
 
-    Heads that are removed in groups need not be those of lowest importance.
+    If heads are removed in groups, a removed head may have a higher importance than a kept head.
 
     Returns:
-      {"heads", "neurons" or "channels": a pair for each layer}. Kinds of which nothing was removed are left out.
+      {"heads", "neurons" or "channels": one pair of arrays per layer}. A kind is omitted if nothing of it was removed.
     """
     out: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for unit in found.get("units", []):
@@ -72,7 +74,7 @@ def _descending(scores: list[float], kept: list[int]) -> tuple[np.ndarray, np.nd
 
 
 def _plots(found: Mapping[str, Any]) -> dict[str, Callable[[Any], None]]:
-    """Return functions that draw the plots, by title."""
+    """Return {title of a plot: function that draws the plot}."""
     out: dict[str, Callable[[Any], None]] = {}
     records = [r for r in found.get("structured_layers", []) if "influence" in r]
     if records:

@@ -1,7 +1,7 @@
-"""Measure the time that models of some shapes need for a prompt and for each new token, on one device.
+"""Measure the time that models need for a prompt and for each new token, on one device.
 
-The time does not depend on the values of the arrays, so zeros are used. All models run in alternation, so that other
-work of the machine slows all of them, and the median over rounds is reported.
+The time does not depend on the values of the arrays, so the arrays are zeros. The models run in alternation, so that
+other work of the machine slows all models equally. The result is the median over rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.generate.decode import Decoder
 
 NEW = 16
-"""Number of new tokens over which the time of one is measured."""
+"""Number of new tokens over which the time per token is averaged."""
 ROUNDS = 9
 """Number of timed rounds."""
 
@@ -33,9 +33,9 @@ Shapes = tuple[ModelConfig, Any]
 def measure(models: Mapping[str, Shapes], seq_len: int, dtype: Any = jnp.float32) -> dict[str, dict[str, float]]:
     """Return the median times in seconds of each model: {name: {"prefill": time, "decode": time}}.
 
-    "prefill" is the time of one text of `seq_len` tokens. For a model that generates text, it includes the first new
-    token, and the text is shorter if the maximum length requires it. "decode" is the time of each further token. Models
-    that generate no text have no "decode".
+    - "prefill": the time for one text of `seq_len` tokens. If the model generates text, the first new token is
+      included. The text is shorter if the model's maximum length is.
+    - "decode": the time per further token. It is omitted if the model does not generate text.
     """
     with meshes.use(meshes.make(MeshConfig(), jax.local_devices()[:1])):
         runs = {name: _runner(cfg, _zeros(params), seq_len, dtype) for name, (cfg, params) in models.items()}
@@ -54,7 +54,7 @@ def _zeros(params: Any) -> Any:
 
 
 def _runner(cfg: ModelConfig, params: Any, seq_len: int, dtype: Any) -> Callable[[], dict[str, float]]:
-    """Return a function that runs a model once and returns the times of its parts."""
+    """Return a function that runs a model once, and returns the times {"prefill", "decode"}."""
     if cfg.architecture == "encoder" or not cfg.head_kind.vocabulary:
         batch = functional.example_batch(cfg, 1, seq_len)
         batch = {k: jnp.zeros_like(v) if "tokens" in k else jnp.ones_like(v) for k, v in batch.items()}

@@ -60,8 +60,9 @@ class StructuredSettings(MethodSettings):
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Fraction of the layers to remove, if the method is structured."""
     vocabulary: Literal["", "unused"] | Annotated[int, Field(ge=1)] = ""
-    """Tokens to keep, if the method is structured. unused: remove the tokens that no text of the data has, in any
-    split. A number: keep the most frequent tokens. Special tokens and bytes stay. The tokenizer is rewritten."""
+    """Tokens to keep, if the method is structured. unused: remove the tokens that no text in any split of the data has.
+    A number: keep this number of tokens, the most frequent. Special tokens and bytes stay. The tokenizer is
+    rewritten."""
     budget: BudgetConfig = BudgetConfig()
     """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is structured. A search
     chooses these four by the loss on the calibration data, and prints the candidates."""
@@ -80,8 +81,7 @@ class StructuredSettings(MethodSettings):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace long forms by the short form: keep_layers = 3 becomes layers = 3, remove_layers = 0.75 becomes layers
-        = 0.75.
+        """Replace long forms by the short form: keep_layers = 3 and remove_layers = 0.75 become layers = 3 and 0.75.
 
         A finished stage is therefore not repeated if only the form changes. Long forms whose values are out of range
         are not replaced. The validation of their fields then rejects these values.

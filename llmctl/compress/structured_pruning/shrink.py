@@ -184,11 +184,12 @@ def columns(units: np.ndarray, width: int) -> np.ndarray:
 
 
 def take_everywhere(flat: dict[str, Any], axes: Mapping[str, tuple[int, ...]], kept: np.ndarray) -> None:
-    """Replace weights by those with only the entries `kept` along some axes, the same in all layers.
+    """Reduce weights to the entries `kept` along some axes. All layers keep the same entries.
 
     Args:
-      flat: the weights by path, which are replaced. Paths of `axes` that it lacks are skipped.
-      axes: axes, counted from the end, by the path of the weight.
+      flat: the weights by path. The reduced weights replace entries of this dictionary. Paths of `axes` that are
+          missing here are skipped.
+      axes: {path of a weight: axes to reduce, counted from the end}.
       kept: ascending indices.
     """
     for path, own in axes.items():

@@ -22,8 +22,9 @@ Params = dict[str, Any]
 def target(
     config: StructuredSettings, base: Artifact, params: Params, method: StructuredMethod, mesh: Mesh, rows: int
 ) -> ModelConfig:
-    """Return the model's config after structured pruning. With a budget, the sizes are estimated from uniform pruning
-    ratios.
+    """Return the model's config after structured pruning.
+
+    With a budget, the sizes are estimated from uniform pruning ratios.
 
     Raises:
       RequestError: If the sizes are impossible, the model cannot be pruned to them, or the mesh cannot shard them.

@@ -25,9 +25,9 @@ def layers(before: ModelConfig, after: ModelConfig, found: Mapping[str, Any]) ->
       found: metrics of `prune_structure`.
 
     Returns:
-      {"stack", "layer", "kept", "influence", "heads", "kv_heads", "neurons", "error"}. The numbers of heads and
-      neurons are those that are left; `error` is the relative error of the layer's output. What was not measured is
-      left out, and a removed layer has only its influence.
+      {"stack", "layer", "kept", "influence", "heads", "kv_heads", "neurons", "error"}. The numbers of heads and neurons
+      are counted after pruning. `error` is the relative error of the layer's output. Values that were not measured are
+      omitted. A removed layer has no numbers and no error.
     """
     units = {(u["stack"], u["layer"]): u for u in found.get("units", [])}
     records: list[Record] = []
@@ -52,7 +52,7 @@ def sizes(cfg: ModelConfig, params: Any, seq_len: int, latency: Mapping[str, flo
 
     Returns:
       {"parameters", "bytes", "flops_per_token", "layers", "heads", "kv_heads", "neurons", "hidden", "vocabulary"}, and
-      "prefill_seconds" and "decode_seconds" if the latency was measured. `bytes` are those of the arrays in memory.
+      "prefill_seconds" and "decode_seconds" if the latency was measured. `bytes` is the size of the arrays in memory.
     """
     found: Record = {
         "parameters": flops.parameters(cfg)["total"],
@@ -69,7 +69,7 @@ def sizes(cfg: ModelConfig, params: Any, seq_len: int, latency: Mapping[str, flo
 
 
 def layers_table(records: Sequence[Record], before: ModelConfig) -> Table:
-    """Return a table with one row per layer: what is left of it, its block influence, and the error of its output."""
+    """Return a table with one row per layer: kept heads and neurons, block influence, and error of the output."""
 
     def left(record: Record, name: str, whole: int) -> str:
         return f"{record[name]}/{whole}" if record["kept"] else "removed"
@@ -85,7 +85,7 @@ def layers_table(records: Sequence[Record], before: ModelConfig) -> Table:
 
 
 def sizes_table(before: Record, after: Record) -> Table:
-    """Return a table of the sizes and latencies before and after, and their ratios. Equal sizes are left out."""
+    """Return a table of sizes and latencies: before, after, and ratio. Sizes that did not change are omitted."""
     out = Table(title="size of the model", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     out.add_column("")
     for title in ("before", "after", "ratio"):

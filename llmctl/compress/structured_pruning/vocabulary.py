@@ -1,9 +1,12 @@
 """Choose the tokens that a corpus needs, and remove all other rows of the embedding table and the output projection.
 
-The tokens of all texts of the data are counted, of all splits, as the texts are read. With "unused", exactly those
-tokens are removed that no text has, so that all texts have the same tokens as before. The complete data is tokenized
-again to check this. With a number, the most frequent tokens stay. Texts with removed tokens are spelled by others, and
-must read the same after decoding.
+First, the tokens in the texts of all splits are counted. The setting `vocabulary` then selects the kept tokens:
+
+- "unused": the tokens that some text has. All texts are then tokenized as before.
+- A number: this number of tokens, the most frequent. A text with a removed token is then split into other tokens.
+  Decoding them must give the same text as before.
+
+Finally, all texts are tokenized again to check this.
 
 Shapes: V tokens before.
 """
@@ -37,17 +40,17 @@ from llmctl.model.generate.chat_template import Template
 
 Params = dict[str, Any]
 Encode = Callable[[Tokenizer, list[Any]], list[list[int]]]
-"""Function (tokenizer, texts or conversations) -> their token ids."""
+"""Function (tokenizer, texts or conversations) -> token ids of each text or conversation."""
 MESSAGES = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
 """Conversation whose tokens stay if the tokenizer has a chat template."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Store the tokens that stay, and the new tokenizer."""
+    """Store the ids of the kept tokens, and the new tokenizer."""
 
     ids: np.ndarray
-    """Ids of the kept tokens before pruning, ascending. The n-th gets the id n."""
+    """Ids of the kept tokens before pruning, ascending. The token `ids[n]` gets the new id n."""
     folder: Path
     """Folder of the new tokenizer."""
     about: dict[str, Any]
@@ -57,7 +60,7 @@ class Kept:
 def choose(
     config: StructuredSettings, base: Artifact, work: Path, saved: Measurements, say: Callable[[str], None]
 ) -> Kept:
-    """Count the tokens of the data, choose those that stay, and write the new tokenizer.
+    """Count the tokens of the data, choose the tokens to keep, and write the new tokenizer.
 
     Args:
       config: settings of the stage.
@@ -67,7 +70,8 @@ def choose(
       say: function that prints a line.
 
     Raises:
-      RequestError: If the tokenizer cannot lose tokens exactly, nothing would be removed, or too few tokens would stay.
+      RequestError: If the new tokenizer would change texts, if no token would be removed, or if the number of tokens to
+          keep is too small.
     """
     if base.tokenizer_dir is None:
         raise RequestError(f"{base.path}: has no tokenizer, so no tokens can be removed from its vocabulary")
@@ -97,7 +101,7 @@ def choose(
 
 
 def rows_after(config: StructuredSettings, cfg: ModelConfig) -> int:
-    """Return the number of tokens after pruning if it is known before the data is read, otherwise the present one."""
+    """Return the number of tokens to keep. If it is not known before the data is read, return the present number."""
     return config.vocabulary if isinstance(config.vocabulary, int) else cfg.vocab_size
 
 
@@ -110,7 +114,7 @@ def cut(cfg: ModelConfig, params: Params, kept: np.ndarray) -> tuple[ModelConfig
 
 
 def axes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the axes, from the end, whose length is the number of tokens, by the path of the weight.
+    """Return {path of a weight: axes whose length is the number of tokens, counted from the end}.
 
     >>> axes(ModelConfig(preset="llama-tiny"))
     {'embed/tokens': (-2,)}
@@ -122,7 +126,7 @@ def axes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_number(asked: str | int, vocabulary: Vocabulary, base: Artifact) -> None:
-    """Check a number of tokens before the data is read.
+    """Check the requested number of tokens before the data is read.
 
     Raises:
       RequestError: If the number is too large, or too small for the tokens that always stay.
@@ -136,7 +140,7 @@ def _check_number(asked: str | int, vocabulary: Vocabulary, base: Artifact) -> N
 
 
 def _corpus(config: StructuredSettings, base: Artifact) -> tuple[Callable[[], Iterator[Any]], Encode]:
-    """Return a function that iterates over all texts or conversations of the data, and one that encodes them."""
+    """Return two functions: one iterates over all texts or conversations of the data, and one encodes them."""
     talks = of(base.manifest).reads_conversations and columns.holds_conversations(config.data)
     found = splits.load(config.data, labels=False, conversations=talks)
     rows = (e for e in found.examples.values() if len(e))
@@ -163,7 +167,7 @@ def _corpus(config: StructuredSettings, base: Artifact) -> tuple[Callable[[], It
 def _count(
     tokenizer: Tokenizer, vocabulary: Vocabulary, corpus: Iterator[Any], encode: Encode
 ) -> dict[str, np.ndarray]:
-    """Return the count of each token, [V], and the ids of tokens that are needed although no text has them."""
+    """Return the count of each token, [V], and the ids of tokens that must stay although no text has them."""
     counts_V, needed = np.zeros(tokenizer.vocab_size, np.int64), _of_template(tokenizer)
     for chunk in _chunks(corpus):
         for given, ids in zip(chunk, encode(tokenizer, chunk), strict=True):
@@ -174,7 +178,7 @@ def _count(
 
 
 def _of_template(tokenizer: Tokenizer) -> set[int]:
-    """Return the tokens that the tokenizer's chat template writes itself."""
+    """Return the ids of the tokens that the tokenizer's chat template adds to a conversation."""
     if tokenizer.chat_template is None:
         return set()
     for messages in (MESSAGES, MESSAGES[1:]):  # some templates have no system message
@@ -186,18 +190,19 @@ def _of_template(tokenizer: Tokenizer) -> set[int]:
 
 
 def _used(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int]) -> list[int]:
-    """Return the ids of the tokens that the counted texts need."""
+    """Return the ids of all tokens that the tokenizer needs to encode the counted texts."""
     used = {*np.flatnonzero(counts_V).tolist(), *fixed}
     return sorted(set[int]().union(*(vocabulary.needed(i) for i in used)))
 
 
 def _most_frequent(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int], number: int) -> list[int]:
-    """Return the ids of `number` tokens: those that always stay, characters, and the most frequent others.
+    """Return the ids of `number` tokens: tokens that always stay, all characters, and the most frequent tokens.
 
-    A token that others lead to counts with them, so it may be left out for a less frequent one that needs fewer.
+    A token is added together with the tokens from which it is merged. If all these tokens exceed the number, a less
+    frequent token that needs fewer tokens is added instead.
 
     Raises:
-      RequestError: If the tokens that always stay, and those of the corpus' characters, are more.
+      RequestError: If more than `number` tokens always stay or are characters of the texts.
     """
     used = np.flatnonzero(counts_V).tolist()
     kept = set[int]().union(*(vocabulary.needed(i) for i in fixed)) | vocabulary.characters(used)
@@ -218,10 +223,11 @@ def _most_frequent(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int]
 def _checked(
     old: Tokenizer, new: Tokenizer, kept: list[int], corpus: Iterable[Any], encode: Encode, *, exact: bool
 ) -> int:
-    """Return the number of tokens of the corpus by the new tokenizer.
+    """Return the number of tokens into which the new tokenizer splits the texts, and check each text.
 
     Raises:
-      RequestError: If a text has other tokens (`exact`), or reads otherwise after encoding and decoding.
+      RequestError: If `exact` is true and a text has other tokens than before. Also if a text changes by encoding and
+          decoding.
     """
     at_V, total = np.full(old.vocab_size, -1), 0
     at_V[kept] = np.arange(len(kept))
