@@ -104,8 +104,8 @@ def read(
 def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the names of weights that are read together: at most a quarter of all bytes, but at least one weight.
 
-    Orbax keeps a decompressed copy of every array that it is reading. If all were read together, loading would need
-    twice the memory of the arrays.
+    Orbax keeps a decompressed copy of every array that it is reading. If all arrays were read together, loading would
+    need twice the memory of the arrays.
 
     Args:
         arrays: Arrays of each weight, as Orbax stores them.

@@ -50,7 +50,7 @@ class Parent(BaseModel):
     """Content digest; empty if an earlier version of llmctl saved the parent."""
 
     def is_of(self, manifest: Manifest) -> bool:
-        """Return True if the digests of a manifest are those of the recorded parent."""
+        """Return True if a manifest has the digests of the recorded parent."""
         return manifest.content == self.content and (bool(self.content) or manifest.digest == self.digest)
 
 

@@ -190,7 +190,7 @@ def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
 def field_names(cls: type[Config]) -> list[str]:
     """Return the names of the fields of `cls` in TOML.
 
-    A name in TOML may differ from that of the attribute: the attribute `parent` is called `from`.
+    A name in TOML may differ from the name of the attribute: the attribute `parent` is called `from` in TOML.
     """
     return [f.alias or name for name, f in cls.model_fields.items()]
 

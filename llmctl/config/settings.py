@@ -99,7 +99,7 @@ class TrainConfig(Config):
     seq_len: int = Field(default=256, ge=2)
     """Number of tokens per sequence."""
     accumulate: int = Field(default=1, ge=1)
-    """Number of microbatches per step. Their accumulated gradients equal those of the full batch."""
+    """Number of microbatches per step. The accumulated gradient equals the gradient of the full batch."""
     microbatches: int = Field(default=0, ge=0)
     """Number of microbatches that pass through the pipeline (mesh.pipeline); 0 uses up to four per pipeline stage."""
     dtype: Dtype = "float32"

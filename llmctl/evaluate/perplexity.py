@@ -1,4 +1,4 @@
-"""Measure perplexity, and report the split, context, stride and units with it.
+"""Measure perplexity, and report the split, context, stride and units of the measurement.
 
 Every document is scored independently: its context never includes another document. Its first token is conditioned on
 the prefix token (BOS). The end of a document is not scored. Each target is scored exactly once for every stride (see

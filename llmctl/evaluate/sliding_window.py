@@ -2,7 +2,7 @@
 
 A document is `prefix + tokens`. A window has at most `context` inputs. The first window of a document scores all its
 targets. Each later window scores `stride` new tokens, and its earlier tokens are context only. If the prefix begins
-with a trained prompt, every later window begins with it as well.
+with a trained prompt, every later window also begins with the trained prompt.
 
 Several windows are packed into one row as separate segments, and no token attends to another segment. Packing therefore
 changes the cost, but never the score.

@@ -68,7 +68,7 @@ def distillation(
         how: Divergence and weights.
 
     Returns:
-        The loss, and the sums {"nll", "correct", "weight"} and that of the divergence (`Divergence.metric`).
+        The loss, and the sums "nll", "correct", "weight", and the sum of the divergence (named by `Divergence.metric`).
     """
     project, head, x_BTD = student
     projects, heads, taught = zip(*teachers, strict=True)

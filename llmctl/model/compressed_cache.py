@@ -8,9 +8,8 @@ A rotated value is a code times the scale of its token and head. Attention multi
 multiplies the scores by the scales afterwards. Dequantized keys and values are therefore never stored for all layers.
 The formats:
 
-- int8: integers from -127 to 127.
-- fp8_e4m3: 8-bit floats, float8_e4m3fn.
-- int4: integers from -7 to 7. A byte holds two of them: elements i and i + K/2 of a head.
+- int8: integers from -127 to 127. - fp8_e4m3: 8-bit floats, float8_e4m3fn. - int4: integers from -7 to 7. A byte holds
+two codes: elements i and i + K/2 of a head.
 
 Shapes: B batch, S cache slots, G key/value heads, K head width, N queries per key/value head.
 """
@@ -28,7 +27,8 @@ from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
 
 BOUNDS = {"int8": 127.5, "fp8_e4m3": 448.0, "int4": 7.5}
-"""Magnitude, as a multiple of the scale, of the largest element of a head. Integers end half a step below it."""
+"""Ratio of the largest element of a head to the scale, by format. For integers, the ratio is half a step above the
+largest code."""
 STORED = {"int8": jnp.int8, "fp8_e4m3": jnp.float8_e4m3fn, "int4": jnp.uint8}
 """Dtype of the array of codes, by format."""
 PER_BYTE = {"int8": 1, "fp8_e4m3": 1, "int4": 2}
@@ -76,7 +76,7 @@ class Compressed:
         return (*self.codes.shape[:-1], self.codes.shape[-1] * PER_BYTE[self.format])
 
     def with_heads(self, B: int, G: int) -> Compressed:
-        """Return the same elements with the axes [B, G, S, K], of which the cache omits those of size 1."""
+        """Return the same elements with the axes [B, G, S, K]. The cache omits axes of size 1."""
         codes, scale = (a.reshape(B, G, *a.shape[-2:]) for a in (self.codes, self.scale))
         return Compressed(codes, scale, self.format)
 
@@ -104,7 +104,10 @@ class Compressed:
         return jnp.swapaxes(self.scale, -1, -2).astype(jnp.float32)
 
     def _levels(self, dtype: Any) -> list[jax.Array]:
-        """Return the codes as numbers in `dtype`; with int4, the first and the last K / 2 elements of the heads."""
+        """Return a list of arrays with the codes as numbers in `dtype`.
+
+        With int4, there are two arrays: the first and the last K / 2 elements of each head.
+        """
         if self.format != "int4":
             return [self.codes.astype(dtype)]
         signed = self.codes.astype(jnp.int8)
@@ -114,8 +117,8 @@ class Compressed:
 def rotated(x: jax.Array) -> jax.Array:
     """Return x [..., K] in float32, multiplied by an orthogonal matrix [K, K] that is its own inverse.
 
-    The matrix has the same normalized Hadamard matrix in all its diagonal blocks, whose size is the largest power of 2
-    that divides K.
+    The matrix is block-diagonal. Each block is the same normalized Hadamard matrix. The size of a block is the largest
+    power of 2 that divides K.
     """
     size = x.shape[-1] & -x.shape[-1]
     block = np.ones((1, 1), np.float32)

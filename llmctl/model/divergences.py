@@ -37,7 +37,8 @@ class Divergence:
     m = beta * p + (1 - beta) * q (Agarwal et al., 2023, arXiv:2306.13649). skew: KL(p || skew * p + (1 - skew) * q)
     (Ko et al., 2024, arXiv:2402.03898)."""
     temperature: float = 1.0
-    """Divisor of the logits. The divergence is multiplied by its square (Hinton et al., 2015, arXiv:1503.02531)."""
+    """Divisor of the logits. The divergence is multiplied by the square of the temperature (Hinton et al., 2015,
+    arXiv:1503.02531)."""
     beta: float = 0.5
     """Weight of the teacher's distribution in `js`."""
     skew: float = 0.1
@@ -92,7 +93,7 @@ class SoftLoss:
 def top_classes(logits_V: jax.Array, k: int) -> jax.Array:
     """Return whether each class is one of the k classes with the highest logits, bool [..., V].
 
-    Of equal logits, those with the lower index come first, as in `jax.lax.top_k`.
+    If logits are equal, the class with the lower index comes first, as in `jax.lax.top_k`.
     """
     # The classes are divided into the n parts that devices hold, so that devices exchange k logits per part.
     V, n = logits_V.shape[-1], meshes.axis_size("tensor")

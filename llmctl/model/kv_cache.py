@@ -32,7 +32,7 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
 
 
 def empty(shape: tuple[int, ...], form: str, dtype: Any) -> Cached:
-    """Return cached keys or values of zeros, in a format of `compressed_cache` or, if it is empty, in `dtype`."""
+    """Return cached keys or values of zeros, in a format of `compressed_cache`. If the format is empty, use `dtype`."""
     return Compressed.zeros(shape, form, dtype) if form else jnp.zeros(shape, dtype)
 
 
@@ -60,7 +60,7 @@ def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array 
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
     """Store the keys or values of cross-attention in the cache of a module, so that later steps can read them.
 
-    They are quantized if the cache has a quantized array without slots under the name "memory_k" or "memory_v".
+    Keys or values are quantized if the cache already has a quantized array without slots, "memory_k" or "memory_v".
     """
     laid_out, name = _laid_out(x_BSGK), f"memory_{name}"
     kept = module.get_variable("cache", name) if module.has_variable("cache", name) else laid_out
@@ -79,7 +79,7 @@ def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> Cached:
 
 
 def _like(kept: Cached, new: jax.Array) -> Cached:
-    """Return keys or values in the format and the dtype of those that are cached."""
+    """Convert keys or values to the format and the dtype of a cached array."""
     return Compressed.of(new, kept.format) if isinstance(kept, Compressed) else new.astype(kept.dtype)
 
 

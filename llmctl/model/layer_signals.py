@@ -34,7 +34,7 @@ INPUT = -1
 
 @dataclass(frozen=True)
 class Inner:
-    """Store what one of the two models computes inside: outputs of layers by index, and queries, keys and values."""
+    """Store inner values of the student or a teacher: outputs of layers by index, and queries, keys and values."""
 
     states: dict[int, jax.Array]
     projections: dict[str, jax.Array]
@@ -68,13 +68,13 @@ class Signals:
     def read(
         self, cfg: ModelConfig, params: Params, batch: Batch, side: Side, *, dtype: Any = jnp.float32, **options: Any
     ) -> tuple[jax.Array, Inner]:
-        """Run a model, and return its final hidden states and what the losses read.
+        """Run a model, and return its final hidden states and the inner values that the losses read.
 
         Args:
             cfg: Config of the model.
             params: Parameters of the model.
             batch: Batch.
-            side: Which of the two models this is. Gradients do not flow into the teacher.
+            side: Role of the model, "student" or "teacher". Gradients do not flow into a teacher.
             dtype: Dtype of the computation.
             **options: Further arguments of `functional.hidden_states`.
         """

@@ -23,9 +23,9 @@ def divergence(student_BTW: jax.Array, teacher_BTW: jax.Array, segments_BT: jax.
 
     Args:
         student_BTW: Queries, keys or values of the student, with the vectors of all heads joined.
-        teacher_BTW: Those of the teacher, whose width may be another one.
-        segments_BT: Number of the packed text of each token. Relations are those to tokens of the same text. 0 is
-            padding, which is left out.
+        teacher_BTW: Queries, keys or values of the teacher. Their width may differ from the student's.
+        segments_BT: Number of the packed text of each token. Only tokens of the same text are related. 0 is padding,
+            which is left out.
         heads: Number of relation heads. It divides both widths.
     """
     B, T = segments_BT.shape

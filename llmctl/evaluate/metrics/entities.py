@@ -17,7 +17,7 @@ SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
 """Map from letters of other schemes to letters of BIES: M (middle) to I, L (last) to E, U (unit) and W (whole) to S."""
 UNTYPED = "entity"
-"""Entity type for tags without a type, such as those of word segmentation."""
+"""Entity type for tags without a type, such as the tags of word segmentation."""
 
 
 def is_scheme(tags: Iterable[str]) -> bool:

@@ -26,7 +26,7 @@ from llmctl.evaluate.tasks.training import TrainingMethods
 class Task(TrainingMethods, EvaluationMethods, Predicts, ExportMethods):
     """Describe one task by class attributes and methods.
 
-    The defaults are those of tasks that read one text, or a pair of texts, per row.
+    The defaults suit tasks that read one text, or a pair of texts, per row.
 
     Example:
         >>> from llmctl.evaluate.tasks.registry import TASKS

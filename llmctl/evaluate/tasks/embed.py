@@ -97,14 +97,14 @@ class Embed(Task):
         return class_sums(near / options.temperature, own, weight_B, smoothing, z, weight_B)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return unit vectors whose similarities are the means of the similarities of several vectors [2B, D]."""
+        """Return unit vectors whose similarities are the mean similarities of several teachers' vectors [2B, D]."""
         return jnp.concatenate(outputs, axis=-1) / len(outputs) ** 0.5 if len(outputs) > 1 else outputs[0]
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of unit vectors [2B, D].
 
-        It is the weighted sum of two terms. If the data has pairs, they are the divergence of the similarities and the
-        contrastive loss. If the data has scores, both terms are squared errors.
+        The loss is the weighted sum of two terms. If the data has pairs, the terms are the divergence of the
+        similarities and the contrastive loss. If the data has scores, both terms are squared errors.
         """
         taught, near = similarities(teacher, batch), similarities(y, batch)
         weight_B = row_weight(batch, near)

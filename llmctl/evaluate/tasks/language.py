@@ -69,7 +69,7 @@ def scored(
 ) -> tuple[Any, dict[str, Any]]:
     """Score all rows with a compiled function, and return (this function, metrics).
 
-    The metrics include those of a baseline that ignores the context.
+    The metrics include metrics of a baseline that ignores the context.
 
     Args:
         task: Task whose `scorer` is used.

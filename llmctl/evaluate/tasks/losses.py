@@ -102,8 +102,8 @@ class Losses(TaskRecord):
         Args:
             cfg: Config of the student.
             teacher_cfgs: Config of each teacher.
-            how: Divergence from the teachers, and its weight and that of the loss on the labels.
-            signals: Further losses that compare inner layers with those of the only teacher; None means none.
+            how: Divergence from the teachers, and the weights of the divergence and of the loss on the labels.
+            signals: Further losses that compare inner layers of the student and its only teacher; None means none.
             dtype: Dtype of the computation.
             remat: Rematerialization policy of the backward pass.
         """
@@ -148,9 +148,9 @@ class Losses(TaskRecord):
         return self.soft_score(mean, y, batch, how)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return one output of the task head for several teachers: that of the mean of their predictions.
+        """Return one output of the task head that stands for the mean prediction of several teachers.
 
-        By default the outputs are logits of classes, and the mean is that of the probabilities at `temperature`.
+        By default, outputs are logits of classes, and the class probabilities at `temperature` are averaged.
         """
         return mean_logits(outputs, temperature)
 

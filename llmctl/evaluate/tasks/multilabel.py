@@ -160,7 +160,7 @@ def _is_share(value: Any) -> bool:
 
 
 def binary(logits_BC: jax.Array) -> jax.Array:
-    """Return the logits [B, C, 2] of each class as a choice between the class, with its logit, and 0."""
+    """Return logits [B, C, 2] of a binary choice per class: the logit of the class, and 0."""
     return jnp.stack([logits_BC, jnp.zeros_like(logits_BC)], axis=-1)
 
 

@@ -11,7 +11,7 @@ from llmctl.model.config import ModelConfig
 class TaskRecord:
     """Describe one task by class attributes.
 
-    The defaults are those of tasks that read one text, or a pair of texts, per row.
+    The defaults suit tasks that read one text, or a pair of texts, per row.
     """
 
     name: ClassVar[str]

@@ -46,10 +46,10 @@ State = dict[str, Any]
 class Decoder:
     """Generate text with a language model.
 
-    Greedy tokens are the same as those of repeated full forward passes over the prompt and its continuation.
+    Greedy decoding gives the same tokens as repeated full forward passes over the prompt and its continuation.
 
     Example:
-        >>> from llmctl.model import compressed_cache, flops, functional, kv_cache
+        >>> from llmctl.model import functional
         >>> from llmctl.model.config import ModelConfig
         >>> cfg = ModelConfig(preset="llama-tiny", layers=1, vocab_size=16)
         >>> decoder = Decoder(cfg, functional.init(cfg, jax.random.key(0)))
@@ -251,7 +251,7 @@ class Decoder:
         """Check that a key-value cache with at most two bytes per element fits into the memory of this machine.
 
         Raises:
-            RequestError: If it does not fit.
+            RequestError: If the cache does not fit.
         """
         what = f"the cache of {rows:,} texts of {slots:,} tokens"
         size = rows * slots * flops.kv_cache(self.model, kv_cache=self.kv_cache)

@@ -56,7 +56,8 @@ class Packed(Node):
     axis: int = setting(default=-2)
     """Axis along which codes are packed into bytes: -2 for a matrix, -1 for a table."""
     zero: jax.Array | None = None
-    """Integer that stores the weight 0 in each block, int4; None for 0. Only integers have such zero points."""
+    """Integer that represents the weight 0 in each block, int4; None means 0. Only integer formats have such zero
+    points."""
 
     dtype = property(lambda self: self.whole.dtype)
     is_integer = property(lambda self: True)

@@ -52,7 +52,7 @@ class Quantized(Node):
         return jnp.matmul(x_NI, self.dense(dtype))
 
     def _unit(self, dtype: Any) -> jax.Array:
-        """Return the integers minus their zero points, if these are one per output."""
+        """Return the integers, minus their zero points if there is one zero point per output."""
         unit = self.array.qvalue.astype(dtype)
         return unit if self.array.zero_point is None else unit - self.array.zero_point.astype(dtype)
 
