@@ -12,7 +12,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from llmctl.model.chunked_loss import Project, Tree, chunk_logits, chunked, hits, target_log_probability
+from llmctl.model.chunked_loss import (
+    Project,
+    Tree,
+    chunk_logits,
+    chunked,
+    first_best,
+    hits,
+    per_token,
+    target_log_probability,
+)
 from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
 
 Side = tuple[Project, Tree, jax.Array]
@@ -85,3 +94,19 @@ def distillation(
         return jnp.sum(how.combined(apart, nll) * weights), jax.tree.map(jnp.sum, sums)
 
     return chunked(fn, vocab, head, heads, x_BTD, (taught, targets_BT, weights_BT))
+
+
+def best_tokens(sides: Sequence[Side], vocab: int) -> jax.Array:
+    """Return the most probable token at every position, [B, T], for the mean of the models' probabilities.
+
+    Args:
+        sides: Output projection and hidden states of each model.
+        vocab: Size of the vocabulary.
+    """
+    projects, heads, (x_BTD, *others) = zip(*sides, strict=True)
+
+    def best(heads: Tree, x: jax.Array, others: Tree) -> jax.Array:
+        each = [chunk_logits(*side) for side in zip(projects, heads, (x, *others), strict=True)]
+        return first_best(mean_logits(each, 1.0))
+
+    return per_token(best, heads, x_BTD, tuple(others), vocab)

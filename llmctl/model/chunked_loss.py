@@ -208,9 +208,14 @@ def hits(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
 
     Unlike an argmax, the computation does not gather a sharded vocabulary.
     """
+    return first_best(logits_V) == targets
+
+
+def first_best(logits_V: jax.Array) -> jax.Array:
+    """Return the argmax of logits [..., V], int [...]. Unlike `jnp.argmax`, it does not gather a sharded vocabulary."""
     places = jnp.arange(logits_V.shape[-1])
     top = jnp.max(logits_V, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(logits_V == top, places, logits_V.shape[-1]), axis=-1) == targets
+    return jnp.min(jnp.where(logits_V == top, places, logits_V.shape[-1]), axis=-1)
 
 
 def chunk_logits(project: Project, head: Tree, x: jax.Array) -> jax.Array:
@@ -284,12 +289,30 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
 def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Array, vocab: int) -> jax.Array:
     """Return the negative log-likelihood of every target token in nats, [B, T]. The result is not differentiable."""
 
-    def nll(head: Tree, _: Tree, x_btD: jax.Array, targets_bt: jax.Array) -> tuple[None, jax.Array]:
+    def nll(head: Tree, x: jax.Array, targets: jax.Array) -> jax.Array:
+        return -target_log_probability(chunk_logits(project, head, x), targets)[0]
+
+    return per_token(nll, head, x_BTD, targets_BT, vocab)
+
+
+def per_token(
+    fn: Callable[[Tree, jax.Array, Tree], jax.Array], head: Tree, x_BTD: jax.Array, aligned: Tree, vocab: int
+) -> jax.Array:
+    """Compute one value per token, [B, T], in chunks. The result is not differentiable.
+
+    Args:
+        fn: Function (head parameters, hidden states of a chunk, arrays of a chunk) -> values [B, c].
+        head: Parameters of the output head.
+        x_BTD: Hidden states.
+        aligned: Tree of further arrays [B, T, ...].
+        vocab: Size of the vocabulary, which determines the length of a chunk.
+    """
+
+    def values(head: Tree, _: Tree, x_btD: jax.Array, aligned: Tree) -> tuple[None, jax.Array]:
         def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
-            x, targets = piece
-            return None, -target_log_probability(chunk_logits(project, head, x), targets)[0]
+            return None, fn(head, *piece)
 
-        found = jax.lax.scan(body, None, _split((x_btD, targets_bt), _chunk_of(x_btD, vocab)))[1]
-        return None, found.swapaxes(0, 1).reshape(targets_bt.shape)
+        found = jax.lax.scan(body, None, _split((x_btD, aligned), _chunk_of(x_btD, vocab)))[1]
+        return None, found.swapaxes(0, 1).reshape(x_btD.shape[:2])
 
-    return _on_rows(nll, head, (), x_BTD, targets_BT)[1]
+    return _on_rows(values, head, (), x_BTD, aligned)[1]

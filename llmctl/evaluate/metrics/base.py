@@ -100,6 +100,8 @@ _OWN = (
     Metric("next_sentence_loss", "next sentence loss", "minimize", unit="nats", table="none"),
     Metric("kl", "KL divergence", "minimize", unit="nats", table="none"),
     Metric("divergence", "divergence from the teacher", "minimize", unit="nats", table="none"),
+    Metric("agreement", "agreement with the teacher", "maximize", "{:.2%}", table="none"),
+    Metric("retained", "share of the teacher's metric", "maximize", "{:.2%}", table="none"),
     Metric("hidden", "distance of hidden states", "minimize", table="none"),
     Metric("relations", "divergence of relations", "minimize", unit="nats", table="none"),
     Metric("embeddings", "distance of embeddings", "minimize", table="none"),

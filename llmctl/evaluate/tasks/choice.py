@@ -127,6 +127,15 @@ class Choice(Task):
 
         return loss_of_scores(*student, batch, dtype, compute)
 
+    def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
+        """Return how often the student's best choice is that of the teachers: the sums "agreement" and "weight"."""
+        *taught, y_R = (choice_scores(*network, batch, dtype) for network in (*teachers, student))
+        allowed_BK = allowed(batch, y_R)
+        *taught, y_BK = (only(score_R.reshape(allowed_BK.shape), allowed_BK) for score_R in (*taught, y_R))
+        same_B = jnp.argmax(y_BK, axis=-1) == jnp.argmax(mean_logits(taught, 1.0), axis=-1)
+        weight_B = row_weight(batch, batch["label"])
+        return {"agreement": jnp.sum(same_B * weight_B), "weight": jnp.sum(weight_B)}
+
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return a compiled function (params, batch) -> float32 [B, K, 2].
 

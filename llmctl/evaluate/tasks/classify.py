@@ -52,6 +52,10 @@ class Classify(Task):
         label_B = batch["label"]
         return class_sums(y, label_B, row_weight(batch, label_B), options.label_smoothing, options.z_loss)
 
+    def decided(self, y: jax.Array, batch: Batch) -> Batch:
+        """Return the most probable class of each row as "label", from logits [B, C]."""
+        return {"label": jnp.argmax(y, axis=-1)}
+
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of logits [B, C], and the metrics summed over the batch.
 

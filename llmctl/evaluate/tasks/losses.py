@@ -169,6 +169,25 @@ class Losses(TaskRecord):
         there, back = (self.soft_score(a, b, batch, how)[0] for a, b in ((y, z), (z, y)))
         return (there + back) / 2
 
+    def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
+        """Return how often the student decides as the mean of the teachers does: the sums "agreement" and "weight".
+
+        The result is {} if the outputs are numbers or vectors.
+        """
+        *taught, y = (functional.outputs(*network, batch, dtype) for network in (*teachers, student))
+        labels = self.decided(self.mean_output(taught, batch, 1.0), batch)
+        if not labels:
+            return {}
+        _, sums = self.score(y, batch | labels, Options())
+        return {"agreement": sums["exact_match" if "exact_match" in sums else "accuracy"], "weight": sums["weight"]}
+
+    def decided(self, y: jax.Array, batch: Batch) -> Batch:
+        """Return the labels that outputs of the task head predict, by their names in a batch.
+
+        By default, and for numbers and vectors, the result is {}.
+        """
+        return {}
+
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
         """Return the batch with each row, or each word, weighted by its class.
 
@@ -235,6 +254,23 @@ class TokenLosses(Losses):
             mean_logits(soft, measure.temperature), y_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), how
         )
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+
+    def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
+        """Return how often the student's most probable token is that of the teachers: the sums "agreement" and "weight".
+
+        Only predicted positions count.
+        """
+
+        def best(networks: Sequence[Network]) -> jax.Array:
+            sides = [
+                (project(cfg, dtype), functional.head_params(cfg, params), predicted(batch, x)[0])
+                for cfg, params, x in networks
+            ]
+            return chunked_divergence.best_tokens(sides, student[0].vocab_size)
+
+        weights_BP = predicted(batch, student[2])[2]
+        same_BP = best([student]) == best(teachers)
+        return {"agreement": jnp.sum(same_BP * weights_BP), "weight": jnp.sum(weights_BP)}
 
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
         """Return the symmetric divergence at the predicted positions, computed in chunks (see `Task.divergence`)."""

@@ -78,6 +78,10 @@ class Span(Task):
         allowed = [only(y.swapaxes(1, 2), batch["among"][:, None]) for y in outputs]
         return mean_logits(allowed, temperature).swapaxes(1, 2) if len(outputs) > 1 else outputs[0]
 
+    def decided(self, y: jax.Array, batch: Batch) -> Batch:
+        """Return the most probable first and last token as "start" and "end", from logits [B, T, 2]."""
+        return {name: jnp.argmax(only(y[..., k], batch["among"]), axis=-1) for k, name in enumerate(("start", "end"))}
+
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of logits [B, T, 2], the weighted sum of divergence and cross-entropy."""
 

@@ -67,6 +67,10 @@ class Tokens(Classify):
             sums |= entity_counts.sums(marks, targets_BT, y.argmax(-1), weights_BT, batch.get("order"))
         return loss, sums
 
+    def decided(self, y: jax.Array, batch: Batch) -> Batch:
+        """Return the most probable class of each token as "targets", from logits [B, T, C]."""
+        return {"targets": y.argmax(-1)}
+
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of logits [B, T, C], the weighted sum of divergence and cross-entropy."""
         return soft_class_sums(teacher, y, batch["targets"], batch["weights"], how)

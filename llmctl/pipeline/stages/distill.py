@@ -118,7 +118,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
-    from llmctl.train import distillation, learner
+    from llmctl.train import distillation, learner, teacher_comparison
 
     devices = mesh.make(config.mesh)
     # Loaded apart from the student, even if one is the other's base, because the student's arrays are donated.
@@ -143,6 +143,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     learn = _rows(config, learns, text, "train", tokens, cache, shuffle=True, needed=needed)
     unseen = _rows(config, learns, text, "validation", tokens, cache, shuffle=False)
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
+    beside = teacher_comparison.compared(config, learns, teachers, params, held_out)
+    if line := teacher_comparison.sentence(beside):
+        console.say(f"{config.title}: {line}")
     origin = student or teacher
     ctx.save(
         config,
@@ -154,7 +157,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         fitted=learner.fitted(config, learns, params, held_out),
         generation=artifact.generation_settings(teacher.manifest),
         pruned=config.sparsify.pruned or (None if student else False),
-        metrics=metrics | distillation.named_teachers(teachers),
+        metrics=metrics | beside | distillation.named_teachers(teachers),
         tokenizer_dir=teacher.tokenizer_dir,
     )
 

@@ -73,6 +73,9 @@ def test_eight_devices_and_a_resumed_run_equal_one_run(tmp_path, monkeypatch):
     monkeypatch.undo()
     again = tiny.go(tmp_path / "killed", teacher, student, mesh=ONE, **settings)
     assert tiny.digest(again) == tiny.digest(one)
+    found, best = one.manifest.metrics, one.manifest.metrics["teacher_accuracy"]
+    assert found["validation_retained"] == pytest.approx(found["validation_accuracy"] / best)
+    assert 0 <= found["validation_agreement"] <= 1
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path):
@@ -95,6 +98,17 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path):
     parts = sum(SIGNALS[name] * float(sums[name]) for name in ("hidden", "relations", "embeddings"))
     np.testing.assert_allclose(total, float(outputs) + parts, rtol=1e-5)
     assert float(plain["kl"]) == pytest.approx(float(sums["kl"]), rel=1e-5) and float(sums["weight"]) == 2
+
+
+def test_a_student_that_is_its_teacher_agrees_with_it(tmp_path, capsys):
+    """A copy of all layers that hardly learns keeps all of the teacher's accuracy, and the log has a line about it."""
+    teacher = tiny.classifier(tmp_path, "encoder")
+    still = OptimConfig(learning_rate=1e-30, weight_decay=0.0)
+    made = tiny.go(
+        tmp_path / "run", teacher, None, student={"layers": 3}, optim=still, data=tiny.data(tmp_path, "text", "label")
+    )
+    assert made.manifest.metrics["validation_agreement"] == made.manifest.metrics["validation_retained"] == 1.0
+    assert "agrees with the teacher on 100.0%" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])

@@ -1,0 +1,73 @@
+"""Compare a distilled student with its teachers on the validation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from llmctl.evaluate.metrics.base import METRICS
+from llmctl.model import functional
+from llmctl.train.validation import Validation
+
+if TYPE_CHECKING:
+    from llmctl.artifacts.artifact import Artifact
+    from llmctl.model.losses import Sums
+    from llmctl.train.learner import Learner
+
+
+def compared(
+    config: Any, learner: Learner, teachers: Sequence[Artifact], params: dict[str, Any], held_out: Validation
+) -> dict[str, float]:
+    """Return metrics of the student beside its teachers, from the validation rows that training uses.
+
+    They are "validation_agreement", the fraction of predictions that are those of the mean of the teachers;
+    "teacher_NAME" for the metric NAME of the best teacher; and "validation_retained", the student's value divided by
+    it. NAME is the metric that selects the best parameters or, if lower values of this metric are better, the accuracy.
+    Figures that a task does not have are left out.
+
+    Args:
+      config: config of the stage `distill`.
+      learner: the student.
+      teachers: the teachers.
+      params: parameters of the student.
+      held_out: validation of the student.
+    """
+    task, train, dtype = learner.task, config.train, jnp.dtype(config.train.dtype)
+    configs = [learner.model, *(t.model for t in teachers)]
+
+    def validation(loss: Any) -> Validation:
+        return Validation(loss, held_out.rows, train.batch_size, train.eval_batches, held_out.mesh)
+
+    def same(models: dict[str, Any], batch: dict[str, Any]) -> tuple[None, Sums]:
+        batch, each = task.model_inputs(batch), zip(configs, models["all"], strict=True)
+        networks = [(cfg, own, functional.hidden(cfg, own, batch, dtype=dtype)) for cfg, own in each]
+        return None, task.agreement(networks[0], networks[1:], batch, dtype)
+
+    found = validation(same)({"all": [params, *(t.params for t in teachers)]})
+    metrics = {f"validation_{name}": value for name, value in found.items()}
+    name, student = task.best(learner.labels), held_out(params)
+    name = name if METRICS[name].better == "maximize" else "accuracy"
+    if name not in student:
+        return metrics
+    judges = [task.loss_of(t.model, dtype=dtype, labels=learner.labels) for t in teachers]
+    best = max(validation(judge)(t.params)[name] for judge, t in zip(judges, teachers, strict=True))
+    metrics[f"teacher_{name}"] = best
+    return metrics | ({"validation_retained": student[name] / best} if best > 0 else {})
+
+
+def sentence(metrics: dict[str, Any]) -> str:
+    """Return a log line with the figures of `compared`; empty if there are none.
+
+    >>> sentence({"validation_agreement": 0.951, "validation_retained": 0.978, "teacher_accuracy": 0.93})
+    "agrees with the teacher on 95.1% of the validation predictions; keeps 97.8% of the teacher's accuracy of 93.0%"
+    """
+    parts = []
+    if "validation_agreement" in metrics:
+        parts.append(f"agrees with the teacher on {metrics['validation_agreement']:.1%} of the validation predictions")
+    if "validation_retained" in metrics:
+        name = next(n for n in metrics if n.startswith("teacher_"))
+        title = METRICS[name.removeprefix("teacher_")].title
+        parts.append(f"keeps {metrics['validation_retained']:.1%} of the teacher's {title} of {metrics[name]:.1%}")
+    return "; ".join(parts)
