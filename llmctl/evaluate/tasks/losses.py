@@ -256,7 +256,7 @@ class TokenLosses(Losses):
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
-        """Return how often the student's most probable token is that of the teachers: the sums "agreement" and "weight".
+        """Return how often the student's best token is that of the teachers: the sums "agreement" and "weight".
 
         Only predicted positions count.
         """
