@@ -137,7 +137,7 @@ def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], st
 def compensate(
     block: Block, i: jax.Array, lost_O: jax.Array, w_SO: jax.Array, error_SO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Update the weights of the later inputs of a block, to compensate for a change of the weights of input `i`.
+    """Update the weights of a block's later inputs, to compensate for changed weights of input `i`.
 
     Args:
       block: the block.

@@ -48,7 +48,7 @@ class Walk:
     mesh: Mesh
     parent: Tree
     """Abstract parameters of the model before compression. They stay in memory even if the walk reads other parameters,
-    such as those with merged adapters.
+    such as parameters with merged adapters.
     """
 
     @classmethod
@@ -69,7 +69,7 @@ class Walk:
     ) -> list[Program]:
         """Return the programs that `llmctl.compress.calibration.calibrate.walk` runs per layer and batch.
 
-        The layers are those of the decoder, or of the encoder if the model has no decoder.
+        The programs run the decoder's layers, or the encoder's layers if the model has no decoder.
 
         Args:
           model: config of the model.

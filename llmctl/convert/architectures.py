@@ -1,7 +1,7 @@
 """Find the Bridge and the Head that convert a model to and from the Hugging Face format.
 
-A Bridge maps the config and the tensor names of a family to those of a Hugging Face model. A Head does this for one
-kind of output head.
+A Bridge translates the config and the tensor names of a model family. A Head translates them for one kind of output
+head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read GGUF files of llama.cpp: convert metadata to a config.json, and tensor names to those of transformers.
+"""Read GGUF files of llama.cpp: convert metadata to a config.json, and tensor names to transformers' names.
 
 A GGUF file differs from a Hugging Face folder in four points:
 - Tensors have other names.

@@ -203,7 +203,7 @@ def _part(
 
 
 def check(where: str, wanted: Mapping[str, TensorLayout], tensors: Tensors, ignored: tuple[str, ...] = ()) -> None:
-    """Check that the tensors are exactly the wanted ones.
+    """Check that the names and shapes of the tensors are as expected.
 
     Other tensors are allowed only if a pattern in `ignored` matches their name.
 

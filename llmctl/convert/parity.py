@@ -16,8 +16,7 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
 TOLERANCE = 1e-4
-"""Maximum difference between two outputs, as a fraction of the largest output. If the largest output is below 1, the
-fraction is that of 1."""
+"""Maximum difference between two outputs, divided by the largest output or by 1, whichever is larger."""
 
 
 def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:

@@ -31,7 +31,7 @@ FULL = "trained_in_full"
 replaces."""
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
-"""Modules that read and write one kind of adapter, by the value of `peft_type`."""
+"""{value of `peft_type`: module that reads and writes this kind of adapter}."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -257,8 +257,8 @@ def full_paths(found: Artifact) -> set[str]:
     """Return the paths of the weights that were trained in full, in addition to the adapters.
 
     After finetuning, these weights are the task head and the modules in `lora.modules_to_save`. After an import, the
-    config records the paths. Older imports have no record. If such an import differs from its base, the weights are
-    those of the head.
+    config records the paths. Older imports have no record. If such an import differs from its base, the result has the
+    weights of the head.
 
     Raises:
         RequestError: If an older import differs from its base, and has no head that could be the difference.

@@ -28,8 +28,8 @@ BESIDE = (
 )
 """Tokenizer files that only other programs read. The files are copied unchanged."""
 LEAST = 0.9
-"""Minimum number of tokens of a tokenizer, as a fraction of the rows of the model's embedding table. Tables with more
-rows than tokens are usually padded to a round number."""
+"""Minimum number of tokens in a tokenizer, as a fraction of the embedding table's rows. Tables with more rows than
+tokens are usually padded to a round number."""
 
 
 def import_tokenizer(

@@ -68,7 +68,7 @@ class _Run:
             self.finish()
 
     def finish(self) -> None:
-        """Tell all processes that they may exit, if every process has succeeded. Only process 0 calls this."""
+        """Tell all processes that they may exit, if every process has succeeded. Only process 0 calls this method."""
         if len(self.ended) == self.count and not self.failed:
             self.send({"from": 0, "code": 0})
             self.all_succeeded.set()

@@ -231,7 +231,7 @@ def check_same(value: Any, what: str) -> None:
         what: Name of the value, for the error message.
 
     Raises:
-        RequestError: If the value differs from that of process 0.
+        RequestError: If the value differs from the value of process 0.
     """
     if _this.count == 1:
         return

@@ -52,7 +52,7 @@ class Saved:
     def read(self, stack: str, index: int, like: Layer) -> tuple[Layer, dict[str, Any]] | None:
         """Return a finished layer and its report; None if the file is missing or damaged.
 
-        The arrays are sharded like those of `like`, the unchanged layer.
+        The arrays are sharded like the arrays of `like`, the unchanged layer.
         """
         file = self._file(stack, index)
         if not processes.broadcast(file.is_file):

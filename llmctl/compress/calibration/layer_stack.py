@@ -88,7 +88,7 @@ def putter(blocks: Layer) -> Any:
 
 
 def shard_like(new: Layer, old: Layer) -> Layer:
-    """Shard the arrays of a changed layer like those of the unchanged layer, and return the changed layer.
+    """Shard the arrays of a changed layer like the arrays of the unchanged layer, and return the changed layer.
 
     A dimension whose length has changed is replicated.
     """
@@ -124,7 +124,7 @@ def _same_type(stacked: Any, layer: Any) -> bool:
 
 
 def _zeros_for(depth: int, layer: Any, old: Any) -> Any:
-    """Return arrays of zeros like those of one layer's weight, with a new first axis of length `depth`."""
+    """Return zeros in the shapes of one layer's weight, with a new first axis of length `depth`."""
 
     def one(a: jax.Array) -> jax.Array:
         shape = (depth, *a.shape)

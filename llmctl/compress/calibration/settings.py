@@ -14,7 +14,8 @@ from llmctl.config.settings import Dtype
 from llmctl.data.config import DataConfig, Split, Truncate
 
 DAMPING = 0.01
-"""Fraction of the mean diagonal entry that is added to a Hessian. The value is from the papers of GPTQ and SparseGPT.
+"""Fraction of a Hessian's mean diagonal entry that is added to the diagonal. The value is from the papers of GPTQ and
+SparseGPT.
 """
 
 

@@ -213,7 +213,7 @@ class LayerStats(Mapping[str, Any]):
         return len(self.first)
 
     def without(self, path: str) -> dict[str, Any]:
-        """Return all stored statistics except that of the matrix at `path`."""
+        """Return all stored statistics except the statistic of the matrix at `path`."""
         own = dict(self.first).get(path)
         return {first: stat for first, stat in self.of_inputs.items() if first != own}
 

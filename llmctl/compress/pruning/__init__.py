@@ -1,1 +1,1 @@
-"""Prune single weights: set those with the lowest scores to zero, or run SparseGPT."""
+"""Prune single weights: set the weights with the lowest scores to zero, or run SparseGPT."""

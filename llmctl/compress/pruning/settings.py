@@ -42,9 +42,8 @@ class MethodSettings(CalibrationConfig):
     """Pruning method. structured: remove heads, neurons, hidden channels and layers. All other methods set single
     weights to zero. sparsegpt: choose zeros by the Hessian, and change the kept weights to compensate. The following
     methods set the weights with the lowest scores to zero, and change kept weights only with repair. magnitude: |w|.
-    wanda: |w| times the norm of the input. ria: (|w| as a fraction of its row's sum, plus |w| as a fraction of its
-    column's sum) times the square root of the norm of the input. taylor, fisher: scores from the loss's gradient.
-    random: random scores."""
+    wanda: |w| times the norm of the input. ria: (|w| / sum of |w| in the row + |w| / sum of |w| in the column) times
+    the square root of the input's norm. taylor, fisher: scores from the loss's gradient. random: random scores."""
     repair: bool = False
     """After pruning, recompute the kept weights by least squares on the calibration data. The outputs of the layers
     then stay close to the outputs before pruning."""
@@ -81,7 +80,7 @@ class SparseSettings(MethodSettings):
     the sparsity of the model."""
     outlier: float = Field(default=5.0, gt=0)
     """Score from which a weight is an outlier, as a multiple of the layer's mean score, if the allocation is owl. The
-    scores are those of wanda."""
+    scores are computed by wanda."""
     store: Literal["dense", "sparse"] = "dense"
     """Format of the pruned matrices on disk, also in later stages, if the method prunes single weights. sparse: store
     only nonzero weights and their positions. In memory, matrices are dense."""

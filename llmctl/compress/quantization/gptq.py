@@ -57,9 +57,9 @@ def quantize(
       grid: levels of the format.
       group: number of inputs with one scale, which must divide the inputs; 0 gives all inputs one scale.
       act_order: whether to round inputs with larger sums of squares first, while many inputs remain to compensate.
-      static_groups: whether scales are those of the unchanged matrix. Otherwise a group's scale is determined when the
-          group's first input is rounded, from weights that include the compensation. False requires `act_order` to be
-          false too.
+      static_groups: whether scales are computed from the unchanged matrix. Otherwise a group's scale is determined when
+          the group's first input is rounded, from weights that include the compensation. False requires `act_order` to
+          be false too.
       clip: whether to search for smaller scales that clip the largest weights (see `grids.scales`), if scales are
           static.
       block: number of inputs per block; rounded to a multiple of `group`.

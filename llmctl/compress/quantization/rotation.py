@@ -5,8 +5,8 @@ write to the stream are multiplied by R, and matrices that read the stream by R^
 scales are moved into the matrices after it. The values of each head are rotated in the same way, between the value and
 the output projection. All products are folded into the weights, so the rotated model runs as before.
 
-R is a Hadamard matrix with random signs. If the size is not a power of two, it is the Kronecker product of a random
-orthogonal matrix and the largest Hadamard matrix that fits.
+R is a Hadamard matrix with random signs. If the size is not a power of two, R is the Kronecker product of a random
+orthogonal matrix and a Hadamard matrix. The Hadamard matrix has the largest power of two that divides the size.
 
 Shapes: I inputs and O outputs of a matrix, D model width, V vocabulary, K size of the rotation.
 """

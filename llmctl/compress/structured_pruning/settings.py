@@ -84,7 +84,7 @@ class StructuredSettings(MethodSettings):
         """Replace long forms by the short form: keep_layers = 3 and remove_layers = 0.75 become layers = 3 and 0.75.
 
         A finished stage is therefore not repeated if only the form changes. Long forms whose values are out of range
-        are not replaced. The validation of their fields then rejects these values.
+        are not replaced. The validation of the long forms then rejects the values.
         """
         if not isinstance(given, dict):
             return given

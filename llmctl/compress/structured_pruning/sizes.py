@@ -55,8 +55,9 @@ def search(
 ) -> tuple[Space, Size, float]:
     """Return what a budget search works on: the allowed sizes, the function that computes a size, and the limit.
 
-    A size is not allowed if the mesh cannot shard it, or if a weight cannot be reduced to it, such as the hidden width
-    of a quantized embedding table. Nothing is measured. `rows` is the number of tokens in the vocabulary after pruning.
+    A size is not allowed if the mesh cannot shard it. It is not allowed either if a weight cannot be reduced, such as a
+    quantized embedding table to a smaller hidden width. Nothing is measured. `rows` is the number of tokens in the
+    vocabulary after pruning.
 
     Raises:
       RequestError: If no sizes meet the budget, or the method does not fit the model.

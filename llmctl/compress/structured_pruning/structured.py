@@ -134,7 +134,7 @@ def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiri
 
 
 def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = StructuredMethod()) -> Collect:
-    """Return the `Collect` function of structured pruning from the sizes of `cfg` to those of `target`.
+    """Return the `Collect` function of structured pruning from `cfg` to `target`.
 
     The function selects the statistics of each matrix whose inputs are pruned.
     """

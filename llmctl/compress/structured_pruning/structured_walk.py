@@ -56,8 +56,8 @@ def prune_structure(
     """Prune layers first, then the hidden width, then heads and neurons.
 
     The order ensures that heads and neurons are scored on the inputs of the remaining layers. Each step runs the
-    calibration data through the model. Steps that change layers save each finished layer, and steps that only measure
-    layers save their measurements when they end, so that an interrupted run can resume.
+    calibration data through the model. So that an interrupted run can resume, a step that changes layers saves each
+    finished layer. A step that only measures layers saves the measurements at the end.
 
     Args:
       config: settings of the stage.
