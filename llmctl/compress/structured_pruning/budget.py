@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmctl.compress.structured_pruning.search_space import PARTS, Size, Space
+from llmctl.compress.structured_pruning.search_space import PARTS, QUERIES, Size, Space, count
 from llmctl.config.base import Config
 from llmctl.config.errors import RequestError
 from llmctl.model import flops
@@ -72,7 +72,8 @@ class Candidate:
     @property
     def record(self) -> dict[str, Any]:
         """Return the sizes and losses as JSON data."""
-        sizes = {name: getattr(self.model, field) for name, field in PARTS.items()} | {"heads": self.model.heads}
+        sizes = {name: getattr(self.model, field) for name, field in PARTS.items()}
+        sizes |= {"heads": self.model.heads, "kv_heads": self.model.kv_heads}
         found = sizes | {"size": self.size, "estimate": round(self.estimate, 5)}
         return found if self.measured is None else found | {"measured": round(self.measured, 5)}
 
@@ -116,8 +117,8 @@ def candidates(space: Space, wanted: float, size: Size, curves: Curves) -> list[
     combinations with the largest size below the budget are returned.
     """
     found: list[Candidate] = []
-    for layers, heads, hidden in space.choices():
-        model = space.filled(layers, heads, hidden, wanted, size)
+    for layers, heads, hidden, queries in space.choices():
+        model = space.filled(layers, heads, hidden, queries, wanted, size)
         if model is not None:
             found.append(Candidate(model, size(model), estimate(space.cfg, model, curves)))
     near = [c for c in found if c.size >= (1 - TOLERANCE) * wanted]
@@ -127,8 +128,8 @@ def candidates(space: Space, wanted: float, size: Size, curves: Curves) -> list[
     return sorted(near, key=lambda c: (c.estimate, -c.size))
 
 
-def finalists(found: list[Candidate], count: int) -> list[Candidate]:
-    """Return the first `count` candidates. A candidate that is similar to an earlier candidate is skipped.
+def finalists(found: list[Candidate], number: int) -> list[Candidate]:
+    """Return the first `number` candidates. A candidate that is similar to an earlier candidate is skipped.
 
     Two candidates are similar if they have equally many heads, and differ by at most one layer and an eighth of the
     hidden width.
@@ -137,12 +138,13 @@ def finalists(found: list[Candidate], count: int) -> list[Candidate]:
     for c in found:
         alike = [
             d for d in chosen
-            if abs(c.model.layers - d.model.layers) <= 1 and c.model.kv_heads == d.model.kv_heads
+            if abs(c.model.layers - d.model.layers) <= 1
+            and (c.model.heads, c.model.kv_heads) == (d.model.heads, d.model.kv_heads)
             and abs(c.model.d_model - d.model.d_model) <= c.model.d_model / 8
         ]  # fmt: skip
         if not alike:
             chosen.append(c)
-        if len(chosen) == count:
+        if len(chosen) == number:
             break
     return chosen
 
@@ -153,11 +155,11 @@ def estimate(cfg: ModelConfig, model: ModelConfig, curves: Curves) -> float:
     The increase that each size alone causes is interpolated from `curves`. The increases are added.
     """
     total = 0.0
-    for name, field in PARTS.items():
-        curve = {getattr(cfg, field): 0.0, **curves.get(name, {})}
+    for name in (*PARTS, QUERIES):
+        curve = {count(cfg, name): 0.0, **curves.get(name, {})}
         counts = sorted(curve, reverse=True)
         rising = np.maximum.accumulate([curve[n] for n in counts])
-        total += float(np.interp(-getattr(model, field), [-n for n in counts], rising))
+        total += float(np.interp(-count(model, name), [-n for n in counts], rising))
     return total
 
 

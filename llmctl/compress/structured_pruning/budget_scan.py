@@ -266,10 +266,10 @@ def choose(
 def table(found: Sequence[Candidate], kind: str) -> Table:
     """Return a table of the candidates for the terminal: sizes, estimated loss and measured loss."""
     out = Table(title="candidates", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("layers", "heads", "neurons", "hidden", kind, "estimated loss", "measured loss"):
+    for title in ("layers", "heads", "kv heads", "neurons", "hidden", kind, "estimated loss", "measured loss"):
         out.add_column(title, justify="right")
     for c in found:
-        sizes = (c.model.layers, c.model.heads, c.model.d_ff, c.model.d_model)
+        sizes = (c.model.layers, c.model.heads, c.model.kv_heads, c.model.d_ff, c.model.d_model)
         lost = "" if c.measured is None else f"+{c.measured:.4f}"
         out.add_row(*map(str, sizes), f"{c.size:,.0f}", f"+{c.estimate:.4f}", lost)
     return out

@@ -96,13 +96,14 @@ def _plots(found: Mapping[str, Any]) -> dict[str, Callable[[Any], None]]:
 
         out[f"importance of {TITLES.get(kind, kind)} (red: removed)"] = sorted_importance
     if losses := found.get("budget", {}).get("losses"):
+        whole = found["sizes"]["before"]
+        sizes = {"heads": whole["kv_heads"], "ffn": whole["neurons"], "queries": whole["heads"] // whole["kv_heads"]}
+        sizes |= {name: whole[name] for name in ("layers", "hidden")}
 
         def loss(ax: Any) -> None:
             for name, curve in losses.items():
-                whole = found["sizes"]["before"]
-                size = {"heads": "kv_heads", "ffn": "neurons"}.get(name, name)
                 counts = sorted(map(int, curve))
-                ax.plot([n / whole[size] for n in counts], [curve[str(n)] for n in counts], marker="o", label=name)
+                ax.plot([n / sizes[name] for n in counts], [curve[str(n)] for n in counts], marker="o", label=name)
             ax.set_xlabel("kept fraction", color=_QUIET)
             ax.set_yscale("symlog", linthresh=0.1)
             ax.legend(fontsize=8, frameon=False)

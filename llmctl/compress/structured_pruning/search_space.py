@@ -1,5 +1,8 @@
 """List the sizes that a budget search considers: numbers of layers, heads, neurons and hidden channels.
 
+Heads are removed by whole groups (a key/value head with its query heads), or within groups, so that every key/value
+head keeps the same number of query heads, or both.
+
 For each combination of layers, heads and channels, the number of neurons is the largest that the budget allows. The
 module does not import JAX.
 """
@@ -19,6 +22,8 @@ FRACTIONS = (7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
 """Fractions of each size at which the loss is measured."""
 PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_model"}
 """{name of a size that a search may reduce: field of ModelConfig that contains the size}."""
+QUERIES = "queries"
+"""Name of a further size: the number of query heads per key/value head."""
 
 Size = Callable[[ModelConfig], float]
 """Function that computes the parameters, bytes or FLOPs per token of a model."""
@@ -41,10 +46,16 @@ class Space:
     heads: list[int] = field(default_factory=list)
     """Numbers of key/value heads."""
     hidden: list[int] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+    """Numbers of query heads per key/value head. By default, it does not change."""
 
     def __post_init__(self) -> None:
         """Allow all values of a size, in descending order, if its values are not given."""
-        whole = {"layers": range(self.cfg.layers, 0, -1), "heads": range(self.cfg.kv_heads, 0, -1)}
+        whole: dict[str, Iterable[int]] = {
+            "layers": range(self.cfg.layers, 0, -1),
+            "heads": range(self.cfg.kv_heads, 0, -1),
+            QUERIES: [count(self.cfg, QUERIES)],
+        }
         for name, counts in {**whole, "hidden": hidden_sizes(self.cfg, self.multiple)}.items():
             if not getattr(self, name):
                 object.__setattr__(self, name, list(counts))
@@ -73,7 +84,7 @@ class Space:
 
         allowed = {}
         for name, counts in self._counts().items():
-            whole = getattr(self.cfg, PARTS[name])
+            whole = count(self.cfg, name)
             good = {n: passes(name, n) for n in (counts if each else {min(counts)} - {whole})}
             allowed[name] = [n for n in counts if n == whole or good.get(n if each else min(counts))]
         steps = [self.multiple * (k + 1) for k in range(tries) if self.multiple * (k + 1) < self.cfg.d_ff]
@@ -82,36 +93,41 @@ class Space:
             check(self.one("ffn", steps[0]))
         return Space(self.cfg, step or self.multiple, **allowed)
 
-    def one(self, name: str, count: int) -> ModelConfig:
+    def one(self, name: str, number: int) -> ModelConfig:
         """Return the unpruned model's config with only the size `name` changed to `count`."""
-        whole = {part: getattr(self.cfg, of) for part, of in PARTS.items()}
-        return with_sizes(self.cfg, **{**whole, name: count})
+        whole = {part: count(self.cfg, part) for part in (*PARTS, QUERIES)}
+        return with_sizes(self.cfg, **{**whole, name: number})
 
     def points(self) -> dict[str, list[int]]:
-        """Return, for each name in `PARTS`, the values at which the loss is measured, in descending order."""
+        """Return the values of each size at which the loss is measured, in descending order.
+
+        The names are those of `PARTS`, and `QUERIES` if this size may change.
+        """
         found = {}
         for name, counts in {**self._counts(), "ffn": range(1, self.cfg.d_ff + 1)}.items():
             found[name] = sorted({_nearest(self.cfg, name, counts, f) for f in FRACTIONS}, reverse=True)
-            found[name] = [n for n in found[name] if n != getattr(self.cfg, PARTS[name])]
-        return {name: found[name] for name in PARTS}
+            found[name] = [n for n in found[name] if n != count(self.cfg, name)]
+        return {name: found[name] for name in PARTS} | ({QUERIES: found[QUERIES]} if found[QUERIES] else {})
 
-    def choices(self) -> Iterator[tuple[int, int, int]]:
-        """Iterate over all choices of layers, key/value heads and hidden width."""
-        return product(sorted(self.layers), sorted(self.heads), self.hidden)
+    def choices(self) -> Iterator[tuple[int, int, int, int]]:
+        """Iterate over all choices of layers, key/value heads, hidden width and query heads per key/value head."""
+        return product(sorted(self.layers), sorted(self.heads), self.hidden, sorted(self.queries))
 
     def smallest(self) -> ModelConfig:
         """Return the config in which every size has its smallest value."""
         least = {name: min(counts) for name, counts in self._counts().items()}
         return with_sizes(self.cfg, **least, ffn=min(self.multiple, self.cfg.d_ff))
 
-    def filled(self, layers: int, heads: int, hidden: int, wanted: float, size: Size) -> ModelConfig | None:
+    def filled(
+        self, layers: int, heads: int, hidden: int, queries: int, wanted: float, size: Size
+    ) -> ModelConfig | None:
         """Return the config with these sizes and as many neurons as the budget `wanted` allows.
 
         If the budget does not allow the smallest number of neurons, return None.
         """
 
         def of(ffn: int) -> ModelConfig:
-            return with_sizes(self.cfg, layers=layers, heads=heads, ffn=ffn, hidden=hidden)
+            return with_sizes(self.cfg, layers=layers, heads=heads, ffn=ffn, hidden=hidden, queries=queries)
 
         multiple, whole = self.multiple, self.cfg.d_ff
         least = min(multiple, whole)
@@ -132,22 +148,33 @@ class Space:
         for percent in range(1, 101):
             share = percent / 100
             near = {name: _nearest(self.cfg, name, counts, share) for name, counts in self._counts().items()}
+            if len(self.heads) > 1:  # the same fraction of the groups and of their query heads would be its square
+                near[QUERIES] = count(self.cfg, QUERIES)
             model = self.filled(**near, wanted=wanted, size=size)
             if model is not None and abs(model.d_ff / self.cfg.d_ff - share) < distance:
                 best, distance = model, abs(model.d_ff / self.cfg.d_ff - share)
         return best
 
     def _counts(self) -> dict[str, list[int]]:
-        return {"layers": self.layers, "heads": self.heads, "hidden": self.hidden}
+        return {"layers": self.layers, "heads": self.heads, "hidden": self.hidden, QUERIES: self.queries}
 
 
-def with_sizes(cfg: ModelConfig, *, layers: int, heads: int, ffn: int, hidden: int) -> ModelConfig:
-    """Return the config with other sizes. `heads` counts key/value heads; each keeps all its query heads.
+def count(cfg: ModelConfig, name: str) -> int:
+    """Return the count of a size: layers, key/value heads, neurons, channels, or query heads per key/value head."""
+    return cfg.heads // cfg.kv_heads if name == QUERIES else getattr(cfg, PARTS[name])
+
+
+def with_sizes(
+    cfg: ModelConfig, *, layers: int, heads: int, ffn: int, hidden: int, queries: int | None = None
+) -> ModelConfig:
+    """Return the config with other sizes.
+
+    `heads` counts key/value heads, and each keeps `queries` query heads, by default all of them.
 
     The encoder of an encoder-decoder keeps the same fraction of layers as the decoder.
     """
     update = {
-        "layers": layers, "kv_heads": heads, "heads": heads * (cfg.heads // cfg.kv_heads), "d_ff": ffn,
+        "layers": layers, "kv_heads": heads, "heads": heads * (queries or cfg.heads // cfg.kv_heads), "d_ff": ffn,
         "d_model": hidden, "preset": "",
     }  # fmt: skip
     if cfg.encoder_layers:
@@ -172,6 +199,6 @@ def _nearest(cfg: ModelConfig, name: str, counts: Iterable[int], share: float) -
 
     For layers, heads and neurons, the fraction of the size is first rounded to an integer.
     """
-    aim = share * getattr(cfg, PARTS[name])
+    aim = share * count(cfg, name)
     aim = aim if name == "hidden" else max(1, round(aim))
     return min(counts, key=lambda n: abs(n - aim))

@@ -35,9 +35,10 @@ class StructuredSettings(MethodSettings):
     """Number of query heads to keep per layer, if the method is structured."""
     remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Fraction of the query heads to remove per layer, if the method is structured."""
-    heads_by: Literal["groups", "queries"] = "groups"
+    heads_by: Literal["groups", "queries", "both"] = "groups"
     """Unit of the removed heads, if the method is structured. groups: remove key/value heads with all their query
-    heads. queries: remove the same number of query heads from every key/value head."""
+    heads. queries: remove the same number of query heads from every key/value head. both: a budget's search compares
+    the two, and their combinations."""
     ffn: float = Field(default=0.0, ge=0)
     """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)
@@ -112,9 +113,10 @@ class StructuredSettings(MethodSettings):
         Raises:
           ValueError: If they do not.
         """
-        if self.budget.asked and (self.sized or self.heads_by == "queries"):
-            instead = " and ".join(self.sized or ["heads_by"])
-            raise ValueError(f"budget chooses the sizes, and removes heads by groups; leave out {instead}, or budget")
+        if self.budget.asked and self.sized:
+            raise ValueError(f"budget chooses the sizes; leave out {' and '.join(self.sized)}, or budget")
+        if self.heads_by == "both" and not self.budget.asked:
+            raise ValueError("heads_by 'both' is for a budget, whose search compares groups and queries")
         if not (self.sized or self.budget.asked or self.vocabulary):
             raise ValueError(
                 "structured pruning needs a budget, or at least one of heads, ffn, layers, hidden and vocabulary, such "

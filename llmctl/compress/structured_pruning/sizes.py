@@ -36,7 +36,7 @@ def target(
     if config.sized:
         model = shrink.target(
             model, heads=config.heads, ffn=config.ffn, layers=config.layers, hidden=config.hidden,
-            by=config.heads_by, multiple=config.multiple,
+            by="groups" if config.heads_by == "groups" else "queries", multiple=config.multiple,
         )  # fmt: skip
     model = _with_rows(model, rows)
     check_method(base, params, method)
@@ -64,7 +64,11 @@ def search(
     """
     cfg = base.model
     check_method(base, params, method)
-    space = Space(cfg, config.multiple).restricted(
+    groups, queries = range(cfg.kv_heads, 0, -1), range(cfg.heads // cfg.kv_heads, 0, -1)
+    if config.heads_by == "queries" and len(queries) == 1:
+        raise RequestError("heads_by = 'queries': each key/value head has one query head, so none can be removed alone")
+    heads = {"groups": {}, "queries": {"heads": [*groups[:1]], "queries": [*queries]}, "both": {"queries": [*queries]}}
+    space = Space(cfg, config.multiple, **heads[config.heads_by]).restricted(
         lambda model: check_sizes(cfg, params, _with_rows(model, rows), mesh),
         each=mesh.size > 1,
         tries=mesh.shape["tensor"],

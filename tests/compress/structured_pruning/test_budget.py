@@ -99,12 +99,30 @@ def test_a_space_is_restricted_to_what_can_be_made():
     assert Space(BIG).restricted(lambda model: None, each=False) == SPACE
 
 
+def test_query_heads_go_within_groups_or_with_them():
+    """SmolLM2 has 3 groups of 3 query heads; the estimates of both kinds are added, and every group keeps the same."""
+    wanted = budget.limit(SPACE, ("parameters", 0.5), COUNT)
+    within, both = Space(BIG, heads=[3], queries=[3, 2, 1]), Space(BIG, queries=[3, 2, 1])
+    shapes = {}
+    for name, space in (("groups", SPACE), ("queries", within), ("both", both)):
+        found = budget.candidates(space, wanted, COUNT, {})
+        shapes[name] = {(c.model.heads, c.model.kv_heads) for c in found}
+        assert all(0.99 * wanted <= c.size <= wanted for c in found)
+        assert ("queries" in space.points()) == (name != "groups")
+    assert shapes["groups"] <= {(9, 3), (6, 2), (3, 1)} and shapes["queries"] <= {(9, 3), (6, 3), (3, 3)}
+    assert shapes["groups"] | shapes["queries"] < shapes["both"] and (2, 1) in shapes["both"]
+    model = with_sizes(BIG, layers=30, heads=2, ffn=1536, hidden=576, queries=1)
+    curves = {"heads": {2: 0.5, 1: 1.0}, "queries": {1: 0.25}}
+    assert budget.estimate(BIG, model, curves) == pytest.approx(0.75)
+    assert within.uniform(wanted, COUNT).kv_heads == 3
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_bytes_are_those_of_the_arrays(family):
     """Integers, scales, tables and norms of another dtype follow the sizes, as arrays of the smaller config do."""
     cfg = ModelConfig.model_validate({
-        "family": family, "vocab_size": 16, "d_model": 16, "layers": 3, "heads": 4, "kv_heads": 4, "head_dim": 4,
-        "d_ff": 24, "max_seq_len": 8,
+        "family": family, "vocab_size": 16, "d_model": 16, "layers": 3, "heads": 8 if family == "llama" else 4,
+        "kv_heads": 4, "head_dim": 4, "d_ff": 24, "max_seq_len": 8,
         "encoder_layers": 2 if family == "t5" else 0,
     })  # fmt: skip
 
@@ -118,7 +136,15 @@ def test_bytes_are_those_of_the_arrays(family):
         return weights.unflatten(flat)
 
     count = stored_bytes.counter(cfg, stored(cfg))
-    for sizes in ({}, {"layers": 2}, {"heads": 1}, {"ffn": 7}, {"hidden": 10}, {"layers": 1, "heads": 3, "hidden": 8}):
+    for sizes in (
+        {},
+        {"layers": 2},
+        {"heads": 1},
+        {"heads": 2, "queries": 1},
+        {"ffn": 7},
+        {"hidden": 10},
+        {"layers": 1, "heads": 3, "hidden": 8},
+    ):
         model = with_sizes(cfg, **{"layers": 3, "heads": 4, "ffn": 24, "hidden": 16} | sizes)
         assert count(model) == bytes_of(stored(model)), sizes
 

@@ -49,14 +49,11 @@ def test_curves_fall_from_one_and_the_picture_is_written(tmp_path):
     assert drawn.keys() == {"heads", "neurons", "channels"}
     np.testing.assert_allclose(drawn["heads"][0][0], [1, 0.5, 0.25, 0])
     assert drawn["heads"][0][1].tolist() == [True, False, True, False]
-    assert drawn["channels"][0][0].tolist() == [1, 0.5, 0.25] and drawn["channels"][0][1].tolist() == [
-        True,
-        True,
-        False,
-    ]
+    assert drawn["channels"][0][0].tolist() == [1, 0.5, 0.25]
+    assert drawn["channels"][0][1].tolist() == [True, True, False]
     pytest.importorskip("matplotlib")
     assert not importance_plot.plot({}, tmp_path / "none.png") and not (tmp_path / "none.png").exists()
-    found = {**FOUND, "sizes": {"before": {"layers": 3, "kv_heads": 2, "neurons": 24, "hidden": 16}}}
+    found = {**FOUND, "sizes": {"before": {"layers": 3, "heads": 4, "kv_heads": 2, "neurons": 24, "hidden": 16}}}
     found["structured_layers"] = [{"kept": True, "influence": 0.5}, {"kept": False, "influence": 0.1}]
     found["budget"] = {"losses": {"layers": {"2": 0.1, "1": 2.0}, "heads": {"1": 0.5}}}
     assert importance_plot.plot(found, tmp_path / "a.png")

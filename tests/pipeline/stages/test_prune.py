@@ -131,6 +131,18 @@ def test_the_progress_of_a_search_ends_at_its_total(artifacts, tmp_path, reviews
         assert (made.path / "log.jsonl").read_text().count("\n") == len(steps)
 
 
+def test_a_search_may_remove_queries_within_groups(artifacts, tmp_path, reviews):
+    """Every candidate keeps both key/value heads; a model with one query head per group is refused."""
+    settings = {"data": reviews, "examples": 16, "heads_by": "queries", "budget": {"flops": 0.5}}
+    made = run(artifacts, tmp_path, "lm", **settings)
+    found = made.manifest.metrics["budget"]
+    assert made.model.kv_heads == 2 and set(found["losses"]) == {"layers", "heads", "ffn", "hidden", "queries"}
+    assert found["losses"]["heads"] == {} and list(found["losses"]["queries"]) == ["1"]
+    assert {c["heads"] for c in found["candidates"]} <= {2, 4}
+    with pytest.raises(RequestError, match="each key/value head has one query head"):
+        run(artifacts, tmp_path / "bert", "encoder", **settings)
+
+
 def test_what_a_weight_does_not_allow_is_refused_before_the_search(artifacts, tmp_path, reviews, monkeypatch):
     """Groups of inputs cannot be broken up, and a mesh takes equal parts; the search leaves such sizes out."""
     monkeypatch.setattr(budget_scan, "measure", None)
@@ -394,8 +406,8 @@ def test_low_rank_pairs_are_merged(artifacts, tmp_path, reviews, capsys):
     ({"method": "wanda", "importance": "random"}, "importance: not for method 'wanda'; set method to 'structured'"),
     ({"heads": 2, "importance": "wanda"}, "'contribution', 'activation', 'taylor', 'magnitude' or 'random'"),
     ({}, "a budget, or at least one of heads, ffn, layers, hidden and vocabulary"),
-    ({"ffn": 0.5, "budget": {"parameters": 0.5}}, "budget chooses the sizes, .*; leave out ffn, or budget"),
-    ({"heads_by": "queries", "budget": {"flops": 0.5}}, "leave out heads_by, or budget"),
+    ({"ffn": 0.5, "budget": {"parameters": 0.5}}, "budget chooses the sizes; leave out ffn, or budget"),
+    ({"heads_by": "both", "heads": 2}, "heads_by 'both' is for a budget"),
     ({"budget": {"bytes": 0.5, "flops": 0.5}}, "bytes and flops: say one of them"),
     ({"method": "wanda", "budget": {"parameters": 0.5}}, "budget: not for method 'wanda'"),
     ({"method": "wanda", "sparsity": 1.5}, "less than 1"),
