@@ -1,8 +1,8 @@
 """Define the manifest: the metadata of an artifact, with checksums of its fields and files.
 
 There are two digests. The content digest covers everything that can change predictions: some manifest fields, the
-digest of the arrays, and the tokenizer's files. It is checked at every read. The record digest covers the rest:
-metrics, parents, sizes and logs. `llmctl verify` checks both.
+digest of the arrays, and the tokenizer's files. Every read checks the content digest. The record digest covers the
+rest: metrics, parents, sizes and logs. `llmctl verify` checks both.
 """
 
 from __future__ import annotations

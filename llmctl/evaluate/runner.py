@@ -101,7 +101,7 @@ def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
 
 
 def further(names: Iterable[str], measured: Measured) -> dict[str, float]:
-    """Compute the metrics `names`, which the user requested in addition to the task's, and return them by name.
+    """Compute the metrics `names`, which the user requested in addition to the metrics of the task.
 
     Call `check_metrics` first.
     """

@@ -30,7 +30,7 @@ from llmctl.model.attention import Shared
 from llmctl.model.config import ModelConfig
 
 LANES = 128
-"""Block size of splash attention in tokens. Sequence lengths must be a multiple of it."""
+"""Block size of splash attention in tokens. Sequence lengths must be a multiple of this size."""
 
 setting: ContextVar[str] = ContextVar("attention", default="auto")
 """Name of the kernel that `use` sets for the current context."""

@@ -95,8 +95,8 @@ def kv_cache(cfg: ModelConfig, itemsize: int = 2, kv_cache: str = "") -> int:
     Args:
         cfg: Config of the model.
         itemsize: Number of bytes per element, or per scale if elements are quantized.
-        kv_cache: Format of quantized keys and values (int8, fp8_e4m3, int4), which have one scale per head; empty if
-            they are not quantized.
+        kv_cache: Format of quantized keys and values (int8, fp8_e4m3, int4), with one scale per head; empty means not
+            quantized.
     """
     bits = {"": 8 * itemsize, "int8": 8, "fp8_e4m3": 8, "int4": 4}[kv_cache]
     head = cfg.head_dim * bits // 8 + (itemsize if kv_cache else 0)

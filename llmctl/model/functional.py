@@ -150,7 +150,7 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
 
 
 def laid_out(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """Add the shardings on `mesh` to abstract parameters, and return these.
+    """Add the shardings on `mesh` to abstract parameters, and return the parameters.
 
     Raises:
         RequestError: If the mesh does not fit the model.

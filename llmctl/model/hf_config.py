@@ -113,8 +113,8 @@ class Keys:
 def rope_from_keys(keys: Keys, theta: float = 10_000.0, local: bool = False) -> Fields:
     """Convert the rotary keys of a config.json to fields of ModelConfig: the rotary bases and the scaling.
 
-    Older files have the keys rope_theta and rope_scaling, newer ones rope_parameters. If rope_parameters lacks the
-    base, rope_theta is used.
+    Older files have the keys rope_theta and rope_scaling. Newer files have the key rope_parameters. If rope_parameters
+    lacks the base, rope_theta is used.
 
     Args:
         keys: The config.json to read.
@@ -266,7 +266,7 @@ def refuse(cfg: Any, what: str, **needed: Any) -> None:
 
 
 def check_width(cfg: Any, what: str) -> None:
-    """Check that the number of heads divides the hidden width, which transformers requires of some families.
+    """Check that the number of heads divides the hidden width, as transformers requires for some families.
 
     Args:
         cfg: The ModelConfig.

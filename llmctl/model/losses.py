@@ -67,7 +67,7 @@ def class_sums(
         weight_B: Weights of the examples.
         smoothing: Weight of the uniform distribution in the targets. The returned sums do not use it.
         z: Coefficient of log(Z)^2 in the loss. The returned sums do not use it.
-        among: 1 for classes that are possible, 0 for excluded ones, broadcast to the logits; None excludes no class.
+        among: 1 for possible classes, 0 for excluded classes, broadcast to the logits; None excludes no class.
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0
     logits_BC = only(logits_BC, among)
@@ -101,11 +101,11 @@ def soft_class_sums(
         label_B: True classes.
         weight_B: Weights of the examples.
         how: Divergence, and the weights of divergence and cross-entropy.
-        among: 1 for classes that are possible, 0 for excluded ones, broadcast to the logits; None excludes no class.
+        among: 1 for possible classes, 0 for excluded classes, broadcast to the logits; None excludes no class.
 
     Returns:
-        (loss, sums over the examples). The sums are "loss", "accuracy" and "weight", with the meaning that `class_sums`
-        defines, and the divergence (`Divergence.metric`).
+        (loss, sums over the examples). The sums are "loss", "accuracy" and "weight", as in `class_sums`, and the
+        divergence, named by `Divergence.metric`.
     """
     nll, sums = class_sums(logits_BC, label_B, weight_B, among=among)
     apart = jnp.sum(how.divergence.between(only(teacher_BC, among), only(logits_BC, among)) * weight_B)
@@ -120,7 +120,7 @@ def soft_number_sums(
     Errors are weighted sums of squared differences. Of `how`, only the two weights are used.
 
     Returns:
-        (loss, sums). The sums are those that `number_sums` returns for the labels.
+        (loss, sums). The sums are the same as in `number_sums`, for the labels.
     """
     taught, _ = number_sums(y_B, teacher_B, weight_B)
     loss, sums = number_sums(y_B, label_B, weight_B)

@@ -5,7 +5,8 @@
 Each device has one early and one late chunk of the sequence (the zig-zag order of
 `llmctl.distributed.context_parallel`). Causal attention then takes the same work on every device at every step. Fully
 masked blocks are not computed. After each step, softmax sums are merged in float32. The backward pass sends keys and
-values around the ring again. Only q, k, v, the output and one number per query and head are saved for it.
+values around the ring again. Only q, k, v, the output and one number per query and head are saved for the backward
+pass.
 
 Shapes: B batch, T queries and S keys in total, t and s per device, P chunks per device (2 if causal, else 1), c = t /
 P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.

@@ -69,7 +69,7 @@ class Residual:
     post-norm model replace the stream by their output, and are included."""
     readers: tuple[str, ...]
     """Paths of the norms and matrices whose input is the residual stream. Sequential adapters are included, although
-    their input is the output of a sublayer before it is added to the stream."""
+    their input is the output of a sublayer, not the stream."""
 
 
 def stacks(cfg: ModelConfig) -> list[str]:
@@ -83,7 +83,8 @@ def has_cross_attention(cfg: ModelConfig, stack: str) -> bool:
 
 
 def feeds(cfg: ModelConfig) -> list[Feed]:
-    """Return all activations that are inputs of matrices. Each matrix has exactly one of them as its input."""
+    """Return all activations that are inputs of matrices. Each matrix has exactly one of these activations as its
+    input."""
     found: list[Feed] = []
     for stack in stacks(cfg):
         found += _block_feeds(cfg, stack)

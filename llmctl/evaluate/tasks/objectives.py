@@ -114,7 +114,7 @@ def sliding(
         held: The split of the data, for the description of the measurement.
         setup: Context, stride, batch size and dtype.
         tokenizer: The artifact's tokenizer.
-        texts: Scored texts. The numbers of their words and bytes give the perplexity per word and the bits per byte.
+        texts: Scored texts. Their words and bytes are counted, for the perplexity per word and the bits per byte.
         documents: Token ids of the scored texts.
         given: Number of tokens at the beginning of each document that are context only, such as a prompt; None means
             none.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TrainingMethods(Losses):
-    """Define the methods of a task that stages call to train it."""
+    """Define the methods of a task that training stages call."""
 
     def tokenizer_dir(self, folder: Path, settings: Any, work: Path) -> Path:
         """Return the folder of the tokenizer that a finetuned artifact gets.
