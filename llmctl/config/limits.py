@@ -21,8 +21,8 @@ RATIO = 1000
 """Maximum number of decompressed bytes per compressed byte. Text has a ratio of about 3 to 10. If all bytes of a file
 are equal, the ratio is up to 1032 with gzip, and larger with zstd."""
 UNCHECKED = 64 << 20
-"""Number of decompressed bytes up to which the compression ratio of a file is not checked, because small files of equal
-lines are harmless."""
+"""Number of decompressed bytes up to which the compression ratio of a file is not checked. Small files of equal lines
+are harmless."""
 
 LAYERS = 100_000
 """Maximum number of layers of a model, because some lists have one entry per layer. Published models have up to a few

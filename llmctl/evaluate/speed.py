@@ -1,8 +1,7 @@
 """Time several programs in alternation, so that noise of the machine affects all of them equally.
 
-The programs run round-robin (A B C A B C …) in one process. If another process uses the machine for a short time, one
-round of all programs is slow, and not all rounds of one program. The median ignores such rounds. Compilation happens in
-the warm-up.
+The programs run round-robin (A B C A B C …) in one process. If another process uses the machine for a short time, a few
+rounds of all programs are slow. The median ignores such rounds. Compilation happens in the warm-up.
 """
 
 import time

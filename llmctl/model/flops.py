@@ -69,8 +69,8 @@ def row(cfg: ModelConfig, length: int, source: int = 0, predicted: int | None = 
 def flops(cfg: ModelConfig, length: int) -> float:
     """Return the FLOPs per token of a forward pass over sequences of `length` tokens.
 
-    A backward pass takes twice as many. In an encoder-decoder, encoder and decoder each read `length` tokens, and the
-    FLOPs of both are divided by the number of decoder tokens.
+    A backward pass takes twice as many. In an encoder-decoder, encoder and decoder each read `length` tokens. The FLOPs
+    of both are divided by the number of decoder tokens.
     """
     return row(cfg, length, length) / length
 

@@ -9,7 +9,7 @@ are described in `token_relations`.
     y_BTE, theirs = signals.read(teacher_cfg, teacher, batch, "teacher")
     losses = signals.losses(own, theirs, batch["segments"], signals.projections(cfg, teacher_cfg, key))
 
-In an encoder-decoder, the layers are those of the decoder.
+In an encoder-decoder, decoder layers are compared.
 
 Shapes: B batch, T sequence, D width of the student, E width of the teacher, n layer pairs.
 """

@@ -40,7 +40,7 @@ def add(
 ) -> Shared:
     """Add the relative position bias [H, T, S] to the inputs that all layers share, and return these inputs.
 
-    For a model with P trained keys (prefix tuning), also add the bias [H, T, P] of these keys, whose positions are
+    For a model with P trained keys (prefix tuning), also add the bias [H, T, P] of these keys. Their positions are
     before the text. For ring attention, which computes the bias block by block, add the bias table [U, H] instead.
 
     Args:

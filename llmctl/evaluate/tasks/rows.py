@@ -128,7 +128,8 @@ class RowMethods(TaskRecord):
         settings: RowSettings,
         needed: int = 0,
     ) -> Any:
-        """Return the rows of a split of the data, and check that there are enough for a stage that reads `needed` rows.
+        """Return the rows of a split of the data. Check that there are enough rows for a stage that reads `needed`
+        rows.
 
         Args:
             model: Config of the model.

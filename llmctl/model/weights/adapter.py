@@ -20,7 +20,7 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updat
 class Adapter(Node):
     """Base class of adapters, which store a frozen weight (the base) together with small trained arrays.
 
-    A subclass adds the small arrays as fields, lists the trained ones in `adapter_parts`, and defines `dense`, the
+    A subclass adds the small arrays as fields, and lists the trained arrays in `adapter_parts`. It defines `dense`, the
     weight with the adapter applied.
     """
 
@@ -143,8 +143,8 @@ def adapter_names(params: Params) -> frozenset[str]:
 def merge_adapters(params: Params) -> Params:
     """Return the parameter tree with every adapter merged into its frozen base weight.
 
-    A merged weight is a plain array in the dtype of the base or, if the base is quantized, of its scales. If an adapter
-    also scales the bias of the layer, the bias is multiplied by the adapter's factor.
+    A merged weight is a plain array in the dtype of the base. If the base is quantized, the dtype is that of its
+    scales. If an adapter also scales the bias of the layer, the bias is multiplied by the adapter's factor.
     """
     settled = merge_bias_adapters(params)
     return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))

@@ -1,8 +1,8 @@
 """Parse the names of parameters, to find out which are matrices, which belong to layers, and so on.
 
 The path of a weight consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`.
-If the weight is one plain array, the name of the array is the path. If the weight is a weight node, which has several
-arrays, the name of each array is "path:name in the node", such as `decoder/blocks/attn/q/kernel:scale`.
+If the weight is one plain array, the name of the array is the path. A weight node has several arrays. The name of each
+array is then "path:name in the node", such as `decoder/blocks/attn/q/kernel:scale`.
 """
 
 from __future__ import annotations
