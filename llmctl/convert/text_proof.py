@@ -76,7 +76,7 @@ def batch_of(cfg: ModelConfig, rows: Rows, T: int) -> dict[str, jax.Array]:
 
 
 def _decoded(ids: Sequence[int], T: int) -> list[int]:
-    """Return tokens for the decoder of an encoder-decoder: its start token, and up to five tokens of the text."""
+    """Return tokens for the decoder of an encoder-decoder: the start token, and up to five tokens of the text."""
     return [0, *ids[: min(5, T - 1)]]
 
 
@@ -117,7 +117,7 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
         cfg: Config of the model.
         folder: Folder of the model.
         T: Maximum number of tokens per row.
-        theirs: Whether transformers reads the tokenizer; if false, the library tokenizers does.
+        theirs: Whether transformers reads the tokenizer; if false, the library `tokenizers` reads it.
     """
     if theirs:
         with _quietly() as hf:
@@ -149,7 +149,7 @@ def same_tokens(what: str, ours: Rows, there: Rows) -> str:
 def read_rows(
     found: Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
 ) -> tuple[Rows, int, str]:
-    """Tokenize the texts on which the artifact and the written model are compared.
+    """Tokenize the texts for the comparison of the artifact with the written model.
 
     Returns:
         (token ids, maximum number of tokens T, beginning of the comparison's description). The last is "from text, " if
@@ -159,7 +159,7 @@ def read_rows(
         found: The artifact.
         cfg: Config of the written model.
         folder: Folder of the written model.
-        theirs: Whether transformers reads the written tokenizer; if false, the library tokenizers does.
+        theirs: Whether transformers reads the written tokenizer; if false, the library `tokenizers` reads it.
         say: Function that is called with one line if the written tokenizer gives other ids than the artifact's. The ids
             of the written tokenizer are then returned.
 

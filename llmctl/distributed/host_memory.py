@@ -55,7 +55,7 @@ def keep() -> bool:
 def trim() -> None:
     """Return the pages of freed memory to the kernel. Without glibc, the function has no effect.
 
-    It is called when far more memory was freed than the next computation needs, such as after arrays were loaded.
+    Call the function when far more memory was freed than the next computation needs, such as after arrays were loaded.
     """
     libc = _glibc()
     if libc is not None:
