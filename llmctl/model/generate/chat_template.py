@@ -3,10 +3,10 @@
 A template is a program that comes with a model. It runs in a sandbox without side effects and with a limit of steps
 (`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, even if it spells one.
 
-Training needs the positions of the assistant's tokens. A template may mark the text of the assistant with `{%
-generation %}`. Otherwise, the conversation is rendered twice for each answer. One text ends where the answer begins, as
-for generation. The other text ends where the answer ends. If the complete conversation begins with both texts, their
-difference is the answer with its end token.
+Training needs the positions of the assistant's tokens. Some templates mark these tokens with `{% generation %}`.
+Otherwise, the conversation is rendered twice for each answer. One text ends where the answer begins, as for generation.
+The other text ends where the answer ends. If the complete conversation begins with both texts, their difference is the
+answer with its end token.
 """
 
 from __future__ import annotations
