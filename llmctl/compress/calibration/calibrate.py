@@ -74,6 +74,10 @@ class Visit:
     """
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method may add about the layer. The data is copied to the layer's report and saved with it."""
+    inputs: Sequence[functional.Carry] = ()
+    """Inputs of the layer, per batch. Empty for the output head."""
+    batches: Sequence[Batch] = ()
+    """The batches. Empty for the output head."""
 
 
 Change = Callable[[Visit], Layer]
@@ -206,7 +210,8 @@ class _Walk:
                     influence += more
                     if self.change is None:
                         carries[n] = out
-                visit = Visit(stack, i, layer, stats, of_layer(self.gradients, stack, i))
+                gradients = of_layer(self.gradients, stack, i)
+                visit = Visit(stack, i, layer, stats, gradients, inputs=carries, batches=self.batches)
                 new, share = self._changed(visit), float(influence[0] / influence[1])
                 report = LayerReport(stack, i, share, 0.0, stats if self.keep else {}, visit.notes)
                 del stats, visit  # Gram matrices are larger than the layer; they are freed before the next ones

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from llmctl.compress.quantization.levels import SMALLEST, Grid, packed_table
+from llmctl.compress.quantization.levels import SMALLEST, IntegerGrid, packed_table
 from llmctl.model.weights import Node, Packed, Quantized
 
 
@@ -28,7 +28,7 @@ class Affine(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AsymmetricIntegers(Grid):
+class AsymmetricIntegers(IntegerGrid):
     """Define integers of `bits` bits with zero points. A level is an integer minus the zero point of the group.
 
     >>> grid = AsymmetricIntegers(2)
@@ -59,8 +59,16 @@ class AsymmetricIntegers(Grid):
 
     def level(self, w: jax.Array, scale: Any) -> jax.Array:
         """Return the level nearest to each weight, float32. The arrays are broadcast."""
+        return jnp.clip(jnp.round(w / scale.scale), *self.limits(scale))
+
+    def limits(self, scale: Any) -> tuple[jax.Array, jax.Array]:
+        """Return the lowest and the highest integer, minus the zero points."""
         first = self.lowest - scale.zero
-        return jnp.clip(jnp.round(w / scale.scale), first, first + self.bound)
+        return first, first + self.bound
+
+    def step(self, scale: Any) -> jax.Array:
+        """Return the scale without the zero point."""
+        return scale.scale
 
     def round(self, w: jax.Array, scale: Any) -> jax.Array:
         """Return the representable value nearest to each weight, float32. The arrays are broadcast."""

@@ -88,8 +88,20 @@ class Grid(abc.ABC):
         return self.level(w, scale) * scale
 
 
+class IntegerGrid(Grid):
+    """Define integers as levels: a base class. AutoRound needs their limits."""
+
+    @abc.abstractmethod
+    def limits(self, scale: Any) -> tuple[Any, Any]:
+        """Return the lowest and the highest level of the weights whose scales, as `fit` returns them, are given."""
+
+    @abc.abstractmethod
+    def step(self, scale: Any) -> jax.Array:
+        """Return the distance of neighboring values."""
+
+
 @dataclass(frozen=True)
-class Integers(Grid):
+class Integers(IntegerGrid):
     """Define signed integers of 2, 3, 4 or 8 bits without a zero point.
 
     Integers of 2 and 3 bits are packed into bytes.
@@ -109,8 +121,16 @@ class Integers(Grid):
         and -8, because a group's largest weight can be -7.5 scales. With 2 and 3 bits, all integers are used, because
         there are few.
         """
+        return jnp.clip(jnp.round(unit), *self.limits(None))
+
+    def limits(self, scale: Any) -> tuple[float, float]:
+        """Return the lowest and the highest integer that is used."""
         top = 2.0 ** (self.bits - 1) - 1
-        return jnp.clip(jnp.round(unit), -top - (self.bits < 4), top)
+        return -top - (self.bits < 4), top
+
+    def step(self, scale: Any) -> jax.Array:
+        """Return the scale."""
+        return scale
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Node:
         """Return the weight node that stores the integers and scales of a matrix."""

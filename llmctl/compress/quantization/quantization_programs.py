@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,12 +15,12 @@ from llmctl.compress.programs import Walk, layer_of
 from llmctl.compress.quantization import folding, gptq, grids, input_scales, rotation
 from llmctl.compress.quantization import quantize as rounding
 from llmctl.compress.quantization.quantize_method import Quantization
-from llmctl.compress.quantization.quantize_walk import collector, full_path
+from llmctl.compress.quantization.quantize_walk import collector, full_path, tuner
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
-from llmctl.model.program import Cost, Program, Tree
+from llmctl.model.program import Cost, Pass, Program, Tree
 
 
 def quantization(
@@ -145,6 +146,8 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
             )
             cost = _search_cost(kernels)
         found.append(program(f"scales of the inputs of {first}", trace, readers, cost))
+    if method.tunes:
+        return [*found, _tuning(walk, model, layer_of(params, stack), stack, method, mesh)]
     w, (grid, group), gram_II = whole[name], grids.levels_of(formats[name]), None
     if method.hessian:
         gram_II = gram_of(name)
@@ -158,6 +161,25 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
             w, gram_II, grid=grid, group=group, clip=method.clips
         ), (name,), _clip_cost(w, group, method)))  # fmt: skip
     return found
+
+
+def _tuning(walk: Program, model: ModelConfig, layer: Tree, stack: str, method: Quantization, mesh: Mesh) -> Program:
+    """Return the program of one gradient step of AutoRound. It runs a layer forward and backward."""
+    tune, index = tuner(model, layer, stack, method, walk.dtype), jax.ShapeDtypeStruct((), jnp.int32)
+    (carry, batch), rate = walk.batch[0], jax.ShapeDtypeStruct((), jnp.float32)
+    state = jax.eval_shape(tune.start, layer)
+
+    def trace() -> Any:
+        with meshes.use(mesh):
+            return tune.step.trace(state, layer, index, carry, batch, carry.x_BTD, rate)
+
+    goals = [carry.x_BTD] * len(walk.batch)
+    return replace(
+        walk, title="gradient step of a layer's rounding", trace=trace, flops=3 * walk.flops, remat="none",
+        steps=functional.depth(model, stack) * method.tuning_steps, cache=[state, state],
+        parameters=[walk.parameters, layer], beside=[walk.beside, state, goals],
+        work=Pass(layers=3, attention="xla"),
+    )  # fmt: skip
 
 
 def _search_cost(kernels: tuple[Tree, ...]) -> Cost:

@@ -14,7 +14,7 @@ from llmctl.compress.quantization.formats import Format
 from llmctl.compress.quantization.rules import Rules
 from llmctl.compress.quantization.schemes import INTEGERS, inputs_per_scale
 
-MethodName = Literal["rtn", "gptq", "awq", "awq+gptq"]
+MethodName = Literal["rtn", "gptq", "awq", "awq+gptq", "autoround"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Quantization:
     - "gptq": round input by input, and let later weights compensate (`llmctl.compress.quantization.gptq`).
     - "awq": scale inputs (`llmctl.compress.quantization.input_scales`), clip weights, and round to the nearest level.
     - "awq+gptq": scale inputs, clip weights, and round by GPTQ.
+    - "autoround": tune the rounding of each layer by gradient steps (`llmctl.compress.quantization.autoround`).
     """
     damping: float = DAMPING
     act_order: bool = True
@@ -59,18 +60,25 @@ class Quantization:
     """Migration strength of SmoothQuant."""
     rules: Rules = ()
     """Formats of the matrices whose module paths match patterns (`llmctl.compress.quantization.rules`)."""
+    tuning_steps: int = 200
+    """Number of steps per layer of AutoRound (`llmctl.compress.quantization.autoround`)."""
     symmetric: bool = True
     """Whether integers are symmetric around 0. Otherwise, each group has a zero point. Floats are always symmetric."""
 
     @property
     def calibrated(self) -> bool:
         """Return whether the method reads calibration data."""
-        return self.hessian or self.smooth
+        return self.hessian or self.smooth or self.tunes
 
     @property
     def hessian(self) -> bool:
         """Return whether the method reads each matrix's Gram matrix."""
-        return self.method != "rtn"
+        return self.solves or self.scales_inputs
+
+    @property
+    def tunes(self) -> bool:
+        """Return whether gradient steps tune the rounding of each layer (AutoRound)."""
+        return self.method == "autoround"
 
     @property
     def solves(self) -> bool:

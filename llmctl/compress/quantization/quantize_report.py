@@ -23,6 +23,7 @@ def records(reports: Sequence[LayerReport]) -> list[Record]:
     """
     return [
         {"stack": r.stack, "layer": r.layer, "error": round(r.error, 6), "matrices": r.notes["matrices"]}
+        | ({"tuning": r.notes["tuning"]} if r.notes.get("tuning") else {})
         for r in reports
     ]
 

@@ -20,6 +20,7 @@ from llmctl.compress.calibration.output_error import replicated, rounded_error
 from llmctl.compress.calibration.settings import CalibrationConfig
 from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Peaks, Statistic
 from llmctl.compress.quantization import folding, gptq, grids, input_scales, quantize
+from llmctl.compress.quantization.autoround import Tuner
 from llmctl.compress.quantization.formats import Format
 from llmctl.compress.quantization.quantize_method import Quantization
 from llmctl.model import weights
@@ -27,6 +28,8 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Matrix, Node, Weight
 
 Params = dict[str, Any]
+NOT_TUNED = "rounding to nearest: autoround tunes layers, not the output head"
+"""Fallback for the matrices of the output head."""
 NO_INPUTS = "rounding to nearest: no calibration inputs"
 """Message for reports: a matrix was rounded without data, because calibration collects no inputs of the matrix."""
 
@@ -60,8 +63,12 @@ def quantize_layers(
     chosen = quantize.chosen(weights.flatten(params), method)
     batches = calibration_data.load(config, base, mesh)
 
+    tuners: dict[str, Tuner] = {}
+
     def change(visit: Visit) -> Params:
-        layer, visit.notes["matrices"] = quantize_layer(base.model, visit, method)
+        if method.tunes and visit.stack != HEAD and visit.stack not in tuners:
+            tuners[visit.stack] = tuner(base.model, visit.layer, visit.stack, method, config.dtype)
+        layer, visit.notes["matrices"] = quantize_layer(base.model, visit, method, tuners.get(visit.stack))
         return layer
 
     params, reports = walk(
@@ -87,18 +94,28 @@ def collector(method: Quantization) -> Collect:
         parts: dict[str, Any] = {"gram": Gram.start(inputs)} if method.hessian else {}
         if method.smooth:
             parts["peaks"] = Peaks.start(inputs)
-        return None if path == "embed/tokens" else Joined(parts)
+        return None if path == "embed/tokens" or not parts else Joined(parts)
 
     return collect
 
 
-def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tuple[Params, dict[str, Any]]:
+def tuner(cfg: ModelConfig, layer: Params, stack: str, method: Quantization, dtype: Any) -> Tuner:
+    """Return what tunes the layers of a stack by AutoRound. `layer` is one of them, and may be abstract."""
+    modules = [m.module for m in weights.layer_matrices(layer)]
+    formats = {module: form for module in modules if (form := method.format_of(full_path(stack, module)))}
+    return Tuner(cfg, stack, formats, method.tuning_steps, dtype)
+
+
+def quantize_layer(
+    cfg: ModelConfig, visit: Visit, method: Quantization, tune: Tuner | None = None
+) -> tuple[Params, dict[str, Any]]:
     """Quantize the matrices of one layer. Biases do not change. Norms change only if scales are folded into them.
 
     Args:
       cfg: config of the model.
       visit: the layer and the statistics of its matrices' inputs (see `collector`).
       method: how the matrices are quantized.
+      tune: tunes the rounding of the layer, if the method is AutoRound; None for the output head.
 
     Returns:
       The quantized layer, and JSON data about each matrix by its path:
@@ -112,6 +129,9 @@ def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tupl
     """
     notes: dict[str, Any] = {}
     layer, scales, notes_of = _scaled(cfg, visit, method)
+    tuned: dict[str, Node] = {}
+    if tune and tune.levels:
+        tuned, visit.notes["tuning"] = tune.tune(layer, visit)
 
     def change(m: Matrix) -> Weight:
         if (form := method.format_of(full_path(visit.stack, m.module))) is None:
@@ -120,7 +140,10 @@ def quantize_layer(cfg: ModelConfig, visit: Visit, method: Quantization) -> tupl
         gram_II = replicated(parts["gram"].products[0]) if "gram" in parts else None
         if gram_II is not None and m.module in scales:
             gram_II = gram_II / scales[m.module][:, None] / scales[m.module][None, :]
-        node, found = _quantized(replicated(m.weight), gram_II, form, method)
+        if m.path in tuned:
+            node, found = tuned[m.path], {}
+        else:
+            node, found = _quantized(replicated(m.weight), gram_II, form, method)
         error = round(float(_weight_error(m.weight, node)), 6)
         notes[m.module] = {"shape": list(m.weight.shape), **found, "weight_error": error, **notes_of.get(m.module, {})}
         return quantize.with_activations(node, -2, method.activations)
@@ -183,6 +206,8 @@ def _quantized(
         node = grids.rounded(w, gram_II, grid=grid, group=group, clip=method.clips)
         if method.hessian and gram_II is None:
             found["fallback"] = NO_INPUTS
+        if method.tunes:
+            found["fallback"] = NOT_TUNED
     if gram_II is not None:
         found["error"] = rounded_error(gram_II, w, weights.dense(node))
     return node, found

@@ -50,6 +50,7 @@ class QuantizeConfig(CalibrationConfig):
     added: ClassVar[frozenset[str]] = CALIBRATION | {
         *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha", "rules", "symmetric"),
         "rotate",
+        "tuning_steps",
     }
 
     bits: int = 8
@@ -80,7 +81,10 @@ class QuantizeConfig(CalibrationConfig):
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
     matrices by their magnitude in calibration data, clip, and round to nearest. awq+gptq: the scales of awq, then gptq.
+    autoround: tune the rounding of each layer's weights by gradient steps, to minimize the error of the layer's output.
     Token embeddings are always rounded to nearest."""
+    tuning_steps: int = Field(default=200, ge=1)
+    """Method autoround: number of gradient steps per layer. A step reads one batch."""
     clip: bool = False
     """Search for scales with the least squared error. Such scales may clip the largest weights. Method `rtn` minimizes
     the error of the weights, and the other methods minimize the error of the outputs. Method `awq` always searches."""
@@ -164,6 +168,12 @@ class QuantizeConfig(CalibrationConfig):
         stray = sorted(told & {"damping", "act_order", "static_groups"})
         if stray and not method.solves:
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to 'gptq'")
+        if "tuning_steps" in told and not method.tunes:
+            raise ValueError(f"tuning_steps: not for method {self.method!r}; set method to 'autoround'")
+        if method.tunes and (stray := sorted(set(formats) - set(INTEGERS))):
+            raise ValueError(f"method 'autoround': not for format {stray[0]!r}; choose one of {', '.join(INTEGERS)}")
+        if method.tunes and self.clip:
+            raise ValueError("clip: not with method 'autoround', which tunes how far weights are clipped")
         name, block = self.scheme_name, BLOCKS.get(self.scheme_name)
         if block and self.group not in (0, block):
             raise ValueError(f"group {self.group}: {name} has one scale for every {block} inputs; leave it out")
@@ -200,5 +210,7 @@ class QuantizeConfig(CalibrationConfig):
     def quantization(self) -> Quantization:
         """Return the description of the quantization that `llmctl.compress` reads."""
         names = ("group", "symmetric", "embeddings", "head", "activations", "method", "clip", "smooth", "alpha")
-        given = {name: getattr(self, name) for name in (*names, "damping", "act_order", "static_groups")}
+        given = {
+            name: getattr(self, name) for name in (*names, "damping", "act_order", "static_groups", "tuning_steps")
+        }
         return Quantization(self.scheme_name, rules=tuple(sorted(self.rules.items())), **given)
