@@ -95,6 +95,31 @@ batch_size = 4
     assert "tokens" in found["eval", "scoring of finetune"].batch
 
 
+def test_the_search_for_a_budget_is_planned(tmp_path):
+    """The loss is computed for every point and candidate; the vocabulary of a known size shrinks the next stage."""
+    found = built(
+        """
+[[stage]]
+kind = "prune"
+vocabulary = 260
+budget = { parameters = 0.7 }
+examples = 8
+batch_size = 4
+
+[[stage]]
+kind = "eval"
+batch_size = 4
+""",
+        tmp_path,
+        ["prune", "eval"],
+    )
+    loss = found["prune", "loss of smaller sizes"]
+    # 1 whole, 1 of layers, 1 of heads, 5 of neurons and 4 of channels, and 7 candidates; 2 batches
+    assert loss.steps == (1 + 1 + 1 + 5 + 4 + 7) * 2 and loss.trace().jaxpr.eqns
+    assert ("prune", "statistics of a layer") in found
+    assert found["eval", "scoring of prune"].model.vocab_size == 260
+
+
 def test_the_passes_of_robust_training_are_planned(tmp_path):
     """FreeLB with four steps of R-Drop's two passes costs eight plain steps, and its program can be traced."""
     stage = """

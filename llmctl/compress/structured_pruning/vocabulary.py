@@ -101,8 +101,16 @@ def choose(
 
 
 def rows_after(config: StructuredSettings, cfg: ModelConfig) -> int:
-    """Return the number of tokens to keep. If it is not known before the data is read, return the present number."""
-    return config.vocabulary if isinstance(config.vocabulary, int) else cfg.vocab_size
+    """Return the vocabulary size after pruning if it is known before the data is read, otherwise the present size.
+
+    Raises:
+      RequestError: If the model does not have more tokens than are to be kept.
+    """
+    if not isinstance(config.vocabulary, int):
+        return cfg.vocab_size
+    if config.vocabulary >= cfg.vocab_size:
+        raise RequestError(f"vocabulary: {config.vocabulary:,} to keep, but the artifact has {cfg.vocab_size:,} tokens")
+    return config.vocabulary
 
 
 def cut(cfg: ModelConfig, params: Params, kept: np.ndarray) -> tuple[ModelConfig, Params]:

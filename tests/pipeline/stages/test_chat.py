@@ -12,7 +12,7 @@ from llmctl.artifacts.workspace import Context
 from llmctl.cli import app
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
-from llmctl.data.config import DataConfig
+from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.evaluate.tasks.registry import TASKS
@@ -21,7 +21,7 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.chat_template import Template
 from llmctl.pipeline.stages import eval as evaluation
-from llmctl.pipeline.stages import finetune
+from llmctl.pipeline.stages import finetune, prune
 
 ANSWERS = {"a": "xx", "b": "yyy", "c": "z"}
 # The answer ends with the mask token, which is not the tokenizer's end token.
@@ -133,6 +133,29 @@ def test_calibration_reads_conversations_or_text(tuned, talks, tmp_path):
     config = CalibrationConfig(data=DataConfig(path=str(tmp_path / "x.txt"), test=0, validation=0), split="train",
                                batch_size=8, seq_len=20)  # fmt: skip
     assert {b["tokens"].shape[1] for b in calibration_data.load(config, made, devices)} == {20}
+
+
+def test_tokens_that_no_conversation_uses_are_removed(talks, tmp_path):
+    """Conversations are counted as the template writes them, and so are the words that only the template has."""
+    texts = [f"a{i} nothing of this occurs, system and assistant: b" for i in range(60)]
+    words = loading.train([*texts, *ANSWERS.values()], TokenizerConfig(kind="bpe", vocab_size=330))
+    words.save(tmp_path / "words")
+    (tmp_path / "words" / "chat_template.jinja").write_text(TEMPLATE)
+    sizes = {"d_model": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 16}
+    model = ModelConfig(preset="llama-tiny", vocab_size=330, max_seq_len=64, **sizes)
+    params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
+    about = {"stage": "finetune", "key": "k", "config": {"train": {"seq_len": 16}}, "task": "chat"}
+    artifact.save(tmp_path / "base", params, model, tokenizer_dir=tmp_path / "words", **about)
+    config = prune.Config(vocabulary="unused", data=talks)
+    (tmp_path / "work").mkdir()
+    prune.run(config, tmp_path / "base", Context(tmp_path / "out", tmp_path / "work", "key"))
+    old, new = (loading.load(tmp_path / name / "tokenizer") for name in ("base", "out"))
+    assert new.vocab_size == artifact.read_manifest(tmp_path / "out").model.vocab_size < 330
+    rows = [old.piece(i) for i in range(old.vocab_size)]
+    at = [rows.index(new.piece(i)) for i in range(new.vocab_size)]
+    messages = [{"role": "user", "content": "a7"}, {"role": "assistant", "content": ANSWERS["a"]}]
+    before, after = (Template(t.chat_template, t).prompt(messages) for t in (old, new))
+    assert [at[i] for i in after] == before
 
 
 def test_a_command_measures_an_artifact_of_another_run(tuned, talks, tmp_path):
