@@ -1,7 +1,7 @@
 """List the sizes that a budget search considers: numbers of layers, heads, neurons and hidden channels.
 
-Heads are removed by whole groups (a key/value head with its query heads), or within groups, so that every key/value
-head keeps the same number of query heads, or both.
+A group of heads is a key/value head with its query heads. The search removes complete groups, or the same number of
+query heads from every group, or both.
 
 For each combination of layers, heads and channels, the number of neurons is the largest that the budget allows. The
 module does not import JAX.
@@ -47,7 +47,7 @@ class Space:
     """Numbers of key/value heads."""
     hidden: list[int] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
-    """Numbers of query heads per key/value head. By default, it does not change."""
+    """Numbers of query heads per key/value head; by default only the number of the unpruned model."""
 
     def __post_init__(self) -> None:
         """Allow all values of a size, in descending order, if its values are not given."""
@@ -101,7 +101,7 @@ class Space:
     def points(self) -> dict[str, list[int]]:
         """Return the values of each size at which the loss is measured, in descending order.
 
-        The names are those of `PARTS`, and `QUERIES` if this size may change.
+        The keys are the names in `PARTS`, and `QUERIES` if this size may change.
         """
         found = {}
         for name, counts in {**self._counts(), "ffn": range(1, self.cfg.d_ff + 1)}.items():
@@ -169,7 +169,7 @@ def with_sizes(
 ) -> ModelConfig:
     """Return the config with other sizes.
 
-    `heads` counts key/value heads, and each keeps `queries` query heads, by default all of them.
+    `heads` is the number of key/value heads. Each of these keeps `queries` query heads; by default all.
 
     The encoder of an encoder-decoder keeps the same fraction of layers as the decoder.
     """
