@@ -366,7 +366,8 @@ def test_floats_are_those_that_the_package_reads_and_come_back(form, save, confi
 
     from llmctl.compress.quantization.quantize import quantize
 
-    made = save(config, quantize(params, scheme=form, head=True)[0])
+    activations = "fp8_e4m3" if form == "fp8_e4m3" else ""
+    made = save(config, quantize(params, scheme=form, head=True, activations=activations)[0])
     for more in ((), ("--dtype", "bfloat16")):
         code, said, err = call(
             "export", made, "--to", "compressed-tensors", *more, "--out", tmp_path / f"ct{len(more)}"
@@ -376,6 +377,8 @@ def test_floats_are_those_that_the_package_reads_and_come_back(form, save, confi
     settings = json.loads((tmp_path / "ct0" / "config.json").read_text())["quantization_config"]
     reader = compressors.BaseCompressor.get_value_from_registry(settings["format"])
     scheme = QuantizationScheme(**settings["config_groups"]["group_0"])
+    assert (scheme.input_activations is not None) == bool(activations)
+    assert not activations or (scheme.input_activations.type, scheme.input_activations.dynamic) == ("float", True)
     module = "model.layers.2.self_attn.k_proj."
     stored = {n.removeprefix(module): t for n, t in load_file(tmp_path / "ct0" / "model.safetensors").items()}
     theirs = reader.decompress({n: t for n, t in stored.items() if n.startswith("weight")}, scheme)["weight"]

@@ -48,7 +48,8 @@ def quantize(
           one scale.
       embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
       head: whether to quantize the output projection, pooler and task head.
-      activations: "int8" also quantizes the inputs of quantized matrices, with one scale per token (W8A8).
+      activations: "int8", or "fp8_e4m3" for the scheme fp8_e4m3, also quantizes the inputs of quantized matrices, with
+        one scale per token (W8A8).
       clip: whether to search for the scales with the least squared error of the weights.
       rules: formats of the matrices whose module paths match patterns, in place of `scheme`.
       symmetric: whether integers are symmetric around 0. Otherwise, each group has a zero point.

@@ -35,7 +35,8 @@ class Quantization:
     head: bool = False
     """Whether the output projection, pooler and task head are quantized."""
     activations: str = ""
-    """Dtype of quantized activations in products: "int8" (W8A8); empty if activations are not quantized."""
+    """Dtype of quantized activations in products: "int8" or "fp8_e4m3" (W8A8); empty if activations are not
+    quantized."""
     method: MethodName = "rtn"
     """Method that chooses the rounded weights.
 

@@ -75,8 +75,9 @@ class QuantizeConfig(CalibrationConfig):
     quantized too."""
     head: bool = False
     """Also quantize the output projection and the task head."""
-    activations: Literal["", "int8"] = ""
-    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8)."""
+    activations: Literal["", "int8", "fp8_e4m3"] = ""
+    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8): to int8 for formats int8 and
+    int4, or to fp8_e4m3 for format fp8_e4m3."""
     method: MethodName = RTN
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
@@ -177,9 +178,10 @@ class QuantizeConfig(CalibrationConfig):
         name, block = self.scheme_name, BLOCKS.get(self.scheme_name)
         if block and self.group not in (0, block):
             raise ValueError(f"group {self.group}: {name} has one scale for every {block} inputs; leave it out")
+        fitting = {"int8": list(SHORT), "fp8_e4m3": ["fp8_e4m3"]}.get(self.activations, [])
         for other in formats if self.activations else ():
-            if has_grid(other) and other not in SHORT:
-                raise ValueError(f"activations: not for format {other!r}; choose {' or '.join(SHORT)}")
+            if has_grid(other) and other not in fitting:
+                raise ValueError(f"activations: not for format {other!r}; choose {' or '.join(fitting)}")
         if not self.symmetric and not set(formats) & set(INTEGERS):
             raise ValueError(f"symmetric = false: not for format {name!r}; choose one of {', '.join(INTEGERS)}")
         if not self.symmetric and self.activations:

@@ -16,12 +16,16 @@ import qwix
 
 from llmctl.model.weights.base import Node, Product, node_type, setting
 
+ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
+"""Dtype of quantized activations, by the name in settings."""
+
 
 @node_type
 class Quantized(Node):
     """Store a weight as symmetric integers or 8-bit floats with scales. An element of the weight is integer * scale.
 
-    If `activations` is "int8", the inputs are also quantized before each product, with one scale per token (W8A8).
+    If `activations` is "int8", or "fp8_e4m3" for 8-bit floats, the inputs are also quantized before each product, with
+    one scale per token (W8A8).
     """
 
     kind: ClassVar[str] = "quantized"
@@ -45,7 +49,9 @@ class Quantized(Node):
             # One scale per token; grouped weights need the same groups on the activation.
             groups, last = self.array.scale.shape[0], x_NI.ndim - 1
             tiles = {last: x_NI.shape[last] // groups} if groups > 1 else None
-            x_q = qwix.quantize(x_NI, self.activations, channelwise_axes=list(range(last)), tiled_axes=tiles)
+            x_q = qwix.quantize(
+                x_NI, ACTIVATIONS[self.activations], channelwise_axes=list(range(last)), tiled_axes=tiles
+            )
             return qwix.dot_general(x_q, self.array, (((last,), (0,)), ((), ()))).astype(dtype)
         if self.array.scale.shape[0] == 1:  # per output channel: scaling the product is cheaper than scaling the weight
             return jnp.matmul(x_NI, self._unit(dtype)) * self.array.scale.astype(dtype)
@@ -96,13 +102,15 @@ class Quantized(Node):
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
     def with_activations(self, kind: str) -> Quantized:
-        """Return the same weight, whose inputs are quantized to `kind` (int8) before each product, with one scale per
-        token.
+        """Return the same weight, whose inputs are quantized to `kind` before each product, with one scale per token.
+
+        Integers need int8, and float8_e4m3fn needs fp8_e4m3.
 
         Raises:
-            RequestError: If the weight stores floats, or has zero points.
+            RequestError: If the weight stores other floats, or has zero points.
         """
-        if self.integers() is None or self.array.zero_point is not None:
+        own = self.integers() is not None if kind == "int8" else self.format_name == ACTIVATIONS[kind]
+        if not own or self.array.zero_point is not None:
             return super().with_activations(kind)
         return replace(self, activations=kind)
 

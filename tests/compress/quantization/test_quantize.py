@@ -4,13 +4,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from llmctl.compress.quantization.quantize import quantize, relative_error
 from llmctl.compress.quantization.schemes import SCHEMES
 from llmctl.config.errors import RequestError
-from llmctl.model import functional
+from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import LowRank, Quantized, dense, flatten, unflatten
 
@@ -78,6 +79,26 @@ def test_the_model_runs_on_integers(tiny, params, batches, bits, group, activati
     hidden = jax.jit(partial(functional.hidden, tiny))
     plain, quantized = (hidden(p, batches[0]) for p in (params, got))
     assert float(jnp.linalg.norm(plain - quantized) / jnp.linalg.norm(plain)) < tolerance
+
+
+@pytest.mark.parametrize("group", [0, 8])
+def test_products_of_8_bit_floats_against_numpy(group):
+    """One scale per token, and per group of inputs; weights and activations are float8_e4m3fn."""
+    rng, groups = np.random.default_rng(0), 4 if group else 1
+    w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((32, 16), (2, 5, 32)))
+    params = {"decoder": {"blocks": {"mlp": {"up": {"kernel": w[None]}}}}}
+    got, _ = quantize(params, scheme="fp8_e4m3", group=group, activations="fp8_e4m3")
+    (node,) = flatten(got).values()
+    node = jax.tree.map(lambda a: a[0], node)
+    parts = x.reshape(2, 5, groups, -1)
+    scale = np.abs(parts).max(axis=-1, keepdims=True) / np.float32(448)
+    rounded = (parts / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    want = rounded.reshape(x.shape) @ np.asarray(node.dense())
+    np.testing.assert_allclose(jax.jit(lambda x, w: weights.matmul(x, w, jnp.float32))(x, node), want, atol=2e-5)
+    with pytest.raises(RequestError, match="cannot quantize its activations to int8"):
+        node.with_activations("int8")
+    with pytest.raises(RequestError, match="cannot quantize its activations to fp8_e4m3"):
+        quantize(params, scheme="int8", activations="fp8_e4m3")
 
 
 def test_refusals(params):
