@@ -21,11 +21,15 @@ def write(folder: Path, arrays: Arrays) -> None:
     """Write arrays to a new folder, as an Orbax checkpoint."""
     import orbax.checkpoint as ocp
 
+    from llmctl.distributed import host_memory
     from llmctl.model import weights
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), weights.unflatten({path: _plain(parts) for path, parts in arrays.items()}))
-        checkpointer.wait_until_finished()
+    host_memory.trim()
+    tree = weights.unflatten({path: _plain(parts) for path, parts in arrays.items()})
+    # By default, Orbax copies and compresses all arrays at the same time.
+    handler = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=max(_sizes(tree)) + 1)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
 
 
 def sparse_parts(path: Path, target: Arrays, storage: Mapping[str, sparse_storage.Record]) -> dict[str, Any]:
@@ -110,12 +114,7 @@ def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
     Args:
         arrays: Arrays of each weight, as Orbax stores them.
     """
-    import jax
-    import numpy as np
-
-    sizes = {
-        name: sum(a.size * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(own)) for name, own in arrays.items()
-    }
+    sizes = {name: sum(_sizes(own)) for name, own in arrays.items()}
     group: list[str] = []
     for name in sizes:
         if group and 4 * sum(sizes[n] for n in [*group, name]) > sum(sizes.values()):
@@ -124,6 +123,14 @@ def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
         group.append(name)
     if group:
         yield group
+
+
+def _sizes(arrays: Any) -> list[int]:
+    """Return the size of each array of a tree in bytes, in which int4 takes a byte per element as in NumPy."""
+    import jax
+    import numpy as np
+
+    return [a.size * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(arrays)]
 
 
 def first_line(text: str) -> str:
