@@ -85,7 +85,7 @@ def examples(cfg: DataConfig, columns: Sequence[str], seq_len: int, classes: Seq
         "tags": found[:1] * len(words),
         "answers": [],
         "question": TEXT,
-        "choices": next((list(part.words.values()) for part in cfg.parts() if len(part.words) > 1), words[:4]),
+        "choices": tuple(next((part.words.values() for part in cfg.parts() if len(part.words) > 1), words[:4])),
         "answer": 0,
     }
     values |= {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": long}], "tools": None}

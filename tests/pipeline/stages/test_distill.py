@@ -31,7 +31,7 @@ def train(**changes):
     return tiny.TRAIN.model_copy(update={"steps": 4, "checkpoint_every": 2, "log_every": 1, **changes})
 
 
-@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@pytest.mark.parametrize("architecture", ["decoder", pytest.param("encoder_decoder", marks=pytest.mark.slow)])
 def test_language_models_learn_from_all_signals(architecture, tmp_path):
     """A student of another width learns from outputs, states, relations and embeddings, with js of the top tokens."""
     model = tiny.MODELS[architecture]
@@ -49,6 +49,7 @@ def test_language_models_learn_from_all_signals(architecture, tmp_path):
     assert (made.model.d_model, made.model.layers) == (16, 3)
 
 
+@pytest.mark.slow
 def test_eight_devices_and_a_resumed_run_equal_one_run(tmp_path, monkeypatch):
     """A classifier that learns from all signals has the same parameters on 8 devices, and bit for bit after a kill."""
     teacher = tiny.classifier(tmp_path, "encoder", **WIDER)
@@ -168,6 +169,40 @@ def test_teachers_over_one_base_share_its_integers(tmp_path):
     student = tiny.made(tmp_path, tiny.MODELS["decoder"], seed=1)
     made = tiny.go(tmp_path / "run", paths, student, teachers=list(paths), data=tiny.data(tmp_path, "text"))
     assert len(made.manifest.metrics["teachers"]) == 3
+
+
+TASKS = {
+    "tokens": {"head": "tokens", "labels": 2, "head_bias": True},
+    "span": {"head": "span", "labels": 0, "head_bias": True},
+    "regress": {"head": "regress", "labels": 1, "pooling": "mean"},
+    "multilabel": {"head": "classify", "labels": 2, "pooling": "mean"},
+    "embed": {"head": "embed", "labels": 0, "pooling": "mean"},
+    "choice": {"head": "choice", "labels": 0, "pooling": "mean"},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_step_with_all_signals_of_a_quantized_teacher(task, tmp_path):
+    """The step is traced, and not compiled: losses on inner layers read rows of every form, and integers stay so."""
+    mesh, cfg = meshes.make(ONE), tiny.MODELS["encoder"].model_copy(update=TASKS[task])
+    labels = ["a", "b"] if TASKS[task]["labels"] == 2 else []
+    about = {"labels": labels, "task": task}
+    student = artifact.abstract(tiny.made(tmp_path, cfg, **about), mesh)
+    wide = artifact.load(tiny.made(tmp_path, cfg.model_copy(update=WIDER), **about))
+    small = quantize(wide.params, scheme="int8", group=0, embeddings=False, head=False, activations="")[0]
+    about |= {
+        "stage": "quantize",
+        "key": "k",
+        "config": {"train": {"seq_len": 16}},
+        "tokenizer_dir": wide.tokenizer_dir,
+    }
+    artifact.save(tmp_path / "small", small, wide.model, **about)
+    data = {"source": "jsonl", "path": str(tiny.rows(tmp_path))}
+    data |= {"label_type": {"regress": "number", "multilabel": "set"}.get(task, "class")}
+    config = distill.Config(teacher="t", signals=SIGNALS, data=data, train=tiny.TRAIN)
+    (step,), _ = distill.programs(config, student, {"t": artifact.abstract(tmp_path / "small", mesh)}, mesh)
+    assert "extra/hidden" in step.trace().out_info[0]["params"]
+    assert any(a.dtype == "int8" for a in jax.tree.leaves(step.parameters[3]))
 
 
 @pytest.mark.parametrize(("settings", "line"), [
