@@ -81,8 +81,8 @@ class Visit:
 
 
 Change = Callable[[Visit], Layer]
-"""Compression method: a function from a Visit to the changed parameters of its layer. After the change, a weight must
-have the same type (dense, quantized, …) in all layers of the encoder or decoder.
+"""Compression method: function (Visit) -> changed parameters of the visited layer. After the change, a weight must have
+the same type (dense, quantized, …) in all layers of the encoder or decoder.
 """
 
 
@@ -142,8 +142,9 @@ def walk(
       head: whether to visit the output head too, after all layers.
       keep: whether to keep each layer's statistics in its report.
       progress: function that is called with each report.
-      saved: folder in which changed layers are saved. A layer that is already saved there is read instead of changed
-          again. The batches pass through it by the same compiled function, so an interrupted walk gives the same bits.
+      saved: folder in which changed layers are saved. If the folder already has a layer, the saved layer is read, and
+          the layer is not changed again. The batches pass through a saved layer by the same compiled function. An
+          interrupted walk therefore gives the same bits.
       dtype: dtype of the computation.
 
     Returns:

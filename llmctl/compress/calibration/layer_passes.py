@@ -148,7 +148,7 @@ def placed(stats: LayerStats) -> LayerStats:
 
 
 def _folded(stats: LayerStats, inputs: Mapping[str, tuple[jax.Array, jax.Array]]) -> LayerStats:
-    """Add one batch to the statistics of a layer, and return them replicated.
+    """Add one batch to the statistics of a layer, and return the statistics, replicated on all devices.
 
     XLA reuses the memory of donated statistics only if argument and result have the same sharding.
 

@@ -44,7 +44,7 @@ class LayerStack:
 
         Raises:
           ValueError: If the layer's parameters have other names than the stack's. Also if a weight changes its type in
-              only one of two layers: this layer and the first replaced layer.
+              this layer, but not in the first replaced layer, or the reverse.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():

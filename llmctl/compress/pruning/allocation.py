@@ -1,7 +1,7 @@
 """Choose how sparse each layer becomes in unstructured pruning: by outliers (OWL), or by measured sensitivity.
 
 The zeros of a matrix are not chosen here, but by a pruning score. All matrices of a layer get the same sparsity. The
-numbers of zeros add up to exactly the sparsity of the complete model.
+zeros of all matrices together give exactly the sparsity of the complete model.
 
 Shapes: B batch, T sequence, D model width.
 """
@@ -40,8 +40,9 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
     """Return the sparsity of each layer. The more outliers a layer has, the fewer of its weights become zero.
 
     (OWL; Yin et al., 2023, arXiv:2310.05175.) The fraction of kept weights grows linearly with the fraction of
-    outliers. The highest and the lowest sparsity differ by 2 * `spread`. A layer's sparsity can differ from `sparsity`
-    by nearly 2 * `spread`. Therefore, 2 * `spread` must be less than `sparsity` and less than 1 - `sparsity`.
+    outliers. The highest and the lowest sparsity among the layers differ by 2 * `spread`. A layer's sparsity can differ
+    from `sparsity` by nearly 2 * `spread`. Therefore, 2 * `spread` must be less than `sparsity` and less than 1 -
+    `sparsity`.
 
     >>> owl(np.array([0.0, 1.0, 3.0]), np.ones(3), 0.5, 0.15).round(3).tolist()
     [0.633, 0.533, 0.333]
@@ -50,7 +51,7 @@ def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float)
       outliers: fraction of each layer's weights that are outliers.
       sizes: number of weights of each layer.
       sparsity: sparsity of all layers together.
-      spread: half the difference between the highest and the lowest sparsity.
+      spread: half the difference between the highest and the lowest sparsity among the layers.
     """
     width = float(np.ptp(outliers))
     kept = 2 * spread * (outliers - outliers.min()) / width if width > 0 else np.zeros(len(outliers))
@@ -74,8 +75,8 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
     [0.4, 0.6]
 
     Args:
-      errors: errors [layers, 3] of the model if only one layer is pruned. The three sparsities of the layer are
-        sparsity - spread, sparsity, and sparsity + spread.
+      errors: errors [layers, 3] of the model. For row l, only layer l is pruned. The columns are the sparsities of
+        layer l: sparsity - spread, sparsity, and sparsity + spread.
       sizes, sparsity, spread: see `owl`.
     """
     costs = np.diff(errors, axis=1)

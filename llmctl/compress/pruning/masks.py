@@ -28,7 +28,8 @@ def mask(
     Args:
       score_IO: scores; the lowest are pruned. A weight that is already zero has the score -infinity.
       pattern: sparsity pattern. In a block pattern, the score of a block is the sum of its weights' scores.
-      per: group within which scores compete, except in an N:M pattern: the complete matrix, or each output's inputs.
+      per: group within which scores compete: "matrix", or "output" for the inputs of each output. An N:M pattern does
+        not use `per`.
       count: number of weights to prune in the matrix; by default the number that the pattern gives.
 
         - Block pattern: the number of blocks.

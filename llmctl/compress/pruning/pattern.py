@@ -1,4 +1,4 @@
-"""Define sparsity patterns: how many weights are pruned, and among which weights they are selected.
+"""Define sparsity patterns: the number of weights to prune, and the groups within which these weights are selected.
 
 The module does not import JAX, so that settings can be checked early.
 """

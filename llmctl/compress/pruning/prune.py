@@ -100,7 +100,7 @@ def prune_layer(
       gradients: sums of the loss's gradient by the same paths, if the method needs them.
       method: the method.
       at: (seed, stack, index of the layer), from which the random key of every matrix is derived.
-      counts: number of weights or blocks to prune of each matrix by its path; by default the numbers that the pattern
+      counts: number of weights or blocks to prune, by path of the matrix; by default the numbers that the pattern
         gives.
 
     Returns:
@@ -226,9 +226,10 @@ def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
 
 
 def collector(method: SparseMethod) -> Collect:
-    """Return the `Collect` function of a pruning method: the statistic that calibration collects for each matrix.
+    """Return the `Collect` function of a pruning method.
 
-    The statistic is a Gram matrix, a sum of squares per input, or None, depending on what the method reads.
+    For each matrix, the function returns the statistic that the method reads: a Gram matrix, sums of squares of the
+    inputs, or None.
     """
     return grams if method.hessian else moments if method.moments else nothing
 

@@ -59,8 +59,9 @@ class SparseSettings(MethodSettings):
     added: ClassVar[frozenset[str]] = MethodSettings.added | {"damping", "allocation", "spread", "outlier", "store"}
 
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Fraction of each matrix to set to zero, if the method prunes single weights. For wanda, the fraction applies to
-    the inputs of each output. If the allocation is not uniform, it applies to all matrices together."""
+    """Fraction of each matrix to set to zero, if the method prunes single weights. If the method is wanda, the fraction
+    applies to the inputs of each output. If the allocation is not uniform, the fraction applies to all matrices
+    together."""
     pattern: str = "unstructured"
     """Pattern of the zeros, if the method prunes single weights. unstructured: zeros at any position. N:M, such as 2:4:
     keep N of every M inputs; N and M determine the sparsity. AxB, such as 128x1: prune the blocks of A inputs and B
@@ -76,11 +77,11 @@ class SparseSettings(MethodSettings):
     the model is exact."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
     """Differences of sparsity between layers, if the allocation is owl or sensitivity. owl: half the difference between
-    the highest and the lowest sparsity of a layer. sensitivity: largest difference between the sparsity of a layer and
-    the sparsity of the model."""
+    the highest and the lowest sparsity among the layers. sensitivity: largest difference between a layer's sparsity and
+    the model's sparsity."""
     outlier: float = Field(default=5.0, gt=0)
-    """Score from which a weight is an outlier, as a multiple of the layer's mean score, if the allocation is owl. The
-    scores are computed by wanda."""
+    """Threshold for the scores of outliers, if the allocation is owl: a multiple of the layer's mean score. The scores
+    are those of wanda."""
     store: Literal["dense", "sparse"] = "dense"
     """Format of the pruned matrices on disk, also in later stages, if the method prunes single weights. sparse: store
     only nonzero weights and their positions. In memory, matrices are dense."""

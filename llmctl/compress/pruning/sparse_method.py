@@ -24,15 +24,15 @@ AllocationName = Literal["uniform", "owl", "sensitivity", "global"]
 class Allocation:
     """Describe how zeros are distributed over layers (`llmctl.compress.pruning.allocation` and `global_threshold`).
 
-    The name is "uniform", "owl", "sensitivity", or "global" if the weights of all matrices compete.
+    The name is "uniform", "owl", "sensitivity" or "global". With "global", the weights of all matrices compete.
     """
 
     name: AllocationName = "uniform"
     spread: float = 0.08
-    """For owl, half the difference between the highest and the lowest sparsity of a layer (OWL's lambda). For
+    """For owl, half the difference between the highest and the lowest sparsity among the layers (OWL's lambda). For
     sensitivity, the largest difference between a layer's sparsity and the model's sparsity."""
     outlier: float = 5.0
-    """Score from which a weight is an outlier, as a multiple of the layer's mean score (OWL's M)."""
+    """Threshold for the scores of outliers, as a multiple of the layer's mean score (OWL's M)."""
 
     @property
     def uniform(self) -> bool:
@@ -72,7 +72,7 @@ class SparseMethod:
     allocation: Allocation = Allocation()
 
     def score_only(self, sparsity: float) -> SparseMethod:
-        """Return a method with the same score for an unstructured pattern of this sparsity, without repair.
+        """Return a method with the same score, without repair, for an unstructured pattern of the given sparsity.
 
         For SparseGPT, the returned method has Wanda's score.
         """

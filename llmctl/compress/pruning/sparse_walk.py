@@ -35,7 +35,7 @@ def prune_weights(
     """Return the pruned parameters, and data about each layer (`llmctl.compress.pruning.prune_report.records`).
 
     If the method needs calibration data, it prunes layer by layer. Finished layers are saved, so that an interrupted
-    run can resume. Measurements by which the sparsities of layers are chosen are saved too.
+    run can resume. The measurements that determine the sparsity of each layer are saved too.
 
     Args:
       config: calibration settings.

@@ -42,10 +42,11 @@ def prune(
     pattern: Pattern,
     block: int = BLOCK,
 ) -> Solution:
-    """Return the matrix with `count` zeros (or the zeros of an N:M pattern), and changed values of the kept weights.
+    """Return the pruned matrix, with `count` zeros and updated kept weights.
 
     Weights that are zero stay zero and count towards the sparsity. In an unstructured pattern, the same fraction of
-    nonzero weights is pruned in every block of inputs. In a block pattern, it is the same fraction of nonzero blocks.
+    nonzero weights is pruned in every block of inputs. In a block pattern, the same fraction of nonzero blocks of
+    weights is pruned in every block of inputs. In an N:M pattern, the pattern gives the number of zeros.
 
     Args:
       w_IO: the matrix.
@@ -53,8 +54,8 @@ def prune(
       count: number of weights or blocks to prune, except in an N:M pattern.
       damping: fraction of the Hessian's mean diagonal entry that is added to its diagonal.
       pattern: sparsity pattern.
-      block: number of inputs per block. It is rounded up to a multiple of M in an N:M pattern, and of a block's inputs
-          in a block pattern.
+      block: number of inputs that are processed together. In an N:M pattern, the number is rounded up to a multiple of
+          M. In a block pattern, the number is rounded up to a multiple of `pattern.block_inputs`.
     """
     dtype = w_IO.dtype
     w_IO = w_IO.astype(jnp.float32)

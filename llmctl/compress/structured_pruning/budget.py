@@ -1,10 +1,10 @@
-"""Choose sizes of a model that meet a budget of parameters, bytes or FLOPs, and estimate what each choice costs.
+"""Choose sizes of a model that meet a budget of parameters, bytes or FLOPs, and estimate the loss of each choice.
 
 All combinations of layers, heads and hidden width are enumerated. Each combination gets the largest number of neurons
 that the budget allows (`llmctl.compress.structured_pruning.search_space`).
 
-The estimated loss of a combination is a sum over the four sizes. A term is the loss if only one size is reduced. It is
-interpolated between measured sizes. The module does not import JAX.
+The estimated loss of a combination is a sum over the four sizes. Each term is the increase of the loss if only this
+size is reduced. The term is interpolated between measured sizes. The module does not import JAX.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure what the removal of layers, heads, neurons and hidden channels costs, and choose sizes that meet a budget.
+"""Measure how the loss grows if layers, heads, neurons or hidden channels are removed, and choose sizes for a budget.
 
 The search has four steps:
 
@@ -10,10 +10,11 @@ The search has four steps:
 The final pruning uses the same importance. Without repair, the pruned model therefore has the measured loss.
 
 To measure a loss, heads and neurons are disabled by zero rows in the matrices that read them, and channels are cut.
-Layers are disabled by zero rows too. In a post-norm model, the norms of such a layer would still change the hidden
-states, so layers are removed.
+Layers are disabled by zero rows too. In a post-norm model, the norms of a disabled layer would still change the hidden
+states. The layers of such a model are therefore removed.
 
-Every measurement is saved. A run that continues after a kill measures only what is missing, and chooses the same sizes.
+Every measurement is saved. If an interrupted run continues, it measures only the missing values, and chooses the same
+sizes.
 """
 
 from __future__ import annotations
@@ -236,7 +237,9 @@ def loss_steps(space: Space, count: int = FINALISTS + 1) -> int:
 def choose(
     scan: Scan, space: Space, wanted: float, size: Size, planned: Callable[[int], None] | None = None
 ) -> tuple[list[Candidate], budget.Curves]:
-    """Measure the loss of candidates that meet a budget: the best estimates, and uniform pruning.
+    """Measure the loss of candidates that meet a budget.
+
+    The candidates with the lowest estimates and the candidate with uniform ratios are measured.
 
     Args:
       scan: importance in the unpruned model, and calibration batches.

@@ -56,7 +56,7 @@ def prune_channels(
       batches: calibration batches.
       keep: number of channels to keep.
       method: importance and repair.
-      progress: function that is called with the report of each layer that a pass has finished.
+      progress: function that is called with the report of each finished layer, in both passes.
       dtype: dtype of the computation.
       saved: folder in which repaired layers are saved.
       found: derivatives for the importance "taylor" (`gates.accumulate`).
@@ -84,7 +84,7 @@ def norm_feeds(cfg: ModelConfig) -> list[wiring.Feed]:
 
 
 def gate_paths(cfg: ModelConfig, params: Params) -> dict[str, int]:
-    """Return the argument `units` of `gates.accumulate` for channels: {path of a norm's scale: hidden width}.
+    """Return {path of a norm's scale: hidden width}, to compute gates of channels with `gates.accumulate`.
 
     A norm is omitted if no matrix reads its outputs.
     """
@@ -156,7 +156,10 @@ def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
 
 
 def grams(cfg: ModelConfig) -> Collect:
-    """Return the `Collect` function for repair: Gram matrix and sum of the inputs of each matrix that reads a norm."""
+    """Return the `Collect` function for repair.
+
+    For each matrix that reads a norm, the function selects the Gram matrix and the sum of the inputs.
+    """
     names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
 
     def collect(path: str, inputs: int) -> Statistic | None:

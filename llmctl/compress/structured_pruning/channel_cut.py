@@ -26,7 +26,7 @@ Params = dict[str, Any]
 
 
 def hidden_axes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the axes, from the end, whose length is the hidden width, by the path of the weight.
+    """Return {path of a weight: axes whose length is the hidden width, counted from the end}.
 
     >>> found = hidden_axes(ModelConfig(preset="llama-tiny"))
     >>> found["decoder/blocks/mlp/up/kernel"], found["decoder/blocks/mlp/down/kernel"], found["embed/tokens"]

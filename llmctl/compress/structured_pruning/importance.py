@@ -32,7 +32,7 @@ SCORE, GRAM, TOTALS = "score", "gram", "totals"
 
 
 def statistic(method: StructuredMethod, inputs: int, units: int) -> Statistic | None:
-    """Return the empty statistic that calibration collects of a matrix's inputs; None if the method needs none.
+    """Return the empty statistic that calibration collects of a matrix's inputs; None if the method needs no statistic.
 
     Args:
       method: the method.
@@ -63,7 +63,7 @@ def of_units(
       method: the method.
       units: description of the heads or neurons.
       layer: parameters of the layer.
-      measured: the statistic of the inputs of the matrix that reads the units; None if the method reads none.
+      measured: the statistic of the inputs of the matrix that reads the units; None if the method reads no statistic.
       gates_N: derivatives of the loss with respect to a factor on each unit, for "taylor"
           (`llmctl.compress.structured_pruning.gates`).
       at: (stack, index of the layer).
@@ -83,7 +83,7 @@ def of_units(
 
 
 def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
-    """Return ||X_h O_h||_F [N], each query head's contribution to the residual stream, for `o` [I, D]."""
+    """Return ||X_h O_h||_F [N], each query head's contribution to the residual stream (`o`: [I, D])."""
     heads, width, _ = gram.products.shape
     o_NKD = o.astype(jnp.float32).reshape(heads, width, -1)
     square_N = jnp.einsum("hkl,hkd,hld->h", gram.products, o_NKD, o_NKD)
@@ -91,7 +91,7 @@ def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
 
 
 def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
-    """Return ||x_n||_2 * ||down_n||_2 [N], each neuron's contribution to the residual stream, for `down` [N, D]."""
+    """Return ||x_n||_2 * ||down_n||_2 [N], each neuron's contribution to the residual stream (`down`: [N, D])."""
     return jnp.sqrt(stats.squares) * jnp.linalg.norm(down.astype(jnp.float32), axis=1)
 
 

@@ -55,7 +55,8 @@ def curves(found: Mapping[str, Any]) -> dict[str, list[tuple[np.ndarray, np.ndar
     If heads are removed in groups, a removed head may have a higher importance than a kept head.
 
     Returns:
-      {"heads", "neurons" or "channels": one pair of arrays per layer}. A kind is omitted if nothing of it was removed.
+      {"heads", "neurons" or "channels": one pair of arrays per layer}. A kind is omitted if no part of this kind was
+      removed.
     """
     out: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for unit in found.get("units", []):

@@ -34,7 +34,7 @@ def measure(models: Mapping[str, Shapes], seq_len: int, dtype: Any = jnp.float32
     """Return the median times in seconds of each model: {name: {"prefill": time, "decode": time}}.
 
     - "prefill": the time for one text of `seq_len` tokens. If the model generates text, the first new token is
-      included. The text is shorter if the model's maximum length is.
+      included. If the model's maximum length is shorter, the text has the maximum length.
     - "decode": the time per further token. It is omitted if the model does not generate text.
     """
     with meshes.use(meshes.make(MeshConfig(), jax.local_devices()[:1])):

@@ -36,7 +36,7 @@ def measure(
     progress: Progress = None,
     dtype: Any = jnp.float32,
 ) -> tuple[Arrays, dict[str, list[float]]]:
-    """Return what `reduce` computes from the reports of a walk, and the block influence of the layers by stack.
+    """Return the arrays that `reduce` computes from a walk's reports, and the block influence of the layers by stack.
 
     If an interrupted run saved both results, the walk does not run. `progress` is then called with the saved influence,
     so that the log has the same lines.

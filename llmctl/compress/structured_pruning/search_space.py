@@ -69,7 +69,8 @@ class Space:
           check: function that raises a RequestError if the model cannot be pruned to a config.
           each: whether to check every value. Otherwise, only the smallest value of each size is checked. If this value
               is not allowed, the size is not reduced.
-          tries: number of steps that are tried for the number of neurons: `multiple`, 2 * `multiple`, and so on.
+          tries: how many values of the step between numbers of neurons are tried: `multiple`, 2 * `multiple`, and so
+              on.
 
         Raises:
           RequestError: If no number of neurons is allowed.

@@ -53,11 +53,11 @@ def search(
     mesh: Mesh,
     rows: int,
 ) -> tuple[Space, Size, float]:
-    """Return what a budget search works on: the allowed sizes, the function that computes a size, and the limit.
+    """Return the inputs of a budget search: the allowed sizes, the function that computes a size, and the limit.
 
-    A size is not allowed if the mesh cannot shard it. It is not allowed either if a weight cannot be reduced, such as a
-    quantized embedding table to a smaller hidden width. Nothing is measured. `rows` is the number of tokens in the
-    vocabulary after pruning.
+    Sizes are allowed if the mesh can shard the pruned model, and if every weight can be reduced. For example, the
+    hidden width cannot be reduced if a weight is quantized in groups along the channels. Nothing is measured. `rows` is
+    the number of tokens in the vocabulary after pruning.
 
     Raises:
       RequestError: If no sizes meet the budget, or the method does not fit the model.

@@ -1,7 +1,7 @@
 """Count the bytes that a pruned model's arrays have in memory, from the arrays of the unpruned model.
 
-The dtypes stay as they are, and every axis follows the sizes of the config. A mean number of bits per parameter would
-be wrong: pruning removes integers from the layers, and the floats of the embeddings stay.
+Pruning keeps the dtypes. The config after pruning determines the length of every axis. A mean number of bits per
+parameter would give a wrong result: pruning may remove integers from the layers and keep the floats of the embeddings.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def counter(cfg: ModelConfig, params: dict[str, Any]) -> Size:
 
 
 def _doubled(cfg: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all weights if a field of the config had twice its value.
+    """Return the shapes that all weights would have if a field of the config had twice its value.
 
     If the key/value heads are doubled, the query heads are doubled too.
     """

@@ -148,10 +148,10 @@ def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = 
 
 
 def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
-    """Return the argument `units` of `gates.accumulate` for structured pruning from `cfg` to `target`.
+    """Return {path of a matrix: number of heads or neurons that the matrix reads}, to compute gates.
 
-    The result is {path of a matrix: number of heads or neurons whose outputs the matrix reads}. A matrix is omitted if
-    `target` keeps all these heads or neurons.
+    The result is the argument `units` of `gates.accumulate`. A matrix is omitted if `target` keeps all heads or neurons
+    that the matrix reads.
     """
     return {
         f"{stack}/blocks/{path}/kernel": units.count

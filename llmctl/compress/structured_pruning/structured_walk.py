@@ -68,10 +68,11 @@ def prune_structure(
       mesh: the devices.
       saved: folder of finished layers and of measurements.
       log: function that is called with the report of each layer that was measured or pruned.
-      scan: importance of everything in the unpruned model, if it was measured to meet a budget.
+      scan: importance of all layers, heads, neurons and channels in the unpruned model, if a budget search measured it.
 
     Returns:
-      The config, the parameters, and metrics: what was kept, and the importance of all heads, neurons and channels.
+      The config, the parameters, and metrics: the indices of the kept parts, and the importance of all heads, neurons
+        and channels.
 
     Raises:
       RequestError: If the calibration data cannot be read.

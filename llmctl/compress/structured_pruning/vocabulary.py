@@ -2,9 +2,9 @@
 
 First, the tokens in the texts of all splits are counted. The setting `vocabulary` then selects the kept tokens:
 
-- "unused": the tokens that some text has. All texts are then tokenized as before.
+- "unused": the tokens that occur in any text. All texts are then tokenized as before.
 - A number: this number of tokens, the most frequent. A text with a removed token is then split into other tokens.
-  Decoding them must give the same text as before.
+  Decoding these tokens must give the same text as before.
 
 Finally, all texts are tokenized again to check this.
 
@@ -42,7 +42,8 @@ Params = dict[str, Any]
 Encode = Callable[[Tokenizer, list[Any]], list[list[int]]]
 """Function (tokenizer, texts or conversations) -> token ids of each text or conversation."""
 MESSAGES = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
-"""Conversation whose tokens stay if the tokenizer has a chat template."""
+"""Conversation to format by the tokenizer's chat template. The tokens of the formatted conversation are never removed.
+"""
 
 
 @dataclass(frozen=True)
