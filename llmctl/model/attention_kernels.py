@@ -68,7 +68,7 @@ def attend(
     *,
     cross: bool,
 ) -> jax.Array:
-    """Compute attention by ring attention, by a fused kernel of the platform, or else in plain XLA.
+    """Compute attention by ring attention, by the platform's fused kernel, or in plain XLA, as `choose` selects.
 
     Args:
         q_BTHK: Queries.

@@ -33,7 +33,7 @@ of other tokens."""
 def applies_to(cfg: ModelConfig) -> bool:
     """Return True if this initialization is used for new models with the config `cfg`.
 
-    It is used for encoders with learned positions, such as BERT and RoBERTa.
+    The result is True for encoders with learned positions, such as BERT and RoBERTa.
     """
     return cfg.architecture == "encoder" and cfg.positions == "learned"
 

@@ -25,7 +25,7 @@ from llmctl.model.chunked_loss import (
 from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
 
 Side = tuple[Project, Tree, jax.Array]
-"""Output projection of a model, its parameters, and the hidden states that it projects, [B, T, width]."""
+"""One of the compared models: (output projection, parameters of the projection, hidden states [B, T, width])."""
 
 
 def symmetric_divergence(
@@ -38,7 +38,7 @@ def symmetric_divergence(
 ) -> jax.Array:
     """Compute the symmetric divergence (KL(p || q) + KL(q || p)) / 2 of two output distributions p and q, in nats.
 
-    The result is the weighted sum over tokens. It is differentiable with respect to the hidden states of both.
+    The result is the weighted sum over tokens. It is differentiable with respect to `x_BTD` and `other_BTD`.
 
     Args:
         project: Output projection.

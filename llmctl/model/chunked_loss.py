@@ -76,8 +76,8 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, x_BTD: jax.Array, rest: Tree) -> Tree:
     """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device with its own rows and tokens.
 
-    Within `fn`, arrays are those of one device. Only the vocabulary is sharded automatically by XLA. Matrices of the
-    output head, and their gradients, are sent between devices in the dtype of `x_BTD`.
+    `fn` gets only the rows and tokens of its own device. XLA still shards the vocabulary automatically. Matrices of the
+    output head, and the gradients of these matrices, are sent between devices in the dtype of `x_BTD`.
 
     Returns:
         The first result of `fn`, summed over the devices, and its second result as global arrays [B, T, ...].

@@ -124,7 +124,7 @@ class ModelConfig(Config):
     head_transform: bool = False
     """Apply a dense layer, activation and norm before the output projection, and a bias after it (BERT)."""
     head_activation: Literal["", "silu", "gelu", "gelu_tanh", "relu"] = ""
-    """Nonlinearity of head_transform; empty uses that of the feed-forward layer."""
+    """Nonlinearity of head_transform; empty uses `activation`."""
     pooler: bool = False
     """Apply a dense layer with tanh to the pooled vector before classification."""
     next_sentence: bool = False
@@ -135,8 +135,8 @@ class ModelConfig(Config):
     prompt_tokens: int = Field(default=0, ge=0)
     """Number of trained prompt vectors (prompt tuning). Their token ids start at vocab_size."""
     prefix_tokens: int = Field(default=0, ge=0)
-    """Number of trained keys and values before every text (prefix tuning), in each layer of the decoder or, if there
-    is none, of the encoder. Positions of texts start after them."""
+    """Number of trained keys and values before every text (prefix tuning), in each layer of the decoder or, if there is
+    none, of the encoder. The first token of a text has the position prefix_tokens."""
     adapter_size: int = Field(default=0, ge=0)
     """Width of the bottleneck adapters in each layer; 0 means no adapters."""
     adapter_form: Literal["sequential", "parallel"] = "sequential"

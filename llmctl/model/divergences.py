@@ -44,8 +44,8 @@ class Divergence:
     skew: float = 0.1
     """Weight of the teacher's distribution in the mixture of `skew`."""
     top_k: int = 0
-    """Number of the teacher's most probable classes that are compared one by one. All other classes count as one class,
-    whose probability is their sum. 0 compares all classes one by one."""
+    """Number of the teacher's most probable classes that are compared one by one. The probabilities of all other
+    classes are added, and compared as one class. 0 compares all classes one by one."""
 
     @property
     def metric(self) -> str:

@@ -1,4 +1,4 @@
-"""Look up embeddings if the same devices shard the columns of the table and the tokens.
+"""Look up embeddings in a table whose columns are sharded over the devices that also shard the tokens.
 
 There are two methods. In the first, every device gathers the table. In the second, every device looks up its own
 columns for the tokens of all devices. An all-to-all then sends each device the missing columns of its own tokens. The
@@ -54,8 +54,8 @@ class _Layout(NamedTuple):
     row_axes: tuple[str, ...]
     """Mesh axes that shard the rows of the table."""
     exchange_columns: bool
-    """Whether to use the second method of the module docstring: each device looks up its columns for all tokens, and an
-    all-to-all follows."""
+    """Whether each device looks up its own columns for all tokens, followed by an all-to-all. This is the second method
+    of the module docstring. If false, the first method is used."""
 
 
 def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:

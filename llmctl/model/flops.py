@@ -108,7 +108,7 @@ def _norm(cfg: ModelConfig, width: int) -> int:
 
 
 def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
-    """Return the number of elements in the matrices of one layer, including those of bottleneck adapters."""
+    """Return the number of elements in the matrices of one layer, including the matrices of bottleneck adapters."""
     attention = cfg.d_model * cfg.head_dim * 2 * (cfg.heads + cfg.kv_heads)
     adapters = _adapters(cfg, *_sublayers(cross)) * 2 * cfg.d_model * cfg.adapter_size
     return attention * (2 if cross else 1) + cfg.d_model * cfg.d_ff * (3 if cfg.gated else 2) + adapters

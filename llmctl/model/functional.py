@@ -133,7 +133,7 @@ def _boxes(config: str) -> Params:
     """Return abstract parameters with their logical axes, from a cache of the last 64 configs.
 
     Args:
-        config: ModelConfig as JSON text, which can be a key of the cache.
+        config: ModelConfig as JSON text, because a key of the cache must be hashable.
     """
     cfg = ModelConfig.model_validate_json(config)
     return jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
@@ -162,8 +162,8 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
     """Check that the mesh fits the model.
 
     Raises:
-        RequestError: If the tensor axis does not divide the number of heads, if the pipeline axis does not divide the
-            number of layers, or if the context axis shards the texts of a model with prefix tuning.
+        RequestError: If the tensor axis does not divide the number of heads. If the pipeline axis does not divide the
+            number of layers. If a model with prefix tuning has a context axis larger than 1.
     """
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
     if cfg.prefix_tokens and mesh.shape["context"] > 1:
@@ -316,7 +316,7 @@ def cached_block(
         cfg: Config of the model.
         stack: Name of the stack, "encoder" or "decoder".
         layer: Parameters of the layer.
-        carry: Inputs of the layer. For the first layer, they are the result of `embed`. The batch that `embed` gets
+        carry: Inputs of the layer. For the first layer, they are the result of `embed`. The batch argument of `embed`
             must contain `slot` and `cached_segments`. `slot` is the cache position of the first token.
             `cached_segments` has the segment of the token at each cache position.
         index: Index of the layer in the stack.

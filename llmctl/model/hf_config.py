@@ -29,8 +29,8 @@ IRRELEVANT = frozenset({
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "transformers.js_config",
 })  # fmt: skip
-"""Keys of config.json that are ignored, because they affect neither the outputs nor the shapes of the network. Class
-names are also ignored, because other code reads them."""
+"""Keys of config.json that the conversion to a ModelConfig ignores. Most affect neither the outputs nor the shapes of
+the network. `llmctl.convert.hf_folder` reads the others, such as `architectures` and `id2label`."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -47,7 +47,7 @@ ACTIVATIONS = {
 class Keys:
     """Read the keys of a config.json one by one, and collect problems such as unsupported values.
 
-    Every method that reads a key removes it from `given`. `finish` then reports problems and all keys that are left.
+    Every method that reads a key removes the key from `given`. `finish` then reports problems and all remaining keys.
     """
 
     def __init__(self, given: Mapping[str, Any], ignore: frozenset[str] = frozenset()):
@@ -56,7 +56,7 @@ class Keys:
         self.problems: list[str] = []
 
     def take(self, key: str, default: Any = ...) -> Any:
-        """Remove a key and return its value. If it is missing or null, return the default.
+        """Remove a key and return its value. If the key is missing or null, return the default.
 
         Without a default, a missing key is recorded as a problem.
         """
@@ -89,7 +89,7 @@ class Keys:
         return ACTIVATIONS.get(value, "silu")
 
     def drop(self, *keys: str) -> None:
-        """Accept keys with any value, because they do not change the outputs of the model family.
+        """Accept keys with any value, because no value changes the outputs of a model of this family.
 
         The keys are removed, so that `finish` does not report them as unknown.
         """

@@ -27,14 +27,14 @@ class Head:
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that this class implies, with their values. Import sets them, and export requires them."""
+    """Fields of ModelConfig that the class implies, with their values. Import sets them, and export requires them."""
     prefix: str = ""
-    """Prefix of the network's tensor names in this class, if it differs from the family's prefix."""
+    """Prefix of the network's tensor names in the class, if it differs from the family's prefix."""
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """Describe how the config and the tensor names of a model family are converted from and to Hugging Face's."""
+    """Convert the config and the tensor names of a model family from and to the Hugging Face format."""
 
     model_type: str
     prefix: str
@@ -51,7 +51,7 @@ class Bridge:
     buffers: tuple[str, ...] = ()
     """Regular expressions for the names of tensors that are not parameters, and are ignored on import."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that some files contain in addition to an equal tensor: {name: name of the equal tensor}."""
+    """Tensors that some files store twice: {name of the second tensor: name of the equal first tensor}."""
     in_out: str = ""
     """Regular expression for the names of matrices that Hugging Face stores as [in, out], as llmctl does."""
     renamed: Mapping[str, str] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
 
 
 def empty(shape: tuple[int, ...], form: str, dtype: Any) -> Cached:
-    """Return cached keys or values of zeros, in a format of `compressed_cache`. If the format is empty, use `dtype`."""
+    """Return zeros as cached keys or values, in a format of `compressed_cache` or, if it is empty, in `dtype`."""
     return Compressed.zeros(shape, form, dtype) if form else jnp.zeros(shape, dtype)
 
 
@@ -60,7 +60,8 @@ def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array 
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
     """Store the keys or values of cross-attention in the cache of a module, so that later steps can read them.
 
-    Keys or values are quantized if the cache already has a quantized array without slots, "memory_k" or "memory_v".
+    The arrays are named "memory_k" and "memory_v". If an array of this name is already in the cache, its format and
+    dtype are kept. Before the first step, this array may have no slots.
     """
     laid_out, name = _laid_out(x_BSGK), f"memory_{name}"
     kept = module.get_variable("cache", name) if module.has_variable("cache", name) else laid_out

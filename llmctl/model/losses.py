@@ -93,7 +93,7 @@ def soft_class_sums(
     how: SoftLoss,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return a classifier's distillation loss, the weighted sum of divergence from the teacher and cross-entropy.
+    """Return a classifier's distillation loss: cross-entropy and divergence from the teacher, weighted and summed.
 
     Args:
         teacher_BC: Logits of the teacher.
@@ -115,9 +115,11 @@ def soft_class_sums(
 def soft_number_sums(
     teacher_B: jax.Array, y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array, how: SoftLoss
 ) -> tuple[jax.Array, Sums]:
-    """Return the distillation loss of a regression, the weighted sum of errors to the teacher and to the labels.
+    """Return the distillation loss of a regression.
 
-    Errors are weighted sums of squared differences. Of `how`, only the two weights are used.
+    The loss has two terms: the squared differences from the teacher, and from the labels. Both are summed over the
+    rows, weighted by row. `how.soft` and `how.hard` are the weights of the two terms; the divergence of `how` is not
+    used.
 
     Returns:
         (loss, sums). The sums are the same as in `number_sums`, for the labels.

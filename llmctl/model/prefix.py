@@ -23,15 +23,16 @@ DEVIATION = 0.02
 
 
 def added(cfg: ModelConfig, tokens: int) -> dict[str, int]:
-    """Return new values for the config's fields that change when a prefix of `tokens` keys and values is added.
+    """Return the config fields that change when a prefix of `tokens` keys and values is added, with their new values.
 
-    The prefix takes the first positions, so fewer remain for texts. With relative positions, texts lose none.
+    The prefix takes the first `tokens` positions, so the maximum length of texts decreases by `tokens`. If positions
+    are relative or absent, the maximum length does not change.
     """
     return {"prefix_tokens": tokens, "max_seq_len": cfg.max_seq_len - (0 if _unbounded(cfg) else tokens)}
 
 
 def removed(cfg: ModelConfig) -> dict[str, int]:
-    """Return new values for the config's fields that change when the prefix is removed; inverse of `added`."""
+    """Return the config fields that change when the prefix is removed, with their new values; inverse of `added`."""
     return {"prefix_tokens": 0, "max_seq_len": cfg.max_seq_len + (0 if _unbounded(cfg) else cfg.prefix_tokens)}
 
 

@@ -82,7 +82,7 @@ class Cost:
 class Program:
     """Describe a compiled function that a stage runs repeatedly, and the arrays in memory while it runs.
 
-    A stage defines a function `programs`, so that `llmctl plan` can compile them:
+    A stage defines a function `programs`, which returns its programs. `llmctl plan` compiles them:
 
         def programs(config, base, others, mesh):
             step = jax.jit(lambda params: jax.tree.map(lambda a: a / 2, params), donate_argnums=0)

@@ -38,7 +38,8 @@ def use(rules: Mapping[str, str]) -> Iterator[None]:
     """Set the 8-bit types of matrix products that are traced in a `with` block.
 
     Args:
-        rules: {pattern of a matrix's path: "int8" or "fp8"}; the first match applies. Other products are not in 8 bits.
+        rules: {pattern for paths of matrices: "int8" or "fp8"}. The first matching rule applies. If no rule matches,
+            the product is not computed in 8 bits.
     """
     token = rules_in_use.set(rules)
     try:

@@ -44,8 +44,8 @@ class Units:
     """Describe the heads or neurons of one sublayer. Structured pruning removes them with their columns and rows."""
 
     name: str
-    """Kind of the units (heads or neurons): "attn/heads" (query heads), "attn/groups" (key and value heads), the same
-    with "cross/" for cross-attention, or "mlp/neurons"."""
+    """Kind of the units: "attn/heads" or "cross/heads" (query heads), "attn/groups" or "cross/groups" (key and value
+    heads), or "mlp/neurons". Names with "cross/" are for cross-attention."""
     writers: tuple[str, ...]
     """Paths, relative to the layer, of modules whose outputs (columns and bias elements) are these heads or neurons."""
     readers: tuple[str, ...]

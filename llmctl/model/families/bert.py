@@ -66,7 +66,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def shared_to_keys(cfg: Any) -> Fields:
-    """Convert a ModelConfig to those keys of config.json that BERT and RoBERTa share."""
+    """Return the keys of config.json that BERT and RoBERTa have in common, for a ModelConfig."""
     free = ("max_seq_len", "norm_eps", "activation", "token_types", "vocab_size", "head_transform", "pooler")
     needed = {k: v for k, v in FLAGS.items() if k not in (*free, "next_sentence", "pooling")}
     hf_config.refuse(

@@ -55,7 +55,7 @@ class Beams:
 
 
 class Search(NamedTuple):
-    """Store the state of a beam search between two tokens."""
+    """Store the state of a beam search between two steps. A step adds one token to each live beam."""
 
     made: jax.Array
     """Number of generated tokens per beam."""

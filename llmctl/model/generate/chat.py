@@ -23,11 +23,13 @@ from llmctl.model.generate.sampling import Sampling
 
 
 def read_conversation(file: Path) -> tuple[list[Message], list[Any] | None]:
-    """Read the messages and the tools of a JSON file, in the formats of training (see `llmctl.data.chats`).
+    """Read the messages and the tools from a JSON file.
+
+    The formats are the same as in training (see `llmctl.data.chats`).
 
     Args:
-        file: File with a list of messages, or with an object that has the list "messages" (or "conversations") and may
-            have the list "tools".
+        file: File with a list of messages or an object. The object has the list "messages" or "conversations", and
+            optionally the list "tools".
 
     Returns:
         (messages, descriptions of the tools or None).

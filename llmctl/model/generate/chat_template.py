@@ -4,9 +4,9 @@ A template is a program that comes with a model. It runs in a sandbox without si
 (`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, even if it spells one.
 
 Training needs the positions of the assistant's tokens. Some templates mark these tokens with `{% generation %}`.
-Otherwise, the conversation is rendered twice for each answer. One text ends where the answer begins, as for generation.
-The other text ends where the answer ends. If the complete conversation begins with both texts, their difference is the
-answer with its end token.
+Otherwise, two texts are rendered for each answer: the conversation before the answer, and the conversation including
+the answer. If the complete conversation begins with both texts, the second text without the first is the answer with
+its end token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from llmctl.data.tokenizers.base import ESCAPE, Tokenizer
 from llmctl.model.generate import generation_block
 
 Message = dict[str, Any]
-"""Chat message {"role": "system", "user", "assistant" or "tool", "content": text}, with further keys for templates."""
+"""Chat message {"role": name, "content": text}, with further keys for templates.
+
+The role is "system", "user", "assistant" or "tool".
+"""
 
 DAY = datetime.datetime(2024, 7, 26)
 """Date that templates get in training and evaluation, so that results do not depend on the day."""
@@ -185,7 +188,7 @@ class Template:
         return Marked([*prefix, *ids], np.concatenate([np.zeros(len(prefix), bool), counted_N]), missed)
 
     def end_ids(self) -> list[int]:
-        """Return [id of the special token that ends the assistant's answers].
+        """Return a list with the id of the special token that ends the assistant's answers.
 
         The list is empty if answers do not end with a special token, or if the template fails.
         """
@@ -236,7 +239,7 @@ class Template:
         return text, learned, sum(counts) - len(learned)
 
     def _with_ends(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Change the ranges of characters that a template marks as answers, so that they end with an end token.
+        """Extend or shorten the marked ranges of characters, so that each answer ends with an end token.
 
         White space after an end token is removed. Some templates mark only the text of an answer, without its end
         token. The special token right after the last answer then counts as the end token. Each answer is extended by
@@ -255,7 +258,7 @@ class Template:
         return len(parts) > 1 and not parts[-1]
 
     def _answer_length(self, answer: str) -> int:
-        """Return the length of an answer in characters, without white space after a special token at its end."""
+        """Return the length of an answer in characters, not counting white space after a special token at the end."""
         parts = self.tokenizer.split_special(answer)
         return len(answer) - (len(parts[-1]) if len(parts) > 1 and not parts[-1].strip() else 0)
 

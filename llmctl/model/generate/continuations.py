@@ -1,4 +1,4 @@
-"""Generate continuations of prompts. They are streamed, truncated at stop strings, and timed."""
+"""Generate continuations of prompts: stream the text, truncate it at stop strings, and measure the throughput."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmctl.model.generate.padded_prompts import NOTHING
 from llmctl.model.generate.sampling import Sampling
 
 GENERATION = "generation_config.json"
-"""Name of the file in a tokenizer folder that lists further tokens that end an answer."""
+"""Name of the file in a tokenizer folder that lists end tokens, in addition to the tokenizer's own end token."""
 INCOMPLETE = "\ufffd"
 """Character to which an incomplete UTF-8 sequence is decoded."""
 

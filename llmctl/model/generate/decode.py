@@ -80,7 +80,7 @@ class Decoder:
 
         Raises:
             ValueError: If the model does not generate text.
-            RequestError: If the model's keys cannot be stored in the format.
+            RequestError: If the model's keys cannot be stored in the format `kv_cache`.
         """
         if model.architecture == "encoder" or not model.head_kind.vocabulary:
             raise ValueError(

@@ -86,7 +86,7 @@ class Adapter(Node):
     def merged(self) -> jax.Array:
         """Return the base with the adapter applied, as a dense array in the dtype of the base.
 
-        If the base is quantized, this is the dtype of its scales.
+        If the base is quantized, the result has the dtype of the base's scales.
         """
         return self.dense(self.base.dtype)
 
@@ -143,8 +143,9 @@ def adapter_names(params: Params) -> frozenset[str]:
 def merge_adapters(params: Params) -> Params:
     """Return the parameter tree with every adapter merged into its frozen base weight.
 
-    A merged weight is a plain array in the dtype of the base. If the base is quantized, the dtype is that of its
-    scales. If an adapter also scales the bias of the layer, the bias is multiplied by the adapter's factor.
+    A merged weight is a plain array in the dtype of the base. If the base is quantized, the merged weight has the dtype
+    of the base's scales. If an adapter also scales the bias of the layer, the bias is multiplied by the adapter's
+    factor.
     """
     settled = merge_bias_adapters(params)
     return cast(Params, jax.tree.map(lambda w: as_node(w).merged(), settled, is_leaf=is_weight))

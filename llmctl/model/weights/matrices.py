@@ -29,13 +29,13 @@ class Matrix:
     weight: Any
     """The weight [..., I, O], or the token embedding table [V, D]; a plain array, or a weight node (`weights.base`)."""
     place: Place
-    """`block` for a matrix of a layer, `head` for one of an output head, or `embedding` for the token table.
+    """Location of the matrix: `block` (a layer), `head` (an output head) or `embedding` (the token table).
 
     A token table that is also the output projection is an `embedding`.
     """
     stack: str
-    """`encoder` or `decoder` for a matrix of their layers; empty for other matrices. Also empty for the matrices that
-    `layer_matrices` yields."""
+    """Stack whose layers contain the matrix, `encoder` or `decoder`. Empty if the matrix is not in a layer, or if
+    `layer_matrices` yields it."""
     module: str
     """Path of the module within the layer, such as `attn/q`. Calibration uses it as the name of the matrix's inputs."""
 
@@ -58,7 +58,7 @@ class Matrix:
 def matrices(params: Params, *places: Place) -> Iterator[Matrix]:
     """Yield the matrices of a model, sorted by path.
 
-    With `places`, yield only matrices of these kinds: "block" (layers), "head" (output heads), "embedding".
+    If `places` is given, yield only matrices at these locations: "block" (layers), "head" (output heads), "embedding".
 
     >>> tree = {"decoder": {"blocks": {"attn": {"q": {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones((2, 8))}}}}}
     >>> [(m.stack, m.module, m.place, m.weight.shape) for m in matrices(tree)]

@@ -25,9 +25,10 @@ class Name(NamedTuple):
     path: str
     """Path of the weight, such as `decoder/blocks/attn/q/kernel`."""
     stack: str
-    """`encoder` or `decoder` for a parameter of their layers, which is stacked over layers; otherwise empty."""
+    """Stack whose layers contain the parameter, `encoder` or `decoder`; empty if the parameter is not in a layer."""
     module: str
-    """Path of the module, such as `lm_head`; for a module of a layer, its path within the layer, such as `attn/q`."""
+    """Path of the module, such as `lm_head`. If the module is in a layer, the path within the layer, such as
+    `attn/q`."""
     leaf: str
     """Last key of the path: `kernel`, `bias`, `scale`, …"""
     part: str
@@ -47,7 +48,7 @@ class Name(NamedTuple):
 
     @property
     def bias(self) -> bool:
-        """Return True if the parameter is a bias, such as that of a matrix or a norm."""
+        """Return True if the parameter is the bias of a matrix, a norm or another module."""
         return self.leaf == BIAS
 
     @property

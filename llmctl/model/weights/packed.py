@@ -1,6 +1,7 @@
 """Store a weight as codes of 2, 3 or 4 bits, packed into bytes, with one scale per block of inputs.
 
-A value is the code's level times the scale of its block times one factor of the matrix. The formats:
+A value is the product of three numbers: the level of its code, the scale of its block, and one factor of the matrix.
+The formats:
 
 - int2, int3: integers from -2 to 1 and from -4 to 3, and scales in the dtype of the matrix. Blocks may have zero
   points, which are subtracted from the integers.

@@ -22,10 +22,12 @@ ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 
 @node_type
 class Quantized(Node):
-    """Store a weight as symmetric integers or 8-bit floats with scales. An element of the weight is integer * scale.
+    """Store a weight as integers or 8-bit floats, with scales.
 
-    If `activations` is "int8", or "fp8_e4m3" for 8-bit floats, the inputs are also quantized before each product, with
-    one scale per token (W8A8).
+    An element of the weight is (number - zero point) * scale, or number * scale if there are no zero points.
+
+    If `activations` is "int8" or "fp8_e4m3", the inputs are also quantized before each product, with one scale per
+    token (W8A8). "fp8_e4m3" stands for 8-bit floats.
     """
 
     kind: ClassVar[str] = "quantized"
@@ -104,10 +106,10 @@ class Quantized(Node):
     def with_activations(self, kind: str) -> Quantized:
         """Return the same weight, whose inputs are quantized to `kind` before each product, with one scale per token.
 
-        Integers need int8, and float8_e4m3fn needs fp8_e4m3.
+        `kind` must be "int8" for a weight of integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
 
         Raises:
-            RequestError: If the weight stores other floats, or has zero points.
+            RequestError: If `kind` does not fit the stored numbers, or if the weight has zero points.
         """
         own = self.integers() is not None if kind == "int8" else self.format_name == ACTIVATIONS[kind]
         if not own or self.array.zero_point is not None:

@@ -26,7 +26,7 @@ KINDS: Registry[type[Node]] = Registry(
         "dora": "llmctl.model.weights.dora:Dora",
     },
 )
-"""Classes of weights that consist of several arrays, such as `Quantized`, by their name in manifests."""
+"""Map from names in manifests to the classes of weights that consist of several arrays, such as `Quantized`."""
 
 
 def parts(w: Any) -> dict[str, Any]:

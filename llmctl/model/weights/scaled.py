@@ -1,4 +1,4 @@
-"""Define (IA)^3: a weight whose inputs or outputs are multiplied by trained factors.
+"""Define (IA)^3, an adapter that multiplies the inputs or the outputs of a frozen weight by trained factors.
 
 (Liu et al., 2022, arXiv:2205.05638)
 

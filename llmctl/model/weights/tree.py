@@ -130,7 +130,7 @@ def matmul(
 def bias(w: Weight, b: jax.Array, dtype: Any) -> jax.Array:
     """Return the bias of the dense layer with the matrix `w`, in `dtype`.
 
-    It is the stored bias `b`, multiplied by a factor if an adapter of `w` scales the bias.
+    The result is the stored bias `b`. If an adapter of `w` scales the bias, `b` is multiplied by the adapter's factor.
     """
     return as_node(w).bias(b, dtype)
 
