@@ -83,17 +83,30 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
         return [str(getattr(step.config, "task", ""))]
     if step.config.kind not in ("distill", "eval"):
         return []
+    if step.config.kind == "distill":
+        named = [_distilled(recipe, step)]
+    else:
+        named = [_learned(recipe, read) for read in step.others.values() or [step.parent]]
     own: list[str] = list(getattr(step.config, "tasks", ()))
-    named = [_learned(recipe, read) for read in step.others.values() or [step.parent]]
     return own or [task for task in named if task]
 
 
+def _distilled(recipe: Recipe, step: Step) -> str:
+    """Return the task that the student of a stage `distill` learns; empty if no stage of the recipe has set it."""
+    from llmctl.evaluate.tasks.registry import TASKS
+
+    task = _learned(recipe, next(iter(step.others.values()), None))
+    return task and (TASKS[task].distilled_as or task)
+
+
 def _learned(recipe: Recipe, read: str | Path | None) -> str:
-    """Return the task that an artifact was finetuned for; empty if no stage of the recipe finetuned it."""
+    """Return the task that an artifact was trained for; empty if no stage of the recipe has set it."""
     steps: dict[Any, Step] = {s.name: s for s in recipe.steps}
     while isinstance(read, str) and read in steps:
         if hasattr(steps[read].config, "task"):
             return str(getattr(steps[read].config, "task", ""))
+        if steps[read].config.kind == "distill":
+            return _distilled(recipe, steps[read])
         read = steps[read].parent
     return ""
 

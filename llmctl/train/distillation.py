@@ -18,7 +18,7 @@ from llmctl.artifacts import artifact
 from llmctl.compress.structured_pruning.shrink import drop_layers
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
-from llmctl.evaluate.tasks.registry import of
+from llmctl.evaluate.tasks.registry import distilled, named
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.divergences import Divergence, SoftLoss
@@ -71,7 +71,11 @@ def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | 
     teacher = teachers[0]
     for other in teachers[1:]:
         check_alike(teacher, other)
-    model, task, train = student_model(config, teacher, student), of(teacher.manifest), config.train
+    model, task, train = (
+        student_model(config, teacher, student),
+        named(distilled(teacher.manifest), teacher.model),
+        config.train,
+    )
     for reads in (model, *(t.model for t in teachers)):
         loop.check(reads, train, mesh)
     task.check_label_type(config.data)
@@ -121,7 +125,7 @@ def check_alike(teacher: Artifact, other: Artifact) -> None:
         "architecture": (teacher.model.architecture, other.model.architecture),
         "head": (teacher.model.head, other.model.head),
         "classes": (teacher.manifest.labels, other.manifest.labels),
-        "task": (teacher.manifest.task, other.manifest.task),
+        "task": (distilled(teacher.manifest), distilled(other.manifest)),
         "tokenizer": (teacher.manifest.tokenizer, other.manifest.tokenizer),
         "trained prompt": (teacher.model.prompt_tokens, other.model.prompt_tokens),
         "vocabulary": (teacher.model.vocab_size, other.model.vocab_size),

@@ -97,3 +97,13 @@ def test_a_language_model_before_a_classifier_is_measured_on_plain_text(written,
     data_check.check(recipe.read(written(data=MAPPED, eval=f'of = ["pretrain"]\n{plain}')))
     with pytest.raises(RequestError, match=r"eval: the data has no column 'label'"):
         data_check.check(recipe.read(written(data=MAPPED, eval=plain)))
+
+
+def test_a_student_of_preferences_needs_no_preferences(written):
+    learned = 'task = "preference"\nmethod = "lora"'
+    chosen = written(data=MAPPED, finetune=learned, eval='of = ["student"]')
+    file = chosen.with_name("s.toml")
+    student = '[[stage]]\nkind = "distill"\nname = "student"\nteacher = "finetune"\nfrom = "pretrain"\n'
+    file.write_text(chosen.read_text().replace('[[stage]]\nkind = "eval"', student + '[[stage]]\nkind = "eval"'))
+    steps = recipe.read(file)
+    assert [data_check.needed(steps, step) for step in steps.steps[1:]] == [("prompt", "chosen", "rejected"), (), ()]

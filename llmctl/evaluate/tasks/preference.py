@@ -42,6 +42,7 @@ class Preference(Language):
     columns = ("prompt", "chosen", "rejected")
     columns_read = columns
     section = "preference"
+    distilled_as = "lm"  # a teacher gives probabilities of tokens, not preferences
 
     def check_method(self, adapts: bool, options: Options) -> None:
         """Check that the loss can be computed with a finetuning method.

@@ -72,4 +72,14 @@ def of_problem(head: str, problem_type: object) -> str:
 
 def of(manifest: Manifest) -> Task:
     """Return the task that an artifact's manifest names, or else the default task of the model's head."""
-    return TASKS[manifest.task] if manifest.task else default(manifest.model)
+    return named(manifest.task, manifest.model)
+
+
+def named(name: str, model: ModelConfig) -> Task:
+    """Return the task with the given name. If the name is empty, return the default task of the model."""
+    return TASKS[name] if name else default(model)
+
+
+def distilled(teacher: Manifest) -> str:
+    """Return the name of the task that a student of an artifact learns; empty for the default task of its head."""
+    return of(teacher).distilled_as or teacher.task

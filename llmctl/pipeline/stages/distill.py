@@ -45,7 +45,8 @@ class Config(StageConfig):
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
-    """Artifact whose outputs the student learns. Its head determines the task."""
+    """Artifact whose outputs the student learns. Its task determines the student's. If the teacher was finetuned on
+    preferences, the student learns its language model, from texts or from prompts and completions."""
     teachers: list[str] | None = None
     """Several teachers instead of `teacher`. The student learns the mean of their probabilities. Adapters over one base
     share its arrays."""
@@ -117,6 +118,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.row_counts import training_rows
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
+    from llmctl.evaluate.tasks.registry import distilled
     from llmctl.pipeline import console
     from llmctl.train import distillation, learner, teacher_comparison
 
@@ -153,7 +155,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         learns.model,
         parent=origin.manifest,
         labels=teacher.manifest.labels,
-        task=teacher.manifest.task,
+        task=distilled(teacher.manifest),
         fitted=learner.fitted(config, learns, params, held_out),
         generation=artifact.generation_settings(teacher.manifest),
         pruned=config.sparsify.pruned or (None if student else False),
@@ -166,6 +168,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     """Return (the training step of student and teacher as a program, the student's artifact)."""
     from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
+    from llmctl.evaluate.tasks.registry import distilled
     from llmctl.train import distillation, programs
 
     teachers = list(others.values())
@@ -176,7 +179,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     text = synthetic.SyntheticText(config.data, learns.task.columns, config.train.seq_len, labels)
     rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
-    task, origin = teacher.manifest.task, student or teacher
+    task, origin = distilled(teacher.manifest), student or teacher
     left = abstract_artifact.abstract_result(
         config, params, learns.model, base=origin, labels=labels, task=task,
         generation=artifact.generation_settings(teacher.manifest),

@@ -147,6 +147,14 @@ def test_plan_knows_the_projections_and_a_student_that_copies_layers(tmp_path):
     step.trace()
 
 
+def test_a_teacher_of_preferences_teaches_its_language_model(tmp_path):
+    """The student learns the probabilities of tokens, from prompts and completions, and is no model of preferences."""
+    teacher = tiny.made(tmp_path, tiny.MODELS["decoder"], task="preference")
+    student = tiny.made(tmp_path, tiny.MODELS["decoder"], seed=1)
+    made = tiny.go(tmp_path / "run", teacher, student, data=tiny.data(tmp_path, "prompt", "completion"), mesh=ONE)
+    assert made.manifest.task == "lm"
+
+
 def test_teachers_over_one_base_share_its_integers(tmp_path):
     """Two adapters over a quantized base: its arrays are in memory once, as integers, and the student learns."""
     base = artifact.load(tiny.made(tmp_path, tiny.MODELS["decoder"]))
