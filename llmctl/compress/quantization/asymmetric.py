@@ -90,5 +90,5 @@ class AsymmetricIntegers(IntegerGrid):
         return Quantized(array)
 
     def table(self, node: Any) -> Any:
-        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
+        """Return the node of an embedding table [V, D], given the node of the transposed matrix [D, V]."""
         return packed_table(super().table(node)) if self.bits < 4 else super().table(node)

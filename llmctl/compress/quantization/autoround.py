@@ -1,13 +1,17 @@
 """Tune the rounding of a layer's weights by signed gradient descent (AutoRound).
 
-SignRound (Cheng et al., 2023, arXiv:2309.05516) adds an offset from -0.5 to 0.5 to each weight before it is rounded, in
-units of the scale, and multiplies the lowest and the highest weight of each group by factors from 0 to 1. All of them
-are tuned together, to minimize the squared error of the layer's output on the calibration inputs. A step subtracts the
-learning rate times the sign of the gradient; rounding passes the gradient on unchanged. The learning rate falls
-linearly from 1 / steps to 0.
+SignRound (Cheng et al., 2023, arXiv:2309.05516) tunes these numbers:
 
-A step reads one batch, and the steps take the batches in turn. The error on all batches is measured before the first
-step and ten times on the way, and the best state is kept. It is therefore never worse than rounding to nearest.
+- one offset per weight, from -0.5 to 0.5 times the scale. The offset is added to the weight before rounding.
+- two factors per group, from 0 to 1. The factors multiply the lowest and the highest weight of the group.
+
+All numbers are tuned together, to minimize the squared error of the layer's output on the calibration inputs. A step
+subtracts the learning rate times the sign of the gradient. Gradients pass through rounding unchanged. The learning rate
+decreases linearly from 1 / steps to 0.
+
+Each step reads the next batch. After the last batch, the first batch follows again. The error on all batches is
+measured before the first step, and ten times during tuning. The state with the least error is kept. The error is
+therefore never larger than with rounding to nearest.
 
 Shapes: B batch, T sequence, D model width, I inputs, O outputs, G groups of inputs.
 """
@@ -31,14 +35,15 @@ from llmctl.model.weights import Node
 
 Layer = dict[str, Any]
 CHECKS = 10
-"""Number of measurements of the error on all batches, after the one before the first step."""
+"""Number of times that the error on all batches is measured during tuning. The error before the first step is not
+counted."""
 
 
 class Tuned(NamedTuple):
-    """Store what is tuned of one matrix."""
+    """Store the numbers that are tuned for one matrix."""
 
     offset_IO: jax.Array
-    """Number that is added to each weight before it is rounded, as a multiple of its scale; from -0.5 to 0.5."""
+    """Number that is added to each weight before rounding, as a multiple of the weight's scale, from -0.5 to 0.5."""
     low_GO: jax.Array
     """Factor of the lowest weight of each group, from 0 to 1."""
     high_GO: jax.Array
@@ -51,7 +56,7 @@ class Tuned(NamedTuple):
         return cls(jnp.zeros(w_IO.shape, jnp.float32), low_GO, high_GO)
 
     def step(self, gradient: Tuned, rate: jax.Array) -> Tuned:
-        """Return the state after one step against the signs of the gradient."""
+        """Return the state after one step of signed gradient descent."""
         offset_IO, low_GO, high_GO = (a - rate * jnp.sign(g) for a, g in zip(self, gradient, strict=True))
         return Tuned(jnp.clip(offset_IO, -0.5, 0.5), jnp.clip(low_GO, 0, 1), jnp.clip(high_GO, 0, 1))
 
@@ -111,12 +116,15 @@ class Tuner:
         """Tune the matrices of one layer.
 
         Args:
-          layer: the layer that is rounded. Its outputs are those of `visit.layer`, but its inputs may be scaled.
+          layer: the layer to round. The layer has the same outputs as `visit.layer`, but its matrices may have scaled
+            inputs.
           visit: the layer with its calibration inputs.
 
         Returns:
-          The quantized matrices by their paths in the layer, and JSON data: `step`, the number of steps after which the
-          state that is kept was reached, and `error_ratio`, its squared error over that of rounding to nearest.
+          The quantized matrices by their paths in the layer, and JSON data:
+
+          - `step`, the number of steps before the kept state
+          - `error_ratio`, the squared error of the kept state / the squared error of rounding to nearest
         """
         index, batches = jnp.int32(visit.index), list(zip(visit.inputs, visit.batches, strict=True))
         goals = [self.output(visit.layer, index, carry) for carry, _ in batches]
@@ -143,7 +151,7 @@ class Tuner:
 def _parts(w_IO: jax.Array, tuned: Tuned, grid: IntegerGrid, group: int) -> tuple[jax.Array, Any, jax.Array]:
     """Return the levels of a matrix [I, O], the scales of its groups [G, O], and the factor of the matrix.
 
-    Gradients pass rounding unchanged, and do not pass the limits of the levels. Weights that are 0 stay 0.
+    Gradients pass through rounding unchanged, but not through clipped levels. Weights that are 0 stay 0.
     """
     full_IO = w_IO.astype(jnp.float32)
     low_GO, high_GO = grids.ranges(full_IO, group)
@@ -163,6 +171,6 @@ def _value(w_IO: jax.Array, tuned: Tuned, grid: IntegerGrid, group: int) -> jax.
 
 @partial(jax.jit, static_argnames=("grid", "group"))
 def finished(w_IO: jax.Array, tuned: Tuned, grid: IntegerGrid, group: int) -> Node:
-    """Return a matrix rounded as it was tuned."""
+    """Return a quantized matrix, rounded with its tuned offsets and factors."""
     level_IO, scale_GO, whole = _parts(w_IO, tuned, grid, group)
     return grid.node(jnp.round(level_IO), scale_GO, whole, w_IO.dtype)

@@ -35,7 +35,7 @@ ASYMMETRIC: dict[str, Grid] = {f"int{bits}": AsymmetricIntegers(bits) for bits i
 
 
 def levels_of(form: Format) -> tuple[Grid, int]:
-    """Return the grid of a format, and the number of inputs with one scale; 0 for all inputs."""
+    """Return the grid of a format, and the number of inputs per scale; 0 means that all inputs share one scale."""
     return (GRIDS if form.symmetric else ASYMMETRIC)[form.scheme], form.group
 
 

@@ -54,7 +54,7 @@ class Grid(abc.ABC):
         """
 
     def table(self, node: Any) -> Any:
-        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
+        """Return the node of an embedding table [V, D], given the node of the transposed matrix [D, V]."""
         return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), node)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
@@ -89,15 +89,15 @@ class Grid(abc.ABC):
 
 
 class IntegerGrid(Grid):
-    """Define integers as levels: a base class. AutoRound needs their limits."""
+    """Define the base class of grids with integer levels. AutoRound reads the limits of the levels."""
 
     @abc.abstractmethod
     def limits(self, scale: Any) -> tuple[Any, Any]:
-        """Return the lowest and the highest level of the weights whose scales, as `fit` returns them, are given."""
+        """Return the lowest and the highest level, given the scales that `fit` returns."""
 
     @abc.abstractmethod
     def step(self, scale: Any) -> jax.Array:
-        """Return the distance of neighboring values."""
+        """Return the distance between neighboring values, given the scales that `fit` returns."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Integers(IntegerGrid):
         return Quantized(qwix.QArray(level_IO.astype(stored), scale_GO.astype(dtype), qtype=stored))
 
     def table(self, node: Any) -> Any:
-        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
+        """Return the node of an embedding table [V, D], given the node of the transposed matrix [D, V]."""
         return packed_table(super().table(node)) if self.bits < 4 else super().table(node)
 
 
@@ -213,7 +213,7 @@ class BlockFloats(Grid):
         return Packed.of(self.name, level_IO, scale_GO, _factor(whole, jnp.float32))
 
     def table(self, node: Any) -> Any:
-        """Transpose a weight node: from a matrix [D, V] to an embedding table [V, D]."""
+        """Return the node of an embedding table [V, D], given the node of the transposed matrix [D, V]."""
         return packed_table(super().table(node))
 
 

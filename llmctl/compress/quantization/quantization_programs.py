@@ -164,7 +164,7 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
 
 
 def _tuning(walk: Program, model: ModelConfig, layer: Tree, stack: str, method: Quantization, mesh: Mesh) -> Program:
-    """Return the program of one gradient step of AutoRound. It runs a layer forward and backward."""
+    """Return the program of one gradient step of AutoRound. The step runs a layer forward and backward."""
     tune, index = tuner(model, layer, stack, method, walk.dtype), jax.ShapeDtypeStruct((), jnp.int32)
     (carry, batch), rate = walk.batch[0], jax.ShapeDtypeStruct((), jnp.float32)
     state = jax.eval_shape(tune.start, layer)

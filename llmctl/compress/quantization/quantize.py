@@ -48,8 +48,8 @@ def quantize(
           one scale.
       embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
       head: whether to quantize the output projection, pooler and task head.
-      activations: "int8", or "fp8_e4m3" for the scheme fp8_e4m3, also quantizes the inputs of quantized matrices, with
-        one scale per token (W8A8).
+      activations: dtype to which the inputs of quantized matrices are quantized too, with one scale per token (W8A8):
+        "int8", or "fp8_e4m3" if the scheme is fp8_e4m3. If empty, inputs are not quantized.
       clip: whether to search for the scales with the least squared error of the weights.
       rules: formats of the matrices whose module paths match patterns, in place of `scheme`.
       symmetric: whether integers are symmetric around 0. Otherwise, each group has a zero point.
@@ -130,7 +130,7 @@ def check(path: str, w: Weight, inputs: int, scheme: str, group: int) -> None:
 
 
 def with_activations(node: Node, inputs: int, activations: str) -> Node:
-    """Return the quantized weight `node` with quantization of its input activations, if `activations` is not empty.
+    """Return the quantized weight `node`, with quantized input activations if `activations` is not empty.
 
     An embedding table (`inputs` -1) is returned unchanged: its rows are looked up, and the product with a tied table
     uses unquantized activations.

@@ -1,4 +1,4 @@
-"""Describe how a model is quantized: the format, what is quantized, and the method that chooses the rounded weights.
+"""Describe how a model is quantized: the formats, the selected weights, and the method that rounds the weights.
 
 The module does not import JAX, so that settings can be checked early.
 """
@@ -26,7 +26,7 @@ class Quantization:
     """
 
     scheme: str
-    """Name of the format in `llmctl.compress.quantization.schemes.SCHEMES` of all matrices that no rule selects."""
+    """Format of all matrices that no rule selects: a name in `llmctl.compress.quantization.schemes.SCHEMES`."""
     group: int = 0
     """Requested number of inputs per scale; 0 means the format's own number. Formats whose specification fixes this
     number ignore the request."""
@@ -62,7 +62,7 @@ class Quantization:
     rules: Rules = ()
     """Formats of the matrices whose module paths match patterns (`llmctl.compress.quantization.rules`)."""
     tuning_steps: int = 200
-    """Number of steps per layer of AutoRound (`llmctl.compress.quantization.autoround`)."""
+    """Number of AutoRound's gradient steps per layer (`llmctl.compress.quantization.autoround`)."""
     symmetric: bool = True
     """Whether integers are symmetric around 0. Otherwise, each group has a zero point. Floats are always symmetric."""
 

@@ -39,7 +39,7 @@ def weight_errors(layers: Sequence[Record]) -> dict[str, float]:
 
 
 def unscaled(layers: Sequence[Record]) -> list[str]:
-    """Return one line for the encoder and one for the decoder: the matrices whose inputs could not be scaled.
+    """Return one line per stack (encoder, decoder) that lists the matrices whose inputs could not be scaled.
 
     A line is omitted if all inputs could be scaled.
     """

@@ -29,7 +29,7 @@ from llmctl.model.weights import Matrix, Node, Weight
 
 Params = dict[str, Any]
 NOT_TUNED = "rounding to nearest: autoround tunes layers, not the output head"
-"""Fallback for the matrices of the output head."""
+"""Message for reports: AutoRound was requested, but a matrix of the output head was rounded to nearest."""
 NO_INPUTS = "rounding to nearest: no calibration inputs"
 """Message for reports: a matrix was rounded without data, because calibration collects no inputs of the matrix."""
 
@@ -44,7 +44,7 @@ def quantize_layers(
     saved: Saved,
     progress: Callable[[LayerReport], None],
 ) -> tuple[Params, list[LayerReport], dict[str, float]]:
-    """Return the quantized parameters, the report of each layer, and the relative error of each token table by path.
+    """Return the quantized parameters, the report of each layer, and the relative error of each token embedding table.
 
     Finished layers are saved, so that an interrupted run can resume.
 
@@ -84,10 +84,11 @@ def quantize_layers(
 
 
 def collector(method: Quantization) -> Collect:
-    """Return the `Collect` function of a quantization method: the statistics that calibration collects per matrix.
+    """Return the `Collect` function of a quantization method.
 
-    The statistics are a `Joined` with the names "gram" (the Gram matrix) and "peaks" (the largest magnitude of each
-    input). A statistic is omitted if the method does not read it. Nothing is collected for the token embedding table.
+    For each matrix, the function returns a `Joined` statistic with the names "gram" (the Gram matrix) and "peaks" (the
+    largest magnitude of each input). A statistic is omitted if the method does not read it. Nothing is collected for
+    the token embedding table.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -100,7 +101,7 @@ def collector(method: Quantization) -> Collect:
 
 
 def tuner(cfg: ModelConfig, layer: Params, stack: str, method: Quantization, dtype: Any) -> Tuner:
-    """Return what tunes the layers of a stack by AutoRound. `layer` is one of them, and may be abstract."""
+    """Return the Tuner for the layers of a stack. `layer` is any of these layers, and its arrays may be abstract."""
     modules = [m.module for m in weights.layer_matrices(layer)]
     formats = {module: form for module in modules if (form := method.format_of(full_path(stack, module)))}
     return Tuner(cfg, stack, formats, method.tuning_steps, dtype)
@@ -115,7 +116,7 @@ def quantize_layer(
       cfg: config of the model.
       visit: the layer and the statistics of its matrices' inputs (see `collector`).
       method: how the matrices are quantized.
-      tune: tunes the rounding of the layer, if the method is AutoRound; None for the output head.
+      tune: Tuner of the layer's stack, if the method is AutoRound. None for other methods and for the output head.
 
     Returns:
       The quantized layer, and JSON data about each matrix by its path:

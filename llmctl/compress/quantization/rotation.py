@@ -81,10 +81,11 @@ def with_model(base: Artifact, cfg: ModelConfig) -> Artifact:
 
 
 def rotate(cfg: ModelConfig, params: Params, seed: int, mesh: Mesh) -> Params:
-    """Return the parameters of the rotated model, sharded over the devices. The rotated model is `untied(cfg)`.
+    """Return the parameters of the rotated model, sharded over the devices. The rotated model has the config
+    `untied(cfg)`.
 
     Args:
-      cfg: config of the model. `check` accepts it.
+      cfg: config of a model that `check` accepts.
       params: parameters of the model; the matrices are plain arrays.
       seed: seed of the signs.
       mesh: the devices.

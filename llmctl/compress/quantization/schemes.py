@@ -104,7 +104,7 @@ nf4.group = 64  # type: ignore[attr-defined]
 def inputs_per_scale(name: str, group: int) -> int:
     """Return the number of inputs per scale: `group`, or the scheme's own number if `group` is 0.
 
-    The formats in `BLOCKS` define the number.
+    The specifications of the formats in `BLOCKS` fix the number.
 
     >>> inputs_per_scale("nf4", 0), inputs_per_scale("nf4", 32), inputs_per_scale("int4", 0)
     (64, 32, 0)
@@ -113,9 +113,10 @@ def inputs_per_scale(name: str, group: int) -> int:
 
 
 def has_grid(name: str) -> bool:
-    """Return whether llmctl knows the levels of a format (`llmctl.compress.quantization.grids`).
+    """Return whether a format has a grid of levels in `llmctl.compress.quantization.grids`.
 
-    Calibrated methods and the clipping search need the levels. Formats of other packages do not provide them.
+    Calibrated methods and the clipping search round to the levels of a grid. The formats that other packages add have
+    no grid.
     """
     return name in SCHEMES.own
 

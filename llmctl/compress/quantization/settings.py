@@ -30,7 +30,7 @@ RTN = "rtn"
 
 
 def known_scheme(name: str) -> str:
-    """Return the name of a quantization scheme, or the empty name, and raise an error if the scheme is not known."""
+    """Return the name if it is empty or the name of a known quantization scheme. Otherwise, raise an error."""
     return name and SCHEMES.check(name)
 
 
@@ -60,8 +60,8 @@ class QuantizeConfig(CalibrationConfig):
     floats with 8-bit scales for blocks of 32 and of 16 inputs. nf4: 4-bit quantiles of the normal distribution, for
     unmerged LoRA (QLoRA). Installed packages may add formats. If empty, `bits` selects the format."""
     group: int = Field(default=0, ge=0)
-    """Number of inputs per scale. It must divide the number of inputs of every matrix. 0 means one scale per output;
-    for nf4, mxfp4 and nvfp4, it means 64, 32 and 16 inputs per scale."""
+    """Number of inputs per scale, which must divide the number of inputs of every matrix. 0 means one scale per output,
+    except for nf4 (64 inputs per scale), mxfp4 (32) and nvfp4 (16)."""
     symmetric: bool = True
     """Use integers that are symmetric around 0. If false, each group has a zero point, and the integers cover the range
     from the group's lowest to its highest weight. A zero point has as many bits as a weight; for int3 and int2, it has
@@ -85,7 +85,7 @@ class QuantizeConfig(CalibrationConfig):
     autoround: tune the rounding of each layer's weights by gradient steps, to minimize the error of the layer's output.
     Token embeddings are always rounded to nearest."""
     tuning_steps: int = Field(default=200, ge=1)
-    """Method autoround: number of gradient steps per layer. A step reads one batch."""
+    """Number of gradient steps per layer, if the method is autoround. Each step reads one batch."""
     clip: bool = False
     """Search for scales with the least squared error. Such scales may clip the largest weights. Method `rtn` minimizes
     the error of the weights, and the other methods minimize the error of the outputs. Method `awq` always searches."""
