@@ -43,9 +43,9 @@ def abstract_result(
         params: Parameters as `jax.ShapeDtypeStruct`s with shardings.
         model: Config of the saved model.
         base: Parent artifact, if there is one.
-        labels: Class names; None uses those of `base`.
-        task: Name of the task; None uses that of `base`.
-        generation: Settings for generating answers; None uses those of `base`.
+        labels: Class names; None uses the names in `base`.
+        task: Name of the task; None uses the task of `base`.
+        generation: Settings for generating answers; None uses the settings in `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
         stored: Function that returns whether the saved folder contains the array with a given name. An adapter's folder
             contains only some arrays.

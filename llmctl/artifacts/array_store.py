@@ -35,7 +35,7 @@ def write(folder: Path, arrays: Arrays) -> None:
 def sparse_parts(path: Path, target: Arrays, storage: Mapping[str, sparse_storage.Record]) -> dict[str, Any]:
     """Allocate host arrays for reading the arrays that are stored in a sparse format.
 
-    The result is {name of the dense array: {name of the part: array}}, such as parts "bitmask" and "values".
+    The result is {name of the dense array: {name of the part: array}}. Examples of parts are "bitmask" and "values".
 
     Args:
         path: Folder of the artifact, for error messages.
@@ -126,7 +126,7 @@ def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _sizes(arrays: Any) -> list[int]:
-    """Return the size of each array of a tree in bytes, in which int4 takes a byte per element as in NumPy."""
+    """Return the size in bytes of each array of a tree. An int4 element counts as one byte, as in NumPy."""
     import jax
     import numpy as np
 

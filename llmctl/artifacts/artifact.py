@@ -101,8 +101,8 @@ def load(
         path: Folder of the artifact.
         mesh: Target mesh; by default the mesh of the default `MeshConfig`.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
-        loaded: Base artifacts that were loaded on this mesh before, by content digest. If this call loads a base, it is
-            added.
+        loaded: Base artifacts that were loaded on this mesh before, by content digest. If this call loads a base, the
+            base is added.
 
     Raises:
         RequestError: If the folder is no artifact or is damaged, if the arrays do not fit the mesh or the memory, or if
@@ -149,7 +149,7 @@ def _base(adapter: Artifact, mesh: Mesh | None, bases: Sequence[Path], loaded: d
 
 
 def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequence[Path] = ()) -> Iterator[Artifact]:
-    """Load artifacts one after the other. If several adapters have the same base, its arrays are loaded once.
+    """Load artifacts one after the other. If several adapters have the same base, the base is loaded once.
 
     Args:
         paths: Folders of the artifacts.

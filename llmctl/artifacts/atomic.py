@@ -21,9 +21,9 @@ def check(out: Path, flag: str = "--out") -> None:
         flag: Flag of the command line that sets the path, for the error message.
 
     Raises:
-        RequestError: If the path has no folder name (such as "." or "/"), is in a remote store, has a name that is too
-            long, is a link to a missing file, or is inside another artifact. An artifact inside another artifact would
-            be lost when the outer artifact is replaced.
+        RequestError: If the path has no folder name (such as "." or "/"), or a name that is too long. If the path is in
+            a remote store, or is a link to a missing file. If the path is inside another artifact: replacing the outer
+            artifact would delete the inner artifact.
     """
     if out.name in ("", ".."):
         raise RequestError(f"{flag} {out}: say the folder's name, such as {out.resolve()}")

@@ -176,8 +176,7 @@ class Manifest(BaseModel):
 
     @property
     def content(self) -> str:
-        """Return the digest over everything that can change predictions. It is empty for artifacts that an earlier
-        version of llmctl saved."""
+        """Return the digest over everything that can change predictions; empty for manifests of earlier versions."""
         return self.checksums.content.digest if self.checksums else ""
 
     @property

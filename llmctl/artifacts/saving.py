@@ -42,9 +42,9 @@ def check_output(out: Path, *reads: Path, stage: str = "", replace: bool = False
         replace: Whether to replace an artifact of any kind.
 
     Raises:
-        RequestError: If the path of `out` has a character that globs interpret, if `out` is or contains a folder of
-            `reads`, or if `out` exists and is neither empty nor an artifact. If `replace` is false, also if `out` is an
-            artifact of another kind of stage, or contains files that llmctl did not write.
+        RequestError: If the path of `out` has a character that globs interpret. If `out` is or contains a folder of
+            `reads`. If `out` exists and is neither empty nor an artifact. If `replace` is false, and `out` is an
+            artifact of another kind of stage or contains files that llmctl did not write.
     """
     locks.check_path(out, str(out))
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
@@ -95,16 +95,17 @@ def save(
         out: Output folder; an existing artifact is replaced.
         params: Parameter tree. If `written` is given, a flat mapping {path: weight}, of which one weight at a time is
             in memory.
-        model: Model config; its shapes are those of the parameters.
+        model: Model config, which must define the shapes of the parameters.
         stage: Kind of the stage, such as pretrain or prune.
         key: Hash of everything that can change the stage's result.
         config: Resolved config of the stage.
-        name: Name of the artifact; by default the folder's name.
+        name: Name of the artifact; by default the name of the folder `out`.
         parent: Manifest of the artifact that the stage started from.
         labels: Class names.
-        task: Name of the task; by default the parent's, if it has the same head.
-        fitted: Values that the task fitted on validation data; by default the parent's, if it has the same head.
-        generation: Settings for generating answers; by default the parent's, if it has the same head.
+        task: Name of the task; by default the parent's task, if the parent has the same head.
+        fitted: Values that the task fitted on validation data; by default the parent's values, if the parent has the
+            same head.
+        generation: Settings for generating answers; by default the parent's settings, if the parent has the same head.
         metrics: Measured metrics.
         tokenizer_dir: Tokenizer folder to copy.
         log: Log file to copy.
@@ -206,7 +207,7 @@ def copy(source: Path, out: Path, **record: Any) -> Manifest:
 def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return the arrays to write, {path of the weight: {name in the weight: array}}.
 
-    These are all arrays of the model or, for an adapter, those that its base lacks.
+    The result has all arrays of the model or, for an adapter, only the arrays that the base lacks.
 
     Raises:
         RequestError: If the base has all arrays.

@@ -44,7 +44,7 @@ class Context:
         Args:
             config: Config of the stage.
             params: Parameter tree.
-            model: Model config; its shapes are those of the parameters.
+            model: Model config, which must define the shapes of the parameters.
             about: Further arguments of `llmctl.artifacts.saving.save`.
         """
         from llmctl.artifacts import artifact

@@ -94,7 +94,7 @@ def _vectors(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[
         The same as `write`.
 
     Raises:
-        RequestError: If the artifact has both, or if the vectors cannot be written.
+        RequestError: If the artifact has both a prompt and a prefix, or if the vectors cannot be written.
     """
     if found.model.prompt_tokens and found.model.prefix_tokens:
         raise RequestError(f"{found.path}: has a trained prompt and a trained prefix; PEFT's files hold one of the two")

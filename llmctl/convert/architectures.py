@@ -1,7 +1,7 @@
 """Find the Bridge and the Head that convert a model to and from the Hugging Face format.
 
-A Bridge translates the config and the tensor names of a model family. A Head translates them for one kind of output
-head.
+A Bridge translates the config and the tensor names of a model family. A Head translates the fields and the tensor names
+of one output head.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def of(model: ModelConfig) -> tuple[Bridge, Head]:
     """Return the Bridge and the Head that convert a model to the Hugging Face format.
 
     Raises:
-        RequestError: If the model has bottleneck adapters, a trained prompt or a trained prefix. Also if the Hugging
-            Face format has no model of this family, or no class for the model's head.
+        RequestError: If the model has bottleneck adapters, a trained prompt or a trained prefix. If the Hugging Face
+            format has no model of this family, or no class for the model's head.
     """
     if model.prompt_tokens:
         raise RequestError(
@@ -77,7 +77,7 @@ def check(model: ModelConfig) -> tuple[Bridge, Head]:
     """Check that a class of transformers can represent a model, and return the model's Bridge and Head.
 
     Raises:
-        RequestError: If there is no such class, or if it lacks one of the model's settings.
+        RequestError: If there is no such class, or if the class does not support a setting of the model.
     """
     bridge, head = of(model)
     needed = dict(head.fields)
@@ -92,8 +92,8 @@ def check(model: ModelConfig) -> tuple[Bridge, Head]:
 def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
     """Return a warning if a model cannot be exported; an empty string if it can.
 
-    A stage that changes a model gives the model before the change as `before`. If `before` cannot be exported either,
-    the string is empty.
+    A stage that changes a model passes the model before the change as `before`. If `before` cannot be exported either,
+    the result is also an empty string.
 
     Stages print the warning before they start, so that hours of training are not spent on a model that export refuses.
 

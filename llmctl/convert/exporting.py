@@ -78,11 +78,11 @@ def run(
     Returns:
         A dict with "artifact", "digest", "format", "out", "files", "bytes", "parity", "transformers" and "proof".
         "parity" is the largest difference between outputs of the artifact and of the written model, both in llmctl.
-        "transformers" is the same difference with the written model in
-        transformers; None if transformers did not read the model. "proof" describes the comparison.
+        "transformers" is the largest difference if the written model runs in transformers; None if transformers did not
+        read the model. "proof" describes the comparison.
 
     Raises:
-        RequestError: If the artifact has no counterpart in that format, or if `out` exists.
+        RequestError: If the artifact has no counterpart in the format `to`, or if `out` exists.
         WorkError: If the written model gives other outputs. The written model is then removed.
     """
     if to not in FORMATS:

@@ -62,7 +62,7 @@ def library() -> Any:
     """Import and return the gguf package.
 
     Raises:
-        RequestError: If it is not installed.
+        RequestError: If the package is not installed.
     """
     try:
         import gguf
@@ -148,7 +148,7 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _bounded(reader: Any) -> Any:
     """Return a subclass of the GGUF reader that raises an error at the end of the file.
 
-    The original class reads beyond the end if a damaged header states too large sizes.
+    If a damaged header states sizes that are too large, the original class reads beyond the end.
     """
 
     class Bounded(reader):

@@ -28,7 +28,7 @@ WHOLE = ("gpt-2", "default")
 """llama.cpp's names of the pre-tokenizers that only split texts by GPT-2's pattern."""
 
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""Metadata keys of the tokens that end an answer: end of text, end of turn, end of a message to a tool."""
+"""Metadata keys of the end tokens, at which generation stops: end of text, of a turn, and of a message to a tool."""
 TURNS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
 """Control tokens that may end a turn. If the metadata names no such token, llmctl and llama.cpp use the first token of
 this list that is in the vocabulary."""

@@ -193,7 +193,7 @@ def _head(where: Path, config: Fields, bridge: Bridge, tensors: Tensors) -> tupl
 def _labels(where: Path, config: Fields) -> list[str]:
     """Return the class names in a config.
 
-    If the config declares neither names nor a number of classes, assume two, as in transformers.
+    If the config declares neither names nor a number of classes, the result has two classes, as in transformers.
     """
     given = config.get("id2label")
     try:

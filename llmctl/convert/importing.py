@@ -87,7 +87,7 @@ def run(
         difference from the reference, or None.
 
     Raises:
-        RequestError: If the source is invalid, or if `out` exists and is not an artifact, or contains the source.
+        RequestError: If the source is invalid, if `out` contains the source, or if `out` exists and is not an artifact.
             Nothing is written.
 
     Example:

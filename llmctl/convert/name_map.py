@@ -42,7 +42,7 @@ class Pending:
 
 
 Place = Callable[[str, Pending], Any]
-"""Function (path, parameter that is not read yet) that reads the parameter and returns it on its devices."""
+"""Function (path, `Pending` parameter) -> array, which reads the parameter and places the array on its devices."""
 
 
 @dataclass(frozen=True)

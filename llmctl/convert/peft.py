@@ -257,8 +257,8 @@ def full_paths(found: Artifact) -> set[str]:
     """Return the paths of the weights that were trained in full, in addition to the adapters.
 
     After finetuning, these weights are the task head and the modules in `lora.modules_to_save`. After an import, the
-    config records the paths. Older imports have no record. If such an import differs from its base, the result has the
-    weights of the head.
+    config records the paths. Older imports have no record. If an older import differs from its base, the result is the
+    paths of the head.
 
     Raises:
         RequestError: If an older import differs from its base, and has no head that could be the difference.

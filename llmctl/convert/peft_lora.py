@@ -165,7 +165,8 @@ def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
 def write(w: Any) -> dict[str, np.ndarray]:
     """Return the tensors of one layer's adapter in PEFT's format, by the ending of their names.
 
-    A component of the rank is omitted if it is zero in both matrices. If all components are zero, return {}.
+    If a column of the first matrix and the same row of the second matrix are zero, both are omitted. If everything is
+    zero, return {}.
     """
     a, b = np.asarray(w.a, np.float32), np.asarray(w.b, np.float32)
     magnitude = {MAGNITUDE: np.asarray(w.magnitude, np.float32)[0]} if w.kind == "dora" else {}

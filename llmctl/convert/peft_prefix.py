@@ -4,8 +4,8 @@ A prefix consists of keys and values. In every layer, attention reads them befor
 files contain one tensor [P, 2 * L * W]: for each vector, the key and the value of the first layer, then the key and the
 value of the second layer, and so on.
 
-Only the prefixes of decoder language models can be converted. For an encoder-decoder, PEFT's format assigns the vectors
-to layers in an order that repeats some of them. For an encoder, transformers has no class that reads a prefix.
+Only the prefixes of decoder language models can be converted. For an encoder-decoder, layers share vectors in PEFT's
+format, which llmctl does not support. For an encoder, transformers has no class that reads a prefix.
 
 Shapes: P vectors per layer, L layers, W total width of all key heads.
 """

@@ -82,7 +82,8 @@ def read(
 def nodes(table: Table, w: Any) -> dict[str, Any]:
     """Return the adapters of the token table: {module name in the Hugging Face format: weight with adapter}.
 
-    If the output projection is tied to the token table, it gets an adapter with the same two matrices, transposed.
+    If the output projection is tied to the token table, the projection gets an adapter with the same two matrices,
+    transposed.
     """
     found = {table.module: w}
     if table.output:

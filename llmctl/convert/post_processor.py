@@ -60,7 +60,8 @@ def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
 def put(made: Any, template: TextTemplate) -> None:
     """Set the post-processor of a tokenizer, so that it adds the tokens of a template.
 
-    If the tokenizer has a ByteLevel post-processor, which corrects the offsets of tokens in the text, it is kept too.
+    If the tokenizer has a ByteLevel post-processor, which corrects the offsets of tokens, the ByteLevel post-processor
+    is kept.
     """
     from tokenizers import processors
 

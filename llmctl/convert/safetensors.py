@@ -91,12 +91,12 @@ def _entry(path: Path, entry: Mapping[str, Any], start: int, size: int) -> Tenso
 def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tensor]:
     """Return the tensors of a model folder by name, from one file or from shards with an index.
 
-    If the folder has both forms, the single file is used, as in transformers. Values are read only to compare the two
-    forms.
+    If the folder has both a single file and shards, the single file is used, as in transformers. Values are read only
+    to compare the file with the shards.
 
     Args:
         folder: Folder of the model.
-        say: Function that is called with one line of text if the folder has both forms.
+        say: Function that is called with one line of text if the folder has both a single file and shards.
 
     Raises:
         RequestError: If the folder has only a pickle, if a shard is missing or damaged, if the index is wrong, or if

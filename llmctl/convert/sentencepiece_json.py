@@ -36,9 +36,8 @@ def model_beside(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
     Folders of Llama 2, Mistral and Gemma have both.
 
     Returns:
-        The model. None if the folder has no such model, if the model has other tokens than the tokenizer.json, or if it
-        tokenizes a sample text differently. Texts that begin with a space may be tokenized differently
-        (`spaces_differ`).
+        The model. None if the folder has no such model, if the model has other tokens than the tokenizer.json, or if
+        the two differ on a sample text. Texts that begin with a space may be tokenized differently (`spaces_differ`).
     """
     file = folder / SentencePieces.file
     if not file.is_file():
@@ -67,7 +66,8 @@ def convert(words: SentencePieces) -> Tokenizer | None:
     """Convert a SentencePiece model to a tokenizer of the library `tokenizers`.
 
     Returns:
-        The tokenizer. None if it tokenizes a sample text differently, or if the type of the model is not supported.
+        The tokenizer. None if the tokenizer and the model differ on a sample text, or if the type of the model is not
+        supported.
     """
     from sentencepiece import sentencepiece_model_pb2
 

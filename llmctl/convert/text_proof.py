@@ -151,10 +151,6 @@ def read_rows(
 ) -> tuple[Rows, int, str]:
     """Tokenize the texts for the comparison of the artifact with the written model.
 
-    Returns:
-        (token ids, maximum number of tokens T, beginning of the comparison's description). The last is "from text, " if
-        a tokenizer was written, and "" if token ids are random.
-
     Args:
         found: The artifact.
         cfg: Config of the written model.
@@ -162,6 +158,10 @@ def read_rows(
         theirs: Whether transformers reads the written tokenizer; if false, the library `tokenizers` reads it.
         say: Function that is called with one line if the written tokenizer gives other ids than the artifact's. The ids
             of the written tokenizer are then returned.
+
+    Returns:
+        (token ids, maximum number of tokens T, beginning of the comparison's description). If a tokenizer was written,
+        the description begins with "from text, ". If token ids are random, the beginning is "".
 
     Raises:
         WorkError: If the written tokenizer gives other ids than the artifact's, and the model reads complete texts.

@@ -46,8 +46,8 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
     """Write an artifact's tokenizer in formats that other programs read.
 
     A tokenizer.json is copied. A SentencePiece model is copied, and also converted to a tokenizer.json. If the
-    post-processor does not add the special tokens that the model was trained with, the post-processor is replaced.
-    Except for decoder language models, tokenizer_config.json gets the padding token, the sides of padding and
+    post-processor does not add the special tokens that the model was trained with, the post-processor is replaced. For
+    all models except decoder language models, tokenizer_config.json gets the padding token, the sides of padding and
     truncation, and the maximum length.
 
     Args:

@@ -25,7 +25,7 @@ SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 def write(folder: Path, kept: Sequence[int], rows: int, out: Path) -> Tokenizer:
     """Write an artifact's tokenizer with only the tokens `kept`, and return the new tokenizer.
 
-    The token `kept[n]` gets the id n. The ids of a trained prompt follow the new vocabulary.
+    The token `kept[n]` gets the id n. The tokens of a trained prompt get the first ids after the new vocabulary.
 
     Args:
         folder: Folder of the artifact's tokenizer.
@@ -34,7 +34,7 @@ def write(folder: Path, kept: Sequence[int], rows: int, out: Path) -> Tokenizer:
         out: Folder to write to. An existing folder is replaced.
 
     Raises:
-        RequestError: If a token of the new tokenizer does not get this id.
+        RequestError: If the token `kept[n]` has another id than n in the written tokenizer.
     """
     old, at = loading.load(folder), {i: n for n, i in enumerate(kept)}
     shutil.rmtree(out, ignore_errors=True)
@@ -63,7 +63,7 @@ def write(folder: Path, kept: Sequence[int], rows: int, out: Path) -> Tokenizer:
 
 
 def _write_model_beside(folder: Path, kept: Sequence[int], old: Tokenizer, out: Path) -> None:
-    """Write the SentencePiece model with the same tokens next to a tokenizer.json. The GGUF export needs this model."""
+    """Write a SentencePiece model with the kept tokens next to the tokenizer.json. The GGUF export needs this model."""
     file = folder / SentencePieces.file
     if old.file == SentencePieces.file or not file.is_file():
         return

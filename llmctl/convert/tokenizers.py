@@ -21,7 +21,7 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 from llmctl.model.config import ModelConfig
 
 GENERATION = "generation_config.json"
-"""Name of the file that lists the tokens that end an answer, if there are several."""
+"""Name of the file that lists the end tokens, if a model has several. Generation stops at each end token."""
 BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", GENERATION, "sentence_bert_config.json"),
@@ -38,7 +38,7 @@ def import_tokenizer(
     """Convert the tokenizer of an imported model to the tokenizer folder of an artifact.
 
     For all models except decoder language models, the folder also records which special tokens transformers adds before
-    and after a text. All tokens that end a generated answer are written to generation_config.json.
+    and after a text. All end tokens, at which generation stops, are written to generation_config.json.
 
     Args:
         source: Folder or file of the tokenizer.
@@ -142,11 +142,11 @@ def _template(words: tokenizers.Tokenizer, folder: Path) -> TextTemplate:
 
 
 def _write_ends(folder: Path, words: tokenizers.Tokenizer, end_ids: Iterable[Any]) -> None:
-    """Add the tokens that end an answer to the generation_config.json in a tokenizer's folder.
+    """Add end tokens, at which generation stops, to the generation_config.json of a tokenizer's folder.
 
     Args:
         folder: Folder of the tokenizer.
-        words: The tokenizer, whose end token is added if the file has none.
+        words: The tokenizer. If the file has no end token, the tokenizer's end token is added.
         end_ids: Values of `eos_token_id` in other files.
     """
     content = read_json(folder / GENERATION)
@@ -162,10 +162,10 @@ def ids_of(value: Any) -> list[int]:
 
 
 def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
-    """Check that the model's embedding table has a row for every token, and only few rows more.
+    """Check that the model's embedding table has a row for every token, and not many further rows.
 
     Raises:
-        RequestError: If the table has fewer rows than tokens, or many more.
+        RequestError: If the table has fewer rows than tokens, or if the tokens are less than `LEAST` of the rows.
     """
     if not LEAST * model.vocab_size <= words.vocab_size <= model.vocab_size:
         raise RequestError(
