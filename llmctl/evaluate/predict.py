@@ -118,7 +118,7 @@ class Ensemble:
         """Check that the predictions of the members can be averaged.
 
         Raises:
-            RequestError: If their tasks or classes differ, or if the task does not support averaging.
+            RequestError: If the members have different tasks or classes, or if the task does not support averaging.
         """
         self.members, self.manifest, self.task = members, members[0].manifest, members[0].task
         for other in members[1:]:

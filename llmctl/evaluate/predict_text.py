@@ -1,4 +1,4 @@
-"""Generate one answer per new row: the completion of its prompt, or the assistant's next message of its conversation.
+"""Generate one answer per new row: the completion of a prompt, or the assistant's next message in a conversation.
 
 Example:
     model = TextPredictor(artifact.load(Path("runs/demo/pretrain")))
@@ -27,7 +27,7 @@ from llmctl.model.generate.continuations import Continuation, end_ids
 
 
 class TextPredictor:
-    """Answer rows with a decoder or an encoder-decoder, greedily or by beam search.
+    """Generate answers to rows with a decoder or an encoder-decoder, greedily or by beam search.
 
     If the length of answers or the number of beams is not given, the value of finetuning is used.
     """

@@ -27,7 +27,7 @@ from llmctl.model.program import Pass, Program
 def scoring(
     config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh
 ) -> list[Program]:
-    """Return the programs that evaluate one artifact: for each task, they score a batch and generate answers.
+    """Return the programs that evaluate one artifact. Each task has programs that score a batch and generate answers.
 
     If speed is measured, the parameters of all artifacts are in memory at the same time.
 

@@ -136,6 +136,6 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _interval(metrics: Result, name: str) -> str:
-    """Format the bounds of a metric's 95 % interval; a dash if it has none."""
+    """Format the bounds of a metric's 95 % interval; return a dash if the metric has no interval."""
     ends = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
     return " to ".join(text(name, v) for v in ends if v is not None) or "–"

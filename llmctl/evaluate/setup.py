@@ -28,7 +28,7 @@ from llmctl.model import functional
 Batch = dict[str, Any]
 
 KEPT = {"tail": "first", "head_tail": "first and last halves of"}
-"""Phrase for the part of a long text that is kept, by truncation mode, in descriptions of a measurement."""
+"""Map from truncation mode to the name of the kept part of a long text, for descriptions of a measurement."""
 
 
 class Held:
@@ -132,7 +132,7 @@ def prediction_length(manifest: Manifest, seq_len: int, path: Path) -> int:
         manifest: Manifest of the artifact.
         seq_len: Number that the user set; 0 uses the value of training. If the value of training is unknown, as for
             imports, 0 uses 512, but at most the model's maximum.
-        path: Folder of the artifact, for errors.
+        path: Folder of the artifact, for error messages.
 
     Raises:
         RequestError: If `seq_len` exceeds the model's maximum sequence length.

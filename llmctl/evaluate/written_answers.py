@@ -50,7 +50,7 @@ class Writer:
             seq_len: Maximum number of tokens per prompt.
             batch_size: Number of prompts per batch.
             dtype: Compute dtype.
-            ends: Tokens that end an answer; the tokenizer's end-of-sequence token if empty.
+            ends: End tokens, at which generation stops; the tokenizer's end-of-sequence token if empty.
 
         Raises:
             RequestError: If the answers leave no room for a prompt within the model's maximum sequence length.

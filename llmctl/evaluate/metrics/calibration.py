@@ -34,8 +34,9 @@ def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
         label_N: True classes [N].
 
     Returns:
-        `ece`; `log_loss`, the mean negative log-probability of the true class in nats; and `reliability`, per interval
-        with predictions [count, mean confidence, accuracy].
+        ece: Expected calibration error.
+        log_loss: Mean negative log-probability of the true class, in nats.
+        reliability: [count, mean confidence, accuracy] of each interval that has predictions.
     """
     confidence_N = p_NC.max(-1).astype(np.float64)
     right_N = p_NC.argmax(-1) == label_N

@@ -56,7 +56,8 @@ def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float,
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide elementwise; return 0 if the denominator is 0 (the precision of a class that is never predicted)."""
+    """Divide elementwise; return 0 if the denominator is 0. For example, a class that is never predicted has precision
+    0."""
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator > 0)
 
 

@@ -13,7 +13,7 @@ Entity = tuple[str, int, int]
 
 
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
-"""Tag letters of the supported schemes, in addition to O: IOB2 and IOBES, BILOU, BMES, BMEWO."""
+"""Tag letters (without O) of the supported schemes: IOBES, which includes IOB2; BILOU; BMES; BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
 """Map from letters of other schemes to letters of BIES: M (middle) to I, L (last) to E, U (unit) and W (whole) to S."""
 UNTYPED = "entity"
@@ -63,8 +63,8 @@ def entities(tags: Sequence[str]) -> set[Entity]:
 
     An entity begins at B- and S-. It also begins at I- and E- if the previous tag is O, ends an entity (E-, S-) or has
     another type. For example, "I-PER" after "O" begins an entity. An entity ends before the next word that begins an
-    entity or is O. This is the lenient interpretation of conlleval and of seqeval's default. L- counts as E-, M- as I-,
-    U- and W- as S-.
+    entity or has the tag O. This is the lenient interpretation of conlleval and of seqeval's default. L- counts as E-,
+    M- as I-, U- and W- as S-.
 
     >>> sorted(entities(["B-PER", "L-PER", "O", "U-LOC", "B-ORG", "M-ORG", "E-ORG"]))
     [('LOC', 3, 3), ('ORG', 4, 6), ('PER', 0, 1)]
@@ -93,8 +93,9 @@ def scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -
         predicted: Predicted tags of each word, per text.
 
     Returns:
-        A dict with "entity_precision", "entity_recall" and "entity_f1"; "entities", the number of true entities; and
-        "per_entity", the precision, recall and F1 of each type.
+        entity_precision, entity_recall, entity_f1: Metrics over all types.
+        entities: Number of true entities.
+        per_entity: Precision, recall and F1 of each type.
     """
     right, there, named = Counter(), Counter(), Counter()
     for true_tags, predicted_tags in zip(truth, predicted, strict=True):

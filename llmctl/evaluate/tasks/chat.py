@@ -54,7 +54,7 @@ class Chat(Language):
     def tokenizer_dir(self, folder: Path, settings: ChatConfig, work: Path) -> Path:
         """Return the folder of the finetuned model's tokenizer.
 
-        The folder contains the chat template and the tokens that end an answer.
+        The folder contains the chat template and the end tokens, at which generation stops.
 
         Raises:
             RequestError: If there is no chat template, or if it is damaged.

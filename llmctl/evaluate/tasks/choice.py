@@ -1,8 +1,8 @@
 """Select one of several choices as the right continuation of a prompt (multiple choice).
 
-A language model scores a choice by its log-likelihood after the prompt. It can therefore be measured without training
-for the task (Brown et al., 2020, arXiv:2005.14165). An encoder gets a head with one output per pair of prompt and
-choice.
+A language model scores a choice by its log-likelihood after the prompt. The model can therefore be measured without
+training for the task (Brown et al., 2020, arXiv:2005.14165). An encoder gets a head with one output per pair of prompt
+and choice.
 
 Shapes: B questions, K choices per question, R = B * K rows, T tokens per row.
 """
@@ -128,7 +128,7 @@ class Choice(Task):
         return loss_of_scores(*student, batch, dtype, compute)
 
     def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
-        """Return how often the student's best choice is that of the teachers: the sums "agreement" and "weight"."""
+        """Return how often student and teachers prefer the same choice: the sums "agreement" and "weight"."""
         *taught, y_R = (choice_scores(*network, batch, dtype) for network in (*teachers, student))
         allowed_BK = allowed(batch, y_R)
         *taught, y_BK = (only(score_R.reshape(allowed_BK.shape), allowed_BK) for score_R in (*taught, y_R))
@@ -218,7 +218,7 @@ def loss_of_scores(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss that `compute` computes from the rows' scores [R], and its metrics summed over the batch.
+    """Return the results of `compute` for the scores [R] of the rows: (loss, metrics summed over the batch).
 
     For a language model, the logits are computed in chunks, also for the gradient, and are never stored.
     """

@@ -53,7 +53,7 @@ class Classify(Task):
         return class_sums(y, label_B, row_weight(batch, label_B), options.label_smoothing, options.z_loss)
 
     def decided(self, y: jax.Array, batch: Batch) -> Batch:
-        """Return the most probable class of each row as "label", from logits [B, C]."""
+        """Return {"label": most probable class of each row}, from logits [B, C]."""
         return {"label": jnp.argmax(y, axis=-1)}
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
@@ -66,7 +66,8 @@ class Classify(Task):
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
         """Return the batch with each row weighted by its class.
 
-        A mean over the batch is then divided by the sum of these weights, as in torch's `CrossEntropyLoss`.
+        The mean loss of the batch is the weighted sum divided by the sum of these weights, as in torch's
+        `CrossEntropyLoss`.
         """
         label_B = batch["label"]
         return batch | {"row_weight": row_weight(batch, label_B) * weight_C[label_B]}

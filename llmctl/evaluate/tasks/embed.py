@@ -68,9 +68,9 @@ class Embed(Task):
         return TwoTextRows(examples, tokenizer, settings.seq_len, truncate=settings.truncate, **settings.order)
 
     def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Return rows of one text each for calibration. Second texts are not used.
+        """Return rows of one text each for calibration; second texts are not used.
 
-        In training, the network also reads the two texts of a pair separately.
+        In training, the two texts of a pair are also separate inputs of the network.
         """
         alone = replace(examples, columns=tuple(c for c in examples.columns if c != "pair"))
         return super().reading_rows(model, alone, tokenizer, settings)
@@ -97,7 +97,10 @@ class Embed(Task):
         return class_sums(near / options.temperature, own, weight_B, smoothing, z, weight_B)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return unit vectors whose similarities are the mean similarities of several teachers' vectors [2B, D]."""
+        """Concatenate the unit vectors of several teachers to vectors [2B, sum of D] of length 1.
+
+        The similarity of two concatenated vectors is the mean of the teachers' similarities.
+        """
         return jnp.concatenate(outputs, axis=-1) / len(outputs) ** 0.5 if len(outputs) > 1 else outputs[0]
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:

@@ -83,7 +83,8 @@ class EvaluationMethods(RowMethods):
             found: Host batches with the model's outputs.
 
         Returns:
-            Metrics by name, and (truth, predictions) of all examples, or None if the task has none.
+            (metrics by name, answers). The answers are (true labels, predictions) of all examples; None if the task
+            returns no predictions.
         """
         raise NotImplementedError
 

@@ -42,8 +42,7 @@ class Language(TokenLosses, Task):
         return self.rows(model, examples, tokenizer, settings)
 
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
-        """Return a note for the user if validation scores the end of each text, which `eval` does not score; otherwise
-        ""."""
+        """Return a note for the user if validation scores the end of each text, unlike `eval`; otherwise ""."""
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
             return ""
         return "validation also scores the end of each text, which eval leaves out; compare it with validations"

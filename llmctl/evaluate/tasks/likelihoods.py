@@ -20,8 +20,7 @@ from llmctl.model.losses import Sums
 
 
 def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
-    """Merge the arrays of a batch that have the same name after one of K prefixes: K arrays [B, T] become
-    one array [B * K, T].
+    """Interleave arrays of a batch whose names differ only in the prefix: K arrays [B, T] become one array [B * K, T].
 
     With the prefixes "" and "rejected_", for example, `tokens` and `rejected_tokens` become `tokens`. The K rows of
     each example follow one another. Arrays that exist only without prefix are returned unchanged.
@@ -55,8 +54,7 @@ def loss_of_rows(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the loss that `compute` computes from the rows' log-likelihoods [R], and its metrics summed over the
-    batch.
+    """Return the results of `compute` for the log-likelihoods [R] of the rows: (loss, metrics summed over the batch).
 
     The gradient is computed as the gradient of a weighted cross-entropy. The weight of a token is minus the derivative
     of the loss with respect to the log-likelihood of its row. Logits can therefore be computed in chunks, as in other

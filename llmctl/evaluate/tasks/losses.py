@@ -170,9 +170,9 @@ class Losses(TaskRecord):
         return (there + back) / 2
 
     def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
-        """Return how often the student decides as the mean of the teachers does: the sums "agreement" and "weight".
+        """Return how often student and teachers predict the same label: the sums "agreement" and "weight".
 
-        The result is {} if the outputs are numbers or vectors.
+        The predictions of several teachers are averaged. The result is {} if the outputs are numbers or vectors.
         """
         *taught, y = (functional.outputs(*network, batch, dtype) for network in (*teachers, student))
         labels = self.decided(self.mean_output(taught, batch, 1.0), batch)
@@ -182,9 +182,9 @@ class Losses(TaskRecord):
         return {"agreement": sums["exact_match" if "exact_match" in sums else "accuracy"], "weight": sums["weight"]}
 
     def decided(self, y: jax.Array, batch: Batch) -> Batch:
-        """Return the labels that outputs of the task head predict, by their names in a batch.
+        """Return the labels that the outputs of the task head predict, such as {"label": classes}.
 
-        By default, and for numbers and vectors, the result is {}.
+        The keys are the names of the true labels in a batch. For numbers and vectors, and by default, the result is {}.
         """
         return {}
 
@@ -256,7 +256,7 @@ class TokenLosses(Losses):
         return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
 
     def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
-        """Return how often the student's best token is that of the teachers: the sums "agreement" and "weight".
+        """Return how often student and teachers predict the same token: the sums "agreement" and "weight".
 
         Only predicted positions count.
         """

@@ -78,7 +78,7 @@ class MultiLabel(Classify):
         return mean_BC2[..., 0] - mean_BC2[..., 1]
 
     def decided(self, y: jax.Array, batch: Batch) -> Batch:
-        """Return whether each class has a probability above 1/2 as "label", from logits [B, C]."""
+        """Return {"label": whether each class has a probability above 1/2}, from logits [B, C]."""
         return {"label": (y > 0).astype(jnp.int32)}
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:

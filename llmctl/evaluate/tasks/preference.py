@@ -156,8 +156,8 @@ def pair_loss(
     """Return the loss summed over pairs, and the metrics summed over the batch.
 
     Args:
-      gained_2B: Log-likelihoods of chosen and rejected completions. With a reference model, its log-likelihoods are
-          subtracted.
+      gained_2B: Log-likelihoods of chosen and rejected completions. If there is a reference model, the log-likelihoods
+          of the reference model are subtracted.
       tokens_2B: Number of tokens of each completion.
       weight_B: Weight of each pair.
       settings: Loss and its scale.

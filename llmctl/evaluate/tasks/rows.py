@@ -26,7 +26,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.head_kinds import HEAD_KINDS
 
 KINDS = {"class": "classes", "number": "numbers", "set": "sets of classes"}
-"""Words for the labels in error messages, by `data.label_type`."""
+"""Map from `data.label_type` to the words for the labels in error messages."""
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class GenerationConfig(Config):
     beams: int = Field(default=1, ge=1)
     """Number of beams of a beam search; 1 generates greedily."""
     kv_cache: KVCache = ""
-    """Format of cached keys and values, quantized with one scale per token and head: int8, fp8_e4m3 or int4. Empty
-    caches them in the dtype of the computation."""
+    """Format of cached keys and values, quantized with one scale per token and head: int8, fp8_e4m3 or int4. If empty,
+    the cache has the dtype of the computation."""
     examples: int = Field(default=200, ge=0)
     """Maximum number of examples per validation in training, chosen by their hash; 0 generates none."""
     bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = "13a"

@@ -61,7 +61,8 @@ class Span(Task):
     def best(self, labels: Sequence[str] = ()) -> str:
         """Return "accuracy", the validation metric that selects the best checkpoint.
 
-        This accuracy is the mean of the accuracies of the answer's first token and last token.
+        One accuracy is computed for the first token of the answer, and one for the last token. The result is their
+        mean.
         """
         return "accuracy"
 
@@ -79,7 +80,7 @@ class Span(Task):
         return mean_logits(allowed, temperature).swapaxes(1, 2) if len(outputs) > 1 else outputs[0]
 
     def decided(self, y: jax.Array, batch: Batch) -> Batch:
-        """Return the most probable first and last token as "start" and "end", from logits [B, T, 2]."""
+        """Return {"start": most probable first token, "end": most probable last token}, from logits [B, T, 2]."""
         return {name: jnp.argmax(only(y[..., k], batch["among"]), axis=-1) for k, name in enumerate(("start", "end"))}
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:

@@ -68,7 +68,7 @@ class Tokens(Classify):
         return loss, sums
 
     def decided(self, y: jax.Array, batch: Batch) -> Batch:
-        """Return the most probable class of each token as "targets", from logits [B, T, C]."""
+        """Return {"targets": most probable class of each token}, from logits [B, T, C]."""
         return {"targets": y.argmax(-1)}
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:

@@ -80,8 +80,8 @@ class TrainingMethods(Losses):
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
         """Return a function that computes further validation metrics during training; None if there are none.
 
-        The function takes (parameters, check_stop). It must call `check_stop()` often. `check_stop` raises an exception
-        if training must stop.
+        The function takes (parameters, check_stop). The function must call `check_stop()` often. `check_stop` raises an
+        exception if training must stop.
 
         Args:
             model: Config of the model.
@@ -89,7 +89,7 @@ class TrainingMethods(Losses):
             tokenizer: Tokenizer of the model.
             settings: The task's own settings (`section`).
             train: Settings of training.
-            ends: Tokens that end an answer.
+            ends: End tokens, at which generation stops.
 
         Raises:
             RequestError: If the metrics cannot be computed.

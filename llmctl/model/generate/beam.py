@@ -92,7 +92,7 @@ class BeamSearch:
         Args:
             prompts: Token ids of B prompts.
             max_new: Maximum number of new tokens N.
-            ends: Token ids that end an answer.
+            ends: Ids of the end tokens, at which an answer ends.
 
         Returns:
             Tokens int32 [B, W, N] and scores float32 [B, W]. A finished answer includes its end token and has NOTHING

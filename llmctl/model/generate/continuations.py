@@ -82,7 +82,7 @@ class Continuation:
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids that end an answer: the tokenizer's end token, and the end tokens in generation_config.json.
+    """Return the ids of the end tokens: the tokenizer's own end token, and the end tokens in generation_config.json.
 
     Args:
         folder: Folder of the tokenizer, which may contain generation_config.json.
@@ -168,7 +168,7 @@ def continue_rows(
         first: Index of the first row among all rows with the same seed.
         chunk: Number of tokens between two yields.
         speed: Counter to update.
-        ends: Tokens that end a row; the tokenizer's end-of-sequence token if empty.
+        ends: End tokens, at which a row ends; the tokenizer's end-of-sequence token if empty.
 
     Raises:
         RequestError: If a prompt is too long for a continuation.
