@@ -33,11 +33,11 @@ class NamedModel:
     words: Any
     """Tokenizer of the model."""
     ends: Sequence[int]
-    """Token ids that end an answer."""
+    """Ids of the end-of-sequence tokens, after which an answer ends."""
 
 
 class NamedModels:
-    """Store the models that generate answers, the selected one, and their decoders."""
+    """Store the models that generate answers, the decoders of the models, and the selected model."""
 
     def __init__(self, found: Sequence[NamedModel], decoders: Decoders | None, filler: Filler | None) -> None:
         """Store the models. If there are several, the first is the base, the others are its adapters, and the second is

@@ -25,8 +25,8 @@ def run(path: Path, say: Callable[[str], None], bases: Sequence[Path] = ()) -> l
 
     Returns:
       One record per artifact or prepared data: {"path", "kind", "state", "digest", "content", "differences", "notes"}.
-      The state is "intact", "damaged" or "unchecked in part". It is "unchecked in part" if an earlier version of llmctl
-      saved the artifact.
+      The state is "intact", "damaged" or "unchecked in part". The state is "unchecked in part" if an earlier version of
+      llmctl saved the artifact.
 
     Raises:
       RequestError: If the path contains no artifact, no run and no prepared data.

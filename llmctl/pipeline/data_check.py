@@ -62,9 +62,9 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
 
 
 def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
-    """Return two booleans: whether a task of the stage reads labels, and whether a task reads conversations.
+    """Return whether a task of the stage reads labels, and whether a task of the stage reads conversations.
 
-    If the stage's tasks are unknown, the result is (False, None).
+    The second value is None if the stage's tasks are unknown.
     """
     from llmctl.evaluate.tasks.registry import TASKS
 

@@ -70,8 +70,9 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
     Args:
       path: the TOML file.
       run: folder of the run. The default is the recipe's `run`, or `runs/<name>`.
-      sets: assignments such as `stage.2.sparsity=0.6`, `stage.prune.sparsity=0.6` (stages by index from 0, or by name)
-        or `data.path=x.csv` (shared). Values are TOML; a value that is not valid TOML is a string.
+      sets: assignments. `stage.2.sparsity=0.6` names a stage by its index, from 0. `stage.prune.sparsity=0.6` names a
+        stage by its name. `data.path=x.csv` sets a shared setting. Values are TOML; a value that is not valid TOML is a
+        string.
 
     Raises:
       RequestError: If the file is missing, or a setting is invalid.
@@ -260,7 +261,7 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
       before: the earlier stages.
       out: folder of the stage's artifact.
       where: path of the stage in the recipe, for errors.
-      beside: folder in which artifacts may also be named without their path; None for no such folder.
+      beside: folder whose artifacts may be given by their names alone; None if there is no such folder.
 
     Raises:
       RequestError: If an artifact is missing, or the stage would replace an artifact that it reads.

@@ -218,8 +218,9 @@ def _run_stage(recipe: Recipe, status: StageStatus, say: Callable[[str], None]) 
 def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
     """Create the stage's temporary folder, and return whether it is new.
 
-    An existing folder of other settings or inputs (another `key`) is removed first. With `alone` (a single stage
-    command), an artifact at the output folder may be replaced only if a stage of the same kind wrote it.
+    If a folder exists and its settings or inputs differ (another `key`), the folder is removed first. If `alone` is
+    true (a single stage command), an artifact at the output folder may be replaced only if a stage of the same kind
+    wrote it.
     """
     artifact.check_output(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"

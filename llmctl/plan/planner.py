@@ -48,8 +48,9 @@ def plans(
       recipe: the stages. Only its settings, and the manifests of artifacts outside it, are read.
       topology: the hardware.
       chosen: names of the stages to plan; empty plans all.
-      tokens: number of tokens for chip-hours; 0 uses each stage's own number.
-      generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate` to plan too, with the last stage's language model.
+      tokens: number of training tokens from which chip-hours are computed; 0 uses each stage's own number.
+      generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate`, which is planned too, with the last stage's
+          language model. If empty, no call is planned.
       kv_cache: format of cached keys and values in the call of `llmctl generate`; empty for the dtype of the
           computation.
       say: function that prints progress lines.

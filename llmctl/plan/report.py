@@ -175,5 +175,8 @@ def facts(found: dict[str, Any]) -> str:
 
 
 def whole(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the JSON object of a plan: the program that needs the most memory, and all programs in "programs"."""
+    """Return the JSON object of a plan.
+
+    The object has the fields of the program that needs the most memory, and the list "programs" of all programs.
+    """
     return max(found, key=lambda one: one["hbm_bytes"]["total"], default={}) | {"programs": found}

@@ -89,7 +89,7 @@ def of(counts: Counts, topology: Topology, mesh: Mapping[str, int], attention: s
 
 
 def _strides(mesh: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Return, by mesh axis, (difference between the device numbers of neighbors, size of the axis)."""
+    """Return {mesh axis: (difference between the device numbers of neighbors, size of the axis)}."""
     found, stride = {}, 1
     for axis, size in reversed(list(mesh.items())):
         found[axis] = (stride, size)
@@ -111,7 +111,8 @@ def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, 
 def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[float, float]:
     """Return (bytes that a device sends within its slice, bytes that it sends to other slices) in a collective.
 
-    The devices of a slice first reduce or gather among themselves. Each then sends only its share of the slice's data.
+    The devices of a slice first reduce or gather among themselves. Each device then sends only its share of the slice's
+    data.
     """
     here, slices = group(c.axis, topology, mesh)
     devices = here * slices

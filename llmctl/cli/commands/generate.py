@@ -166,7 +166,8 @@ def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
 
 
 def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
-    """Return the prompts of the flags and of the file. If neither is given, return None; standard input is then read.
+    """Return the prompts of the flags and of the file. If neither is given, return None, so that the caller reads
+    standard input.
 
     Raises:
       RequestError: If the file cannot be read, or it has no prompt.

@@ -81,8 +81,9 @@ def with_model(base: Artifact, cfg: ModelConfig) -> Artifact:
 
 
 def rotate(cfg: ModelConfig, params: Params, seed: int, mesh: Mesh) -> Params:
-    """Return the parameters of the rotated model, sharded over the devices. The rotated model has the config
-    `untied(cfg)`.
+    """Return the parameters of the rotated model, sharded over the devices.
+
+    The rotated model has the config `untied(cfg)`.
 
     Args:
       cfg: config of a model that `check` accepts.

@@ -59,11 +59,11 @@ class Config(StageConfig):
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew"] = "forward"
-    """Divergence of the student's distribution q from the teacher's p. forward: KL(p || q), which covers all that the
-    teacher finds likely. reverse: KL(q || p), which avoids what the teacher finds unlikely. js: generalized
-    Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q)."""
+    """Divergence of the student's distribution q from the teacher's p. forward: KL(p || q); the student learns all
+    tokens that are likely under p. reverse: KL(q || p); the student avoids tokens that are unlikely under p. js:
+    generalized Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
-    """Weight of the teacher in divergence js. Near 0 it resembles reverse, and near 1 forward."""
+    """Weight of the teacher in divergence js. Near 0, js resembles reverse. Near 1, js resembles forward."""
     skew: float = Field(default=0.1, gt=0, lt=1)
     """Weight of the teacher in the mixture of divergence skew."""
     top_k: int = Field(default=0, ge=0)
@@ -78,8 +78,8 @@ class Config(StageConfig):
     hidden_distance: Literal["mse", "cosine"] = "mse"
     """Distance of hidden states and embeddings. mse: mean squared difference. cosine: 1 - cosine similarity."""
     relation_heads: int = Field(default=0, ge=0)
-    """Number of parts of queries, keys and values whose relations are compared. 0: the greatest common divisor of the
-    numbers of heads."""
+    """Number of parts into which queries, keys and values are split. signals.relations compares the relations in each
+    part. 0: the greatest common divisor of the numbers of heads."""
     student: StudentConfig = StudentConfig()
     """Layers of the teacher that a shallower student copies, instead of starting from `from` or `model`."""
     truncate: Truncate = "tail"

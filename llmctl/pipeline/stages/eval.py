@@ -103,7 +103,7 @@ def write(
 ) -> None:
     """Write the results as an artifact without parameters.
 
-    Its digest excludes times and bytes on disk, because they vary between runs.
+    The digest of the artifact excludes times and bytes on disk, because they vary between runs.
     """
     from llmctl.artifacts import artifact, atomic
     from llmctl.distributed import processes

@@ -76,11 +76,11 @@ class Config(StageConfig):
     seq2seq: completions of prompts, validated by generation (translation, summarization). lm: language modelling. If
         the data has completions, only the completions count in the loss."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
-    """Parameters to train. full: all. The other methods train the task head and the following. lora: low-rank adapters.
-    dora: low-rank adapters of the directions of the matrices, and their magnitudes. adalora: low-rank adapters that
-    share a budget of ranks. houlsby: bottleneck adapters in the layers. prompt: vectors before every text. prefix: keys
-    and values before every text in each layer. ia3: factors of keys, values and inner activations. bitfit: biases.
-    head: nothing else."""
+    """Parameters to train. full: all. All other methods train the task head and these parameters. lora: low-rank
+    adapters. dora: the magnitudes of the matrices, and low-rank adapters of their directions. adalora: low-rank
+    adapters that share a budget of ranks. houlsby: bottleneck adapters in the layers. prompt: vectors before every
+    text. prefix: keys and values before every text in each layer. ia3: factors of keys, values and inner activations.
+    bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
     """Settings of the methods lora, dora and adalora."""
     adalora: AdaLoraConfig = AdaLoraConfig()
@@ -94,16 +94,17 @@ class Config(StageConfig):
     merge: bool = True
     """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
     store: Literal["model", "adapter"] = "model"
-    """Content of the artifact. model: all parameters. adapter: only the trained parameters, with adapters that are not
-    merged. Later commands then also need the base, the artifact from which training started. Commands search for the
-    base in the folders next to the adapter, or read it from the folder given by --base."""
+    """Content of the artifact. model: all parameters. adapter: only the trained parameters, including adapters that are
+    not merged. Later commands then also need the base, the artifact from which training started. Commands search for
+    the base in the folders next to the adapter, or read it from the folder given by --base."""
     freeze_layers: int = Field(default=0, ge=0)
-    """Freeze the embeddings and this number of first layers; 0 freezes nothing."""
+    """Number of first layers to freeze, together with the embeddings; 0 freezes nothing."""
     trained: TrainedConfig = TrainedConfig()
     """Parameters to train, their learning rates, and the steps at which their training starts."""
     pooling: Literal["", "last", "mean", "first"] = ""
-    """Vector of a text to classify or embed: last token, mean, or first token. Default: the model's; the mean for
-    embeddings and for encoder-decoders. After a short pretraining the mean is often better than the first token."""
+    """Vector of a text to classify or embed: last token, mean, or first token. Default: the mean for task embed and for
+    encoder-decoders, otherwise the pooling of the model. After a short pretraining the mean is often better than the
+    first token."""
     truncate: Truncate = "tail"
     """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     temperature: float = Field(default=0.05, gt=0)
@@ -123,8 +124,8 @@ class Config(StageConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     seeds: int = Field(default=1, ge=1)
-    """Number of seeds to train, from `seed` on. Mean and sample standard deviation of the validation metrics are
-    printed, and the seed with the best metric is kept."""
+    """Number of seeds with which to train, one after the other: `seed`, `seed` + 1, and so on. Mean and sample standard
+    deviation of the validation metrics are printed, and the seed with the best metric is kept."""
     adversarial: AdversarialConfig = AdversarialConfig()
     """Settings of adversarial training."""
     regularize: RegularizeConfig = RegularizeConfig()
@@ -372,7 +373,7 @@ def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, 
       base: the parent.
       labels: names of the classes.
       mesh: the devices.
-      counts: training examples of each class, if they are counted.
+      counts: number of training examples of each class; empty if the examples are not counted.
 
     Raises:
       RequestError: If the settings do not fit the parent or the mesh.

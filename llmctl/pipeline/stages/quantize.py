@@ -135,9 +135,10 @@ def _formats(config: Config, paths: list[str]) -> str:
 
 
 def left_out(config: Config, params: dict[str, Any], parameters: int) -> list[str]:
-    """Return one line per kind of matrix that stays unquantized because of a setting, and not because of a rule.
+    """Return one line per kind of matrix that is not quantized because the setting `embeddings` or `head` is false.
 
-    The line has the fraction of the weights that are in these matrices, and the setting that quantizes them too.
+    The line has the fraction of all weights that these matrices contain, and the name of the setting. Matrices that a
+    rule leaves unquantized get no line.
     """
     from llmctl.model import weights
 

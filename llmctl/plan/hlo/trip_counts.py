@@ -1,8 +1,8 @@
 """Find the trip counts of while loops in compiled HLO.
 
 In Llama training steps, XLA's CPU compiler records trip counts as known_trip_count (all 5 loops). The TPU compiler
-records none (3 loops, libtpu 0.0.42). For other loops, this module derives the count from the counter's start, its
-increment per iteration, and the loop condition.
+records none (3 loops, libtpu 0.0.42). If a loop has no recorded count, this module derives the count from the counter's
+start, its increment per iteration, and the loop condition.
 """
 
 from __future__ import annotations
