@@ -1,8 +1,8 @@
 """Define `Config`, the base class of all settings, and read and validate settings from TOML.
 
 A setting is a field of a settings class. Its name, type, default and help text are defined only there. An error message
-is one line with the file, the dotted path of the setting, and the problem. For an unknown setting, the message suggests
-one with a similar name.
+is one line with the file, the dotted path of the setting, and the problem. If a setting is unknown, the message
+suggests a setting with a similar name.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Config(BaseModel):
     """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe file sets one and the
     command line sets the other, the value from the command line is used."""
     heading: ClassVar[str] = ""
-    """Heading above these fields in a command's help. If empty, the fields are listed under the heading of the settings
-    class that contains this one."""
+    """Heading above these fields in a command's help. If empty, the fields are listed under the heading of the
+    enclosing settings class."""
     common: ClassVar[tuple[str, ...] | None] = None
     """Names of the fields that a command's `--help` lists; None lists all. `--help-all` always lists all."""
 
@@ -198,7 +198,7 @@ def field_names(cls: type[Config]) -> list[str]:
 def section(cls: type[Config], key: str) -> type[Config] | None:
     """Return the type of the field `key` of `cls` if that type is a settings class, else None.
 
-    For a type such as `MeshConfig | None`, the settings class in it is returned.
+    For a type such as `MeshConfig | None`, return the settings class `MeshConfig`.
     """
     for name, field in cls.model_fields.items():
         if key in (name, field.alias):

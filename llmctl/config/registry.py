@@ -46,7 +46,7 @@ class Choices:
 
 
 class Registry(Generic[T]):
-    """Map names to objects of one kind. Other packages can add objects, but cannot replace those of llmctl.
+    """Map names to objects of one kind. Other packages can add objects, but cannot replace llmctl's objects.
 
     Args:
         kind: Kind of the objects, such as `source`; the first part of an entry point's name.
@@ -57,7 +57,8 @@ class Registry(Generic[T]):
         self.kind, self.own = kind, own
 
     def names(self) -> list[str]:
-        """Return all names: llmctl's in the order of its table, then those of other packages in alphabetical order.
+        """Return all names: first llmctl's names in their given order, then other packages' names in alphabetical
+        order.
 
         No object is imported.
         """

@@ -105,7 +105,8 @@ class TrainConfig(Config):
     dtype: Dtype = "float32"
     """Dtype of the computation; master weights and optimizer state stay float32."""
     matmuls: dict[str, Literal["int8", "fp8"]] = {}
-    """8-bit type of matrix products, forward and backward, by name pattern of matrices, such as {"mlp/*" = "int8"}."""
+    """8-bit type of the forward and backward products of matrices, for each name pattern, such as {"mlp/*" =
+    "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
     """Attention implementation. auto: the platform's fused kernel (TPU, GPU), or XLA if there is none. xla: always
     XLA."""

@@ -1,4 +1,4 @@
-"""Check and convert cells that contain more than one text: words and tags, answers, choices, and conversations."""
+"""Check and convert cells with structured values: tagged words, answers, choices and conversations."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class View(Source):
         """Class names that the data declares for its labels, in the order of class numbers; empty if there are none."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         self.texts = (*self._joined, *self._texts)
-        """Text columns. The text of the first one determines a row's split."""
+        """Text columns. The text of the first text column determines a row's split."""
         made = self._template.columns(self.texts)
         self.columns = (*self._joined, *self._map, *made)
         if len(self._source) and not (self.texts or "messages" in self._map):
@@ -236,7 +236,7 @@ class View(Source):
         Args:
             column: Column of the source.
             value: Value of the row.
-            allowed: Allowed values as pairs (text of the value, whether the config specifies it as a string).
+            allowed: Allowed values as pairs (text of the value, whether the value is a string in the config).
         """
         names = self._source.names.get(column, ())
         # If a value in the filter is a class name, it means that class, even if it is also the number of another class.

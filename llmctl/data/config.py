@@ -68,16 +68,16 @@ class SourceConfig(Config):
     """Kind of data: files, a TFDS data set, a saved Hugging Face data set, or prepared data (tokenized by `llmctl
     prepare`). Files of the kinds text, jsonl and csv may be compressed as .gz or .zst."""
     path: str = ""
-    """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. For the
-    sources hf and prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
+    """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. If the
+    source is hf or prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
-    """Name of the TFDS data set (source tfds), optionally with config and version (`glue/sst2:2.0.0`)."""
+    """Name of the TFDS data set, if the source is tfds. Config and version are optional, as in `glue/sst2:2.0.0`."""
     split: str = "train"
-    """Split of the data set to read (sources tfds and hf). tfds supports slices and sums (`train[:80%]+test`)."""
+    """Split to read, if the source is tfds or hf. tfds supports slices and sums, as in `train[:80%]+test`."""
     data_dir: str = ""
-    """Folder of the TFDS data sets (source tfds); $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    """Folder of the TFDS data sets, if the source is tfds; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     download: bool = False
-    """Download and prepare the data set if it is missing (source tfds)."""
+    """Download and prepare the data set if it is missing and the source is tfds."""
     columns: dict[str, str] = {}
     """Map from canonical column names to the source's column names, such as {text = "review"}. Empty uses the columns
     with canonical names. Canonical names of text columns are text, pair, prompt, completion, chosen and rejected (a
@@ -98,7 +98,7 @@ class SourceConfig(Config):
     """Unit that is one document, if the source is text: the whole file, a line, or a paragraph. Blank lines separate
     paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
-    """Character between fields (source csv)."""
+    """Character between fields, if the source is csv."""
     weight: float = Field(default=1.0, gt=0)
     """Relative weight of this source in a mixture. The number of training rows per source is proportional to the
     weight."""
@@ -148,9 +148,9 @@ class DataConfig(SourceConfig):
     mixture: list[SourceConfig] = []
     """List of sources, each with a weight, in place of a single source."""
     classes: list[str] = []
-    """Label values in the order of their class indices. If empty: the distinct values of the data, in the order of the
-    class names that the data set declares (sources tfds, hf, parquet), or else sorted. If the list contains numbers,
-    declared names do not replace the numbers."""
+    """Label values in the order of their class indices. If empty, the classes are the distinct values of the data, in
+    sorted order. If the data set declares class names (tfds, hf, parquet), the classes have the declared order instead.
+    If the list contains numbers, declared names do not replace the numbers."""
     label_type: Literal["class", "number", "set"] = "class"
     """Type of the labels: a class, a number (regression), or a set of any number of classes, including none."""
     label_separator: str = ""
@@ -248,7 +248,8 @@ class TokenizerConfig(Config):
     """Algorithm of the tokenizer to train: unigram or bpe (SentencePiece, arXiv:1808.06226, with byte fallback); bytes
     needs no training."""
     path: str = ""
-    """Tokenizer to load, in place of training one: tokenizer.json, a SentencePiece model, or a folder with one."""
+    """Tokenizer to load, in place of training one: tokenizer.json, a SentencePiece model, or a folder with such a
+    file."""
     vocab_size: int = Field(default=4096, ge=264, lt=2**31)
     """Number of tokens, including special tokens and 256 bytes."""
     sample: int = Field(default=10_000_000, ge=1000)

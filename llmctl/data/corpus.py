@@ -141,7 +141,8 @@ def cached(folder: Path, texts: Iterable[str], digest: str, tokenizer: Tokenizer
     Args:
         folder: Cache folder.
         texts: Texts of the documents.
-        digest: Digest of the texts. The cached result is used only if its digests of texts and tokenizer are the same.
+        digest: Digest of the texts. The cached result is used only if it was saved with the same digests of texts and
+            tokenizer.
         tokenizer: Tokenizer of the model.
 
     Raises:

@@ -37,8 +37,8 @@ def normalize(text: str) -> str:
 def fraction(text: str) -> float:
     """Hash a text to a number in [0, 1), which determines the text's split (train, validation or test).
 
-    The number is the SHA-256 of the letters and digits of the text. Tags, punctuation, case and white space are
-    ignored, so that light cleaning (`data.replace`) does not move a text to another split.
+    The number is computed from the SHA-256 of the text's letters and digits. Tags, punctuation, case and white space
+    are ignored, so that light cleaning (`data.replace`) does not move a text to another split.
     """
     bare = normalize(_TAG.sub(" ", text) if "<" in text else text).encode()
     content = bare.translate(None, _NOT_CONTENT) or bare
@@ -66,7 +66,7 @@ class Scan:
     labels: list[Label]
     """Label of each row with the state KEPT, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """First location of each word label, by label, for error messages; empty if words have no labels."""
+    """Map from each word label to its first location, for error messages; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:

@@ -123,9 +123,9 @@ def prefetch(
             result replaces the batch.
         spans: Row ranges [first, last) of the global batch that this process builds, ascending (see `local_spans`). A
             batch then contains only these rows, concatenated. None builds all rows.
-        once: Whether to read every row of the first epoch exactly once. Batches then also have the array `row_weight`,
-            float32 [B], which is 1. The last batch is filled with copies of the last row, which have `row_weight` and
-            `weights` 0.
+        once: Whether to read every row of the first epoch exactly once. The last batch is filled with copies of the
+            last row. Batches then also have the array `row_weight`, float32 [B]: 0 for these copies, 1 for all other
+            rows. The array `weights` is 0 for the copies too.
         threads: Number of background threads.
         buffer: Maximum number of batches to build ahead.
     """
@@ -143,10 +143,10 @@ def prefetch(
 
 
 def _with_row_weights(rows: Rows, index_B: np.ndarray) -> Batch:
-    """Return the batch of rows `index_B` of the first epoch, with the additional array `row_weight`, float32 [B], which
-    is 1.
+    """Return the batch of rows `index_B` of the first epoch, with the additional array `row_weight`, float32 [B].
 
-    For indices beyond the epoch, the batch contains copies of the last row, whose `row_weight` and `weights` are 0.
+    If an index is beyond the epoch, the batch contains a copy of the last row. `row_weight` is 0 for copies, and 1 for
+    all other rows. The array `weights` is 0 for copies too.
     """
     batch = rows.batch(np.minimum(index_B, len(rows) - 1))
     batch["row_weight"] = (index_B < len(rows)).astype(np.float32)

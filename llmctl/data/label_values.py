@@ -64,9 +64,12 @@ def canonical(label: str) -> str:
 def one_spelling(found: Iterable[str], known: Iterable[str] = ()) -> dict[str, str]:
     """Choose one spelling per class, and return {label as spelled in the data: class name}.
 
-    Labels such as "1" and "1.0" are one class, because `canonical` returns the same text for both. The name of a class
-    is its spelling in `known`, if the class is in `known`. If every other class has only one spelling in the data, this
-    spelling is its name. Otherwise all other classes get their canonical spelling.
+    Labels such as "1" and "1.0" are one class, because `canonical` returns the same text for both.
+
+    The name of each class is chosen in this order:
+    - If a class is in `known`, its name is the spelling in `known`.
+    - If every class outside `known` has only one spelling in the data, these spellings are the names.
+    - Otherwise, all classes outside `known` get their canonical spelling.
 
     Args:
         found: Labels as spelled in the data.

@@ -1,7 +1,7 @@
 """Compute pseudo-random permutations that are the same on every machine and with every NumPy version.
 
-A resumed run may use another version of NumPy, whose `Generator.permutation` may give another result. Permutations are
-therefore an argsort of hashed indices.
+A resumed run may use another version of NumPy, whose `Generator.permutation` may give another result. Each permutation
+is therefore the argsort of hashed indices.
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ class Examples:
     """Give access to the N rows of one split (train, validation or test). A row is a dict {column: value}, which is
     read at each access. Columns have llmctl's own names.
 
-    A row has the text columns of the data. If the data is labeled, it also has `label`: the class index (int), the
-    number (float), or the set of classes as C zeros and ones. It has `tokens` and `tags` (lists of text) and `answers`
-    if the data has them. An answer is a pair (text, index of its first character). Conversations have only `messages`
-    and `tools` (see `llmctl.data.chats`).
+    A row has the text columns of the data. If the data is labeled, a row also has `label`: the class index (int), the
+    number (float), or the set of classes as C zeros and ones. If the data has the columns `tokens` and `tags` (lists of
+    texts) or `answers`, a row has these columns too. An answer is a pair (text, index of its first character).
+    Conversations have only `messages` and `tools` (see `llmctl.data.chats`).
 
     The array fields have the shape [N], with one entry per row.
     """
@@ -303,8 +303,8 @@ def load(
 def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the class names, and a dict {label as spelled in the data: class name}.
 
-    Classes are in the order of `data.classes`. If it is empty, they are in the order in which the data declares them,
-    or else sorted.
+    Classes have the order of `data.classes`. If `data.classes` is empty, the classes in `names` come first, in the
+    order of `names`. All other classes follow in sorted order.
 
     Args:
         cfg: Settings of the data.

@@ -55,8 +55,8 @@ SHALLOW = frozenset([
     "rejectattr", "reverse", "attr", "random", "defined", "undefined", "none", "mapping", "iterable", "sequence",
     "string", "number", "true", "false", "boolean", "integer", "float", "callable", "sameas", "filter", "test",
 ])  # fmt: skip
-"""Names of filters and tests that do not read the content of a value's items. The name `string` stands only for the
-test, because the filter `string` reads the items."""
+"""Names of filters and tests that do not read the content of a value's items. The name `string` means only the test
+`string`, because the filter `string` reads the items."""
 CONTAINERS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
@@ -85,7 +85,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Compile a template.
 
         Raises:
-            RequestError: If its text is too long.
+            RequestError: If the template's text is too long.
         """
         if len(source) > TEMPLATE:
             raise RequestError(f"the template has {len(source):,} characters; at most {TEMPLATE:,} are read")
@@ -110,7 +110,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def count_steps(self, steps: int) -> bool:
         """Add `steps` to the number of steps that the template has taken. Return True, so that templates can call this
-        in conditions.
+        method in conditions.
 
         Raises:
             RequestError: If the template exceeds the limit of steps.

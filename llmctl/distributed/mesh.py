@@ -64,7 +64,7 @@ def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
 
     Args:
         config: Number of devices per axis; -1 uses the remaining devices.
-        devices: Devices to use; all of them by default.
+        devices: Devices to use; all devices by default.
 
     Raises:
         RequestError: If the product of the axis sizes is not the number of devices.

@@ -196,7 +196,8 @@ def barrier(name: str) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all processes, ordered by process index. All processes must call this in the same order.
+    """Return the values of all processes, ordered by process index. All processes must call this function, in the same
+    order.
 
     Args:
         value: Value of this process, as JSON data.

@@ -25,7 +25,7 @@ import numpy as np
 from llmctl.distributed import host_arrays
 
 FACTORS = (0x9E3779B1, 0x85EBCA77)
-"""Odd factors of the two hashes of a number's position: one for each sum."""
+"""Odd factors for hashing the positions of numbers: one factor per sum."""
 
 
 def of_arrays(tree: Any) -> dict[str, list[int]]:

@@ -21,15 +21,16 @@ class SignalsConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     logits: float = Field(default=0.0, ge=0)
-    """Weight of the divergence from the teacher's outputs. If no signal has a weight, it is 1 - hard."""
+    """Weight of the divergence from the teacher's outputs. If no weight of a signal is set, this weight is 1 - hard."""
     hard: float = Field(default=0.0, ge=0)
-    """Weight of the loss on the labels. If no signal has a weight, it is the setting `hard` of the stage."""
+    """Weight of the loss on the labels. If no weight of a signal is set, this weight is the setting `hard` of the
+    stage."""
     hidden: float = Field(default=0.0, ge=0)
     """Weight of the distance between the hidden states of the layer pairs in `layer_map`. If the widths differ, a
     trained projection maps the student's states to the teacher's width."""
     relations: float = Field(default=0.0, ge=0)
-    """Weight of the divergence between the relations of tokens: the softmax of the products of all queries, of all keys
-    and of all values, in the last pair of `layer_map`."""
+    """Weight of the divergence between the relations of tokens, in the last layer pair of `layer_map`. Relations are
+    the softmax of the scaled products of queries with queries, keys with keys, and values with values."""
     embeddings: float = Field(default=0.0, ge=0)
     """Weight of the distance between the inputs of the first layers."""
 
@@ -59,8 +60,8 @@ class StudentConfig(Config):
     """Number of the teacher's layers that a new student copies, in the encoder and in the decoder; 0 copies none,
     unless `layer_map` is a list."""
     layer_map: str | list[Any] = "every_other"
-    """Copied layers. every_other: evenly spaced, from the first; half as many as the teacher has are every other one.
-    first: the first ones. A list of indices, such as [0, 2, 5], counts from 0."""
+    """Layers to copy. every_other: evenly spaced layers, beginning with the first; for a student of half the depth,
+    every second layer. first: the first layers. A list such as [0, 2, 5]: the layers with these indices, from 0."""
 
     @property
     def active(self) -> bool:
@@ -104,7 +105,7 @@ def check(config: Any) -> None:
       config: config of the stage `distill`.
 
     Raises:
-      ValueError: If they do.
+      ValueError: If two settings contradict each other.
     """
     given, signals = config.model_fields_set, config.signals
     for name, kind in (("beta", "js"), ("skew", "skew")):

@@ -1,6 +1,6 @@
-"""Build the training job of distillation: the student, the loss on a teacher's outputs and layers, and checks.
+"""Build the training job of distillation (Hinton et al., 2015, arXiv:1503.02531).
 
-(Hinton et al., 2015, arXiv:1503.02531)
+The job consists of the student, the loss on a teacher's outputs and layers, and checks of the settings.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def load_teachers(paths: Sequence[Path], mesh: Mesh, bases: Sequence[Path]) -> l
 
 
 def named_teachers(teachers: Sequence[Artifact]) -> dict[str, Any]:
-    """Return the digests of the teachers as an entry of the metrics: "teacher", or "teachers" for several."""
+    """Return the digests of the teachers as an entry of the metrics: "teacher", or "teachers" if there are several."""
     digests = [t.manifest.digest for t in teachers]
     return {"teachers": digests} if len(digests) > 1 else {"teacher": digests[0]}
 
 
 def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | None, mesh: Mesh) -> Learner:
-    """Return the student's initial parameters and options with the distillation loss, as a Learner.
+    """Return a Learner with the student's initial parameters, its options and the distillation loss.
 
     Args:
       config: config of the stage `distill`.
       teachers: the teachers, whose probabilities are averaged.
       student: artifact from which the student starts; None initializes a new model of the sizes in `config.model`. If
-        `config.student` is set, it is the teacher, whose layers are copied.
+        `config.student` is set, this artifact is the teacher, and the student copies some of its layers.
       mesh: the devices.
 
     Raises:
@@ -119,7 +119,7 @@ def check_alike(teacher: Artifact, other: Artifact) -> None:
     """Check that two teachers read the same rows and have the same outputs.
 
     Raises:
-      RequestError: If they differ in architecture, head, classes, tokenizer or trained prompt.
+      RequestError: If the teachers differ in architecture, head, classes, tokenizer or trained prompt.
     """
     reasons = {
         "architecture": (teacher.model.architecture, other.model.architecture),
@@ -135,7 +135,7 @@ def check_alike(teacher: Artifact, other: Artifact) -> None:
 
 
 def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
-    """Return the divergence from the teacher's outputs, with its weight and that of the labels.
+    """Return the loss on outputs: the divergence from the teacher, its weight, and the weight of the loss on labels.
 
     Raises:
       RequestError: If a divergence of distributions is set and the model predicts a number.
@@ -200,7 +200,10 @@ def layer_pairs(layer_map: Any, student: int, teacher: int) -> tuple[tuple[int, 
 def projections(
     config: Any, inner: Signals, model: ModelConfig, teacher: ModelConfig, params: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the initial projections of `inner`, by name, replicated over the mesh; abstract if `params` are."""
+    """Return the initial projections that the losses `inner` need, by name. They are replicated over the mesh.
+
+    If `params` are abstract arrays, the projections are abstract too.
+    """
     leaf: Any = jax.tree.leaves(params)[0]
     key = jax.random.fold_in(jax.random.key(config.seed), PROJECTIONS)
     replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())

@@ -1,15 +1,15 @@
-"""Train with rounded matrices, so that a model loses less when it is quantized (quantization-aware training).
+"""Train with rounded matrices, so that quantization harms the model less (quantization-aware training).
 
     job = fake_quantize.attached(config.fake_quantize, job)
 
-In every step, the loss reads matrices that are rounded to the format by its scheme, with scales of the current weights.
-The rounding has the gradient of the identity (straight-through estimator; Bengio et al., 2013, arXiv:1308.3432). The
-optimizer updates the weights before rounding, and the artifact stores these weights. The stage quantize rounds the
-weights with the same scheme, so the quantized artifact computes the function that was trained. Validation measures this
-function too.
+In every step, the loss reads rounded matrices. The matrices are rounded by the scheme of the chosen format, with scales
+computed from the current weights. The rounding has the gradient of the identity (straight-through estimator; Bengio et
+al., 2013, arXiv:1308.3432). The optimizer updates the weights before rounding, and the artifact stores these weights.
+The stage quantize rounds the weights with the same scheme, so the quantized artifact computes the function that was
+trained. Validation measures this function too.
 
 Zeros stay zeros, because every format represents 0. In each step, the rounded matrices need as much memory as the
-matrices.
+unrounded matrices.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def check(asked: FakeQuantizeConfig, params: Params) -> None:
 
 
 def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
-    """Return the job whose loss and validation read rounded matrices, if the settings ask for it."""
+    """Return the job with rounded matrices in loss and validation. If the settings have no format, return it
+    unchanged."""
     if not asked.active:
         return job
     read, loss, validate = partial(rounded, asked), job.loss, job.validate
@@ -99,8 +100,8 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
 
 
 def log_lines(base: Artifact | None, scheme: str, group: int) -> list[str]:
-    """Return a log line if a parent is quantized to another format than the format of its quantization-aware
-    training."""
+    """Return a list with a log line if quantization-aware training of `base` did not use `scheme` and `group`; else
+    []."""
     asked = base.manifest.config.get("fake_quantize") if base else None
     if not isinstance(asked, dict) or not asked.get("format"):
         return []

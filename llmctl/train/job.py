@@ -62,11 +62,12 @@ class Job:
     number or, for an array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
     starts: Callable[[str], Any] = lambda _: 0
     """Function from the name of a trained array to the number of updates after which its training starts. The result is
-    a number, or for stacked layers one number per layer [L, 1, ...]. Until then its gradient, its optimizer state and
-    the array itself do not change. `NEVER` freezes the array in all steps.
+    a number, or for stacked layers one number per layer [L, 1, ...]. Until then, the array and its optimizer state do
+    not change. `NEVER` freezes the array in all steps.
     """
     frozen_layers: int = 0
-    """Number of first layers that are not trained. If it is above 0, the embeddings are not trained either."""
+    """Number of frozen layers of the encoder and of the decoder, counted from the first layer. If this number is above
+    0, the embeddings are frozen too."""
     holds_zeros: Callable[[str], bool] = lambda _: False
     """Predicate on array names: True for arrays whose zeros stay zero, such as pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -84,11 +85,11 @@ class Job:
     """
     after_step: Callable[[State, jax.Array], State] | None = None
     """Function (state, step) -> state, applied after the optimizer as part of the compiled step. Examples are a pruning
-    schedule and a rank budget. `llmctl.train.training_state` describes the state (a dictionary). Here it also contains
-    three entries that the function only reads, each by name: "gradients" (clipped, and zero for weights held at zero),
-    "dense_gradients" (clipped, for all weights), and "before" (the trained arrays before the step). `step` counts from
-    1. The function must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is
-    discarded.
+    schedule and a rank budget. `llmctl.train.training_state` describes the state (a dictionary). For this function, the
+    state has three more entries, which the function only reads: "gradients" (clipped, and zero for weights held at
+    zero), "dense_gradients" (clipped, for all weights), and "before" (the trained arrays before the step). `step`
+    counts from 1. The function must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the
+    result is discarded.
     """
     memory: Callable[[Params], Any] | None = None
     """Function from the trained arrays to a tree of further arrays that are kept between steps, as the entry "memory"
@@ -120,6 +121,11 @@ def split(job: Job) -> tuple[Params, Params]:
 
 
 def joined(job: Job, named: Params) -> Params:
-    """Return the model's parameters to validate and to save, as a tree, from `named`: all arrays of the job by name."""
+    """Return the model's parameters to validate and to save, as a tree.
+
+    Args:
+      job: the training job.
+      named: all arrays of the job, by name.
+    """
     extra = {n: named[f"{EXTRA}{n}"] for n in job.extra}
     return job.result(weights.rebuild(job.params, named), extra)

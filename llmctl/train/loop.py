@@ -73,7 +73,7 @@ def fit(
       about: lines to print before training.
 
     Returns:
-      (parameters, metrics by name). If `optim.ema` is set, these are the moving averages of the parameters.
+      (parameters, metrics by name). If `optim.ema` is set, the returned parameters are the moving averages.
 
     Raises:
       Interrupted: If SIGTERM or Ctrl-C arrived. A checkpoint was written, and the same command continues the run.

@@ -47,7 +47,7 @@ class Stop:
         """Return whether any process received a stop request. All processes must call this method after each step.
 
         In a run of several processes, the result comes from the exchange that started `LAG` calls ago. If `now` is
-        true, the result is the current state.
+        true, the result includes all exchanges that have started.
         """
         if processes.count() == 1:
             self.agreed = self.signalled.is_set()

@@ -157,7 +157,7 @@ class Reporter:
         self._bar = self._file = self._events = self._run = None
 
     def _wandb_id(self) -> str:
-        """Return W&B's id of this run. The id is stored in `work_dir`, so that a resumed run uses the same one."""
+        """Return W&B's id of this run. The id is stored in `work_dir`, so that a resumed run uses the same id."""
         file = self.work_dir / "wandb_id"
         if self.start == 0 or not file.exists():
             file.write_text(secrets.token_hex(8), encoding="utf-8")

@@ -233,7 +233,7 @@ def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
     """Return the arrays `new` after a step, with zeros where `old` has zeros, in the arrays named in `held`.
 
     Pruned weights therefore stay pruned. Bottleneck adapters are an exception: if all parameters of an adapter are zero
-    in a layer, it was never trained because the layer was frozen. These zeros may change.
+    in a layer, this adapter was never trained because the layer was frozen. These zeros may change.
     """
 
     def mask(name: str) -> jax.Array:
@@ -246,9 +246,10 @@ def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
 
 
 def freeze_layers(updates: Params, layers: int) -> Params:
-    """Return the updates with zeros for the embeddings, and for the first `layers` layers of encoder and decoder.
+    """Set the updates of frozen arrays to zero, and return all updates.
 
-    If `layers` is 0, nothing is frozen.
+    The embeddings and the first `layers` layers of the encoder and of the decoder are frozen. If `layers` is 0, nothing
+    is frozen.
     """
 
     def one(name: str, u: Any) -> Any:
@@ -262,7 +263,9 @@ def freeze_layers(updates: Params, layers: int) -> Params:
 
 
 def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Params:
-    """Return the updates with zeros for arrays, or layers of arrays, whose training has not started yet.
+    """Set the updates of arrays to zero if their training has not started yet, and return all updates.
+
+    Training may start at another step for each array, or for each layer of an array.
 
     Args:
       updates: updates of the trained arrays, by name.

@@ -17,7 +17,7 @@ from llmctl.model.head_kinds import HEAD_KINDS
 
 
 def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
-    """Return the reason why the task needs a new head, or "" if it can use the head that the model has."""
+    """Return the reason why the task needs a new head, or "" if the task can use the head of the model."""
     task, cfg = TASKS[config.task], base.model
     if HEAD_KINDS[task.head_for(cfg)].vocabulary:
         return ""
@@ -70,9 +70,8 @@ def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
     """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
     The message is returned if the first token is pooled by default, but was not trained as a summary of the text. For
-    example, a small BERT was pretrained only on masked tokens. Pooled at its first token, it classified 67% of the
-    examples correctly; with the mean of all tokens, 78%. A next-sentence objective trains the first token and its
-    pooler.
+    example, a small BERT was pretrained only on masked tokens. It classified 67% of the examples correctly with the
+    first token, and 78% with the mean of all tokens. A next-sentence objective trains the first token and its pooler.
     """
     kind = HEAD_KINDS[model.head]
     if kind.vocabulary or kind.per_token or model.pooling != "first" or config.pooling or base.model.head == model.head:

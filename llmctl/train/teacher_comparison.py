@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 def compared(
     config: Any, learner: Learner, teachers: Sequence[Artifact], params: dict[str, Any], held_out: Validation
 ) -> dict[str, float]:
-    """Return metrics of the student beside its teachers, from the validation rows that training uses.
+    """Return metrics that compare the student with its teachers on the validation rows of training.
 
-    They are "validation_agreement", the fraction of predictions that are those of the mean of the teachers;
-    "teacher_NAME" for the metric NAME of the best teacher; and "validation_retained", the student's value divided by
-    it. NAME is the metric that selects the best parameters or, if lower values of this metric are better, the accuracy.
-    Figures that a task does not have are left out.
+    NAME is the metric that selects the best parameters. If lower values of this metric are better, NAME is "accuracy".
+
+    - "validation_agreement": fraction of predictions that are equal to the prediction of the teachers' mean
+    - "teacher_NAME": value of the metric NAME for the best teacher
+    - "validation_retained": the student's value of NAME, divided by "teacher_NAME"
+
+    Metrics that the task does not define are omitted.
 
     Args:
       config: config of the stage `distill`.
@@ -58,7 +61,7 @@ def compared(
 
 
 def sentence(metrics: dict[str, Any]) -> str:
-    """Return a log line with the figures of `compared`; empty if there are none.
+    """Format the metrics that `compared` returns as a log line; "" if there are no such metrics.
 
     >>> sentence({"validation_agreement": 0.951, "validation_retained": 0.978, "teacher_accuracy": 0.93})
     "agrees with the teacher on 95.1% of the validation predictions; keeps 97.8% of the teacher's accuracy of 93.0%"

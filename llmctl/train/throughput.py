@@ -18,8 +18,8 @@ from llmctl.distributed import hardware
 from llmctl.distributed.mesh import Device
 
 SIDE = 1536
-"""Number of rows and columns of the matrices that are multiplied to measure the speed of a CPU. This size reaches full
-speed, and takes 0.1 s on two cores.
+"""Number of rows and columns of the matrices that are multiplied to measure the speed of a CPU. A product of this size
+reaches full speed, and takes 0.1 s on two cores.
 """
 
 

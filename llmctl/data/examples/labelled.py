@@ -53,8 +53,8 @@ class ExampleRows:
 class ClassificationRows(ExampleRows):
     """Build rows of texts with labels.
 
-    A batch has int32 tokens, segments (1 at tokens, 0 at padding) and positions [B, T], and label: int32 class [B],
-    float32 number [B], or uint8 set of classes [B, C].
+    A batch has int32 tokens, segments (1 at tokens, 0 at padding) and positions [B, T], and label: a class int32 [B], a
+    number float32 [B], or a set of classes uint8 [B, C].
 
     A row is the text with the tokenizer's special tokens around it, followed by padding. By default, `bos` comes before
     the text (if the tokenizer adds it), and `eos` after it. If the text is too long, its end (`tail`) or its middle

@@ -18,7 +18,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer.new(sentinels=1000)
-"""Tokenizer for synthetic examples. The row shapes are right for any model, because they do not depend on the
+"""Tokenizer for synthetic examples. The shapes of rows are the same for any model, because they do not depend on the
 vocabulary."""
 TOKENIZER.chat_template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
 TEXT = "Once there was a text. It had some sentences! "
@@ -41,7 +41,7 @@ class SyntheticText(Text):
             cfg: Settings of the data. The data itself is not read.
             columns: Columns that the task reads, in addition to the columns that `cfg` maps.
             seq_len: Minimum document length in tokens.
-            classes: Class names, if `cfg` has none; two by default.
+            classes: Class names to use if `cfg` has no class names; two names by default.
         """
         self._cfg, self._examples = cfg, examples(cfg, columns, seq_len, classes)
 
@@ -63,11 +63,11 @@ class SyntheticText(Text):
 
     @property
     def epochs(self) -> float:
-        """Return 0, which means that the number of epochs is not limited."""
+        """Return the maximum number of epochs: 0, which means no limit."""
         return 0.0
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return the tokenized texts as one source with weight 1 and no maximum of epochs."""
+        """Return the tokenized texts as one source with weight 1 and unlimited epochs."""
         return [(1.0, 0.0, tokenize(self._examples.texts(), tokenizer))]
 
 

@@ -1,7 +1,7 @@
 """Mix rows of several sources in proportion to their weights.
 
-The mixture is divided into blocks of `BLOCK` rows. As long as no source is exhausted, all blocks have the same number
-of rows from each source. A source is exhausted when all rows of its maximum number of epochs are used.
+The mixture is divided into blocks of `BLOCK` rows. As long as no source is exhausted, each source has the same number
+of rows in all blocks. A source is exhausted when all rows of its maximum number of epochs are used.
 
 Shapes: S sources, B rows.
 """
@@ -19,16 +19,16 @@ from llmctl.data.pretraining.packing import Batch, PackedRows
 from llmctl.data.shuffle import permutation
 
 BLOCK = 1024
-"""Number of rows per block of a mixture. In each block, the number of rows of a source is proportional to its weight,
-up to rounding and at least one."""
+"""Number of rows per block of a mixture. In each block, the number of rows of a source is proportional to the source's
+weight, up to rounding, and at least one."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Describe a phase of a mixture: consecutive rows during which no source is used up.
+    """Describe a phase of a mixture: consecutive rows during which no source is exhausted.
 
-    A mixture is divided into blocks of `BLOCK` rows. All blocks of a phase have the same number of rows from each
-    source. When the allowed epochs of a source are used up, the next phase begins, without that source.
+    A mixture is divided into blocks of `BLOCK` rows. Each source has the same number of rows in all blocks of a phase.
+    When a source is exhausted (all rows of its allowed epochs are used), the next phase begins without this source.
     """
 
     start: int
@@ -76,14 +76,14 @@ class MixedRows:
         self.total = None if np.isinf(end) else int(end)
         self._starts = np.array([p.start for p in self._phases])
         self.tokens = sum(s.tokens for s in sources)
-        """Number of tokens in one epoch of every source."""
+        """Total number of tokens in one epoch of each source."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
         """Fraction of positions that are padding: the average over the sources, weighted as in the mixture."""
         self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
         """Fraction of rows with a next-sentence label: the average over the sources, weighted as in the mixture."""
 
     def __len__(self) -> int:
-        """Return the number of rows in one epoch of every source."""
+        """Return the total number of rows in one epoch of each source."""
         return sum(map(len, self._sources))
 
     def __getitem__(self, i: int) -> Batch:

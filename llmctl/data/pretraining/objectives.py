@@ -26,7 +26,7 @@ def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.nd
         rows_B: Row numbers. Each row of the result depends only on its row number, not on the other rows.
         width: Number of integers per row.
         seed: Seed of the random choices.
-        stream: Number of the use, if a row needs several kinds of random numbers. Different numbers give independent
+        stream: Index of a kind of random numbers, if a row needs several kinds. Different indices give independent
             results.
     """
     numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)

@@ -53,7 +53,7 @@ class PlannedShard:
     name: str
     """File name of the shard without suffix."""
     index: np.ndarray
-    """Row numbers, in the source, of the documents that the shard contains."""
+    """Row numbers of the shard's documents in the source."""
 
 
 class ShardRecord(BaseModel):

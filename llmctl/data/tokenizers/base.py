@@ -34,7 +34,7 @@ noncharacter, so ordinary text does not contain this character."""
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Store the special tokens that are added around a text or a pair of texts, as by a Hugging Face post-processor.
+    """Store the special tokens to add around a text or a pair of texts, as a Hugging Face post-processor adds them.
 
     Example:
       >>> template = TextTemplate((1,), (2,), (2, 2))

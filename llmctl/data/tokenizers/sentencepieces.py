@@ -1,6 +1,6 @@
-"""Train and load SentencePiece tokenizers, unigram and BPE, with byte fallback.
+"""Train and load SentencePiece tokenizers (Kudo and Richardson, 2018, arXiv:1808.06226).
 
-(Kudo and Richardson, 2018, arXiv:1808.06226)
+The algorithms are unigram and BPE, both with byte fallback.
 """
 
 from __future__ import annotations

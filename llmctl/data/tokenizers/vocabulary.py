@@ -93,7 +93,7 @@ class Vocabulary:
 
     @cached_property
     def _marks(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that end with "!" or "?". NFKC converts full-width marks to these."""
+        """Return a mask bool [V] of tokens that end with "!" or "?". NFKC converts full-width marks to these marks."""
         return np.array([p.rstrip(CLOSERS)[-1:] in ("!", "?") for p in self._pieces])
 
     @cached_property

@@ -1,7 +1,7 @@
 """Remove tokens from a tokenizer's vocabulary, so that texts without these tokens are tokenized as before.
 
-A removed token must not be an intermediate step towards a kept one. BPE builds tokens by merges, so the tokens that
-lead to a kept one are kept. In all kinds, special tokens, added tokens and bytes stay.
+BPE builds a token by merging shorter tokens. If a token is kept, all tokens from which it is built are therefore kept
+too. Every kind of tokenizer keeps its special tokens, added tokens and bytes.
 
 Example:
     vocabulary = of(tokenizer)
@@ -25,40 +25,41 @@ from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
 NORMAL = 1
 """Type of ordinary pieces in SentencePiece models."""
 CONTINUES = "##"
-"""Prefix of WordPiece tokens that continue a word, if the file names no other."""
+"""Prefix of WordPiece tokens that continue a word, if the file specifies no prefix."""
 
 
 class Vocabulary(ABC):
-    """Describe the tokens of a tokenizer, and build the file of the tokenizer with fewer of them."""
+    """Describe the tokens of a tokenizer, and build the model file of a tokenizer with fewer tokens."""
 
     tokens: dict[int, str]
-    """Text of each token as the file spells it, by id."""
+    """Text of each token, as spelled in the model file, by id."""
     fixed: set[int]
-    """Ids of the tokens that always stay: special tokens, added tokens, bytes, and what scores depend on."""
+    """Ids of the tokens that are always kept: special tokens, added tokens, bytes, and the tokens from whose scores the
+    tokenizer computes the scores of unknown characters and user-defined tokens."""
 
     def needed(self, i: int) -> set[int]:
-        """Return the token itself and all tokens that the tokenizer forms on the way to it."""
+        """Return the token `i` and all tokens from which the tokenizer builds it."""
         return {i}
 
     def characters(self, used: Iterable[int]) -> set[int]:
-        """Return the tokens of single characters that can spell the tokens `used`."""
+        """Return the single-character tokens for all characters of the tokens `used`."""
         texts = {c for i in used for c in self.tokens[i]}
         return {i for i, token in self.tokens.items() if token in texts}
 
     def on_the_way(self, text: str) -> set[int]:
-        """Return tokens that are not in the result of a text, but decide it: the parts of unknown words."""
+        """Return tokens that must be kept although they are not in the tokenized text: parts of unknown words."""
         return set()
 
     @abstractmethod
     def subset(self, kept: Sequence[int]) -> bytes:
-        """Return the model file with only the tokens `kept`, ascending. Token kept[n] gets the id n."""
+        """Return a model file with only the tokens `kept` (ascending ids). Token kept[n] gets the id n."""
 
 
 def of(tokenizer: Tokenizer) -> Vocabulary:
     """Return the vocabulary of a tokenizer.
 
     Raises:
-      RequestError: If this kind of tokenizer cannot lose tokens.
+      RequestError: If no tokens can be removed from this kind of tokenizer.
     """
     if isinstance(tokenizer, SentencePieces):
         return _SentencePieces(tokenizer)
@@ -71,7 +72,7 @@ def of(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _special(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids of all special tokens, and of those that are put around texts."""
+    """Return the ids of all special tokens, and of all tokens that the tokenizer adds around texts."""
     ends = (*tokenizer.template.begin, *tokenizer.template.end, *tokenizer.template.between)
     named = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id)
     ids = {*tokenizer.special_ids.values(), *tokenizer.sentinel_ids, *ends, *named} - {None}
@@ -83,7 +84,7 @@ def _is_byte(token: str) -> bool:
 
 
 def _formed(symbols: list[str], rank: Callable[[str, str], float | None]) -> set[str]:
-    """Return all tokens that BPE forms from symbols: the symbols, and the result of each merge.
+    """Return all tokens that occur when BPE merges symbols: the symbols, and the result of each merge.
 
     >>> sorted(_formed(list("abab"), lambda a, b: {"ab": 0, "abab": 1}.get(a + b)))
     ['a', 'ab', 'abab', 'b']
@@ -101,7 +102,7 @@ def _formed(symbols: list[str], rank: Callable[[str, str], float | None]) -> set
 
 
 class _SentencePieces(Vocabulary):
-    """SentencePiece models, unigram and BPE."""
+    """Remove tokens from SentencePiece models, unigram or BPE."""
 
     def __init__(self, tokenizer: SentencePieces) -> None:
         from sentencepiece import sentencepiece_model_pb2
@@ -143,7 +144,7 @@ class _SentencePieces(Vocabulary):
 
 
 def _kind(tokenizer: JsonTokenizer) -> tuple[str, dict[str, Any]]:
-    """Return the type of a tokenizer.json's model ("BPE"), and the content of the file."""
+    """Return the type of the model in a tokenizer.json, such as "BPE", and the content of the file."""
     content = json.loads(tokenizer.backend.to_str())
     model = content["model"]
     kind = str(model.get("type") or "unknown")
@@ -153,7 +154,7 @@ def _kind(tokenizer: JsonTokenizer) -> tuple[str, dict[str, Any]]:
 
 
 class _Json(Vocabulary):
-    """Files tokenizer.json."""
+    """Remove tokens from `tokenizer.json` files."""
 
     def __init__(self, tokenizer: JsonTokenizer, content: dict[str, Any]) -> None:
         self.content, self.model = content, content["model"]
@@ -174,7 +175,7 @@ class _Json(Vocabulary):
         return json.dumps(new, ensure_ascii=False).encode()
 
     def model_of(self, at: dict[int, int]) -> dict[str, Any]:
-        """Return the changed entries of the file's model, given the new ids by the old ones."""
+        """Return the entries of the file's `model` that change. `at` maps old token ids to new ids."""
         return {"vocab": {token: at[i] for token, i in self.model["vocab"].items() if i in at}}
 
 
@@ -213,9 +214,11 @@ class _WordPiece(_Json):
         return {i for i, token in self.tokens.items() if token.removeprefix(self.mark) in texts}
 
     def on_the_way(self, text: str) -> set[int]:
-        """Return the parts that are found of words that are unknown, because another part is not.
+        """Return the tokens of unknown words that WordPiece finds before it fails.
 
-        Without them, the search for the longest part would find shorter ones and perhaps get to the end of the word.
+        WordPiece splits a word into the longest known tokens. A word is unknown if no token matches the next
+        characters. If the tokens before this position were removed, WordPiece would find shorter tokens, and might
+        split the complete word.
         """
         backend, found = self.backend, set[int]()
         text = backend.normalizer.normalize_str(text) if backend.normalizer else text
@@ -248,11 +251,11 @@ class _Unigram(_Json):
 JSON_KINDS: dict[str, Callable[[JsonTokenizer, dict[str, Any]], Vocabulary]] = {
     "BPE": _Bpe, "WordPiece": _WordPiece, "Unigram": _Unigram, "WordLevel": _Json,
 }  # fmt: skip
-"""Vocabularies by the type of a tokenizer.json's model."""
+"""Map from the type of the model in a tokenizer.json to the class that removes tokens."""
 
 
 def _with_ids(value: Any, at: dict[int, int]) -> Any:
-    """Return a part of a tokenizer.json with the new token ids."""
+    """Return a part of a tokenizer.json with new token ids. `at` maps old ids to new ids."""
     if isinstance(value, list):
         return [_with_ids(v, at) for v in value]
     if not isinstance(value, dict):

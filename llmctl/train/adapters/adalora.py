@@ -1,8 +1,8 @@
 """Train low-rank adapters that share a budget of ranks (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
 The update of each matrix is scale * P diag(e) Q with nearly orthogonal P and Q. Training sets the least important
-singular values e to zero, until the mean rank of the updates is `lora.rank`. The saved model has a low-rank pair of two
-matrices, as in LoRA, for each update whose rank is above 0.
+singular values e to zero, until the mean rank of the updates is `lora.rank`. For each update whose rank is above 0, the
+saved model has two low-rank matrices, as in LoRA.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdaLora(Method):
     adapts = True
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that all settings suit AdaLoRA, which chooses the ranks itself.
+        """Check the config as Method.check does, and reject settings that AdaLoRA does not support.
 
         Raises:
           RequestError: If a LoRA setting is used that AdaLoRA does not support (such as `lora.rank_pattern`), a setting

@@ -18,7 +18,7 @@ class BitFit(Method):
     name = "bitfit"
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a predicate on array names: True for arrays that are trained, the biases and the task's head.
+        """Return a predicate on array names: True for the trained arrays, which are the biases and the task's head.
 
         Raises:
           RequestError: If the layers have no biases, as in Llama and T5.

@@ -1,8 +1,7 @@
-"""Train each matrix as a magnitude times a direction. A low-rank adapter changes the direction.
+"""Train each matrix as a magnitude times a direction (DoRA; Liu et al., 2024, arXiv:2402.09353).
 
-(DoRA; Liu et al., 2024, arXiv:2402.09353)
-
-The matrices may be quantized. Ranks, scales, targets and initialization are the same as in LoRA.
+A low-rank adapter changes the direction. The matrices may be quantized. Ranks, scales, targets and initialization are
+the same as in LoRA.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Head(Method):
     name = "head"
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a predicate on array names: True for the arrays of the task's head, which are trained.
+        """Return a predicate on array names: True for the trained arrays, which are the arrays of the task's head.
 
         Raises:
           RequestError: If the task has no head of its own.

@@ -24,14 +24,16 @@ SCALE = {"sequential": 1.0, "parallel": 4.0}
 
 
 class Houlsby(Method):
-    """Train bottleneck adapters and the task's head; in the sequential form also the layers' norms, as in the paper of
-    Houlsby et al."""
+    """Train bottleneck adapters and the task's head.
+
+    In the sequential form, the layers' norms are trained too, as in the paper of Houlsby et al.
+    """
 
     name = "houlsby"
     settings = ("houlsby",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that new adapters of a pruned model are trained in every layer.
+        """Check the config as Method.check does, and check that no layer of a pruned model gets an untrained adapter.
 
         The weights of an untrained adapter stay zero. If the model is pruned, later training would treat these zeros as
         pruned weights and never change them.

@@ -1,6 +1,6 @@
 """Train factors that multiply keys, values, and inner activations of feed-forward layers.
 
-(IA)^3 (Liu et al., 2022, arXiv:2205.05638). The matrices may be quantized.
+The method is called (IA)^3 (Liu et al., 2022, arXiv:2205.05638). The matrices may be quantized.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
-"""Matrices with trained factors, and whether the factors multiply the matrix's outputs or its inputs."""
+"""Map from the names of the matrices with factors to what the factors multiply: outputs or inputs of the matrix."""
 
 
 class Ia3(Method):

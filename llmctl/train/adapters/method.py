@@ -1,4 +1,7 @@
-"""Define the interface of finetuning methods: added parameters, trained parameters, and rejected models.
+"""Define the interface of finetuning methods.
+
+A method defines the parameters that it adds, the parameters that it trains, and the models that it rejects.
+
 
 A new method is a subclass of `Method`. An instance of the subclass is registered in `llmctl.train.adapters.registry`.
 The subclass overrides methods:
@@ -32,7 +35,7 @@ Params = dict[str, Any]
 
 
 class Method:
-    """Define a finetuning method. By default it trains the task's head, and freezes all parameters of the parent model.
+    """Define a finetuning method. By default, only the task's head is trained, and the parent model is frozen.
 
     The parent is the model that is finetuned. The argument `config` of every method is the config of the stage
     `finetune`. The config has the sections that `settings` names.
@@ -48,7 +51,7 @@ class Method:
     settings: ClassVar[tuple[str, ...]] = ()
     """Names of the config's fields that this method reads. Fields that every method reads are not listed."""
     changes_base: ClassVar[bool] = False
-    """Whether the method trains the matrices of the parent model. If so, it rejects quantized models."""
+    """Whether the method trains the matrices of the parent model. Such a method rejects quantized models."""
     adapts: ClassVar[bool] = False
     """Whether the method adds adapters that can be merged. If the setting `merge` is true, the adapters are merged into
     the matrices at the end of training.

@@ -1,10 +1,8 @@
-"""Train keys and values that attention reads in front of the keys and values of every text (prefix tuning).
+"""Train keys and values that attention reads before each text (prefix tuning; Li and Liang, 2021, arXiv:2101.00190).
 
-(Li and Liang, 2021, arXiv:2101.00190)
-
-Each layer has trained keys and values: the parameters `attn/prefix/k` and `attn/prefix/v`. In an encoder-decoder only
-the layers of the decoder have them. They are part of the network, so ModelConfig contains their number. The other
-parameters are frozen, and may be quantized.
+Each layer has trained keys and values: the parameters `attn/prefix/k` and `attn/prefix/v`. In an encoder-decoder, only
+the layers of the decoder have a prefix. The prefix is part of the network, so ModelConfig contains its length. The
+other parameters are frozen, and may be quantized.
 
 If `prefix.projection` is set, a network of two linear layers computes all keys and values from trained embeddings. This
 makes training more stable. The network exists only in training, and its parameters are not part of the model.
@@ -134,7 +132,7 @@ class Prefix(Method):
         return weights.updated(params, new)
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a predicate on array names: True for arrays that are trained, the prefix and the task's head.
+        """Return a predicate on array names: True for the trained arrays, which are the prefix and the task's head.
 
         If the setting `prefix.projection` is used, the network that computes the prefix is trained instead of the
         prefix.

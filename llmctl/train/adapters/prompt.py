@@ -81,7 +81,7 @@ class Prompt(Method):
         return jax.device_put(tree, functional.shardings(model, tree, mesh))
 
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
-        """Return a predicate on array names: True for arrays that are trained, the prompt and the task's head."""
+        """Return a predicate on array names: True for the trained arrays, which are the prompt and the task's head."""
         from llmctl.model import weights
 
         return lambda name: weights.parse(name).prompt or weights.parse(name).task_head

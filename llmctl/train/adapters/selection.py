@@ -1,4 +1,4 @@
-"""Select the arrays that finetuning trains, the learning rate of each, and the step at which its training starts.
+"""Select the arrays that finetuning trains, their learning rates, and the steps at which their training starts.
 
     fields = selection.job_fields(config, METHODS[config.method], model, params)
 
@@ -76,7 +76,7 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
     starts.
 
     Raises:
-      RequestError: If `trained.unfreeze_every` leaves layers frozen to the end, or rounds to no step.
+      RequestError: If `trained.unfreeze_every` leaves layers frozen to the end, or is rounded to 0 steps.
     """
     from llmctl.train.job import NEVER
 
@@ -116,8 +116,8 @@ def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
     """Return the level of each array, by name: its distance in layers from the output.
 
     The level is 0 for heads and final norms, 1 for the last layer of the encoder or decoder, 2 for the layer before it,
-    and so on. The level of embeddings is the number of layers plus 1. The shape broadcasts with the array: [L, 1, ...]
-    for stacked layers, and [] otherwise.
+    and so on. The level of embeddings is the number of layers plus 1. A level is a scalar, or an array [L, 1, ...] for
+    L stacked layers.
     """
     from llmctl.model import weights
 

@@ -52,9 +52,9 @@ class AdaLoraConfig(Settings):
     initial: float = Field(default=1.5, ge=1)
     """Rank of each adapter at the start, as a multiple of `lora.rank`."""
     warmup: float = Field(default=0.1, ge=0)
-    """Number of initial steps before ranks are removed. A value below 1 is a fraction of all steps."""
+    """Number of steps before the first removal of ranks. A value below 1 is a fraction of all steps."""
     final: float = Field(default=0.3, gt=0)
-    """Number of final steps in which no more ranks are removed. A value below 1 is a fraction of all steps."""
+    """Number of steps after the last removal of ranks. A value below 1 is a fraction of all steps."""
     interval: int = Field(default=10, ge=1)
     """Number of steps from one removal of ranks to the next."""
     sensitivity: float = Field(default=0.85, ge=0, lt=1)

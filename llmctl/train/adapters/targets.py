@@ -1,4 +1,4 @@
-"""Select the matrices that get an adapter, and replace each by an adapter that contains the matrix."""
+"""Select the matrices that get an adapter, and replace each matrix by an adapter that contains the matrix."""
 
 from __future__ import annotations
 

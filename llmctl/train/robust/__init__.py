@@ -1,1 +1,1 @@
-"""Finetune robustly, for any task: adversarial perturbations of the embeddings, and regularization."""
+"""Add adversarial training and regularization to finetuning, for any task."""

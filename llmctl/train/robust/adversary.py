@@ -86,11 +86,12 @@ class Adversary:
         raise NotImplementedError
 
     def loss(self, config: Any, problem: Problem, own: Loss) -> Loss:
-        """Return the training loss of the method, made from the loss of the task.
+        """Return a loss function that applies the adversarial method to the loss of the task.
 
         Args:
           config: the section `adversarial` of the settings.
-          problem: the task's loss in parts, for methods that compare outputs.
+          problem: the task's loss, split into functions that prepare the batch, run the network and compute the loss.
+            Methods that compare outputs call these functions.
           own: loss of the task as one function.
         """
         from llmctl.train.robust import one_pass

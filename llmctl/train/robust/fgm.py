@@ -23,9 +23,7 @@ class Fgm(Adversary):
     reads = {"epsilon": 0.02, "norm": "l2", "weight": 0.5}
 
     def check(self, config: Any) -> None:
-        """Check the settings as Adversary.check does, and that the fraction of the loss from perturbed rows is at most
-        1.
-        """
+        """Check the settings as Adversary.check does, and check that `weight` is at most 1."""
         super().check(config)
         check_share(config)
 

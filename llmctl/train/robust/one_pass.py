@@ -27,20 +27,21 @@ Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
 sums), gradients of the trained arrays, gradient of the perturbation).
 """
 Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
-"""Function (search, initial perturbation, pull) -> ((sum of losses, metric sums), gradients), as `Adversary.passes`."""
+"""Function (search, initial perturbation, pull) -> ((sum of losses, metric sums), gradients), like
+`Adversary.passes`."""
 
 START = 0x0F
 """Constant that is folded into the dropout key, to derive the random key of the initial perturbation."""
 
 
 def wrapped(own: Loss, method: Passes, options: dict[str, Any], problem: Problem) -> Loss:
-    """Return the loss of an adversarial method, made from the loss `own` of the task.
+    """Return a loss function that applies an adversarial method to the loss `own` of the task.
 
     Args:
       own: loss of the task, without perturbations.
       method: function `passes` of the adversarial method.
       options: the method's settings, by name.
-      problem: parts of the task's loss.
+      problem: the task and the config of the model, which determine the embeddings that are perturbed.
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, **more: Any) -> Found:

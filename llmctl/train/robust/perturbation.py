@@ -56,7 +56,8 @@ class Site(NamedTuple):
     def size(self, params: Params, norm: str) -> jax.Array:
         """Return the size of each row's token embeddings, [B, 1, 1].
 
-        The size is the Euclidean norm of the embeddings for "l2", and the root mean square of their entries for "linf".
+        If the norm is "l2", the size is the Euclidean norm of the embeddings. If the norm is "linf", the size is the
+        root mean square of their entries.
         """
         table = jax.tree.map(jax.lax.stop_gradient, params["embed"]["tokens"])
         x_BTD = weights.take(table, self.tokens_BT, jnp.float32, ("vocab_in", "embed_in")) * self.mask_BT1
@@ -91,7 +92,7 @@ class Search:
     start: float = 0.0
     """Maximum norm of the random perturbation before the first step; 0 starts from zero."""
     weight: float = 1.0
-    """Setting `weight` of the adversarial method, for its loss. The search itself does not use this value."""
+    """Setting `weight` of the adversarial method. Only the method's loss reads this value."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:

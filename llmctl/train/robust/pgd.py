@@ -24,9 +24,7 @@ class Pgd(Adversary):
     reads = {"epsilon": 0.02, "norm": "l2", "steps": 3, "step_size": 0.01, "start": 0.02, "weight": 1.0}
 
     def check(self, config: Any) -> None:
-        """Check the settings as Adversary.check does, and that the fraction of the loss from perturbed rows is at most
-        1.
-        """
+        """Check the settings as Adversary.check does, and check that `weight` is at most 1."""
         super().check(config)
         check_share(config)
 

@@ -33,7 +33,8 @@ MIXED = 0x31
 def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
     """Sample uniform noise [B, T, D] of at most alpha / sqrt(T * D) per entry.
 
-    (NEFTune; Jain et al., 2023, arXiv:2310.05914.) In this limit, T is the number of tokens of the row without padding.
+    The noise is as in NEFTune (Jain et al., 2023, arXiv:2310.05914). In this limit, T is the number of tokens of the
+    row without padding.
     """
     return where.uniform(jax.random.fold_in(key, NOISE)) * (alpha / jnp.sqrt(where.entries_B11))
 
@@ -55,10 +56,10 @@ def r_drop(problem: Problem, alpha: float) -> Loss:
 
 
 def toward_start(own: Loss, factor: float) -> Loss:
-    """Return a loss function that also penalizes the distance from the weights before finetuning.
+    """Return a loss function with a penalty on the distance from the weights before finetuning (L2-SP).
 
     The loss is `own` + factor / 2 * (squared distance). The training state keeps the weights before finetuning in its
-    entry "memory", under the name "start". (L2-SP; Li et al., 2018, arXiv:1802.01483)
+    entry "memory", under the name "start". The penalty is from Li et al. (2018, arXiv:1802.01483).
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any, **more: Any) -> Any:
@@ -75,7 +76,8 @@ def mixout(own: Loss, rate: float) -> Loss:
 
     Each weight w is replaced by its value w0 before finetuning, with probability `rate`. The other weights become w0 +
     (w - w0) / (1 - rate). The expected value is therefore w. With w0 = 0 this is dropout of the weights. The training
-    state keeps w0 in its entry "memory", under the name "start". (Lee et al., 2020, arXiv:1909.11299)
+    state keeps w0 in its entry "memory", under the name "start". The method is called Mixout (Lee et al., 2020,
+    arXiv:1909.11299).
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array, *constants: Any, memory: Any, **more: Any) -> Any:

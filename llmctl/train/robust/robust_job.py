@@ -82,7 +82,8 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
 
 
 def check_classes(asks: Any, task: Task) -> None:
-    """Check that the task has classes, if the settings in `asks` give classes weights or sample classes equally often.
+    """Check that the task has classes, if the settings in `asks` give weights to classes or sample classes equally
+    often.
 
     Raises:
       RequestError: If `class_weights` or `balance` does not suit the task, or both would balance the classes.

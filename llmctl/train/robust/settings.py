@@ -52,13 +52,13 @@ class AdversarialConfig(Settings):
     """Maximum norm of a row's perturbation. Default: 0.02."""
     norm: Norm = ""
     """Norm of a row's perturbation. l2: Euclidean norm of all its entries. linf: its largest entry. Default: linf for
-    method smart, l2 for the others."""
+    method smart, l2 for the other methods."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Number of steps in the search for a perturbation, for methods pgd, freelb and smart. Default: 1 for smart, 3 for
-    the others."""
+    pgd and freelb."""
     step_size: Positive | None = None
-    """Norm of each step of the search, for methods pgd, freelb and smart. Default: 0.02 for smart, 0.01 for the
-    others."""
+    """Norm of each step of the search, for methods pgd, freelb and smart. Default: 0.02 for smart, 0.01 for pgd and
+    freelb."""
     start: Annotated[float, Field(ge=0)] | None = None
     """Maximum norm of the random perturbation before the first step, for methods pgd, freelb and smart. Default: 0.02
     for pgd, 0.01 for freelb and 0.001 for smart, but at most epsilon."""
@@ -101,13 +101,13 @@ class RegularizeConfig(Settings):
     embeddings. 5 is usual. 0 disables it.
     """
     l2_start: float = Field(default=0.0, ge=0)
-    """Factor of half the squared distance between the weights and the weights before finetuning (L2-SP), without the
-    task's head. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
+    """Factor of half the squared distance between the weights and the weights before finetuning (L2-SP). The task's
+    head is excluded. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
     """
     mixout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which a training step replaces a weight by its value before finetuning (Mixout). The task's head
-    is excluded. 0.1 to 0.9 are usual, in place of dropout. Only for methods that train the weights of the finetuned
-    model. 0 disables it."""
+    is excluded. 0.1 to 0.9 are usual, in place of dropout. The finetuning method must train the weights of the model. 0
+    disables it."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
     """Weight of each class in the loss, as a table such as {"rare" = 5.0}; classes that the table does not contain have
     weight 1. balanced: weights inversely proportional to the number of training examples of the class."""

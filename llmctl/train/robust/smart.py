@@ -44,7 +44,7 @@ class Smart(Adversary):
     }
 
     def check(self, config: Any) -> None:
-        """Check the settings as Adversary.check does, and that `start` is above 0.
+        """Check the settings as Adversary.check does, and check that `start` is above 0.
 
         If the first perturbation were zero, the outputs for clean and perturbed rows would be equal. The divergence
         would then be minimal and its gradient zero, so the search could not start.
