@@ -78,7 +78,7 @@ def _beside(path: Path) -> dict[Path, Manifest]:
 def stored_arrays(base: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the arrays in which a model differs from its base: {path of the weight: {name in the weight: array}}.
 
-    These are the arrays that the base lacks, and the arrays that have other values in the base.
+    The result has the arrays that the base lacks, and the arrays that have other values in the base.
 
     Args:
         base: Parameters of the base. An array may have been deleted if training replaced it.

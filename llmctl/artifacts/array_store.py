@@ -59,7 +59,7 @@ def sparse_parts(path: Path, target: Arrays, storage: Mapping[str, sparse_storag
 def read(
     path: Path, target: Arrays, storage: Mapping[str, sparse_storage.Record] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Read arrays of the artifact `path`. They get the shapes, dtypes and shardings of `target`.
+    """Read arrays of the artifact `path`, with the shapes, dtypes and shardings of `target`.
 
     Args:
         path: Folder of the artifact.

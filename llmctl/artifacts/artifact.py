@@ -105,7 +105,7 @@ def load(
             base is added.
 
     Raises:
-        RequestError: If the folder is no artifact or is damaged, if the arrays do not fit the mesh or the memory, or if
+        RequestError: If the folder is no artifact or is damaged. If the arrays do not fit the mesh or the memory. If
             the base of an adapter is missing.
     """
     import jax

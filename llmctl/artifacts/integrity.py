@@ -27,7 +27,7 @@ class Damage:
     content: dict[str, str]
     """Differences that can change predictions. An artifact with such a difference cannot be loaded."""
     record: dict[str, str]
-    """Differences in other manifest fields and files (metrics, parents, sizes, logs). They cannot change
+    """Differences in other manifest fields and files (metrics, parents, sizes, logs). These differences cannot change
     predictions."""
 
 
@@ -64,8 +64,8 @@ def _base_damage(path: Path, manifest: Manifest, bases: Sequence[Path]) -> dict[
 def full_check(path: Path, bases: Sequence[Path] = ()) -> Damage:
     """Return the differences between an artifact and its manifest, including differences in the arrays.
 
-    The arrays are read once, sharded over the default mesh. They are not read if the files and fields already have
-    differences that can change predictions. The base of an adapter is read as well.
+    The arrays are read once, sharded over the default mesh. The arrays are not read if the files and fields already
+    have differences that can change predictions. The base of an adapter is read as well.
 
     Args:
         path: Folder of the artifact.

@@ -23,7 +23,7 @@ from llmctl.config import checksums
 from llmctl.model.config import ModelConfig
 
 FORMAT = 1
-"""Version of the folder layout of artifacts that contain all of their arrays. If it changes, stages run again."""
+"""Version of the folder layout, for artifacts that contain all of their arrays. If it changes, stages run again."""
 ADAPTER_FORMAT = 2
 """Version of the folder layout of adapters."""
 SPARSE_FORMAT = 3
@@ -124,10 +124,10 @@ class Manifest(BaseModel):
     """Size of `params/` on disk in bytes. Two copies of equal weights may differ by a few bytes, because they are
     compressed."""
     sparsity: float
-    """Fraction of elements of the weight matrices that are zero."""
+    """Fraction of zeros among the elements of the weight matrices."""
     pruned: bool = False
-    """Whether the matrices were pruned. If so, their zeros are the pruning mask, and later stages keep them. Pruning
-    sets this field and later stages inherit it. No stage infers it from the weights."""
+    """Whether the matrices were pruned. If true, the zeros are the pruning mask, and later stages keep the zeros.
+    Pruning sets this field and later stages inherit it. No stage infers it from the weights."""
     nonfinite: list[str] = []
     """Names of arrays that contain NaN or infinity. Such arrays are saved only with `allow_nonfinite`."""
     bits: float

@@ -1,6 +1,7 @@
 """Encode and decode pruned arrays for an artifact's folder: only nonzero elements, and their positions, are stored.
 
-In memory, a pruned array is dense, as products and training require. An artifact may store it in one of two formats:
+In memory, a pruned array is dense, as products and training require. An artifact may store the array in one of two
+formats:
 
 - "bitmask": the nonzero elements in row-major order, and a bitmask with one bit per element, the lowest bit first.
 - "2:4": for every four consecutive inputs of an output, two elements and two indices of 2 bits. A byte contains the

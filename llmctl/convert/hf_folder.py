@@ -86,11 +86,11 @@ def inspect(
         folder: Folder with config.json and safetensors, as a single file or shards with an index.
         ignore: Keys of config.json that are known to be irrelevant.
         drop: Regular expressions for the names of tensors to omit.
-        say: Function that is called with one line of text if the folder contains its weights twice.
+        say: Function that is called with one line of text if the folder contains the weights twice.
 
     Raises:
-        RequestError: If an architecture or key is unknown, if the weights are a pickle, if a file is damaged, if
-            tensors contradict the config, or if a link leads out of the folder.
+        RequestError: If an architecture or key is unknown. If the weights are a pickle, or a file is damaged. If
+            tensors contradict the config. If a link leads out of the folder.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")

@@ -20,8 +20,7 @@ STAGE = "export"
 def merged(found: artifact.Artifact) -> dict[str, Any]:
     """Return the parameters with all adapters merged into their matrices. The model then computes the same function.
 
-    An adapter that only replaces arrays of its base (head, biases) has nothing to merge, and its parameters are
-    returned unchanged.
+    If an adapter only replaces arrays of its base, such as the head or biases, the parameters are returned unchanged.
 
     Raises:
         RequestError: If the artifact has no adapter, if an adapter cannot be merged, or if merging would undo the

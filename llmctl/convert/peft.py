@@ -180,8 +180,8 @@ def export(found: Artifact, folder: Path) -> float:
         The largest difference between outputs with the artifact's adapters and with the written adapters.
 
     Raises:
-        RequestError: If the artifact has no adapters, if matrices with adapters share a tensor in the Hugging Face
-            format, or if the artifact differs from its base in weights that an adapter cannot store.
+        RequestError: If the artifact has no adapters. If matrices with adapters share a tensor in the Hugging Face
+            format. If the artifact differs from its base in weights that an adapter cannot store.
     """
     cfg = found.model
     adapters = weights.adapted(found.params)

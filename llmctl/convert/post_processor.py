@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from llmctl.data.tokenizers.base import TextTemplate
 
 SAMPLES = ("a", "the", "A", "0", ".", "e")
-"""Texts that are encoded to find out which tokens a post-processor adds. Any vocabulary encodes at least one of them to
-one or more tokens."""
+"""Texts that are encoded to find out which tokens a post-processor adds. At least one text has tokens in any
+vocabulary."""
 
 
 def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int | None]) -> TextTemplate:

@@ -99,8 +99,8 @@ def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> di
         say: Function that is called with one line of text if the folder has both a single file and shards.
 
     Raises:
-        RequestError: If the folder has only a pickle, if a shard is missing or damaged, if the index is wrong, or if
-            the single file and the shards differ.
+        RequestError: If the folder has only a pickle. If a shard is missing or damaged, or the index is wrong. If the
+            single file and the shards differ.
     """
     if (folder / SINGLE).is_file():
         whole = read_file(folder / SINGLE)

@@ -1,7 +1,12 @@
 """Convert pruned linear layers to and from the sparse formats of compressed-tensors.
 
-A layer `module` has the tensors `module.compressed` (its values), `module.bitmask` (uint8, one bit per weight, the
-lowest bit first, rows padded to whole bytes) and `module.shape`:
+A layer `module` has three tensors:
+
+- `module.compressed`: the values of the nonzero weights.
+- `module.bitmask`: uint8, one bit per weight, the lowest bit first. Rows are padded to whole bytes.
+- `module.shape`: the shape of the dense weight.
+
+The two formats differ in the shape of the values:
 
 - "sparse-bitmask": values in one dimension, row by row. `module.row_offsets` has the index of each row's first value.
 - "sparse-24-bitmask": values [out, in / 2], because each row has two values of every four inputs.

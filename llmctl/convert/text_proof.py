@@ -1,7 +1,7 @@
 """Compare exported files with llmctl on texts: tokenization, padding, pooling and outputs.
 
-A comparison that starts from token ids would not test the special tokens around a text, the padding, and the pooling
-position in other programs. If transformers and torch are installed, they read the files; otherwise llmctl reads them.
+The comparison starts from texts, not from token ids. It therefore also tests special tokens, padding and the pooling
+position. If transformers and torch are installed, transformers reads the files; otherwise llmctl reads the files.
 
 Shapes: B rows, T tokens.
 """

@@ -51,8 +51,8 @@ def import_tokenizer(
         The folder `work`, or None if `source` contains no tokenizer.
 
     Raises:
-        RequestError: If the tokenizer is damaged, if it does not fit the model's embedding table, if the file of its
-            added tokens is missing, or if a file is a link out of its folder.
+        RequestError: If the tokenizer is damaged, or does not fit the model's embedding table. If the file of the added
+            tokens is missing. If a file is a link that leads out of the folder.
     """
     folder = source if source.is_dir() else source.parent
     for name in (*BESIDE, SentencePieces.file):
@@ -196,7 +196,7 @@ def _epath(path: Path) -> Any:
 def _from_vocabulary(folder: Path) -> bytes | None:
     """Build a tokenizer.json from the vocabulary files of an older folder.
 
-    These are vocab.txt (WordPiece), or vocab.json with merges.txt (byte-level BPE).
+    The files are vocab.txt (WordPiece), or vocab.json with merges.txt (byte-level BPE).
 
     Returns:
         The content of the tokenizer.json, or None if the folder contains neither.

@@ -178,7 +178,7 @@ def predictor(
         beams: Number of beams; 0 uses the setting of finetuning.
 
     Raises:
-        RequestError: If an artifact cannot predict, if predictions of several artifacts cannot be averaged, or if
+        RequestError: If an artifact cannot predict. If the predictions of several artifacts cannot be averaged. If
             settings for generating answers are given for a task head.
     """
     generators = [found for found in loaded if generates(found)]

@@ -108,7 +108,7 @@ class TextPredictor:
     def answers(self, rows: Sequence[Continuation], every: bool = False) -> list[dict[str, Any]]:
         """Return the answer to each row as JSON data.
 
-        The key "ended" is "end" if the model ended the answer. It is "length" if the answer has the maximum number of
+        The key "ended" is "end" if the model ended the answer, and "length" if the answer has the maximum number of
         tokens. The argument `every` is not used.
         """
         self._writer.fill(rows)

@@ -34,7 +34,7 @@ class MeasureConfig(Config):
     dtype: Dtype = "float32"
     """Dtype of the computation."""
     metrics: list[Annotated[str, AfterValidator(METRICS.check), METRICS]] = []
-    """Additional metrics to compute from true labels and predictions, such as those of installed packages."""
+    """Additional metrics to compute from true labels and predictions, such as metrics of installed packages."""
     speed: bool = True
     """Measure latency (batch 1) and throughput of all artifacts in alternation."""
     repeats: int = Field(default=15, ge=1)

@@ -15,8 +15,9 @@ _INK, _QUIET, _LINE, _POINT = "#1b1f24", "#6e7781", "#d0d7de", "#0b6bcb"
 def tradeoff(results: Sequence[report.Result], path: Path) -> bool:
     """Write a PNG that plots quality against weight bytes, with 95 % intervals if known.
 
-    The quality axis shows one metric: the first quality metric in the registry's order that was measured, and that the
-    table of `llmctl run` contains. If speed was measured, a second plot shows quality against examples per second.
+    The quality axis shows one metric. Candidates are the measured quality metrics in the table of `llmctl run`. The
+    first candidate in the order of the registry is used. If speed was measured, a second plot shows quality against
+    examples per second.
 
     Returns:
         True if the PNG was written; False if the results have no metric to plot.

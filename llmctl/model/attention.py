@@ -44,7 +44,7 @@ class Shared(NamedTuple):
     """Store the inputs of attention that all encoder layers, or all decoder layers, share: masks, rotary tables etc.
 
     The fields `local_mask_BTS` and `local_rotary` are for layers with a sliding window. `memory_BSD` is the encoder's
-    output. Fields that are not used are None.
+    output. Unused fields are None.
     """
 
     mask_BTS: jax.Array | None

@@ -22,8 +22,8 @@ from llmctl.model.compressed_cache import Compressed
 from llmctl.model.config import ModelConfig
 
 KEPT = "attention"
-"""Name, in rematerialization policies, of the arrays that the softmax needs for its backward pass. If a policy saves
-them, the backward pass does not repeat the forward pass of the softmax."""
+"""Name of the arrays that the backward pass of the softmax needs, for rematerialization policies. If a policy saves
+these arrays, the forward pass of the softmax is not repeated."""
 MASKED = -1e30
 """Attention score of a masked query-key pair. It is finite, so that a query without visible keys has finite outputs."""
 

@@ -271,8 +271,8 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
     """Convert sums to metrics: divide each sum by the sum "weight".
 
     If there is a sum "PREFIX_weight", sums whose names begin with "PREFIX_" are divided by "PREFIX_weight" instead. A
-    sum and its weight may be vectors, for example with one element per class. They are then divided element by element,
-    and the metric is the mean quotient of the elements with positive weight.
+    sum and its weight may be vectors, for example with one element per class. The division is then element by element,
+    and the metric is the mean quotient over elements with positive weight.
     """
     apart = [name.removesuffix("weight") for name in sums if name.endswith("_weight")]
 

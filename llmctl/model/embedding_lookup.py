@@ -50,7 +50,7 @@ class _Layout(NamedTuple):
     column_axes: tuple[str, ...]
     """Mesh axes that shard both the columns of the table and the tokens."""
     token_axes: tuple[str, ...]
-    """Mesh axes that shard the tokens but not the table. The table's gradient is summed over them."""
+    """Mesh axes that shard the tokens but not the table. The table's gradient is summed over these axes."""
     row_axes: tuple[str, ...]
     """Mesh axes that shard the rows of the table."""
     exchange_columns: bool

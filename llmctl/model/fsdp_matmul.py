@@ -23,7 +23,7 @@ Axes = tuple[str, str]
 def splits(axes: Axes) -> bool:
     """Return True if `matmul` applies to a weight with these logical axes.
 
-    This is the case if the current mesh shards the weight by FSDP, and does not use context parallelism.
+    The function applies if the current mesh shards the weight by FSDP, and does not use context parallelism.
     """
     mesh = meshes.current()
     if mesh is None or meshes.splits_sequences() or "embed" not in axes:

@@ -1,8 +1,9 @@
 """Run the model by functions of a config and a parameter tree, so that callers need no Flax modules.
 
-The parameter tree is a nested dict. Its keys are `embed`, `encoder` and/or `decoder` (with `blocks` and `norm`),
-`lm_head` (if the output projection is untied or transformed) and `head` (for task heads). The functions of the training
-step, `hidden` and `head_logits`, are defined in `llmctl.model.transformer`.
+The parameter tree is a nested dict. Its keys are `embed`, `encoder` and/or `decoder` (each with `blocks` and `norm`),
+and sometimes `lm_head` and `head`. The tree has `lm_head` if the output projection is untied or transformed, and `head`
+if the model has a task head. The functions of the training step, `hidden` and `head_logits`, are defined in
+`llmctl.model.transformer`.
 
 A stack is the encoder or the decoder. The last stack is the decoder or, if there is none, the encoder.
 

@@ -2,8 +2,8 @@
 
 A name map is a table {parameter path: Hugging Face tensor name}. "{}" in a name is replaced by the layer index, because
 llmctl stacks the arrays of all layers on axis 0. Matrices of llmctl are [in, out]. Matrices of Hugging Face are [out,
-in], if the family does not list them in `Bridge.in_out`. In some checkpoints, one tensor "name" contains the query, key
-and value matrices, concatenated along the output axis. Then "name#0" is the query matrix, "name#1" the key matrix, and
+in], except the matrices that match `Bridge.in_out`. In some checkpoints, one tensor "name" contains the query, key and
+value matrices, concatenated along the output axis. Then "name#0" is the query matrix, "name#1" the key matrix, and
 "name#2" the value matrix.
 
 Example:

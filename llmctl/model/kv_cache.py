@@ -25,8 +25,8 @@ Cached = jax.Array | Compressed
 def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
     """Return the shape of a layer's cached keys or values: [B, G, S, K], without the axes B and G if their size is 1.
 
-    `attention_xla.attend` multiplies arrays in this layout, so that XLA can update the cache in place. The cache has no
-    axes of size 1, because XLA's CPU backend would copy the cache at every step to drop them.
+    `attention_xla.attend` multiplies arrays in this layout, so that XLA can update the cache in place. Axes of size 1
+    are omitted, because XLA's CPU backend would remove them by copying the cache at every step.
     """
     return (*(n for n in (B, G) if n > 1), S, K)
 

@@ -3,10 +3,10 @@
 (GPipe; Huang et al., 2018, arXiv:1811.06965)
 
 The pipeline is one compiled program, in which the stages are distributed over the mesh axis `pipeline`. In each
-iteration, every stage runs its layers on a different microbatch and sends the result to the next stage. M
-microbatches pass through P stages in M + P - 1 iterations, and each stage is idle in P - 1 of them (the bubble).
-Automatic differentiation runs the same schedule backwards. Only the residual stream and, in an encoder-decoder, the
-encoder's output are sent. Microbatch m consists of rows m, m + M, …, so that each device keeps its own rows.
+iteration, every stage runs its layers on a different microbatch and sends the result to the next stage. M microbatches
+pass through P stages in M + P - 1 iterations. Each stage is idle in P - 1 iterations (the bubble). Automatic
+differentiation runs the same schedule backwards. Only the residual stream and, in an encoder-decoder, the encoder's
+output are sent. Microbatch m consists of rows m, m + M, …, so that each device keeps its own rows.
 
 Shapes: B batch, M microbatches, b rows per microbatch, P stages, L layers, T sequence, D model width.
 """

@@ -1,9 +1,11 @@
 """Define the trained prefix of prefix tuning: additional keys and values, to which all tokens attend.
 
-(Li and Liang, 2021, arXiv:2101.00190). Each decoder layer has P trained keys and values for self-attention. In a model
-without a decoder, each encoder layer has them. Every token attends to all of them, even in layers with a sliding
-window. The trained keys have no rotary positions and no norm. The positions of the text begin at P. The library PEFT
-implements prefix tuning in the same way.
+(Li and Liang, 2021, arXiv:2101.00190)
+
+Each decoder layer has P trained keys and values for self-attention. If a model has no decoder, each encoder layer has P
+trained keys and values. Every token attends to all trained keys, even in layers with a sliding window. The trained keys
+have no rotary positions and no norm. The positions of the text begin at P. The library PEFT implements prefix tuning in
+the same way.
 
 Shapes: B batch, P trained keys, G key/value heads, K head width.
 """

@@ -2,8 +2,8 @@
 
 A relation is softmax(a a^T / sqrt(width)) over the tokens of a text, where `a` are the queries, the keys or the values
 of a layer. The vectors of all attention heads are joined and divided into R relation heads. The two models may
-therefore have different numbers of heads. The relations are computed for a block of tokens at a time, also in the
-backward pass. A map of all pairs of tokens is never stored.
+therefore have different numbers of heads. The forward and the backward pass compute the relations for one block of
+tokens at a time. A map of all pairs of tokens is never stored.
 
 Shapes: B batch, T sequence, c tokens per block, W joined width, R relation heads, K width of a relation head.
 """

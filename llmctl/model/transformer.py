@@ -274,7 +274,7 @@ def apply(module: nn.Module, variables: Params, *args: Any, **options: Any) -> A
 
 
 def body_params(params: Params) -> Params:
-    """Return the parameters of `Transformer`: all parameters except those of the output heads."""
+    """Return the parameters of `Transformer`: all parameters except the output heads."""
     return {name: params[name] for name in ("embed", "encoder", "decoder") if name in params}
 
 
@@ -302,8 +302,8 @@ def hidden(
     Args:
         cfg: Config of the model.
         params: Parameters of the model.
-        batch: Tokens, positions and segments [B, T]; in an encoder-decoder, also for the encoder. Several texts may be
-            packed into one sequence. Each text is a segment, numbered from 1; 0 is padding. An optional
+        batch: Tokens, positions and segments [B, T]. An encoder-decoder has the same arrays for the encoder. Several
+            texts may be packed into one sequence. Each text is a segment, numbered from 1; 0 is padding. An optional
             `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning), and
             `encoder_embedding_offset` to the encoder's token embeddings.
         train: Whether dropout is applied.

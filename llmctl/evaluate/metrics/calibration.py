@@ -19,15 +19,15 @@ BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0
 """Lowest and highest temperature that the search in `temperature` tries."""
 STEPS = 60
-"""Number of bisections of the interval of log temperatures; the result is exact to float64."""
+"""Number of bisection steps in the search for the log temperature. The result is exact to float64."""
 
 
 def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
     """Return the expected calibration error, the log loss, and a reliability table.
 
     The confidence of a prediction is the probability of the predicted class. Predictions are grouped by confidence into
-    intervals of equal width. The error is the mean absolute difference between accuracy and confidence over the
-    intervals, weighted by the number of predictions (Guo et al., 2017, arXiv:1706.04599).
+    intervals of equal width. The error is the mean of |accuracy - confidence| over the intervals, weighted by the
+    number of predictions (Guo et al., 2017, arXiv:1706.04599).
 
     Args:
         p_NC: Probabilities of the classes [N, C].

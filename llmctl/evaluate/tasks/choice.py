@@ -220,7 +220,7 @@ def loss_of_scores(
 ) -> tuple[jax.Array, Sums]:
     """Return the results of `compute` for the scores [R] of the rows: (loss, metrics summed over the batch).
 
-    For a language model, the logits are computed in chunks, also for the gradient, and are never stored.
+    For a language model, the loss and its gradient are computed in chunks. The logits of all tokens are never stored.
     """
     if cfg.head_kind.vocabulary:
         return loss_of_rows(cfg, params, x_RTD, batch, dtype, compute)

@@ -57,8 +57,7 @@ class Completions(Language):
         """Measure the perplexity of the held-out completions, each conditioned on its prompt.
 
         In an encoder-decoder, the encoder reads at most `seq_len` tokens of the prompt. Completions are never
-        truncated. The end-of-sequence token of a completion is not scored, because a decoder's evaluation does not
-        score it either.
+        truncated. The end-of-sequence token of a completion is not scored, as in the evaluation of a decoder.
 
         Raises:
             RequestError: If a completion exceeds the model's maximum sequence length.

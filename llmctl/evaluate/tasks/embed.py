@@ -1,7 +1,7 @@
 """Train text embeddings, from text pairs or from similarity scores.
 
-With text pairs, training makes the vectors of the two texts of a pair more similar than the vectors of other texts.
-With scores, training makes the cosine of two vectors equal to the score of their texts.
+With text pairs, training makes the two vectors of a pair more similar than vectors of different pairs. With scores,
+training makes the cosine of two vectors equal to the score of their texts.
 
 Shapes: B rows, T tokens per row, N texts, M different candidates, D model width.
 """
@@ -188,7 +188,7 @@ def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
 def ranks(text_ND: np.ndarray, candidate_MD: np.ndarray, own_N: np.ndarray) -> np.ndarray:
     """Return the rank [N] of each text's own candidate among all candidates, by similarity; 1 is the best.
 
-    Candidates that are as similar as the own candidate are ranked before it.
+    If another candidate is equally similar, the other candidate is ranked first.
 
     Args:
         text_ND: Unit vectors of the texts [N, D].

@@ -46,7 +46,7 @@ class EvaluationMethods(RowMethods):
         """Check that held-out examples match the artifact.
 
         Raises:
-            RequestError: If the data lacks a column, or has labels that are not the model's.
+            RequestError: If the data lacks a column, or has labels that the model does not have.
         """
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:

@@ -56,9 +56,9 @@ def loss_of_rows(
 ) -> tuple[jax.Array, Sums]:
     """Return the results of `compute` for the log-likelihoods [R] of the rows: (loss, metrics summed over the batch).
 
-    The gradient is computed as the gradient of a weighted cross-entropy. The weight of a token is minus the derivative
-    of the loss with respect to the log-likelihood of its row. Logits can therefore be computed in chunks, as in other
-    losses. The cost is one more output projection.
+    The gradient is computed as the gradient of a weighted cross-entropy. All tokens of a row have the same weight:
+    minus the derivative of the loss with respect to the row's log-likelihood. Logits can therefore be computed in
+    chunks, as in other losses. The cost is one more output projection.
 
     Args:
         cfg: Config of the model.

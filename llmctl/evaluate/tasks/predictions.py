@@ -47,7 +47,7 @@ class Predicts:
 
         Args:
             model: Config of the model.
-            rows: New rows; either all of them have a second text ("pair"), or none.
+            rows: New rows. All rows have a second text ("pair"), or no row has a second text.
             tokenizer: Tokenizer of the model.
             settings: Sequence length, truncation and class names.
         """

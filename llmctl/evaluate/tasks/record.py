@@ -43,7 +43,7 @@ class TaskRecord:
     pooling: ClassVar[str] = ""
     """Default pooling of hidden states to one vector per sequence; empty keeps the pooling of the model."""
     section: ClassVar[str] = ""
-    """Name of the section of `finetune` with the settings of this task; empty if the task has no settings."""
+    """Section of the `finetune` settings that belongs to this task; empty if the task has no settings."""
     answers: ClassVar[bool] = True
     """Whether `metrics` also returns true labels and predictions, which user-selected metrics need."""
     reads: ClassVar[tuple[str, ...]] = READ

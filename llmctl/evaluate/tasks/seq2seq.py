@@ -94,8 +94,8 @@ class SequenceToSequence(Completions):
         One answer is generated per prompt. The comparison computes BLEU, chrF, ROUGE and exact match.
 
         Raises:
-            RequestError: If the packages of the metrics are missing, a completion is longer than the model's longest
-                sequence, or the answers leave no room for a prompt.
+            RequestError: If the packages of the metrics are missing. If a completion is longer than the model's maximum
+                sequence length. If the answers leave no room for a prompt.
         """
         answer_metrics.check()
         settings, words = setup.generation, tokenizers.load(artifact.tokenizer_dir)

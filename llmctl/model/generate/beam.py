@@ -220,8 +220,8 @@ def _repeated(state: State, B: int, W: int) -> State:
 def _follow(cache: list[Any], parent_BW: jax.Array, prompt: int) -> list[Any]:
     """Reorder the cache: each live beam gets the keys and values of the beam that it continues.
 
-    The first `prompt` positions of the cache are not reordered. They belong to the prompt, so they are equal for all
-    beams.
+    The first `prompt` positions of the cache are not reordered. These positions belong to the prompt, so their keys and
+    values are equal for all beams.
     """
     B, W = parent_BW.shape
     rows = (parent_BW + jnp.arange(B)[:, None] * W).reshape(-1)

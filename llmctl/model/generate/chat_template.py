@@ -78,7 +78,7 @@ class Marked(NamedTuple):
     counted_N: np.ndarray
     """Whether the assistant writes the token, bool [N]."""
     missed: int
-    """Number of answers whose tokens could not be found, because the template renders them differently when later
+    """Number of answers whose tokens could not be found. The template renders such an answer differently when later
     messages follow."""
 
 
@@ -138,8 +138,8 @@ class Template:
             prompt: Whether to end with the start of the assistant's answer.
 
         Raises:
-            RequestError: If the template rejects the messages (for example because roles do not alternate), fails, or
-                exceeds the limits of `template_sandbox`.
+            RequestError: If the template fails, or exceeds the limits of `template_sandbox`. If the template rejects
+                the messages, for example because roles do not alternate.
         """
         return generation_block.spans(self._rendered(messages, tools, prompt))[0]
 
@@ -170,8 +170,8 @@ class Template:
         right after an answer counts as its end token. The template gets the date `DAY`.
 
         Raises:
-            RequestError: If the template fails or rejects the messages, if the answers cannot be found in the text, or
-                if a message has the weight 0 and the template does not mark exactly one text per answer.
+            RequestError: If the template fails or rejects the messages. If the answers cannot be found in the text. If
+                a message has the weight 0, and the template does not mark exactly one text per answer.
         """
         self._day = DAY
         try:

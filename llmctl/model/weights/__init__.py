@@ -13,7 +13,7 @@ LoRA adapter. Other packages can define nodes. The functions of this package acc
     (True, False, True)
 
 Only products of plain arrays use `fsdp_matmul`, `quantized_matmul` and `embedding_lookup`. Products without weights,
-such as those in attention, are not defined in this package.
+such as the products in attention, are not defined in this package.
 
 `tree` has the functions for weights and parameter trees, and `names` parses the names of arrays. `base` defines nodes.
 `matrices` finds the matrices to compress.

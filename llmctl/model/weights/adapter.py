@@ -20,8 +20,8 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updat
 class Adapter(Node):
     """Base class of adapters, which store a frozen weight (the base) together with small trained arrays.
 
-    A subclass adds the small arrays as fields, and lists the trained arrays in `adapter_parts`. It defines `dense`, the
-    weight with the adapter applied.
+    A subclass adds the small arrays as fields, and lists the trained arrays in `adapter_parts`. The subclass also
+    defines `dense`, which returns the weight with the adapter applied.
     """
 
     adapter_parts: ClassVar[tuple[str, ...]] = ()

@@ -171,7 +171,7 @@ class Node(abc.ABC):
         return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
 
     def count(self) -> int:
-        """Return the number of parameters: the elements of the dense weight and, if any, those of its adapter."""
+        """Return the number of parameters: the elements of the dense weight, plus any parameters of an adapter."""
         return math.prod(self.shape)
 
     # --- what training and compression ask ---------------------------------------------------------------------------

@@ -83,8 +83,8 @@ class Quantized(Node):
     def for_decoding(self, on_cpu: bool) -> Any:
         """Return a plain array on CPUs, because a CPU would convert the integers again for every token.
 
-        On other platforms, return the quantized weight unchanged. On CPUs, also return it unchanged if its inputs are
-        quantized, because a plain array would give other results.
+        On other platforms, return the quantized weight unchanged. If the inputs are also quantized, return the weight
+        unchanged on CPUs too, because a plain array would give other results.
         """
         return self.dense() if on_cpu and not self.activations else self
 

@@ -2,8 +2,8 @@
 
 The manifest is the JSON file that describes a saved model. A weight is a plain array or a weight node, an object that
 stores one weight as several arrays (`llmctl.model.weights.base`). Every record contains "parts", which is {name:
-[dtype, shape]} of the stored arrays. The record of a weight node also contains "node", the name of its class, and the
-fields of the node that are not arrays (its settings).
+[dtype, shape]} of the stored arrays. The record of a weight node also contains "node", the name of the class. Further
+entries are the settings: the fields of the node that are not arrays.
 """
 
 from __future__ import annotations

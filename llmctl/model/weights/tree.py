@@ -198,7 +198,7 @@ def arrays(params: Params) -> dict[str, Any]:
 
 
 def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
-    """Return the parameter tree `template` with all arrays replaced by those in `named`; the inverse of `arrays`.
+    """Return the parameter tree `template` with all arrays replaced by the arrays in `named`; the inverse of `arrays`.
 
     The arrays in `template` may be abstract.
     """
@@ -210,7 +210,7 @@ def rebuild(template: Params, named: Mapping[str, Any]) -> Params:
 
 
 def count(params: Params) -> int:
-    """Return the number of parameters: the elements of all weights as plain arrays, and those of adapters."""
+    """Return the number of parameters: the elements of all weights as plain arrays, plus the parameters of adapters."""
     return sum(as_node(w).count() for w in flatten(params).values())
 
 
