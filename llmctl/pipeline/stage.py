@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmctl.model.program import Program
 
     Programs = tuple[list[Program], Artifact | None]
-    """The programs of a stage, and the artifact that it leaves for later stages."""
+    """The programs of a stage, and the artifact that the stage leaves for later stages."""
 
 T = TypeVar("T")
 
@@ -54,9 +54,9 @@ class StageConfig(Config):
     produces: ClassVar[bool] = True
     """Whether the stage writes a model. The next stage then starts from it by default. `eval` writes no model."""
     artifact_fields: ClassVar[tuple[str, ...]] = ()
-    """Names of the fields that name further artifacts. Their type is str or a list of str. An empty list means all
-    earlier models, and None names no artifact. `run` finds the artifacts in `Context.siblings`. If one of them changes,
-    the stage runs again."""
+    """Names of the fields that name further artifacts. The fields have the type str or list[str]. An empty list means
+    all earlier models, and None names no artifact. `run` finds the artifacts in `Context.siblings`. If one of them
+    changes, the stage runs again."""
 
     kind: str
     """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""

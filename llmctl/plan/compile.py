@@ -86,7 +86,7 @@ REFUSALS = (
     rf"Used {SIZE} of [\d.]+[KMGT]?i?B? hbm",
     rf"[Tt]otal memory required for HLO temporaries \({SIZE}\) exceeds available HBM",
 )
-"""Patterns of libtpu's messages about a program that needs more memory than available."""
+"""Regular expressions that match libtpu's messages about programs that need too much memory."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -74,7 +74,7 @@ def training_step(recipe: Recipe, stage: str) -> Step:
 
 
 def setup_of(recipe: Recipe, step: Step, topology: Topology) -> Setup:
-    """Return the description of a stage's training step that the analytic model reads.
+    """Describe a stage's training step as a Setup, the input of the analytic model.
 
     The parameters are counted from the arrays of the stage.
     """

@@ -142,9 +142,9 @@ def walk(
       head: whether to visit the output head too, after all layers.
       keep: whether to keep each layer's statistics in its report.
       progress: function that is called with each report.
-      saved: folder in which changed layers are saved. If the folder already has a layer, the saved layer is read, and
-          the layer is not changed again. The batches pass through a saved layer by the same compiled function. An
-          interrupted walk therefore gives the same bits.
+      saved: folder in which changed layers are saved. If the folder already has a layer, the layer is read, and not
+          changed again. The same compiled functions run saved layers and changed layers, so an interrupted walk gives
+          the same bits.
       dtype: dtype of the computation.
 
     Returns:

@@ -44,7 +44,7 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
         """Run one batch through the unchanged layer. The statistics are donated, so memory holds them once.
 
         Returns:
-          (output, updated statistics, the two sums that `_influence` returns).
+          (output, updated statistics, [sum over tokens of 1 - cosine(input, output), number of tokens]).
         """
         out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = _folded(stats, {path: (taps[path], real(batch, path)) for path in stats.of_inputs})

@@ -39,7 +39,7 @@ MOMENTS = ("squares", "count")
 def owl(outliers: np.ndarray, sizes: np.ndarray, sparsity: float, spread: float) -> np.ndarray:
     """Return the sparsity of each layer. The more outliers a layer has, the fewer of its weights become zero.
 
-    (OWL; Yin et al., 2023, arXiv:2310.05175.) The fraction of kept weights grows linearly with the fraction of
+    In OWL (Yin et al., 2023, arXiv:2310.05175), the fraction of kept weights grows linearly with the fraction of
     outliers. The highest and the lowest sparsity among the layers differ by 2 * `spread`. A layer's sparsity can differ
     from `sparsity` by nearly 2 * `spread`. Therefore, 2 * `spread` must be less than `sparsity` and less than 1 -
     `sparsity`.
@@ -190,8 +190,8 @@ def scan(
 ) -> np.ndarray:
     """Prune one layer at a time, and return the errors [layers, sparsities] of the model's final hidden states.
 
-    An error is the squared norm of the change, divided by the squared norm of the hidden states without pruning.
-    Padding is not counted.
+    An error is the squared norm of the change of the hidden states, divided by the squared norm of the hidden states
+    without pruning. Padding is not counted.
 
     Args:
       cfg: config of the model.
@@ -252,8 +252,8 @@ def allocate(
 
     First the calibration batches pass through the unpruned model, to measure the inputs of every matrix. If
     `method.allocation` is by sensitivity, each layer is then pruned alone, and the error is measured on the first batch
-    (`scan`). This pruning uses the method's score without repair. If the method is SparseGPT, it uses Wanda's score.
-    The parameters do not change.
+    (`scan`). This pruning uses the method's score without repair. If the method is SparseGPT, this pruning uses Wanda's
+    score. The parameters do not change.
 
     Args:
       cfg: config of the model.

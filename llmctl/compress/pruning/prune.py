@@ -74,7 +74,7 @@ def prune(
 def _scores(
     w: Weight, statistics: Moments | None, gradients: Sums | None, key: jax.Array | None, method: str
 ) -> jax.Array:
-    """Return the scores [I, O] of a matrix, -infinity for weights that are already zero."""
+    """Return the scores [I, O] of a matrix. Weights that are already zero have the score -infinity."""
     weights_IO = weights.dense(w)
     score_IO = SCORES[method].calculate_scores(
         weights_IO, statistics, gradients or {}, jax.random.key(0) if key is None else key
@@ -198,7 +198,10 @@ def prune_uncalibrated(
 def block_scores(
     w: Weight, gradients: Sums | None, key: jax.Array | None, *, method: str, pattern: Pattern
 ) -> jax.Array:
-    """Return the scores of a matrix's weights [I, O], or of its blocks in a block pattern, -infinity for zeros."""
+    """Return the scores of a matrix's weights [I, O]; in a block pattern, of its blocks [M, N].
+
+    Zeros have the score -infinity.
+    """
     return block_pattern.total_scores(_scores(w, None, gradients, key, method), pattern)
 
 

@@ -73,8 +73,8 @@ class SparseSettings(MethodSettings):
     allocation: AllocationName = "uniform"
     """Distribution of the sparsity over the layers, if the method prunes single weights and the pattern is not N:M.
     uniform: equal in all layers. owl: lower for layers with more outliers. sensitivity: lower for layers whose pruning
-    changes the final hidden states more. global: the lowest scores of the complete model are pruned. The sparsity of
-    the model is exact."""
+    changes the final hidden states more. global: the lowest scores of the complete model are pruned. owl, sensitivity
+    and global set exactly the fraction `sparsity` of the model to zero."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
     """Differences of sparsity between layers, if the allocation is owl or sensitivity. owl: half the difference between
     the highest and the lowest sparsity among the layers. sensitivity: largest difference between a layer's sparsity and

@@ -1,8 +1,8 @@
 """Prune a matrix by SparseGPT: choose zeros by the Hessian, and let the kept weights compensate for them.
 
-(Frantar & Alistarh, 2023, arXiv:2301.00774.) The inputs are processed in blocks (`llmctl.compress.error_feedback`).
-Within a block, the weights with the lowest w^2 / [H^-1]_jj are pruned. Each pruned weight changes the weights of later
-inputs, so that the error of the outputs becomes minimal.
+SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774) processes the inputs in blocks
+(`llmctl.compress.error_feedback`). Within a block, the weights with the lowest w^2 / [H^-1]_jj are pruned. Each pruned
+weight changes the weights of later inputs, so that the error of the outputs becomes minimal.
 
 Shapes: I inputs and O outputs of the matrix, S inputs per block.
 """

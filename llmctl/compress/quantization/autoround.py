@@ -67,7 +67,7 @@ class Tuner:
     Args:
       cfg: config of the model.
       stack: "encoder" or "decoder".
-      formats: format of each matrix that is quantized, by its path in the layer ("attn/q"). All are integers.
+      formats: format of each matrix that is quantized, by its path in the layer ("attn/q"). All formats are integers.
       steps: number of steps per layer.
       dtype: dtype of the layer's computation.
     """

@@ -1,8 +1,8 @@
 """Quantize a matrix by GPTQ: round input by input, and let later inputs compensate for the rounding errors.
 
-(Frantar et al., 2022, arXiv:2210.17323.) `llmctl.compress.error_feedback` describes the objective and the blocks. The
-weights of an input are rounded to the nearest levels of a format's grid (`llmctl.compress.quantization.grids`). Weights
-that are zero stay zero.
+`llmctl.compress.error_feedback` describes the objective and the blocks of GPTQ (Frantar et al., 2022,
+arXiv:2210.17323). The weights of an input are rounded to the nearest levels of a format's grid
+(`llmctl.compress.quantization.grids`). Weights that are zero stay zero.
 
 Shapes: I inputs and O outputs of the matrix, S inputs per block, G groups of inputs with one scale each.
 """
@@ -55,7 +55,7 @@ def quantize(
       gram_II: Gram matrix of the inputs, float32.
       damping: fraction of the Hessian's mean diagonal entry that is added to its diagonal.
       grid: levels of the format.
-      group: number of inputs with one scale, which must divide the inputs; 0 gives all inputs one scale.
+      group: number of inputs per scale, which must divide the number of inputs; 0 for one scale per output.
       act_order: whether to round inputs with larger sums of squares first, while many inputs remain to compensate.
       static_groups: whether scales are computed from the unchanged matrix. Otherwise a group's scale is determined when
           the group's first input is rounded, from weights that include the compensation. False requires `act_order` to

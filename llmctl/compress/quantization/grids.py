@@ -35,7 +35,7 @@ ASYMMETRIC: dict[str, Grid] = {f"int{bits}": AsymmetricIntegers(bits) for bits i
 
 
 def levels_of(form: Format) -> tuple[Grid, int]:
-    """Return the grid of a format, and the number of inputs per scale; 0 means that all inputs share one scale."""
+    """Return the grid of a format, and the number of inputs per scale; 0 for one scale per output."""
     return (GRIDS if form.symmetric else ASYMMETRIC)[form.scheme], form.group
 
 
@@ -112,7 +112,7 @@ def quantized(w: jax.Array, grid: Grid, inputs: int, group: int, clip: bool) -> 
       w: a matrix [..., I, O] (`inputs` -2), or an embedding table [V, D] (`inputs` -1).
       grid: the levels.
       inputs: axis of the inputs.
-      group: number of inputs with one scale; 0 for all inputs.
+      group: number of inputs per scale; 0 for one scale per output, or per row of an embedding table.
       clip: whether to search for the scales with the least squared error of the weights.
     """
     one = partial(rounded, gram_II=None, grid=grid, group=group, clip=clip)

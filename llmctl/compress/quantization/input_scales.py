@@ -26,16 +26,16 @@ def awq(
 ) -> tuple[jax.Array, jax.Array]:
     """Return AWQ's scales [I] for matrices with the same inputs, and the exponent of the scales.
 
-    (Lin et al., 2023, arXiv:2306.00978.) The scale of an input is m^a, where m is the root mean square of the input.
-    All inputs have the same exponent a, which minimizes the squared error of the rounded matrices' outputs. With the
-    exponent 0, all scales are 1. The paper uses the mean absolute value in place of m. This code uses the root mean
+    In AWQ (Lin et al., 2023, arXiv:2306.00978), the scale of an input is m^a, where m is the root mean square of the
+    input. All inputs have the same exponent a, which minimizes the squared error of the rounded matrices' outputs. With
+    the exponent 0, all scales are 1. The paper uses the mean absolute value in place of m. This code uses the root mean
     square, because the Gram matrix contains it.
 
     Args:
       kernels: the matrices [I, O] that are quantized.
       gram_II: Gram matrix of the inputs.
       at: the matrices, and the module into which the scales are folded.
-      levels: for each matrix, the levels of its format and the number of inputs with one scale; 0 for all inputs.
+      levels: for each matrix, the levels of its format and the number of inputs per scale; 0 for one scale per output.
     """
     size_I = jnp.sqrt(at.shared(jnp.diagonal(gram_II), jnp.mean))
     live_I = size_I > 0

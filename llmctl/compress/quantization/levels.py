@@ -118,8 +118,8 @@ class Integers(IntegerGrid):
         """Return the nearest integers. Ties are rounded to even.
 
         With 4 and 8 bits, the lowest integer (-8, -128) is not used. Otherwise, float rounding would decide between -7
-        and -8, because a group's largest weight can be -7.5 scales. With 2 and 3 bits, all integers are used, because
-        there are few.
+        and -8, because a group's largest weight can be -7.5 times the scale. With 2 and 3 bits, all integers are used,
+        because there are few.
         """
         return jnp.clip(jnp.round(unit), *self.limits(None))
 

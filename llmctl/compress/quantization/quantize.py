@@ -1,4 +1,4 @@
-"""Quantize weights without data: replace matrices by integers with scales, by a quantization scheme.
+"""Quantize weights without data: convert matrices to integers with scales, as a quantization scheme defines.
 
 The schemes are in `llmctl.compress.quantization.schemes`. `llmctl.compress.quantization.quantize_walk` quantizes with
 calibration data.
@@ -48,8 +48,8 @@ def quantize(
           one scale.
       embeddings: whether to quantize the token embeddings. A tied table counts as an embedding.
       head: whether to quantize the output projection, pooler and task head.
-      activations: dtype to which the inputs of quantized matrices are quantized too, with one scale per token (W8A8):
-        "int8", or "fp8_e4m3" if the scheme is fp8_e4m3. If empty, inputs are not quantized.
+      activations: dtype of quantized activations, with one scale per token (W8A8): "int8", or "fp8_e4m3" if the scheme
+        is fp8_e4m3. If empty, activations are not quantized.
       clip: whether to search for the scales with the least squared error of the weights.
       rules: formats of the matrices whose module paths match patterns, in place of `scheme`.
       symmetric: whether integers are symmetric around 0. Otherwise, each group has a zero point.

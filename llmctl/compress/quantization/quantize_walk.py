@@ -123,7 +123,7 @@ def quantize_layer(
 
       - `shape`
       - `error`, the relative error of the outputs on the calibration inputs, if there is a Gram matrix
-      - `weight_error`, the relative error of the weights, after AWQ or SmoothQuant have scaled their rows
+      - `weight_error`, the relative error of the weights, after AWQ or SmoothQuant have scaled the rows
       - `exponent`, the exponent of AWQ's scales
       - `unscaled`, true if scales were requested and cannot be folded
       - `fallback`, what was used if the requested method failed

@@ -65,7 +65,7 @@ def check(modules: Collection[str], rules: Rules, unselected: Collection[str] = 
     Args:
       modules: paths of the modules whose matrices are quantized.
       rules: the rules.
-      unselected: paths of modules whose matrices the settings `embeddings` and `head` leave out.
+      unselected: paths of modules whose matrices are not quantized because of the settings `embeddings` and `head`.
 
     Raises:
       RequestError: If a pattern matches no module. The message names modules that patterns can select.

@@ -72,7 +72,7 @@ def fp8_e5m2(w: jax.Array, inputs: int, group: int) -> Node:
 def mxfp4(w: jax.Array, inputs: int, group: int) -> Node:
     """Return the weight as 4-bit floats (e2m1), with a power of two as the scale of every 32 inputs.
 
-    (OCP Microscaling Formats specification 1.0)
+    The OCP Microscaling Formats specification 1.0 defines the format.
     """
     return _levels("mxfp4", w, inputs, inputs_per_scale("mxfp4", group))
 
@@ -91,7 +91,7 @@ nvfp4.group = BLOCKS["nvfp4"]  # type: ignore[attr-defined]
 def nf4(w: jax.Array, inputs: int, group: int) -> NormalFloat:
     """Return the weight as 4-bit codes of quantiles of the normal distribution, with the scale max|w|.
 
-    (QLoRA; Dettmers et al., 2023, arXiv:2305.14314)
+    QLoRA (Dettmers et al., 2023, arXiv:2305.14314) introduced the format.
     """
     from llmctl.model.weights import NormalFloat
 

@@ -30,7 +30,7 @@ RTN = "rtn"
 
 
 def known_scheme(name: str) -> str:
-    """Return the name if it is empty or the name of a known quantization scheme. Otherwise, raise an error."""
+    """Return the name if it is empty, or if a quantization scheme has this name. Otherwise, raise an error."""
     return name and SCHEMES.check(name)
 
 
@@ -76,8 +76,8 @@ class QuantizeConfig(CalibrationConfig):
     head: bool = False
     """Also quantize the output projection and the task head."""
     activations: Literal["", "int8", "fp8_e4m3"] = ""
-    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8): to int8 for formats int8 and
-    int4, or to fp8_e4m3 for format fp8_e4m3."""
+    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8). int8: for formats int8 and int4.
+    fp8_e4m3: for format fp8_e4m3."""
     method: MethodName = RTN
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of

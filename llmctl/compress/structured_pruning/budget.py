@@ -41,9 +41,9 @@ class BudgetConfig(Config):
     parameters: float = Field(default=0.0, ge=0)
     """Parameters to keep: a fraction below 1, or a number from 1 on."""
     bytes: float = Field(default=0.0, ge=0)
-    """Bytes of weights in memory to keep: a fraction below 1, or a number from 1 on."""
+    """Size of the weights to keep, in bytes of memory: a fraction below 1, or a number from 1 on."""
     flops: float = Field(default=0.0, ge=0)
-    """FLOPs per token of a forward pass to keep: a fraction below 1, or a number from 1 on."""
+    """FLOPs to keep, per token of a forward pass: a fraction below 1, or a number from 1 on."""
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:

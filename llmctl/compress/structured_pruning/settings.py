@@ -38,7 +38,7 @@ class StructuredSettings(MethodSettings):
     heads_by: Literal["groups", "queries", "both"] = "groups"
     """Unit of the removed heads, if the method is structured. groups: remove key/value heads with all their query
     heads. queries: remove the same number of query heads from every key/value head. both: the search for a budget
-    compares groups, queries and combinations."""
+    compares groups, queries, and both together."""
     ffn: float = Field(default=0.0, ge=0)
     """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)

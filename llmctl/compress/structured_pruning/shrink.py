@@ -187,8 +187,8 @@ def take_everywhere(flat: dict[str, Any], axes: Mapping[str, tuple[int, ...]], k
     """Reduce weights to the entries `kept` along some axes. All layers keep the same entries.
 
     Args:
-      flat: the weights by path. The reduced weights replace entries of this dictionary. Paths of `axes` that are
-          missing here are skipped.
+      flat: the weights by path. The reduced weights replace entries of this dictionary. A path in `axes` is skipped if
+          `flat` does not have this path.
       axes: {path of a weight: axes to reduce, counted from the end}.
       kept: ascending indices.
     """

@@ -104,7 +104,7 @@ def check_method(base: Artifact, params: Params, method: StructuredMethod) -> No
     """Check, before any computation, that the method fits the model.
 
     Raises:
-      RequestError: If repair would change integers, or fill zeros that pruning made.
+      RequestError: If repair would change the integers of a quantized matrix, or the zeros of a pruned matrix.
     """
     if not method.repair:
         return

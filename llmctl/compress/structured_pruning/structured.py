@@ -94,7 +94,7 @@ def prune_layers(
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, list[int]], dict[str, list[float]]]:
     """Remove the layers with the least block influence, until the model has as many layers as `target`.
 
-    (ShortGPT, arXiv:2403.03853)
+    ShortGPT (arXiv:2403.03853) introduced this method.
 
     Returns:
       The config, the parameters, the indices of the kept layers of the encoder and of the decoder, and the influence

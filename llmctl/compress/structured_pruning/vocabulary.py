@@ -6,7 +6,7 @@ First, the tokens in the texts of all splits are counted. The setting `vocabular
 - A number: this number of tokens, the most frequent. A text with a removed token is then split into other tokens.
   Decoding these tokens must give the same text as before.
 
-Finally, all texts are tokenized again to check this.
+Finally, all texts are tokenized again to check the new tokenizer.
 
 Shapes: V tokens before.
 """
@@ -51,7 +51,7 @@ class Kept:
     """Store the ids of the kept tokens, and the new tokenizer."""
 
     ids: np.ndarray
-    """Ids of the kept tokens before pruning, ascending. The token `ids[n]` gets the new id n."""
+    """Ids that the kept tokens had before pruning, ascending. The token `ids[n]` gets the new id n."""
     folder: Path
     """Folder of the new tokenizer."""
     about: dict[str, Any]
@@ -105,7 +105,7 @@ def rows_after(config: StructuredSettings, cfg: ModelConfig) -> int:
     """Return the vocabulary size after pruning if it is known before the data is read, otherwise the present size.
 
     Raises:
-      RequestError: If the model does not have more tokens than are to be kept.
+      RequestError: If the model has no more tokens than the number to keep.
     """
     if not isinstance(config.vocabulary, int):
         return cfg.vocab_size
@@ -149,7 +149,7 @@ def _check_number(asked: str | int, vocabulary: Vocabulary, base: Artifact) -> N
 
 
 def _corpus(config: StructuredSettings, base: Artifact) -> tuple[Callable[[], Iterator[Any]], Encode]:
-    """Return two functions: one iterates over all texts or conversations of the data, and one encodes them."""
+    """Return two functions: the first iterates over all texts or conversations of the data; the second encodes them."""
     talks = of(base.manifest).reads_conversations and columns.holds_conversations(config.data)
     found = splits.load(config.data, labels=False, conversations=talks)
     rows = (e for e in found.examples.values() if len(e))

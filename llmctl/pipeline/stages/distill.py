@@ -49,7 +49,7 @@ class Config(StageConfig):
     preferences, the student learns its language model, from texts or from prompts and completions."""
     teachers: list[str] | None = None
     """Several teachers instead of `teacher`. The student learns the mean of their probabilities. Adapters over one base
-    share its arrays."""
+    share the arrays of the base."""
     model: ModelConfig | None = None
     """Sizes of a new student, which is used instead of the artifact in `from`."""
     data: DataConfig = DataConfig()
@@ -60,7 +60,7 @@ class Config(StageConfig):
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew"] = "forward"
     """Divergence of the student's distribution q from the teacher's p. forward: KL(p || q); the student learns all
-    tokens that are likely under p. reverse: KL(q || p); the student avoids tokens that are unlikely under p. js:
+    outputs that are likely under p. reverse: KL(q || p); the student avoids outputs that are unlikely under p. js:
     generalized Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in divergence js. Near 0, js resembles reverse. Near 1, js resembles forward."""
@@ -81,7 +81,8 @@ class Config(StageConfig):
     """Number of parts into which queries, keys and values are split. signals.relations compares the relations in each
     part. 0: the greatest common divisor of the numbers of heads."""
     student: StudentConfig = StudentConfig()
-    """Layers of the teacher that a shallower student copies, instead of starting from `from` or `model`."""
+    """Layers of the teacher to copy into a shallower student. The student then starts from neither `from` nor `model`.
+    """
     truncate: Truncate = "tail"
     """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

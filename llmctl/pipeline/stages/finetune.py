@@ -119,8 +119,8 @@ class Config(StageConfig):
     of the answers are computed. train.best_by = "bleu" keeps the parameters with the best BLEU."""
     calibrate: bool = False
     """After training, divide the logits by the temperature with the least loss on the validation examples, if the task
-    is classify. Probabilities then match accuracy. The head's parameters are scaled; predicted classes do not
-    change."""
+    is classify. Predicted probabilities are then closer to the accuracy. The head's parameters are scaled; predicted
+    classes do not change."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     seeds: int = Field(default=1, ge=1)

@@ -206,7 +206,7 @@ class _Counter:
 
 
 def _summed(kind: str, axis: str, n: int, input_bytes: float, hidden: bool) -> _Tally:
-    """Return the counts of one execution of a collective: bytes that a device sends, and which of them overlap.
+    """Return the counts of one execution of a collective: the bytes that a device sends, and the overlapped bytes.
 
     Args:
       kind: kind of the collective (see `Collective`).
