@@ -218,7 +218,7 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
 def _check_layers(path: Path, manifest: Manifest) -> None:
     """Check that the number of layers in the model config is not larger than in the stored arrays.
 
-    A damaged config could otherwise request millions of layers, for each of which an object would be created.
+    Otherwise, a damaged config could request millions of layers, and one object would be created per layer.
 
     Raises:
         RequestError: If the config has more layers.

@@ -59,7 +59,7 @@ def manifest_fields(flat: Mapping[str, Any], rounded: bool = False) -> dict[str,
 
     Returns:
         The fields "digest", "parameters", "sparsity", "pruned", "bits", "weights" and "nonfinite" of `Manifest`.
-        "pruned" is an estimate from the fraction of zeros, which is used only for imported weights.
+        "pruned" is estimated from the fraction of zeros. The estimate is used only for imported weights.
     """
     import jax.numpy as jnp
 

@@ -140,7 +140,7 @@ def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
     """Wrap the weight `w` in an adapter with the low-rank matrices of its layers.
 
     The keys of `layers` are layer indices, or -1 if the weight is not stacked over layers. Layers without an adapter
-    get zeros. If scales differ between layers, the scale of each layer is multiplied into its second matrix.
+    get zeros. If scales differ between layers, the second matrix of each layer is multiplied by the layer's scale.
     """
     scales = {p.scale for p in layers.values()}
     scale, rank = (scales.pop() if len(scales) == 1 else 1.0), max(1, *(p.a_IR.shape[1] for p in layers.values()))

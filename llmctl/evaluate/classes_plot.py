@@ -23,7 +23,7 @@ def classes(results: Sequence[report.Result], path: Path) -> bool:
     predictions in each interval of confidence. Calibrated probabilities are on the diagonal.
 
     Returns:
-        True if the PNG was written; False if no result is of a classifier.
+        True if the PNG was written; False if no artifact is a classifier.
 
     Raises:
         ImportError: If matplotlib (the `demo` extra) is not installed.

@@ -109,7 +109,7 @@ class ModelConfig(Config):
     relative_buckets: int = Field(default=32, ge=4)
     """Number of buckets of the relative position bias."""
     relative_max_distance: int = Field(default=128, ge=2)
-    """Distance in tokens from which all relative positions share one bucket."""
+    """Distance in tokens from which on all relative positions share one bucket."""
 
     tied: bool = True
     """Use the embedding table as the output projection."""
@@ -142,7 +142,7 @@ class ModelConfig(Config):
     adapter_form: Literal["sequential", "parallel"] = "sequential"
     """Position of the adapters. sequential: after each sublayer. parallel: parallel to the feed-forward layer."""
     adapter_scale: float = Field(default=1.0, gt=0)
-    """Factor on the adapters' output before it is added."""
+    """Factor on the output of the adapters."""
 
     head: Literal["lm", "classify", "regress", "tokens", "span", "embed", "choice"] = "lm"
     """Output head of the model: logits over the vocabulary (lm), or a task head."""

@@ -144,7 +144,7 @@ SCALINGS = {
 
 
 def wrong_scaling(scaling: Mapping[str, Any]) -> str:
-    """Return the error message for an invalid `rope_scaling` dict; an empty string if it is valid."""
+    """Return the error message for an invalid `rope_scaling` dict; an empty string if the dict is valid."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     numbers = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     if not scaling or kind == "default":

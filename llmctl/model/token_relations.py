@@ -24,9 +24,9 @@ def divergence(student_BTW: jax.Array, teacher_BTW: jax.Array, segments_BT: jax.
     Args:
         student_BTW: Queries, keys or values of the student, with the vectors of all heads joined.
         teacher_BTW: Queries, keys or values of the teacher. Their width may differ from the student's.
-        segments_BT: Number of the packed text of each token. Only tokens of the same text are related. 0 is padding,
-            which is left out.
-        heads: Number of relation heads. It divides both widths.
+        segments_BT: Number of the packed text of each token. Relations exist only between tokens of the same text. 0 is
+            padding, and has no relations.
+        heads: Number of relation heads; a divisor of both widths.
     """
     B, T = segments_BT.shape
     student, teacher = (a.astype(jnp.float32).reshape(B, T, heads, -1) for a in (student_BTW, teacher_BTW))

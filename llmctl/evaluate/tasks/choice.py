@@ -113,7 +113,7 @@ class Choice(Task):
     ) -> tuple[jax.Array, Sums]:
         """Return the distillation loss over the choices, and the metrics summed over the batch.
 
-        The loss is the weighted sum of divergence from the teachers and cross-entropy.
+        The loss is the weighted sum of cross-entropy and divergence from the teachers.
         """
         scores = [choice_scores(*teacher, batch, dtype) for teacher in teachers]
         label_B, allowed_BK = batch["label"], allowed(batch, scores[0])

@@ -59,7 +59,7 @@ class Classify(Task):
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of logits [B, C], and the metrics summed over the batch.
 
-        The loss is the weighted sum of divergence from the teacher and cross-entropy.
+        The loss is the weighted sum of cross-entropy and divergence from the teacher.
         """
         return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), how)
 

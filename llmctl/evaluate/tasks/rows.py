@@ -46,7 +46,7 @@ class RowSettings:
     labels: tuple[str, ...] = ()
     """Class names of the artifact, for new rows."""
     corpus: Callable[[Tokenizer], Corpus] | None = None
-    """Function from a tokenizer to the cached tokens of the examples' texts. If it is None, the texts are tokenized."""
+    """Function from a tokenizer to the cached tokens of the examples' texts. If None, the texts are tokenized."""
 
     @property
     def order(self) -> dict[str, Any]:

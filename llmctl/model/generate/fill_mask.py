@@ -18,7 +18,7 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
 ROUND = 32
-"""Multiple to which lengths in tokens are rounded up, so that few lengths are compiled."""
+"""Multiple to which lengths in tokens are rounded up, so that programs are compiled for few lengths."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ NOTHING = -1
 """Token id that generation returns at positions after the end of a row."""
 
 ROUND = 64
-"""Multiple to which the lengths of prompts and caches in tokens are rounded up, so that few lengths are compiled."""
+"""Multiple to which lengths of prompts and caches are rounded up, so that programs are compiled for few lengths."""
 
 
 class Prompts(NamedTuple):

@@ -148,7 +148,8 @@ class Node(abc.ABC):
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
         """Return the bias of the dense layer that has this matrix, in `dtype`.
 
-        An adapter may scale the stored bias `b`. Otherwise, `b` itself is returned.
+        If the weight has an adapter that scales the bias, the result is the scaled stored bias `b`; otherwise `b`
+        itself.
         """
         return b.astype(dtype)
 

@@ -18,7 +18,7 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class Dora(LowRank):
-    """Store the weight magnitude * V / ||V|| with V = base + scale * a @ b (base: the frozen weight).
+    """Store a weight as magnitude * V / ||V||, with V = base + scale * a @ b. The base is the frozen weight.
 
     ||V|| is the norm of each column of V (an output). The backward pass treats it as a constant, as in section 4.3 of
     the paper, which saves memory.

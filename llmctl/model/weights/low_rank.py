@@ -19,7 +19,7 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class LowRank(Adapter):
-    """Store the weight base + scale * a @ b, with a [..., I, R] and b [..., R, O]."""
+    """Store a weight as base + scale * a @ b. The shapes are `a` [..., I, R] and `b` [..., R, O]."""
 
     kind: ClassVar[str] = "low_rank"
     adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b")

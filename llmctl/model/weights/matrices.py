@@ -37,7 +37,8 @@ class Matrix:
     """Stack whose layers contain the matrix, `encoder` or `decoder`. Empty if the matrix is not in a layer, or if
     `layer_matrices` yields it."""
     module: str
-    """Path of the module within the layer, such as `attn/q`. Calibration uses it as the name of the matrix's inputs."""
+    """Path of the module within the layer, such as `attn/q`. Calibration names the inputs of the matrix by this
+    path."""
 
     @property
     def node(self) -> Node:

@@ -83,8 +83,7 @@ class NormalFloat(Node):
 
 
 def codes(unit: jax.Array) -> jax.Array:
-    """Return the stored code of the nearest level to each element, int4. Elements are weights divided by their
-    scales."""
+    """Return the stored code of the level nearest to each element, int4. Elements are weights divided by scales."""
     above = jnp.zeros(unit.shape, jnp.int8)
     for bound in BOUNDS:
         above += unit > bound

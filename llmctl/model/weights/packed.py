@@ -26,9 +26,9 @@ from llmctl.model.weights.base import Node, node_type, setting
 FLOATS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes of e2m1. Bit 3 of a code is the sign."""
 BITS = {"int2": 2, "int3": 3, "mxfp4": 4, "nvfp4": 4}
-"""Number of bits of a code, by format."""
+"""Map from format to the number of bits per code."""
 PER_WORD = {2: (4, 1), 3: (8, 3), 4: (2, 1)}
-"""(Number of codes, number of bytes) of the smallest unit that is packed, by the number of bits of a code."""
+"""Map from bits per code to (number of codes, number of bytes) of the smallest unit that is packed."""
 BIAS = 127
 """Exponent bias of the scales of mxfp4: the scale 2^n is stored as the integer n + 127."""
 

@@ -17,7 +17,7 @@ import qwix
 from llmctl.model.weights.base import Node, Product, node_type, setting
 
 ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
-"""Dtype of quantized activations, by the name in settings."""
+"""Map from names in settings to the dtype of quantized activations."""
 
 
 @node_type
@@ -60,7 +60,7 @@ class Quantized(Node):
         return jnp.matmul(x_NI, self.dense(dtype))
 
     def _unit(self, dtype: Any) -> jax.Array:
-        """Return the integers, minus their zero points if there is one zero point per output."""
+        """Return the stored numbers, minus the zero points if there are any. There is one scale per output."""
         unit = self.array.qvalue.astype(dtype)
         return unit if self.array.zero_point is None else unit - self.array.zero_point.astype(dtype)
 

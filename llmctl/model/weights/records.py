@@ -40,7 +40,7 @@ def describe(w: Any) -> dict[str, Any]:
 
 
 def typed(w: Any) -> dict[str, Any]:
-    """Return the record of a weight without "parts", its dtypes and shapes.
+    """Return the record of a weight without the entry "parts", which has the dtypes and shapes.
 
     For a plain array, the result is {}. For a weight node, the result has the name of the class and the settings.
     """

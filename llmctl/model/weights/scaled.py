@@ -20,7 +20,7 @@ from llmctl.model.weights.tree import as_node
 
 @node_type
 class Scaled(Adapter):
-    """Store the weight base * factor. The factor is [..., 1, O] for outputs or [..., I, 1] for inputs.
+    """Store a weight as base * factor. The factor is [..., 1, O] for outputs or [..., I, 1] for inputs.
 
     A factor of outputs also multiplies the layer's bias.
     """

@@ -17,7 +17,10 @@ from llmctl.model.weights.low_rank import LowRank
 
 @node_type
 class Svd(Adapter):
-    """Store the weight base + scale * a @ diag(e) @ b: a [..., I, R], singular values e [..., 1, R], b [..., R, O]."""
+    """Store a weight as base + scale * a @ diag(e) @ b, with singular values `e`.
+
+    The shapes are `a` [..., I, R], `e` [..., 1, R] and `b` [..., R, O].
+    """
 
     kind: ClassVar[str] = "svd"
     adapter_parts: ClassVar[tuple[str, ...]] = ("a", "b", "e")
@@ -28,7 +31,7 @@ class Svd(Adapter):
     scale: float = setting()
 
     def as_low_rank(self) -> LowRank:
-        """Return the equal weight base + scale * (a * e) @ b as a `LowRank` object."""
+        """Return the weight as a `LowRank` object, base + scale * (a * e) @ b."""
         return LowRank(self.base, self.a * self.e, self.b, self.scale)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
@@ -40,7 +43,7 @@ class Svd(Adapter):
         return self.as_low_rank().matmul(x, dtype, options)
 
     def truncated(self) -> Any:
-        """Return an equal weight as a `LowRank` update that keeps only the nonzero singular values.
+        """Return the weight as a `LowRank` object that keeps only the nonzero singular values.
 
         If all singular values are zero, return the frozen base weight. All layers get the same rank, the largest number
         of nonzero singular values in any layer. Layers with fewer nonzero values are padded with zeros. The rank is
