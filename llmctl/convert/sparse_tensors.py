@@ -11,7 +11,7 @@ The two formats differ in the shape of the values:
 - "sparse-bitmask": values in one dimension, row by row. `module.row_offsets` has the index of each row's first value.
 - "sparse-24-bitmask": values [out, in / 2], because each row has two values of every four inputs.
 
-compressed-tensors reads both up to version `LAST`. Later versions read quantized layers only.
+Versions of compressed-tensors up to `LAST` read both formats. Later versions read only quantized layers.
 """
 
 from __future__ import annotations

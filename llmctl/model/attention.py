@@ -30,7 +30,7 @@ from llmctl.model.layers import Dense, Norm, residual_scale, rotary_table, rotat
 from llmctl.model.prefix import Prefix
 
 PROJECTED = "projected"
-"""Name of the projected queries, keys and values in rematerialization policies (see `jax.ad_checkpoint`)."""
+"""Name by which rematerialization policies select the projected queries, keys and values (see `jax.ad_checkpoint`)."""
 
 Choose = Callable[..., jax.Array]
 """Function that selects and runs an attention kernel.
@@ -63,9 +63,10 @@ class Shared(NamedTuple):
     slot: jax.Array | int | None = None
     """Position in the key-value cache at which the first token is written; None without a cache."""
     causal_BT: jax.Array | None = None
-    """Segment number of each token, which fused kernels need; None if attention is not causal, or with a cache."""
+    """Segment number of each token, which fused kernels need; None if attention is not causal, or if there is a
+    cache."""
     mutual_BT: jax.Array | None = None
-    """Segment number of each token, which fused kernels need; None if attention is causal, or with a cache."""
+    """Segment number of each token, which fused kernels need; None if attention is causal, or if there is a cache."""
     rows_B: jax.Array | None = None
     """Index of each sequence in the full batch, if this is a microbatch. Dropout masks depend on this index."""
 

@@ -2,7 +2,7 @@
 
 `distillation` compares a student with a teacher. `symmetric_divergence` compares two forward passes of one model.
 
-Shapes: B batch, T sequence, D model width, E width of two models together.
+Shapes: B batch, T sequence, D model width, E total width of two models.
 """
 
 from __future__ import annotations

@@ -81,5 +81,6 @@ def named(name: str, model: ModelConfig) -> Task:
 
 
 def distilled(teacher: Manifest) -> str:
-    """Return the name of the task that a student of an artifact learns; empty for the default task of its head."""
+    """Return the name of the task that a student of this teacher learns; empty for the default task of the student's
+    head."""
     return of(teacher).distilled_as or teacher.task
