@@ -7,7 +7,8 @@ blocks. Within a block, the later inputs compensate for each change immediately.
 once, for all changes of the block together.
 
 The papers invert the Hessian and factor the inverse. This code instead computes a Cholesky factor of the Hessian in
-reverse order, and inverts the factor. The Hessian is first scaled to a diagonal of ones. Float32 therefore suffices.
+reverse order, and inverts the factor. The Hessian is first scaled so that all diagonal entries are 1. Float32 therefore
+suffices.
 
 Shapes: I inputs and O outputs of the matrix, S inputs per block.
 """

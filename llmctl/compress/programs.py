@@ -3,7 +3,7 @@
 A program is a function that JAX compiles, with abstract arguments. Compression runs calibration batches through the
 model layer by layer (calibration walk), and changes one weight at a time. Each of these steps is a program. During the
 walk, memory holds the arguments of the program, all parameters and the residual stream of every batch. Changed layers
-replace the unchanged ones in the parameters.
+replace the unchanged layers in the parameters.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Walk:
     """Task that the model was trained for. Its loss defines the gradients."""
     mesh: Mesh
     parent: Tree
-    """Abstract parameters of the model before compression. They stay in memory even if the walk reads other parameters,
-    such as parameters with merged adapters.
+    """Abstract parameters of the model before compression. These parameters stay in memory even if the walk reads other
+    parameters, for example with merged adapters.
     """
 
     @classmethod

@@ -47,7 +47,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
-    """Return the columns that a stage's data must have, by their names in llmctl, such as text and label.
+    """Return the columns that a stage's data must have. The names are llmctl's, such as text and label.
 
     The result is empty if the recipe does not determine the columns.
     """
@@ -76,8 +76,9 @@ def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
     """Return the tasks that determine the columns of a stage's data.
 
-    The stage's config may set tasks. If it sets no task, the tasks of the artifacts that the config names are returned,
-    such as the teacher's task in `distill`. If the config names no artifact either, the parent's task is returned.
+    The stage's config may set tasks. If the config sets no task, it may name artifacts, such as the teacher in
+    `distill`. The tasks of these artifacts are then returned. If the config names no artifact either, the parent's task
+    is returned.
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]

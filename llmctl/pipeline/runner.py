@@ -34,7 +34,7 @@ WORK = ".work"
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Store a stage, a hash of its settings and inputs (its key), and the reason why it has to run."""
+    """Store a stage, its key (a hash of settings and inputs), and the reason why the stage has to run."""
 
     step: Step
     key: str
@@ -113,7 +113,7 @@ def run(
 def plan(recipe: Recipe) -> list[StageStatus]:
     """Return every stage with the reason why it has to run. No stage is run.
 
-    Each stage also has its key, a hash of its settings in the recipe and of its input files on disk.
+    The key of each stage is returned too: a hash of the stage's settings and input files.
 
     Raises:
       RequestError: If an input file or a parent's folder is missing or damaged.

@@ -88,7 +88,10 @@ class StageConfig(Config):
 
     @property
     def makes_model(self) -> bool:
-        """Return whether the stage makes a model without a parent, from its settings and the artifacts they name."""
+        """Return whether the stage makes a model without a parent.
+
+        The model is made from the settings, and from artifacts that the settings name.
+        """
         return False
 
     @property

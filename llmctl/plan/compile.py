@@ -27,7 +27,7 @@ class Compiled:
     peak: int
     """Bytes in use at the peak, as the compiler reports them."""
     required: int
-    """Bytes that the program needs, if the compiler rejected it for lack of device memory; 0 if it compiled."""
+    """Bytes that the program needs, if the compiler rejected the program for lack of device memory; otherwise 0."""
     seconds: float
     reported_costs: dict[str, float]
     """Cost figures that the compiler itself reports, only for display. They count a loop's body once and omit custom

@@ -45,7 +45,7 @@ def plans(
     A dictionary has the size, memory, operations and time of its program, as `one` returns them.
 
     Args:
-      recipe: the stages. Only its settings, and the manifests of artifacts outside it, are read.
+      recipe: the stages. Only the settings of the stages, and the manifests of artifacts outside the recipe, are read.
       topology: the hardware.
       chosen: names of the stages to plan; empty plans all.
       tokens: number of training tokens from which chip-hours are computed; 0 uses each stage's own number.

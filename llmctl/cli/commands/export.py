@@ -29,7 +29,7 @@ def export(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Export an artifact for other libraries, read it back and check that its outputs are the same."""
+    """Export an artifact for other libraries, read the export back, and check that the outputs are the same."""
     from llmctl.artifacts import adapters, atomic
     from llmctl.convert import exporting
     from llmctl.pipeline import console

@@ -195,8 +195,8 @@ class _Walk:
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
-        The list `carries` has one entry per batch: the inputs of the first layer. This method replaces them by the
-        outputs of the last layer.
+        The list `carries` has one entry per batch: the inputs of the first layer. This method replaces the inputs by
+        the outputs of the last layer.
         """
         observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])

@@ -36,8 +36,8 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
       labels: whether batches contain labels or targets, as in training. Otherwise they contain only the model's inputs.
 
     Raises:
-      RequestError: If the sequence length is unknown or too long, if the split has too few texts, or if `labels` is
-        true and the data has no labels.
+      RequestError: If the sequence length is unknown or too long. If the split has too few texts. If `labels` is true
+        and the data has no labels.
     """
     talks = of(base.manifest).reads_conversations and (labels or mapping.holds_conversations(config.data))
     chosen = splits.examples(config.data, config.split, labels, talks).sample(config.examples)

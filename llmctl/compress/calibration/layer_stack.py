@@ -43,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the layer's parameters have other names than the stack's. Also if a weight changes its type in
-              this layer, but not in the first replaced layer, or the reverse.
+          ValueError: If the names of the layer's parameters differ from the names in the stack. If the weights whose
+              types change differ from the weights whose types changed in the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():

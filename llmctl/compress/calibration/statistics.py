@@ -219,8 +219,8 @@ class LayerStats(Mapping[str, Any]):
 
 
 Collect = Callable[[str, int], Statistic | None]
-"""Function (path of a matrix, its number of inputs) -> an empty statistic, or None to collect nothing for this
-matrix. Matrices that read the same input share one statistic if the function returns the same type and shapes for them.
+"""Function (path of a matrix, number of inputs) -> empty statistic, or None to collect nothing for the matrix. Matrices
+that read the same input share one statistic if the function returns the same type and shapes for them.
 """
 
 

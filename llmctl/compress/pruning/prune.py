@@ -95,8 +95,8 @@ def prune_layer(
 
     Args:
       layer: parameters of the layer.
-      statistics: statistics of each matrix's inputs by its path ("attn/q"), if the method needs them: a Gram matrix, or
-        sums of squares (`Moments`).
+      statistics: {path of a matrix ("attn/q"): statistic of the inputs}, if the method needs statistics. A statistic is
+        a Gram matrix or sums of squares (`Moments`).
       gradients: sums of the loss's gradient by the same paths, if the method needs them.
       method: the method.
       at: (seed, stack, index of the layer), from which the random key of every matrix is derived.
@@ -109,7 +109,7 @@ def prune_layer(
       - `shape`, the shape of the matrix
       - `zeros`, the number of zeros
       - `error` and `error_before_repair`, the relative errors of the outputs, if there is a Gram matrix
-      - `fallback`, what was used if SparseGPT failed
+      - `fallback`, a message, if damping values of SparseGPT failed
     """
     notes: dict[str, Any] = {}
 
@@ -143,8 +143,8 @@ def _by_hessian(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Prune one matrix by SparseGPT or with repair, which read the Gram matrix of its inputs.
 
-    Return the pruned matrix, and JSON data about it: its errors, and the fallback if one was used. Every device of the
-    mesh computes the complete matrix, so the result does not depend on the mesh.
+    Return the pruned matrix, and JSON data: the errors, and a message if damping values of SparseGPT failed. Every
+    device of the mesh computes the complete matrix, so the result does not depend on the mesh.
     """
     whole, gram_II = (replicated(a) for a in (w, statistics.products[0]))
     found: dict[str, Any] = {}
@@ -241,8 +241,8 @@ def check(params: dict[str, Any], method: SparseMethod) -> None:
     """Check that a method fits the matrices of the layers.
 
     Raises:
-      RequestError: If the pattern does not divide a matrix, or the sparsity would prune no weight or block at all.
-        Also if the method changes the values of kept weights, and a matrix is quantized.
+      RequestError: If the pattern does not divide a matrix. If the sparsity would prune no weight or block at all. If
+        the method changes the values of kept weights, and a matrix is quantized.
     """
     largest, pattern, per = 1, method.pattern, method.per
     for m in weights.matrices(params, "block"):

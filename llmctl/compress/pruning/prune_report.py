@@ -1,4 +1,4 @@
-"""Report what pruning did to each layer: zeros, errors of the outputs, and fallbacks of SparseGPT."""
+"""Report the pruning of each layer: zeros, errors of the outputs, and fallbacks of SparseGPT."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def errors(layers: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def fallbacks(layers: Sequence[Record]) -> list[str]:
-    """Return one line per matrix for which SparseGPT failed: the path of the matrix, and what was used instead."""
+    """Return one line per matrix for which damping values of SparseGPT failed, with the path and the message."""
     return [
         f"{layer['stack']} layer {layer['layer']}, {path}: fell back to {found['fallback']}"
         for layer in layers

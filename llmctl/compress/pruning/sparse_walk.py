@@ -48,7 +48,7 @@ def prune_weights(
       progress: function that is called with the report of each layer that was measured or pruned.
 
     Raises:
-      RequestError: If the method does not fit the matrices, the model already has this sparsity, or the calibration
+      RequestError: If the method does not fit the matrices. If the model already has this sparsity. If the calibration
         data cannot be read.
     """
     pattern = method.pattern

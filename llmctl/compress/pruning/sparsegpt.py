@@ -22,7 +22,7 @@ from llmctl.compress.pruning import block_pattern
 from llmctl.compress.pruning.pattern import Pattern
 
 State = tuple[jax.Array, jax.Array, jax.Array]
-"""The weights of a block of inputs, the mask of its pruned weights, and their errors; each [S, O]."""
+"""Weights of a block of inputs, mask of the pruned weights, and errors of the weights; each [S, O]."""
 
 
 class Solution(NamedTuple):

@@ -212,9 +212,9 @@ def _clip_cost(w: Tree, group: int, method: Quantization) -> Cost:
 def _solve_cost(w: Tree) -> Cost:
     """Return the cost of GPTQ for one matrix.
 
-    The only FLOPs counted are those of the products that propagate each block's errors to later inputs. The triangular
-    solve and the Cholesky decomposition are not counted. Memory holds five arrays of the Hessian's size and six arrays
-    of the matrix's size.
+    Only the products that propagate each block's errors to later inputs are counted as FLOPs. The triangular solve and
+    the Cholesky decomposition are not counted. Memory holds five arrays of the Hessian's size and six arrays of the
+    matrix's size.
     """
     inputs, outputs = w.shape
     blocks, size = -(-inputs // error_feedback.BLOCK), min(error_feedback.BLOCK, inputs)

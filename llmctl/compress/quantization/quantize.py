@@ -58,8 +58,8 @@ def quantize(
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a weight, if a weight is already quantized or low-rank, or
-        if a pattern of `rules` matches no weight.
+      RequestError: If a group does not divide the inputs of a weight. If a weight is already quantized or low-rank. If
+        a pattern of `rules` matches no weight.
     """
     flat, errors = flatten(params), {}
     method = Quantization(scheme, group, embeddings=embeddings, head=head, rules=rules, symmetric=symmetric)
@@ -82,8 +82,8 @@ def chosen(flat: dict[str, Any], method: Quantization) -> dict[str, Target]:
     """Select the weights to quantize, and return {path of the weight: how it is quantized}.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a weight, if a weight is already quantized or low-rank, if
-        a pattern matches no weight, or if patterns leave no weight to quantize.
+      RequestError: If a group does not divide the inputs of a weight. If a weight is already quantized or low-rank. If
+        a pattern matches no weight. If patterns leave no weight to quantize.
     """
     axes = dict(targets(flat, embeddings=method.embeddings, head=method.head))
     everything = {weights.module_path(path) for path, _ in targets(flat, embeddings=True, head=True)}

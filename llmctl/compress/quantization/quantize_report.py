@@ -1,4 +1,4 @@
-"""Report what calibrated quantization did to each layer: errors of the outputs and weights, and fallbacks."""
+"""Report the calibrated quantization of each layer: errors of the outputs and weights, and fallbacks."""
 
 from __future__ import annotations
 

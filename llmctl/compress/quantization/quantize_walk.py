@@ -126,7 +126,7 @@ def quantize_layer(
       - `weight_error`, the relative error of the weights, after AWQ or SmoothQuant have scaled the rows
       - `exponent`, the exponent of AWQ's scales
       - `unscaled`, true if scales were requested and cannot be folded
-      - `fallback`, what was used if the requested method failed
+      - `fallback`, the method that was used instead, if the requested method failed
     """
     notes: dict[str, Any] = {}
     layer, scales, notes_of = _scaled(cfg, visit, method)

@@ -1,9 +1,10 @@
 """Rotate the channels of a model so that outliers spread over all channels, without changing the model's function.
 
-QuaRot (Ashkboos et al., 2024, arXiv:2404.00456) multiplies the residual stream by an orthogonal matrix R: matrices that
-write to the stream are multiplied by R, and matrices that read the stream by R^T. RMSNorm commutes with R once its
-scales are moved into the matrices after it. The values of each head are rotated in the same way, between the value and
-the output projection. All products are folded into the weights, so the rotated model runs as before.
+QuaRot (Ashkboos et al., 2024, arXiv:2404.00456) multiplies the residual stream by an orthogonal matrix R. Matrices that
+write to the stream are multiplied by R. Matrices that read the stream are multiplied by R^T. RMSNorm commutes with R if
+the norm's scales are first moved into the matrices after the norm. The values of each head are rotated in the same way,
+between the value and the output projection. All products are folded into the weights, so the rotated model runs as
+before.
 
 R is a Hadamard matrix with random signs. If the size is not a power of two, R is the Kronecker product of a random
 orthogonal matrix and a Hadamard matrix. The Hadamard matrix has the largest power of two that divides the size.
@@ -55,8 +56,7 @@ def check(cfg: ModelConfig, params: Params, pruned: bool) -> None:
     """Check, before any computation, that a model can be rotated.
 
     Raises:
-      RequestError: If the norms or the head do not allow a rotation, if the model is pruned, or if a weight is
-          quantized.
+      RequestError: If the norms or the head do not allow a rotation. If the model is pruned. If a weight is quantized.
     """
     reason = refusal(cfg) or ("its zeros would be filled" if pruned else "")
     if reason:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmctl.model.weights import Node, NormalFloat, Quantized
 
 Scheme = Callable[["jax.Array", int, int], "Node"]
-"""Function (weight, axis of its inputs, inputs per scale) -> quantized weight, such as integers with scales.
+"""Function (weight, axis of the inputs, inputs per scale) -> quantized weight, for example integers with scales.
 
 A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
 output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales. A function may

@@ -1,4 +1,4 @@
-"""Define the settings of quantization: the format, the method, and what is quantized.
+"""Define the settings of quantization: the format, the method, and the weights to quantize.
 
 The module does not import JAX.
 """

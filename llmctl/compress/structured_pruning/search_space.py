@@ -63,7 +63,7 @@ class Space:
     def restricted(self, check: Callable[[ModelConfig], None], *, each: bool = True, tries: int = 1) -> Space:
         """Return a Space with only the values that `check` allows. The values of the unpruned model are always allowed.
 
-        A value is checked alone: the other sizes are those of the unpruned model.
+        A value is checked alone: all other sizes are unpruned.
 
         Args:
           check: function that raises a RequestError if the model cannot be pruned to a config.

@@ -1,4 +1,4 @@
-"""Define the settings of structured pruning: what it removes, how much, and by which importance.
+"""Define the settings of structured pruning: the parts to remove, the amounts, and the importance that selects them.
 
 The module does not import JAX.
 """
@@ -18,7 +18,7 @@ PARTS = ("heads", "ffn", "layers", "hidden")
 
 
 class StructuredSettings(MethodSettings):
-    """Set what structured pruning removes.
+    """Set the parts that structured pruning removes.
 
     >>> StructuredSettings(keep_layers=3).layers, StructuredSettings(remove_ffn=0.5).sized
     (3.0, ['ffn'])
@@ -38,7 +38,7 @@ class StructuredSettings(MethodSettings):
     heads_by: Literal["groups", "queries", "both"] = "groups"
     """Unit of the removed heads, if the method is structured. groups: remove key/value heads with all their query
     heads. queries: remove the same number of query heads from every key/value head. both: the search for a budget
-    compares groups, queries, and both together."""
+    compares all combinations of groups and queries."""
     ffn: float = Field(default=0.0, ge=0)
     """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)

@@ -27,7 +27,8 @@ def target(
     With a budget, the sizes are estimated from uniform pruning ratios.
 
     Raises:
-      RequestError: If the sizes are impossible, the model cannot be pruned to them, or the mesh cannot shard them.
+      RequestError: If a size is impossible. If the model cannot be pruned to the sizes. If the mesh cannot shard the
+        pruned model.
     """
     if asked := config.budget.asked:
         space, size, wanted = search(config, base, params, asked, method, mesh, rows)

@@ -1,4 +1,4 @@
-"""Describe how structured pruning selects what it removes, and whether the kept matrices compensate for the removal.
+"""Describe how structured pruning selects the parts to remove, and whether matrices compensate for removed inputs.
 
 The module does not import JAX, so that settings can be checked early.
 """

@@ -1,4 +1,4 @@
-"""Report what structured pruning removed from each layer, and the size of the model before and after."""
+"""Report the heads and neurons that each layer keeps, and the size of the model before and after structured pruning."""
 
 from __future__ import annotations
 

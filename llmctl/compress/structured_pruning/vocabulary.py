@@ -71,7 +71,7 @@ def choose(
       say: function that prints a line.
 
     Raises:
-      RequestError: If the new tokenizer would change texts, if no token would be removed, or if the number of tokens to
+      RequestError: If the new tokenizer would change texts. If no token would be removed. If the number of tokens to
           keep is too small.
     """
     if base.tokenizer_dir is None:

@@ -1,6 +1,6 @@
 """Define the stage `prune`, which removes heads, neurons, hidden channels and layers, or sets single weights to zero.
 
-Most pruning methods choose what to prune by measurements on calibration data.
+Most pruning methods select weights by measurements on calibration data.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class Collective:
     count: float
     """Number of these collectives per step. A collective in a loop counts once per iteration."""
     overlapped: float
-    """Number of these collectives that overlap with computation: matrix products run between the instruction that
-    starts the collective and the instruction that waits for it."""
+    """Number of these collectives that overlap with computation. A collective overlaps if matrix products run between
+    the instruction that starts the collective and the instruction that waits for the result."""
     payload: float = 0.0
     """Bytes of the full arrays: the total size of the inputs or of the outputs, whichever is larger."""
     hidden: float = 0.0
