@@ -113,8 +113,8 @@ class Manifest(BaseModel):
     labels: list[str] = []
     """Class names, if the model has a classification head."""
     task: str = ""
-    """Task that the model was finetuned for, a name in `llmctl.evaluate.tasks.registry`. If empty, the task is the one
-    with the name of the model's head."""
+    """Task that the model was finetuned for, a name in `llmctl.evaluate.tasks.registry`. If empty, the task has the
+    name of the model's head."""
     fitted: dict[str, Any] = {}
     """Values that the task fitted on validation data, such as one threshold per class."""
     fitted_for: str = ""

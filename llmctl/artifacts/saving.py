@@ -93,8 +93,8 @@ def save(
 
     Args:
         out: Output folder; an existing artifact is replaced.
-        params: Parameter tree. If `written` is given, a flat mapping {path: weight}, of which one weight at a time is
-            in memory.
+        params: Parameter tree. If `written` is given, a flat mapping {path: weight}, which is read one weight at a
+            time.
         model: Model config, which must define the shapes of the parameters.
         stage: Kind of the stage, such as pretrain or prune.
         key: Hash of everything that can change the stage's result.

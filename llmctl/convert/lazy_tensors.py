@@ -24,7 +24,7 @@ class Tensor:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     rounded: bool = False
-    """Whether the values are dequantized integers, so that rounding may have made some of them 0."""
+    """Whether the values are dequantized integers. If so, some values may be 0 only because of rounding."""
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Convert parameters from and to tensors of the Hugging Face format by a name map, one parameter at a time.
+"""Convert parameters to and from tensors of the Hugging Face format by a name map, one parameter at a time.
 
 llmctl's parameters stack layers on axis 0, and its matrices are [in, out]. The name map describes how the Hugging Face
 format differs.

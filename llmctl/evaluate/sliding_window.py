@@ -35,7 +35,7 @@ class Window(NamedTuple):
 
 
 def slide(document: int, inputs: int, context: int, stride: int) -> Iterable[Window]:
-    """Yield the windows of a document with `inputs` inputs, each of which predicts one token.
+    """Yield the windows of a document with `inputs` inputs. Each input predicts one token.
 
     Raises:
         ValueError: If stride < 1 or stride > context. A larger stride would leave tokens unscored.

@@ -83,7 +83,7 @@ def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.A
     """Return the position of each key minus the position of each query, int [T, S].
 
     Args:
-        mask_BTS: Attention mask, of which only the shape is used.
+        mask_BTS: Attention mask; only the shape is used.
         slot: Position of the first query in the key-value cache; None without a cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens, otherwise
             None.

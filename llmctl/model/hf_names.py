@@ -34,7 +34,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Bridge:
-    """Convert the config and the tensor names of a model family from and to the Hugging Face format."""
+    """Convert the config and the tensor names of a model family to and from the Hugging Face format."""
 
     model_type: str
     prefix: str

@@ -46,7 +46,7 @@ def row_weight(batch: Batch, label_B: jax.Array) -> jax.Array:
     """Return the weight of each row, float32 [B]: 1 for an example, 0 for a row that only fills the batch.
 
     The result is the array "row_weight" of the batch; if there is none, all weights are 1. `label_B` is any array with
-    one element per row, of which only the length is used.
+    one element per row; only the length is used.
     """
     return batch["row_weight"] if "row_weight" in batch else jnp.ones(label_B.shape[:1], jnp.float32)
 

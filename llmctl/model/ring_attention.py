@@ -69,7 +69,7 @@ def attend(
 
     Args:
         q_BTHK: Queries.
-        k_BSGK: Keys of the same tokens, or of the encoder's output.
+        k_BSGK: Keys of the tokens in `q_BTHK`, or of the encoder's output.
         v_BSGK: Values of the tokens of `k_BSGK`.
         segments_BT: Number of the packed text that each query belongs to; 0 is padding.
         segments_BS: Number of the packed text that each key belongs to; 0 is padding.

@@ -52,7 +52,7 @@ class Metric:
     aspect: Literal["quality", "speed"] = "quality"
     """Whether the metric measures the quality of predictions or their speed."""
     unless: str = ""
-    """Name of another metric with the same value. A table that shows the other metric omits this one."""
+    """Name of another metric with the same value. If a table shows the other metric, the table omits this metric."""
     baseline: str = ""
     """Name of the metric with the value of a baseline that ignores the input; empty if there is no baseline."""
     compute: Callable[[Any, Any], float] | None = None

@@ -120,7 +120,7 @@ class Session:
 
         Args:
             served: Parameters, converted for decoding (`served.served`).
-            cache: Key-value cache, of which the first `kept` positions are valid.
+            cache: Key-value cache. Only the first `kept` positions are valid.
             tokens_1T: New tokens, padded on the right.
             kept: Number of cached tokens.
             new: Number of new tokens.

@@ -208,7 +208,7 @@ def search_rows(
     speed: Speed | None = None,
     ends: Sequence[int] = (),
 ) -> None:
-    """Run beam search for a batch of continuations, and store the text and the score of the best answer in each.
+    """Run beam search for a batch of continuations, and store the best answer and its score in each continuation.
 
     If the text contains a stop string, the text is truncated there.
 

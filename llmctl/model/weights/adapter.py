@@ -91,7 +91,7 @@ class Adapter(Node):
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return the same adapter, with a base whose inputs are not quantized."""
+        """Return the same adapter, with the base for inputs that are not quantized."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:

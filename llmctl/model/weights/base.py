@@ -236,8 +236,9 @@ class Node(abc.ABC):
         return None
 
     def with_activations(self, kind: str) -> Any:
-        """Return the same weight, whose inputs are quantized to `kind` (int8) before each product, with one scale per
-        token.
+        """Return the same weight for quantized inputs.
+
+        The inputs are quantized to `kind`, such as int8, before each product, with one scale per token.
 
         Raises:
             RequestError: If this kind of weight does not support quantized activations.
@@ -245,7 +246,7 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the same weight, whose inputs are not quantized."""
+        """Return the same weight for inputs that are not quantized."""
         return self
 
     def masked(self, mask: jax.Array) -> Any:

@@ -79,7 +79,7 @@ class Packed(Node):
 
         Args:
             name: Name of the format.
-            level_IO: Values of the weights before scaling, all of which the format represents exactly.
+            level_IO: Values of the weights before scaling. The format must represent each value exactly.
             scale_GO: Scales, in the dtype that the format stores. For mxfp4, they are powers of two in float32.
             whole: Factor by which all scales are multiplied, [1, 1].
             zero_GO: Zero points of integers, int4; None if the values are symmetric around 0.

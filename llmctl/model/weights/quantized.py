@@ -104,8 +104,9 @@ class Quantized(Node):
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
     def with_activations(self, kind: str) -> Quantized:
-        """Return the same weight, whose inputs are quantized to `kind` before each product, with one scale per token.
+        """Return the same weight for quantized inputs.
 
+        The inputs are quantized to `kind` before each product, with one scale per token.
         `kind` must be "int8" for a weight of integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
 
         Raises:
@@ -117,7 +118,7 @@ class Quantized(Node):
         return replace(self, activations=kind)
 
     def without_activations(self) -> Quantized:
-        """Return the same weight, whose inputs are not quantized."""
+        """Return the same weight for inputs that are not quantized."""
         return replace(self, activations="")
 
     def masked(self, mask: jax.Array) -> Quantized:
