@@ -135,7 +135,7 @@ def parse_value(text: str) -> Any:
 
 
 def format_toml(value: Any) -> str:
-    """Format `value` (JSON data) as TOML on one line; `parse_value` reverses this."""
+    """Format `value` (JSON data) as TOML on one line. `parse_value` converts the line back."""
     if isinstance(value, dict):
         pairs = (
             f"{k if k.replace('_', 'a').isalnum() else json.dumps(k)} = {format_toml(v)}" for k, v in value.items()

@@ -5,7 +5,7 @@ llmctl copy a private file into its output. The path that the user names may its
 are checked.
 
 A link may point only to a file of the same folder. There is one exception: a snapshot in Hugging Face's cache may link
-to the `blobs` of its own model. That cache stores all files there.
+to the folder `blobs` of the same model, because the cache stores all files there.
 
 Example:
     >>> str(within(Path("model"), "weights/part-1.safetensors"))

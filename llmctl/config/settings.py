@@ -8,7 +8,7 @@ from llmctl.config.base import Config
 
 Dtype = Literal["float32", "bfloat16"]
 KVCache = Literal["", "int8", "fp8_e4m3", "int4"]
-"""Format of cached keys and values; empty for the dtype of the computation."""
+"""Format of cached keys and values; empty uses the dtype of the computation."""
 
 
 def portion(amount: float, steps: int) -> int:

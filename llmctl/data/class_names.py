@@ -82,7 +82,8 @@ def of_tfds(features: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
 
 
 def numbers_hint(classes: Sequence[str], names: Sequence[str]) -> str:
-    """Return advice for an error message if a model's classes are numbers, but the data declares names for them.
+    """Return advice for an error message if a model's classes are numbers, but the data declares names for these
+    numbers.
 
     Otherwise return an empty string.
 

@@ -336,7 +336,7 @@ def _name(names: Sequence[str], value: Any) -> Any:
 
 
 def _other_source(cfg: SourceConfig) -> str:
-    """Return a hint if a file that is read as plain text has the suffix .csv, .jsonl or .parquet; else an empty
+    """Return a hint if a file is read as plain text but has the suffix .csv, .jsonl or .parquet; else an empty
     string."""
     kinds = [kind for kind in ("csv", "jsonl", "parquet") if f".{kind}" in cfg.path]
     return f'; set data.source = "{kinds[0]}" to read its columns' if kinds and cfg.source == "text" else ""

@@ -19,8 +19,8 @@ Truncate = Literal["tail", "head_tail"]
 """Truncation of long texts: "tail" removes the end, "head_tail" removes the middle."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
-"""Canonical columns (llmctl's own column names) that contain text. If a row has several of them, the text in the first
-one determines the row's split, so that all questions about a context are in the same split."""
+"""Canonical columns (llmctl's own column names) that contain text. If a row has several of these columns, the text in
+the first column determines the row's split, so that all questions about a context are in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "choices", "answer", "messages", "tools")
 """All canonical columns (llmctl's own column names). In a row, `tokens` and `tags` are lists, and `answers` is {"text":
 [...], "answer_start": [...]}."""
@@ -88,10 +88,10 @@ class SourceConfig(Config):
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     template: dict[str, str] = {}
-    """Text columns to make from each row, each with its jinja2 template, such as {completion = " {{ words[label] }}"}.
-    Templates can read the canonical columns, `row` (all columns of the source) and `words`."""
+    """Jinja2 templates of text columns to create for each row, by column name, such as {completion = " {{ words[label]
+    }}"}. Templates can read the canonical columns, `row` (all columns of the source) and `words`."""
     words: dict[str, str] = {}
-    """Word for each class in templates (verbalizer), by class name, such as {pos = "great", neg = "bad"}."""
+    """Words that templates use for the classes (verbalizer), by class name, such as {pos = "great", neg = "bad"}."""
     replace: dict[str, str] = {}
     """Replacements {substring: new text} in every text column, applied in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
@@ -152,9 +152,10 @@ class DataConfig(SourceConfig):
     sorted order. If the data set declares class names (tfds, hf, parquet), the classes have the declared order instead.
     If the list contains numbers, declared names do not replace the numbers."""
     label_type: Literal["class", "number", "set"] = "class"
-    """Type of the labels: a class, a number (regression), or a set of any number of classes, including none."""
+    """Type of the labels: a class, a number (regression), or a set of classes, which may be empty."""
     label_separator: str = ""
-    """Separator of the labels of a set in one string, such as ","; empty accepts only lists."""
+    """Separator between labels in a text, such as ",", if label_type = "set". If empty, each row must have a list of
+    labels."""
     unlabeled: Literal["refuse", "drop"] = "refuse"
     """Treatment of rows without a label: refuse the data, or drop the row. A label is missing if the cell is empty,
     null or NaN, or is -1 and data.classes does not list -1."""

@@ -43,7 +43,8 @@ def content(path: epath.Path) -> str:
 
 
 def buffer(path: epath.Path) -> bytes | bytearray | mmap.mmap:
-    """Return the bytes of a file. Files .gz and .zst are decompressed; other local files are memory-mapped.
+    """Return the bytes of a file. Files with the suffix .gz or .zst are decompressed. Other local files are
+    memory-mapped.
 
     Raises:
         RequestError: If the file is a pipe or a device, is damaged, or exceeds a limit when decompressed.

@@ -1,4 +1,4 @@
-"""Compute how many rows and steps the settings of training request."""
+"""Compute the numbers of rows and steps that the training settings require."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ def training_rows(train: TrainConfig) -> int:
 
 
 def with_steps(train: TrainConfig, rows: int) -> TrainConfig:
-    """Return the settings with the number of steps that corresponds to `train.epochs`, at least one. An epoch has
-    `rows` rows.
+    """Return the settings with the number of steps for `train.epochs` epochs of `rows` rows, at least one step.
 
     >>> with_steps(TrainConfig(epochs=3, batch_size=32), rows=1000).steps
     94

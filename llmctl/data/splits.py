@@ -56,7 +56,7 @@ class Examples:
     classes: tuple[str, ...]
     """Names of the classes of texts, or of words, in the order of class indices. Empty if there are no classes."""
     class_of: Mapping[str, str] = field(default_factory=dict)
-    """Class name for each label, by the label's spelling in the data."""
+    """Map from the spelling of a label in the data to its class name."""
 
     def __len__(self) -> int:
         return len(self.index)

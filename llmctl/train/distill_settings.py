@@ -16,15 +16,15 @@ INNER = ("hidden", "relations", "embeddings")
 
 
 class SignalsConfig(Config):
-    """Set the weight of each loss of distillation. A signal whose weight is not set is not used."""
+    """Set the weights of the distillation losses, which are called signals. A signal without a weight is not used."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     logits: float = Field(default=0.0, ge=0)
-    """Weight of the divergence from the teacher's outputs. If no weight of a signal is set, this weight is 1 - hard."""
+    """Weight of the divergence from the teacher's outputs. Default if no signal has a weight: 1 - hard (the setting of
+    the stage)."""
     hard: float = Field(default=0.0, ge=0)
-    """Weight of the loss on the labels. If no weight of a signal is set, this weight is the setting `hard` of the
-    stage."""
+    """Weight of the loss on the labels. Default if no signal has a weight: the setting hard of the stage."""
     hidden: float = Field(default=0.0, ge=0)
     """Weight of the distance between the hidden states of the layer pairs in `layer_map`. If the widths differ, a
     trained projection maps the student's states to the teacher's width."""
@@ -36,7 +36,7 @@ class SignalsConfig(Config):
 
     @property
     def active(self) -> bool:
-        """Return whether a weight is set."""
+        """Return whether the weight of any signal is set."""
         return any(getattr(self, name) for name in type(self).model_fields)
 
     @property

@@ -34,7 +34,8 @@ PROJECTIONS = 3
 
 
 def load_teachers(paths: Sequence[Path], mesh: Mesh, bases: Sequence[Path]) -> list[Artifact]:
-    """Load the teachers. Teachers that are adapters over one base, and the base itself, share the base's arrays.
+    """Load the teachers, and each base only once. All adapters over a base, and the base itself, share the base's
+    arrays.
 
     Args:
       paths: folders of the teachers.
@@ -175,7 +176,8 @@ def layer_pairs(layer_map: Any, student: int, teacher: int) -> tuple[tuple[int, 
     """Return the compared layers as pairs (layer of the student, layer of the teacher).
 
     Args:
-      layer_map: "uniform" (evenly spaced, the last layers are a pair), "last" (only this pair) or a list of pairs.
+      layer_map: "uniform" (evenly spaced pairs, ending with the last layers), "last" (only the pair of the last
+        layers), or a list of pairs.
       student: number of layers of the student.
       teacher: number of layers of the teacher.
 

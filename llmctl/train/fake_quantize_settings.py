@@ -29,9 +29,9 @@ class FakeQuantizeConfig(Config):
     ignore the rounding. The artifact stores the weights before rounding; quantize it with the same settings. Empty
     rounds nothing."""
     group: int = Field(default=0, ge=0)
-    """Number of inputs per scale, as in quantize."""
+    """Number of inputs per scale, as in the stage quantize."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
-    """Formats of single matrices, by patterns on the paths of their modules, as in quantize."""
+    """Formats for single matrices, by patterns of module paths, as in the stage quantize."""
     embeddings: bool = False
     """Also round the token embeddings."""
     head: bool = False

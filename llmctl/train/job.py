@@ -76,8 +76,8 @@ class Job:
     The optimizer state, the moving average and the checkpoints include them.
     """
     result: Callable[[Params, Params], Params] = lambda params, extra: params
-    """Function (params, extra) -> the parameters that are validated and returned, where `extra` are the trained arrays
-    outside the model. By default the function returns `params`.
+    """Function (params, extra) -> the parameters that are validated and returned. The argument `extra` contains the
+    trained arrays outside the model. By default the function returns `params`.
     """
     trains_result: bool = False
     """Whether the loss reads the parameters that the function `result` returns. If true, the arrays in `extra` are

@@ -74,7 +74,7 @@ def run(
 
 
 def with_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of a saved model with NaN in place of None for validation metrics.
+    """Return the metrics of a saved model. Validation metrics that are None become NaN.
 
     JSON has no NaN, so metrics that were not finite are stored as null.
     """

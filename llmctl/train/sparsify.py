@@ -3,7 +3,7 @@
     job = sparsify.attached(config.sparsify, job, train.steps)
 
 The zeros of a matrix are its mask, as in pruned artifacts. The training state contains the weights with these zeros, so
-that a resumed run has the same masks. Between two changes of the mask the step holds the zeros
+that a resumed run has the same masks. Between two changes of the mask, each step keeps the zeros
 (`llmctl.train.step.hold_zeros`). The sparsity is computed from the step number within the compiled step, so nothing is
 compiled again.
 
@@ -37,7 +37,7 @@ from llmctl.train.sparsify_settings import SparsifyConfig
 
 Named = dict[str, jax.Array]
 ENTRY = "sparsify"
-"""Key, in the entry "memory" of the training state, of the arrays that pruning keeps between steps."""
+"""Key of the arrays that pruning keeps between steps, inside the entry "memory" of the training state."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Sparsifier:
         return {ENTRY: found}
 
     def after_step(self, state: State, step: jax.Array) -> State:
-        """Return the state with updated scores and, if a change is due, with new zeros.
+        """Return the state with updated scores. If the masks change after this step, the weights get new zeros.
 
         A moving average of the weights gets the same zeros.
         """
@@ -216,7 +216,7 @@ def _counted(params: Params) -> float:
 
 
 def attached(asked: SparsifyConfig, job: Job, steps: int) -> Job:
-    """Return the job of `steps` steps with pruning during training, if the settings ask for it.
+    """Return the job, which has `steps` steps, with pruning during training. Without pruning, return the job unchanged.
 
     Raises:
       RequestError: If a matrix of the layers is not trained in every step, or another function changes the state after

@@ -90,7 +90,8 @@ class SparsifyConfig(Config):
     def steps(self, total: int) -> tuple[int, int, int]:
         """Return (start, end, every) in steps of a run of `total` steps.
 
-        The zeros of schedule constant with score magnitude are chosen once, so `end` is 1 step after `start`.
+        If the schedule is constant and the score is magnitude, the zeros are chosen once. `end` is then 1 step after
+        `start`.
 
         Raises:
           RequestError: If no step is left between `start` and `end`, or `end` is after the last step.

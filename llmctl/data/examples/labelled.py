@@ -60,9 +60,9 @@ class ClassificationRows(ExampleRows):
     the text (if the tokenizer adds it), and `eos` after it. If the text is too long, its end (`tail`) or its middle
     (`head_tail`) is removed. The special tokens are never removed.
 
-    If the data has a column "pair", the row continues with that text and another `eos`. The batch then also has types
-    [B, T], which are 1 for this second part. If both texts together are too long, the longer one is truncated first,
-    then both equally.
+    If the data has a column "pair", the row continues with the text of this column and another `eos`. The batch then
+    also has types [B, T], which are 1 for this second part. If both texts together are too long, the longer one is
+    truncated first, then both equally.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ def templated(
         text_N: Token ids of the text.
         pair_N: Token ids of the second text, or None.
         seq_len: Maximum number of tokens of the result.
-        truncate: Part of a long text to remove: "tail" the end, "head_tail" the middle.
+        truncate: Part of a long text to remove: the end ("tail") or the middle ("head_tail").
 
     Returns:
         Token ids and types, int32 [N] each; types are 1 from the first token of `pair_N` on.
@@ -288,8 +288,8 @@ def templated(
 
 
 def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
-    """Truncate a text to at most `room` tokens. `truncate` selects the part to remove: "tail" the end, "head_tail" the
-    middle."""
+    """Truncate a text to at most `room` tokens. `truncate` selects the part to remove: the end ("tail") or the middle
+    ("head_tail")."""
     if len(text_N) <= room:
         return text_N
     head = room if truncate == "tail" else room - room // 2

@@ -21,8 +21,8 @@ class TwoTextRows(ExampleRows):
 
     A batch has tokens, segments (1 at tokens, 0 at padding) and positions for the first text, and pair_tokens,
     pair_segments and pair_positions for the second one, int32 [B, T]. Each text is `bos` (if the tokenizer adds it),
-    the text, `eos` and padding. In a text that is too long, `truncate` selects the part to remove: "tail" the end,
-    "head_tail" the middle. If the labels are numbers, the batch also has the similarity score `label`, float32 [B].
+    the text, `eos` and padding. If a text is too long, its end (`truncate` = "tail") or its middle ("head_tail") is
+    removed. If the labels are numbers, the batch also has the similarity score `label`, float32 [B].
     """
 
     def __init__(

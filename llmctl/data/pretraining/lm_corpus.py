@@ -97,7 +97,7 @@ class Text:
         return own
 
     def documents(self, split: str, tokenizer: Tokenizer, cache: Path) -> list[tuple[float, float, Documents]]:
-        """Return (weight in the mixture, maximum epochs, tokenized documents) of each source that has text in the
+        """Return (weight in the mixture, maximum epochs, tokenized documents) for each source that has text in the
         split.
 
         Args:

@@ -123,7 +123,8 @@ class PairRows:
         """Return the rows with the numbers `rows_B` (any >= 0).
 
         Returns:
-            The arrays of `objectives.masked`, types int32 [B, T] (1 from B on), and next_label int32 [B].
+            The arrays of `objectives.masked`, types int32 [B, T], and next_label int32 [B]. Types are 1 for the tokens
+            of `B eos`, and 0 for all other positions.
         """
         B, T = len(rows_B), self.seq_len
         group_G = np.unique(rows_B // (2 * GROUP))
@@ -278,8 +279,8 @@ def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (passage of A, passage of B, next_label) of every row, int [2N] each.
 
     For partners (two combined passages) a and b, there are two rows with label 0, (a, a) and (b, b), then two rows with
-    label 1, (a, b) and (b, a). After all partners of a group, the passages without a partner follow without a label,
-    two at a time: (c, c), (d, d), (c, c), (d, d).
+    label 1, (a, b) and (b, a). The passages without a partner follow at the end of the group, without a label. Two such
+    passages c and d have the rows (c, c), (d, d), (c, c), (d, d).
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

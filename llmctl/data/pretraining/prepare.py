@@ -64,7 +64,7 @@ class ShardRecord(BaseModel):
 
     shard: Shard
     lengths: str
-    """Checksum of the file with the number of tokens of each document."""
+    """Checksum of the file that contains the lengths of the documents."""
 
 
 def prepare(

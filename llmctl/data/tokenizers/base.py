@@ -109,7 +109,7 @@ class Tokenizer(ABC):
 
     def options(self) -> dict[str, Any]:
         """Return the options to save in the JSON file next to the model file, because the model file does not contain
-        them."""
+        these options."""
         return {"bos": self.add_bos}
 
     @abstractmethod

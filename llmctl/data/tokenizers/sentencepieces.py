@@ -148,7 +148,8 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> SentencePieces:
     """Train a tokenizer on at most `cfg.sample` characters. Training is deterministic.
 
     Raises:
-        RequestError: If the vocabulary is larger than the corpus supports, or too small for its bytes and characters.
+        RequestError: If the vocabulary is larger than the corpus supports, or too small for the 256 bytes and all
+            required characters.
     """
     sample = _sample(list(texts), cfg.sample)
     if not sample:

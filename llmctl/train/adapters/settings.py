@@ -23,7 +23,7 @@ class LoraConfig(Settings):
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
     """Matrices that get an adapter. In the layers: q, k, v, o, gate, up, down. Outside the layers: lm_head (output
-    projection) and, with method lora, embed (token embeddings). Empty means all matrices in the layers, except the
+    projection), and embed (token embeddings) if the method is lora. Empty means all matrices in the layers, except the
     matrices of bottleneck adapters.
     """
     rslora: bool = False
@@ -118,7 +118,7 @@ class TrainedConfig(Settings):
     trains all layers.
     """
     patterns: list[str] = []
-    """Patterns of the names of the parameters to train, such as norm or attn/*/bias, for method full. A pattern matches
+    """Patterns for names of parameters to train, such as norm or attn/*/bias, if the method is full. A pattern matches
     any part of a name. The task's head is always trained. Empty trains all parameters."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the learning rate per layer, counted from the output. The rate of the last layer is multiplied by this

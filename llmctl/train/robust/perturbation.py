@@ -87,7 +87,7 @@ class Search:
     """Radius of the ball of allowed perturbations."""
     step_size: float
     norm: str = "l2"
-    """Norm of a row's perturbation: "l2" over all its entries, or "linf", its largest entry."""
+    """Norm of a row's perturbation. "l2": Euclidean norm of all entries. "linf": largest absolute value of an entry."""
     steps: int = 1
     start: float = 0.0
     """Maximum norm of the random perturbation before the first step; 0 starts from zero."""

@@ -92,7 +92,7 @@ def mixout(own: Loss, rate: float) -> Loss:
 
 
 def from_parent(names: Collection[str], params: Params) -> list[str]:
-    """Return which of the `names` are arrays that existed before finetuning.
+    """Return the elements of `names` whose arrays existed before finetuning.
 
     The arrays of adapters, trained prompts, trained prefixes and the task's head are new, and are left out.
     """

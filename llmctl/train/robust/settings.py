@@ -51,8 +51,8 @@ class AdversarialConfig(Settings):
     epsilon: Positive | None = None
     """Maximum norm of a row's perturbation. Default: 0.02."""
     norm: Norm = ""
-    """Norm of a row's perturbation. l2: Euclidean norm of all its entries. linf: its largest entry. Default: linf for
-    method smart, l2 for the other methods."""
+    """Norm of a row's perturbation. l2: Euclidean norm of all entries. linf: largest absolute value of an entry.
+    Default: linf for method smart, l2 for the other methods."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Number of steps in the search for a perturbation, for methods pgd, freelb and smart. Default: 1 for smart, 3 for
     pgd and freelb."""
