@@ -148,8 +148,8 @@ class Manifest(BaseModel):
     generation: dict[str, Any] = {}
     """Settings for generating answers in finetuning; empty if the task generates no answers."""
     weights: dict[str, dict[str, Any]] = {}
-    """Kind of each weight by path, such as plain, quantized or LoRA, and the dtypes and shapes of its arrays, as
-    returned by `llmctl.model.weights.describe`."""
+    """Record of each weight by path (see `llmctl.model.weights.describe`). A record has the kind of the weight, such as
+    plain, quantized or LoRA, and the dtypes and shapes of the arrays."""
     base: Base | None = None
     """Base of this artifact, if it is an adapter; None if the artifact contains all arrays."""
     storage: dict[str, dict[str, Any]] = {}

@@ -107,7 +107,7 @@ def understand(
     Args:
         folder: Folder of the model, for error messages and further config files.
         config: Content of config.json.
-        tensors: Tensors by name; their values are not read, unless two tensors must be equal.
+        tensors: Tensors by name. Values are read only if two tensors must be equal.
         ignore: Keys of config.json that are known to be irrelevant.
         drop: Regular expressions for the names of tensors to omit.
 

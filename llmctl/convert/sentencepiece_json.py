@@ -31,7 +31,7 @@ SAMPLES = (
 
 
 def model_beside(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
-    """Return the SentencePiece model that is in a folder with the equivalent tokenizer.json `words`.
+    """Return the SentencePiece model in the folder of the tokenizer.json `words`, if both tokenize equally.
 
     Folders of Llama 2, Mistral and Gemma have both.
 

@@ -139,7 +139,7 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
 
 
 def same_tokens(what: str, ours: Rows, there: Rows) -> str:
-    """Describe the first text whose token ids `ours` and `there` differ; return "" if all are equal."""
+    """Describe the first text for which the token ids in `ours` and `there` differ; return "" if all are equal."""
     for text, a, b in zip(TEXTS, ours, there, strict=True):
         if a != b:
             return f"{what}: others read {text!r} as {b[:8]}…{b[-2:]} ({len(b)} tokens), llmctl as {a[:8]}…{a[-2:]}"

@@ -74,7 +74,7 @@ def _floats(tree: Tree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Tr
 
 
 def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, x_BTD: jax.Array, rest: Tree) -> Tree:
-    """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device with its own rows and tokens.
+    """Run `fn(head, constants, x [b, t, D], rest [b, t, ...])` on every device.
 
     `fn` gets only the rows and tokens of its own device. XLA still shards the vocabulary automatically. Matrices of the
     output head, and the gradients of these matrices, are sent between devices in the dtype of `x_BTD`.

@@ -150,7 +150,7 @@ class MultiLabel(Classify):
         return super().hf_fields(model, labels, fitted) | chosen
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Read the fitted thresholds from the key `thresholds` of a config.json, if it exists."""
+        """Read the fitted thresholds from the key `thresholds` of a config.json, if the key exists."""
         found = keys.take("thresholds", {})
         if not found:
             return {}

@@ -49,7 +49,7 @@ class Span(Task):
     peft_type = "QUESTION_ANS"
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> AnswerRows:
-        """Return rows with a question and a window of its context each; a long context has several windows."""
+        """Return one row per question and window of its context. A long context has several windows."""
         return AnswerRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def reading_rows(
