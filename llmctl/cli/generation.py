@@ -40,8 +40,10 @@ class NamedModels:
     """Store the models that generate answers, the decoders of the models, and the selected model."""
 
     def __init__(self, found: Sequence[NamedModel], decoders: Decoders | None, filler: Filler | None) -> None:
-        """Store the models. If there are several, the first is the base, the others are its adapters, and the second is
-        selected.
+        """Store the models, and select one.
+
+        A single model is selected. If there are several models, the first model is the base, and all others are
+        adapters of the base. The first adapter is then selected.
         """
         self.by_name = {named_model.name: named_model for named_model in found}
         self.answering = found[1:] or found

@@ -58,7 +58,7 @@ def table(layers: Sequence[Record]) -> Table:
     """Return a table of the quantized layers for the terminal, with one row per layer.
 
     The columns are the error of the layer's output, and the mean errors of its matrices' outputs and weights. The last
-    column names the matrices for which the requested method failed and another was used.
+    column names the matrices for which the requested method or a damping value failed.
     """
     columns: dict[str, list[Any]] = {
         "layer": [f"{layer['stack']} {layer['layer']}" for layer in layers],

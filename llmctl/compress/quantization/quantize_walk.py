@@ -126,7 +126,7 @@ def quantize_layer(
       - `weight_error`, the relative error of the weights, after AWQ or SmoothQuant have scaled the rows
       - `exponent`, the exponent of AWQ's scales
       - `unscaled`, true if scales were requested and cannot be folded
-      - `fallback`, the method that was used instead, if the requested method failed
+      - `fallback`, a message, if the requested method or a damping value failed
     """
     notes: dict[str, Any] = {}
     layer, scales, notes_of = _scaled(cfg, visit, method)
@@ -192,8 +192,8 @@ def _quantized(
     """Quantize one matrix.
 
     Returns:
-      The quantized matrix, and JSON data: `error` (of the outputs, if there is a Gram matrix) and `fallback` (if the
-      requested method failed).
+      The quantized matrix, and JSON data: `error` (of the outputs, if there is a Gram matrix) and `fallback` (a
+      message, if the requested method or a damping value failed).
     """
     (grid, group), found = grids.levels_of(form), {}
     if method.solves and gram_II is not None:

@@ -81,9 +81,9 @@ class QuantizeConfig(CalibrationConfig):
     method: MethodName = RTN
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
-    matrices by their magnitude in calibration data, clip, and round to nearest. awq+gptq: the scales of awq, then gptq.
-    autoround: tune the rounding of each layer's weights by gradient steps, to minimize the error of the layer's output.
-    Token embeddings are always rounded to nearest."""
+    matrices by the inputs' magnitudes in calibration data, clip, and round to nearest. awq+gptq: the scales of awq,
+    then gptq. autoround: tune the rounding of each layer's weights by gradient steps, to minimize the error of the
+    layer's output. Token embeddings are always rounded to nearest."""
     tuning_steps: int = Field(default=200, ge=1)
     """Number of gradient steps per layer, if the method is autoround. Each step reads one batch."""
     clip: bool = False

@@ -113,8 +113,8 @@ def limit(space: Space, asked: tuple[str, float], size: Size, whole: float = 0.0
 def candidates(space: Space, wanted: float, size: Size, curves: Curves) -> list[Candidate]:
     """Return all combinations of sizes that meet the budget, sorted by estimated loss.
 
-    A combination meets the budget if its size is at most `TOLERANCE` below the budget. If no combination does, the
-    combinations with the largest size below the budget are returned.
+    A combination meets the budget if its size is at most `TOLERANCE` below the budget. If no combination has such a
+    size, the combinations with the largest size below the budget are returned.
     """
     found: list[Candidate] = []
     for layers, heads, hidden, queries in space.choices():
