@@ -250,8 +250,9 @@ def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
     If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
     number of steps is 300.
 
-    Exception: if the class of the nested settings has `deciding` fields, such as a preset, these determine the defaults
-    of its other fields. In this case only the deciding fields are completed, and only if the user set none of them.
+    Exception: if the class of the nested settings has `deciding` fields, such as a preset, the deciding fields
+    determine the defaults of the other fields. In this case only the deciding fields are completed, and only if the
+    user set none of them.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():

@@ -156,7 +156,7 @@ def arrow_rows(damaged: str, batch: Any) -> list[Row]:
         batch: The table or batch.
 
     Raises:
-        RequestError: If the data is damaged, or Python cannot hold a value, such as a date after the year 9999.
+        RequestError: If the data is damaged, or if Python cannot represent a value, such as a date after the year 9999.
     """
     import pyarrow as pa
 

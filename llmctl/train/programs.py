@@ -96,9 +96,7 @@ def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Ar
 
 
 def _work(learner: Learner, runs: step.Program, config: Any, tokens: int, rows: Any, flops: float) -> Pass:
-    """Return the counts of a training step that the analytic cost model needs. `flops` is the number of FLOPs per
-    token.
-    """
+    """Describe a training step for the analytic cost model. `flops` is the number of FLOPs per token."""
     sizes = [sum(math.prod(a.shape) for a in named.values()) for named in (runs.named, runs.fixed)]
     row = row_shapes(rows)
     return Pass(

@@ -1,4 +1,4 @@
-"""Train keys and values that attention reads before each text (prefix tuning; Li and Liang, 2021, arXiv:2101.00190).
+"""Train keys and values in front of each text (prefix tuning; Li and Liang, 2021, arXiv:2101.00190).
 
 Each layer has trained keys and values: the parameters `attn/prefix/k` and `attn/prefix/v`. In an encoder-decoder, only
 the layers of the decoder have a prefix. The prefix is part of the network, so ModelConfig contains its length. The

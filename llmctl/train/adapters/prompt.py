@@ -1,4 +1,4 @@
-"""Train vectors that the model reads before every text (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
+"""Train vectors in front of every text (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
 The vectors are a separate embedding table, `embed/prompt`. The table of the tokens is frozen, and may be quantized. The
 prompt vectors have the token ids after the vocabulary. The tokenizer is changed so that every text begins with these

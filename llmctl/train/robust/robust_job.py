@@ -86,7 +86,8 @@ def check_classes(asks: Any, task: Task) -> None:
     often.
 
     Raises:
-      RequestError: If `class_weights` or `balance` does not suit the task, or both would balance the classes.
+      RequestError: If `class_weights` or `balance` does not suit the task, or if both settings would balance the
+        classes.
     """
     single = task.classes and task.label_type == "class"
     if asks.class_weights and not single:
