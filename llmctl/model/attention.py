@@ -178,8 +178,9 @@ class Attention(nn.Module):
             table = _pick(local, shared.local_rotary, shared.rotary)
             q, k = rotate(q, table), rotate(cast(jax.Array, k), table)
         if not self.cross and shared.slot is not None:
+            whole_BTS = cast(jax.Array, shared.mask_BTS)
             k, v = (
-                kv_cache.remember(self, name, cast(jax.Array, x), shared.slot, self.dtype)
+                kv_cache.remember(self, name, cast(jax.Array, x), shared.slot, self.dtype, whole_BTS)
                 for name, x in (("k", k), ("v", v))
             )
         mask = shared.memory_mask_BTS if self.cross else _pick(local, shared.local_mask_BTS, shared.mask_BTS)

@@ -4,12 +4,17 @@ Keys and values are rotated within each head by a Hadamard matrix, which spreads
 all channels (QuaRot; Ashkboos et al., 2024, arXiv:2404.00456). Queries are rotated alike, and the outputs are rotated
 back, so that only the rounding changes the result. With SmolLM2-135M, this halves the error of the logits.
 
+The keys of a head have a large mean, which would need most of the range of the codes. A cache of keys therefore stores
+one vector per row and head, the center. It is the mean of the first keys of the prompt. The center is subtracted from a
+key before it is rounded, and the product of query and center is added to the score. The result without rounding is the
+same. If a key has a smaller range without the subtraction, nothing is subtracted, and its scale is negative. An example
+is the first token of a text, to which many heads attend. With SmolLM2-135M and int8, centers lower the error of the
+logits from 0.026 to 0.019 (root mean square). Unquantized keys and values in bfloat16 have an error of 0.010.
+
 A rotated value is a code times the scale of its token and head. Attention multiplies queries by the codes, and
 multiplies the scores by the scales afterwards. Dequantized keys and values are therefore never stored for all layers.
-The formats:
-
-- int8: integers from -127 to 127. - fp8_e4m3: 8-bit floats, float8_e4m3fn. - int4: integers from -7 to 7. A byte holds
-two codes: elements i and i + K/2 of a head.
+The formats are int8 (integers from -127 to 127), fp8_e4m3 (8-bit floats, float8_e4m3fn) and int4 (integers from -7 to
+7). With int4, a byte holds two codes: elements i and i + K/2 of a head.
 
 Shapes: B batch, S cache slots, G key/value heads, K head width, N queries per key/value head.
 """
@@ -47,28 +52,47 @@ class Compressed:
     codes: jax.Array
     """Codes in the dtype `STORED[format]`; with int4, the last axis has K / 2 bytes."""
     scale: jax.Array
+    """Scales of the codes. A negative scale marks a key from which the center was not subtracted."""
     format: str = field(metadata={"static": True})
+    center: jax.Array | None = None
+    """Vector that was subtracted from the keys: rotated, float32 [..., 1, K]. None for values."""
 
     @classmethod
-    def of(cls, x: jax.Array, form: str) -> Compressed:
-        """Rotate and quantize keys or values [..., K], each row with its own scale in the dtype of `x`."""
+    def of(cls, x: jax.Array, form: str, center: jax.Array | None = None) -> Compressed:
+        """Rotate and quantize keys or values [..., S, K], with one scale per row of K elements.
+
+        Args:
+            x: Keys or values. The scales have their dtype.
+            form: Format of the codes.
+            center: Vector to subtract from keys (`Compressed.center`), or None.
+        """
         bound = BOUNDS[form]
         wide = rotated(x)
-        scale = (jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / bound).astype(x.dtype)
+        largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        raw = jnp.zeros_like(largest, bool)
+        if center is not None:
+            moved = wide - center
+            moved_largest = jnp.max(jnp.abs(moved), axis=-1, keepdims=True)
+            raw = largest < moved_largest
+            wide, largest = jnp.where(raw, wide, moved), jnp.where(raw, largest, moved_largest)
+        scale = (largest / bound).astype(x.dtype)
         unit = wide / jnp.where(scale == 0, 1, scale).astype(jnp.float32)
+        if center is not None:  # a key of zeros needs a negative scale too
+            scale = jnp.where(raw, -jnp.maximum(scale, jnp.finfo(scale.dtype).tiny), scale)
         if form == "fp8_e4m3":  # a scale in bfloat16 may be rounded down, and larger floats would become NaN
-            return cls(jnp.clip(unit, -bound, bound).astype(STORED[form]), scale, form)
+            return cls(jnp.clip(unit, -bound, bound).astype(STORED[form]), scale, form, center)
         level = jnp.clip(jnp.round(unit), -bound + 0.5, bound - 0.5).astype(jnp.int8)
         if form == "int4":
             low, high = jnp.split(level.astype(jnp.uint8), 2, axis=-1)
-            return cls((low & 15) | (high << 4), scale, form)
-        return cls(level, scale, form)
+            level = (low & 15) | (high << 4)
+        return cls(level, scale, form, center)
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...], form: str, dtype: Any) -> Compressed:
-        """Return zeros [..., S, K], with scales in `dtype`."""
+    def zeros(cls, shape: tuple[int, ...], form: str, dtype: Any, centered: bool = False) -> Compressed:
+        """Return zeros [..., S, K], with scales in `dtype`. If `centered` is set, they have a center, which is zero."""
         codes = (*shape[:-1], shape[-1] // PER_BYTE[form])
-        return cls(jnp.zeros(codes, STORED[form]), jnp.zeros((*shape[:-1], 1), dtype), form)
+        center = jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32) if centered else None
+        return cls(jnp.zeros(codes, STORED[form]), jnp.zeros((*shape[:-1], 1), dtype), form, center)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,20 +101,26 @@ class Compressed:
 
     def with_heads(self, B: int, G: int) -> Compressed:
         """Return the same elements with the axes [B, G, S, K]. The cache omits axes of size 1."""
-        codes, scale = (a.reshape(B, G, *a.shape[-2:]) for a in (self.codes, self.scale))
-        return Compressed(codes, scale, self.format)
+        return jax.tree.map(lambda a: a.reshape(B, G, *a.shape[-2:]), self)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """Return the dequantized array, rotated back."""
         levels = jnp.concatenate(self._levels(jnp.float32), axis=-1)
-        return rotated(levels * self.scale.astype(jnp.float32)).astype(dtype)
+        wide = levels * jnp.abs(self.scale).astype(jnp.float32)
+        if self.center is not None:
+            wide += jnp.where(self.scale < 0, 0, self.center)
+        return rotated(wide).astype(dtype)
 
     def key_product(self, q_BGNK: jax.Array) -> jax.Array:
         """Return the products of queries with these keys [B, G, S, K], float32 [B, G, N, S]."""
         levels = self._levels(q_BGNK.dtype)
-        queries = jnp.split(rotated(q_BGNK).astype(q_BGNK.dtype), len(levels), axis=-1)
+        turned = rotated(q_BGNK)
+        queries = jnp.split(turned.astype(q_BGNK.dtype), len(levels), axis=-1)
         found = sum(_product(q, k, 3, 3) for q, k in zip(queries, levels, strict=True))
-        return found * self._scale_of_slots()
+        scale = self._scale_of_slots()
+        if self.center is None:
+            return found * scale
+        return found * jnp.abs(scale) + jnp.where(scale < 0, 0, jnp.sum(turned * self.center, axis=-1, keepdims=True))
 
     def value_product(self, p_BGNS: jax.Array, dtype: Any) -> jax.Array:
         """Return the sums of these values [B, G, S, K], weighted by p, float32 [B, G, N, K].

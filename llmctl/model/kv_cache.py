@@ -9,15 +9,18 @@ Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmctl.model.compressed_cache import Compressed
+from llmctl.model.compressed_cache import Compressed, rotated
 
+CENTER_TOKENS = 16
+"""Number of tokens at the start of a text whose mean key is the center of the keys (`compressed_cache`). A text with
+fewer tokens has the center zero."""
 Cached = jax.Array | Compressed
 """Cached keys or values of a layer."""
 
@@ -31,12 +34,28 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
     return (*(n for n in (B, G) if n > 1), S, K)
 
 
-def empty(shape: tuple[int, ...], form: str, dtype: Any) -> Cached:
-    """Return zeros as cached keys or values, in a format of `compressed_cache` or, if it is empty, in `dtype`."""
-    return Compressed.zeros(shape, form, dtype) if form else jnp.zeros(shape, dtype)
+def empty(shape: tuple[int, ...], form: str, dtype: Any, centered: bool = False) -> Cached:
+    """Return zeros as cached keys or values, in a format of `compressed_cache` or, if it is empty, in `dtype`.
+
+    If `centered` is set, quantized keys have a center.
+    """
+    return Compressed.zeros(shape, form, dtype, centered) if form else jnp.zeros(shape, dtype)
 
 
-def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any) -> Cached:
+def widened(cache: Any, slots: int) -> Any:
+    """Return a cache with room for `slots` more tokens. `cache` is a tree of cached keys and values."""
+
+    def more(kept: Cached) -> Cached:
+        if isinstance(kept, Compressed):  # the center has no slots
+            return replace(kept, codes=more(kept.codes), scale=more(kept.scale))
+        return jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, slots), (0, 0)])
+
+    return jax.tree.map(more, cache, is_leaf=lambda kept: isinstance(kept, Compressed))
+
+
+def remember(
+    module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any, mask_BTS: jax.Array
+) -> Cached:
     """Write the keys or values [B, T, G, K] of T new tokens into the cache of a module, from position `slot` on.
 
     Args:
@@ -45,15 +64,27 @@ def remember(module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array 
         new_BTGK: New keys or values.
         slot: Cache position at which the first token is written.
         dtype: Dtype of a new cache.
+        mask_BTS: Attention mask. The diagonal of its first T columns marks the tokens that are not padding if `slot`
+            is 0.
 
     Returns:
         All cached keys or values [B, S, G, K], or [B, G, S, K] if they are quantized.
     """
     B, T, G, K = new_BTGK.shape
-    kept = module.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), dtype))
-    new = _like(kept.value, _laid_out(new_BTGK))
-    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=len(kept.value.shape) - 2)
-    kept.value = jax.tree.map(write, kept.value, new)
+    kept: nn.Variable[Any] = module.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), dtype))
+    old = kept.value
+    if isinstance(old, Compressed) and old.center is not None and T >= CENTER_TOKENS:
+        real_BT = jnp.diagonal(mask_BTS[:, :, :T], axis1=1, axis2=2)
+        old = replace(old, center=jnp.where(slot == 0, _center(new_BTGK, real_BT), old.center))
+    new = _like(old, _laid_out(new_BTGK))
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
+
+    if isinstance(old, Compressed) and isinstance(new, Compressed):
+        kept.value = replace(new, codes=write(old.codes, new.codes), scale=write(old.scale, new.scale))
+    else:
+        kept.value = jax.tree.map(write, old, new)
     return recall(module, f"past_{name}", B, G, K)
 
 
@@ -81,7 +112,15 @@ def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> Cached:
 
 def _like(kept: Cached, new: jax.Array) -> Cached:
     """Convert keys or values to the format and the dtype of a cached array."""
-    return Compressed.of(new, kept.format) if isinstance(kept, Compressed) else new.astype(kept.dtype)
+    return Compressed.of(new, kept.format, kept.center) if isinstance(kept, Compressed) else new.astype(kept.dtype)
+
+
+def _center(x_BTGK: jax.Array, real_BT: jax.Array) -> jax.Array:
+    """Return the mean of the keys of the first `CENTER_TOKENS` real tokens, as `Compressed.center`."""
+    used_BT = real_BT & (jnp.cumsum(real_BT, axis=1) <= CENTER_TOKENS)
+    enough_B = jnp.sum(used_BT, axis=1) == CENTER_TOKENS
+    weight_BT = jnp.where(used_BT & enough_B[:, None], 1 / CENTER_TOKENS, 0)
+    return rotated(_laid_out(jnp.sum(x_BTGK * weight_BT[..., None, None], axis=1, keepdims=True)))
 
 
 def _laid_out(x_BTGK: jax.Array) -> jax.Array:

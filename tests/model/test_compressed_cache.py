@@ -1,5 +1,6 @@
 """Keys and values in 8 and 4 bits: codes against numpy, attention against that of the dequantized, bytes by hand."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmctl.config.errors import RequestError
-from llmctl.model import compressed_cache, flops
+from llmctl.model import compressed_cache, flops, kv_cache
 from llmctl.model.attention_xla import Keys, attend_to_parts
 from llmctl.model.compressed_cache import Compressed
 from llmctl.model.config import ModelConfig
@@ -97,3 +98,55 @@ def test_an_outlier_channel_costs_little():
     x[:, 5] += 30
     error = np.abs(Compressed.of(jnp.asarray(x), "int8").dense() - x).mean()
     assert error < 0.6 * np.abs(rounded(x, "int8") - x).mean()
+
+
+def test_a_center_leaves_attention_unchanged_before_rounding():
+    cfg = ModelConfig(preset="llama-tiny", heads=H, kv_heads=G, head_dim=K, attn_softcap=20.0)
+    q, k, v = values(2, B, T, H, K), 3 + values(3, B, G, S, K), values(4, B, G, S, K)
+    mask, bias = np.ones((B, T, S), bool), values(6, H, T, S)
+    center, raw = rotated(values(8, B, G, 1, K)), np.random.default_rng(9).random((B, G, S, 1)) < 0.3
+    turned = rotated(k)
+    codes, scale = np.where(raw, turned, (turned - center) / 2), np.where(raw, -1, 2).astype(np.float32)
+    exact = Compressed(*map(jnp.asarray, (codes, scale)), "int8", jnp.asarray(center))
+    plain = Keys(jnp.asarray(k.swapaxes(1, 2)), jnp.asarray(v.swapaxes(1, 2)), mask, bias)
+    prefix = Keys(jnp.asarray(values(10, B, S, G, K)), plain.v_BSGK, mask, None)
+    want = attend_to_parts(q, [prefix, plain], cfg)
+    np.testing.assert_allclose(attend_to_parts(q, [prefix, plain._replace(k_BSGK=exact)], cfg), want, atol=1e-5)
+    np.testing.assert_allclose(exact.dense(), k, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", compressed_cache.BOUNDS)
+def test_keys_with_a_large_mean_are_closer_with_a_center(name):
+    x, mean = values(11, 30, 64), 4 * values(12, 64)
+    x[1:] += mean
+    x[2], x[3] = 0, mean
+    center = jnp.asarray(rotated(mean[None]))
+    plain, kept = Compressed.of(jnp.asarray(x), name), Compressed.of(jnp.asarray(x), name, center)
+    assert (np.asarray(kept.scale)[[0, 2, 3, 4], 0] < 0).tolist() == [True, True, False, False]
+    np.testing.assert_allclose(kept.dense()[2], 0, atol=1e-30)
+    errors = [np.abs(a.dense() - x)[4:].mean() for a in (kept, plain)]
+    assert errors[0] < (0.6 if name != "fp8_e4m3" else 0.7) * errors[1]
+
+
+def test_center_is_the_mean_of_the_first_tokens_that_are_not_padding():
+    new = values(13, 2, 40, G, 8)
+    real = np.arange(40) >= np.array([[5], [30]])  # the second row has too few tokens
+    mask = real[:, None, :] & real[:, :, None] & np.tri(40, dtype=bool)
+    want = rotated(new[0, 5 : 5 + kv_cache.CENTER_TOKENS].mean(axis=0))
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, new, slot):
+            return kv_cache.remember(self, "k", new, slot, jnp.float32, mask[:, : new.shape[1]])
+
+    cache = {"cache": {"past_k": Compressed.zeros((2, G, 64, 8), "int8", jnp.float32, centered=True)}}
+    found, cache = Layer().apply(cache, new, 0, mutable="cache")
+    np.testing.assert_allclose(found.center[0, :, 0], want, atol=1e-6)
+    assert not found.center[1].any()
+    np.testing.assert_allclose(found.dense()[:, :, :40], new.swapaxes(1, 2), atol=0.05)
+    later, cache = Layer().apply(cache, new + 9, jnp.int32(20), mutable="cache")  # a longer conversation
+    np.testing.assert_array_equal(later.center, found.center)
+    wide = kv_cache.widened(cache["cache"], 5)["past_k"]
+    assert wide.shape == (2, G, 69, 8) and wide.center.shape == (2, G, 1, 8)
+    again, _ = Layer().apply(cache, new + 9, jnp.int32(0), mutable="cache")
+    np.testing.assert_allclose(again.center[0, :, 0], rotated(new[0, 5:21].mean(axis=0) + 9), atol=1e-5)

@@ -2,7 +2,8 @@
 
 A slot is one position along the sequence axis of the cache. Tokens fill the slots from 0 on, without gaps. A new prompt
 is compared with the cached tokens. All tokens from the first difference on are computed again, so the answer is the
-same as without a cache.
+same as without a cache. If keys are quantized and the cached texts have fewer than 16 tokens in common, all tokens are
+computed again, because the center of the keys is the mean of the first 16 (`llmctl.model.compressed_cache`).
 
 Shapes: T new tokens with padding, S cache slots, V vocabulary, E end tokens. The batch size is 1.
 """
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmctl.model import kv_cache
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.decode import Decoder, Served, State
 from llmctl.model.generate.padded_prompts import NOTHING, ROUND, padded_ends, round_up
@@ -39,6 +41,7 @@ class Session:
         self.decoder = decoder
         self.read = 0
         """Number of prompt tokens that were computed so far. Tokens found in the cache are not counted."""
+        self._begun = 0  # number of tokens in the prompt that was computed from its first token on
         self._ids: list[int] = []
         self._cache: list[Any] = []
         self._extend = jax.jit(self._read_and_select, static_argnames="rules", donate_argnames="cache")
@@ -66,6 +69,10 @@ class Session:
         rules, ends_E, keys_B = sampling or Sampling(), padded_ends(ends), row_keys(seed, 1, first)
         kept = next((i for i, (a, b) in enumerate(zip(self._ids, prompt, strict=False)) if a != b), len(self._ids))
         kept = min(kept, len(prompt) - 1)  # the last token's hidden state predicts the next one
+        if self.decoder.kv_cache and min(kept, self._begun) < kv_cache.CENTER_TOKENS:
+            kept = 0  # quantized keys depend on the mean of the first keys, which is computed once
+        if not kept:
+            self._begun = len(prompt)
         new = np.asarray(prompt[kept:], np.int32)
         T = round_up(len(new))
         # The loop runs to the end of its last chunk. Padding after the prompt is overwritten later.
@@ -101,8 +108,7 @@ class Session:
         size = ROUND * 2 ** (round_up(slots) // ROUND - 1).bit_length()
         if not held:
             return self.decoder.empty_cache(1, size)
-        wider = [(0, 0)] * (len(cache[0]["attn"]["past_k"].shape) - 2) + [(0, size - held), (0, 0)]
-        return jax.tree.map(lambda a: jnp.pad(a, wider), cache)
+        return kv_cache.widened(cache, size - held)
 
     def _read_and_select(
         self,

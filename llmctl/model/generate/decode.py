@@ -262,7 +262,10 @@ class Decoder:
 
         def arrays(prefix: str, slots: int) -> dict[str, kv_cache.Cached]:
             shape = kv_cache.cache_shape(B, self.model.kv_heads, slots, self.model.head_dim)
-            return {f"{prefix}_{name}": kv_cache.empty(shape, self.kv_cache, self.dtype) for name in "kv"}
+            centered = {"k": prefix == "past", "v": False}
+            return {
+                f"{prefix}_{name}": kv_cache.empty(shape, self.kv_cache, self.dtype, centered[name]) for name in "kv"
+            }
 
         def layer() -> dict[str, Any]:
             attn = {"attn": arrays("past", slots)}
