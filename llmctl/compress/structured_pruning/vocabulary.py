@@ -28,6 +28,7 @@ from llmctl.compress.structured_pruning.shrink import take_everywhere
 from llmctl.config.errors import RequestError
 from llmctl.convert import tokenizer_subset
 from llmctl.data import columns, splits
+from llmctl.data.config import DataConfig
 from llmctl.data.corpus import CHUNK
 from llmctl.data.tokenizers import loading, vocabulary_subset
 from llmctl.data.tokenizers.base import Tokenizer
@@ -151,26 +152,34 @@ def _check_number(asked: str | int, vocabulary: Vocabulary, base: Artifact) -> N
 def _corpus(config: StructuredSettings, base: Artifact) -> tuple[Callable[[], Iterator[Any]], Encode]:
     """Return two functions: the first iterates over all texts or conversations of the data; the second encodes them."""
     talks = of(base.manifest).reads_conversations and columns.holds_conversations(config.data)
-    found = splits.load(config.data, labels=False, conversations=talks)
-    rows = (e for e in found.examples.values() if len(e))
-    every = list(rows)
+
+    def conversations(tokenizer: Tokenizer, given: list[Any]) -> list[list[int]]:
+        template = Template(tokenizer.chat_template, tokenizer)
+        return [tokenizer.encode_with_special(template.render(m, tools, prompt=False)) for m, tools in given]
+
+    encode = conversations if talks else lambda tokenizer, given: tokenizer.encode_batch(given)
+    return _texts(config.data, talks), encode
+
+
+def _texts(data: DataConfig, talks: bool) -> Callable[[], Iterator[Any]]:
+    """Return a function that iterates over all texts of the data, or over its conversations if `talks` is true."""
+    asks = any("choices" in view.columns for view in columns.views(data, conversations=talks))
+    found = splits.load(data, labels=asks, conversations=talks)  # choices are read with the labels
+    every = [e for e in found.examples.values() if len(e)]
 
     def texts() -> Iterator[Any]:
         for row in itertools.chain.from_iterable(every):
             if talks:
                 yield row["messages"], row.get("tools")
                 continue
-            for name in sorted(row):
-                if isinstance(row[name], str):
-                    yield row[name]
-                elif name == "tokens":  # words, which have one label each
-                    yield " ".join(row[name])
+            yield from (row[name] for name in sorted(row) if isinstance(row[name], str))
+            if isinstance(choices := row.get("choices"), tuple):
+                yield from choices
+            # Words that have one label each. They are joined in the column text if the data has no such column.
+            if "tokens" in row and (joined := " ".join(row["tokens"])) != row.get("text"):
+                yield joined
 
-    def conversations(tokenizer: Tokenizer, given: list[Any]) -> list[list[int]]:
-        template = Template(tokenizer.chat_template, tokenizer)
-        return [tokenizer.encode_with_special(template.render(m, tools, prompt=False)) for m, tools in given]
-
-    return texts, conversations if talks else lambda tokenizer, given: tokenizer.encode_batch(given)
+    return texts
 
 
 def _count(

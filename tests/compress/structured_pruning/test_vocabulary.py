@@ -1,13 +1,16 @@
 """Removal of tokens: the rows that stay give the same logits, and the most frequent tokens are chosen by hand."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmctl.compress.structured_pruning import vocabulary
-from llmctl.compress.structured_pruning.vocabulary import _most_frequent
+from llmctl.compress.structured_pruning.vocabulary import _most_frequent, _texts
 from llmctl.config.errors import RequestError
+from llmctl.data.config import DataConfig
 from llmctl.data.tokenizers.vocabulary_subset import Vocabulary
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
@@ -63,3 +66,16 @@ def test_the_most_frequent_tokens_stay_with_what_leads_to_them():
     assert _most_frequent(Letters(), counts_V, {0}, 9) == list(range(9))
     with pytest.raises(RequestError, match="4 to keep, but special tokens, bytes and the characters of the data are 5"):
         _most_frequent(Letters(), counts_V, {0}, 4)
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"prompt": "p{}", "choices": ["x", "y"], "answer": 1}, ["p{}", "x", "y"]),
+    ({"tokens": ["a", "{}"], "tags": ["O", "B"]}, ["a {}"]),
+    ({"prompt": "p{}", "completion": " c"}, [" c", "p{}"]),
+    ({"text": "t{}", "label": "good"}, ["t{}"]),
+])  # fmt: skip
+def test_every_text_that_a_model_reads_is_counted_once(tmp_path, row, expected):
+    lines = [json.dumps(row).replace("{}", str(n)) for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    found = _texts(DataConfig(source="jsonl", path=str(tmp_path / "rows.jsonl")), talks=False)
+    assert sorted(found()) == sorted(text.format(n) for n in range(9) for text in expected)
