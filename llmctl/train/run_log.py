@@ -42,7 +42,7 @@ MEANINGS = {
     "sparsity": "share of zeros in the matrices of the layers",
     "influence": "change of the hidden states by the layer, 0 if none",
     "layer_error": "change of the layer's output by the compression, relative",
-    "calibration_loss": "loss of the calibration data if the model had other sizes",
+    "calibration_loss": "loss of the calibration data if the model had other sizes or formats",
 }
 """Explanations of the short names in the progress line. Each process prints an explanation once, before the first line
 with the name."""

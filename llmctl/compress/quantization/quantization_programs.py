@@ -11,12 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmctl.compress import error_feedback
+from llmctl.compress.calibration.calibration_loss import loss_program
 from llmctl.compress.programs import Walk, layer_of
-from llmctl.compress.quantization import folding, gptq, grids, input_scales, rotation
+from llmctl.compress.quantization import folding, format_allocation, format_scan, gptq, grids, input_scales, rotation
 from llmctl.compress.quantization import quantize as rounding
 from llmctl.compress.quantization.quantize_method import Quantization
 from llmctl.compress.quantization.quantize_walk import collector, full_path, tuner
+from llmctl.compress.quantization.settings import QuantizeConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.model import flops as cost
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
@@ -55,6 +58,49 @@ def quantization(
             found.append(_rounding(model, params, left, mesh, held, method, ["embed/tokens"], chosen))
         return found, left
     return [_rounding(model, params, left, mesh, held, method, [*chosen], chosen)], left
+
+
+def format_search(
+    config: QuantizeConfig, model: ModelConfig, params: Tree, mesh: Mesh, held: list[Tree], walk: Walk
+) -> tuple[Program, Quantization]:
+    """Return the program for the losses of a format search, and a quantization whose size stands for the result.
+
+    Only measurements determine the formats. For `average_bits`, the returned quantization has formats that meet the
+    budget. For `max_perplexity_increase`, it has the formats with the most bits.
+
+    Args:
+      config: settings of the stage, with a budget.
+      model: config of the model.
+      params: abstract parameters of the model.
+      mesh: the devices.
+      held: further arrays that are in memory.
+      walk: calibration batches with labels or targets.
+
+    Raises:
+      RequestError: If no mixture of formats meets the budget.
+    """
+    method, batch = config.quantization, dict(walk.batch)
+    targets = format_scan.targets(params, method, config.formats_to_choose)
+    front, flat = format_scan.guessed_front(params, targets), weights.flatten(params)
+    count = sum(math.prod(flat[path].shape) for path in targets)
+    format_scan.check_bits(config.average_bits, front, count)
+    mixture = front[-1]
+    if config.average_bits:
+        mixture = format_allocation.best_within(front, config.average_bits * count) or mixture
+    size, seq_len = batch["tokens"].shape
+    rounded = {path: flat[path] for path in targets}
+
+    def trace() -> Any:
+        with meshes.use(mesh):
+            return loss_program(walk.task, model, jnp.dtype(walk.dtype)).trace(params, batch)
+
+    found = Program(
+        "loss with rounded matrices", model, mesh, trace, flops=cost.row(model, seq_len) * size, tokens=size * seq_len,
+        rows=size, seq_len=seq_len, dtype=walk.dtype, parameters=[params, held, rounded],
+        steps=format_scan.loss_steps(params, targets, config.average_bits) * walk.batches,
+        batch=[batch] * walk.batches, beside=[held, rounded, [batch] * (walk.batches - 1)],
+    )  # fmt: skip
+    return found, format_scan.with_formats(method, targets, mixture)
 
 
 def rotated(model: ModelConfig, params: Tree, mesh: Mesh, held: list[Tree]) -> tuple[Program, Tree, list[Tree]]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -27,6 +28,8 @@ CALIBRATION = frozenset(CalibrationConfig.model_fields)
 """Names of the settings that have an effect only with calibration data."""
 RTN = "rtn"
 """Name of the method without calibration data."""
+BUDGETS = ("average_bits", "max_perplexity_increase")
+"""Names of the settings that let the loss on calibration data choose the format of each matrix."""
 
 
 def known_scheme(name: str) -> str:
@@ -44,13 +47,26 @@ def known_rules(rules: dict[str, str]) -> dict[str, str]:
     return rules
 
 
+def fraction(value: Any) -> Any:
+    """Return a percentage such as "1%" as a number, such as 0.01. Return other values unchanged.
+
+    >>> fraction("2.5%"), fraction(0.01)
+    (0.025, 0.01)
+    """
+    if not isinstance(value, str) or not value.strip().endswith("%"):
+        return value
+    try:
+        return float(value.strip()[:-1]) / 100
+    except ValueError:
+        raise ValueError(f"must be a number or a percentage such as '1%', got {value!r}") from None
+
+
 class QuantizeConfig(CalibrationConfig):
     """Set how a model is quantized. The config of the stage `quantize` inherits these fields."""
 
     added: ClassVar[frozenset[str]] = CALIBRATION | {
         *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha", "rules", "symmetric"),
-        "rotate",
-        "tuning_steps",
+        *("rotate", "tuning_steps", "average_bits", "max_perplexity_increase", "candidates"),
     }
 
     bits: int = 8
@@ -70,6 +86,17 @@ class QuantizeConfig(CalibrationConfig):
     """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
     longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a
     stack have the same formats."""
+    average_bits: float = Field(default=0.0, ge=0)
+    """Highest number of bits per weight, such as 4.5, on average over the quantized matrices, scales included. The
+    format of each matrix is then chosen from `candidates` by the loss on calibration data. `rules` still set the format
+    of single matrices. 0: no budget."""
+    max_perplexity_increase: Annotated[float, BeforeValidator(fraction)] = Field(default=0.0, ge=0)
+    """Highest relative increase of the perplexity on calibration data, such as "1%" or 0.01, in place of average_bits.
+    The mixture of formats with few bits that stays below it is chosen, with the matrices rounded to nearest. 0: no
+    limit."""
+    candidates: list[Annotated[str, AfterValidator(known_scheme), SCHEMES]] = []
+    """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3; int8
+    and int4 if activations are quantized."""
     embeddings: bool = False
     """Also quantize the token embeddings, with one scale per token. If embeddings are tied, the output projection is
     quantized too."""
@@ -117,7 +144,8 @@ class QuantizeConfig(CalibrationConfig):
         A finished stage is therefore not repeated if only such settings change, such as a recipe's shared data.
         """
         unread = ()
-        if isinstance(given, dict) and given.get("method", RTN) == RTN and not given.get("smooth"):
+        reads = ("smooth", *BUDGETS)
+        if isinstance(given, dict) and given.get("method", RTN) == RTN and not any(map(given.get, reads)):
             unread = tuple(key for key in given if key in CALIBRATION)
             given = {key: value for key, value in given.items() if key not in CALIBRATION}
         made = make(given)
@@ -162,10 +190,26 @@ class QuantizeConfig(CalibrationConfig):
         return self
 
     @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        told = self.model_fields_set
+        if all(getattr(self, name) for name in BUDGETS):
+            raise ValueError(f"{' and '.join(BUDGETS)}: say one of them")
+        if not self.budget:
+            if "candidates" in told and self.candidates:
+                raise ValueError(f"candidates: only with {' or '.join(BUDGETS)}")
+            return self
+        if stray := sorted(told & {"bits", "format"}):
+            raise ValueError(f"{self.budget} chooses the formats; leave out {stray[0]}, or name formats in candidates")
+        if len(set(self.formats_to_choose)) < 2:
+            raise ValueError("candidates: name at least two formats to choose from")
+        return self
+
+    @model_validator(mode="after")
     def _belongs(self) -> Self:
         told = self.model_fields_set
         method = self.quantization
-        formats = [name for name in (self.scheme_name, *self.rules.values()) if name != NONE]
+        first = self.formats_to_choose if self.budget else [self.scheme_name]
+        formats = [name for name in (*first, *self.rules.values()) if name != NONE]
         stray = sorted(told & {"damping", "act_order", "static_groups"})
         if stray and not method.solves:
             raise ValueError(f"{', '.join(stray)}: not for method {self.method!r}; set method to 'gptq'")
@@ -202,6 +246,16 @@ class QuantizeConfig(CalibrationConfig):
             other = "act_order = true" if self.act_order else "clip = true" if self.clip else f"method {self.method!r}"
             raise ValueError(f"static_groups = false: not with {other}")
         return self
+
+    @property
+    def budget(self) -> str:
+        """Return the name of the setting in `BUDGETS` that is set; empty if the formats are not chosen by a budget."""
+        return next((name for name in BUDGETS if getattr(self, name)), "")
+
+    @property
+    def formats_to_choose(self) -> list[str]:
+        """Return the names of the formats that a budget chooses from."""
+        return self.candidates or (["int8", "int4"] if self.activations else ["int8", "int4", "int3"])
 
     @property
     def scheme_name(self) -> str:

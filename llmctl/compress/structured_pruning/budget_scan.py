@@ -23,13 +23,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmctl.compress.calibration.calibrate import Batch, LayerReport
+from llmctl.compress.calibration.calibration_loss import loss_program, mean_loss
 from llmctl.compress.calibration.measurements import Measurements
 from llmctl.compress.calibration.statistics import Statistic
 from llmctl.compress.structured_pruning import budget, channel_choice, importance
@@ -49,7 +49,6 @@ from llmctl.compress.structured_pruning.structured import (
     kept_layers,
 )
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
-from llmctl.config.errors import RequestError
 from llmctl.evaluate.tasks.base import Task
 from llmctl.model import functional, weights, wiring
 from llmctl.model.config import ModelConfig
@@ -116,12 +115,7 @@ class Scan:
             kept = np.sort(np.argsort(-self.channels_D, kind="stable")[: model.d_model])
             cfg, params = cut_channels(cfg, params, kept)
         step = self.programs.setdefault((cfg.layers, cfg.d_model), loss_program(self.task, cfg, self.dtype))
-        total = np.zeros(2)
-        for batch in self.batches:
-            total += np.asarray(step(params, batch), float)
-        if not total[1]:
-            raise RequestError("calibration has no labels or targets: a budget is met by the loss that they give")
-        return float(total[0] / total[1])
+        return mean_loss(step, params, self.batches)
 
     def _masked(self, model: ModelConfig) -> dict[str, Any]:
         """Return the matrices by path, with zero rows for the heads, neurons and layers that `model` does not have.
@@ -276,14 +270,3 @@ def table(found: Sequence[Candidate], kind: str) -> Table:
         lost = "" if c.measured is None else f"+{c.measured:.4f}"
         out.add_row(*map(str, sizes), f"{c.size:,.0f}", f"+{c.estimate:.4f}", lost)
     return out
-
-
-def loss_program(task: Task, cfg: ModelConfig, dtype: Any) -> Any:
-    """Return a compiled function (parameters, batch) -> float32 [2]: the total loss and the total weight."""
-    loss = task.loss_of(cfg, dtype=dtype)
-
-    def run(params: Params, batch: Batch) -> jax.Array:
-        total, found = loss(params, batch)
-        return jnp.stack([total, found["weight"]]).astype(jnp.float32)
-
-    return jax.jit(run)

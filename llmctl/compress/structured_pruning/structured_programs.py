@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from llmctl.compress.calibration import calibration_loss
 from llmctl.compress.calibration.statistics import nothing
 from llmctl.compress.programs import Walk, layer_of, sharding_of
 from llmctl.compress.structured_pruning import (
@@ -100,7 +101,7 @@ def _loss(model: ModelConfig, params: Tree, count: int, walk: Walk) -> Program:
 
     def trace() -> Any:
         with meshes.use(walk.mesh):
-            return budget_scan.loss_program(walk.task, model, jnp.dtype(walk.dtype)).trace(params, batch)
+            return calibration_loss.loss_program(walk.task, model, jnp.dtype(walk.dtype)).trace(params, batch)
 
     return Program(
         "loss of smaller sizes", model, walk.mesh, trace, flops=cost.row(model, seq_len) * size, tokens=size * seq_len,

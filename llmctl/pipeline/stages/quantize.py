@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.compress.quantization.quantize_method import Quantization
     from llmctl.pipeline.stage import Programs
 
 
@@ -24,8 +25,8 @@ class Config(QuantizeConfig, StageConfig):
     """Quantize the matrices, by default to int8, without data."""
 
     common: ClassVar[tuple[str, ...] | None] = (
-        *("bits", "format", "group", "rules", "embeddings", "head", "activations", "method", "clip", "smooth"),
-        "examples",
+        *("bits", "format", "group", "rules", "average_bits", "max_perplexity_increase", "embeddings", "head"),
+        *("activations", "method", "clip", "smooth", "examples"),
     )
 
     kind: Literal["quantize"] = "quantize"
@@ -33,7 +34,7 @@ class Config(QuantizeConfig, StageConfig):
     @property
     def reads_data(self) -> bool:
         """Return whether the stage reads calibration data."""
-        return self.quantization.calibrated
+        return self.quantization.calibrated or bool(self.budget)
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -55,19 +56,22 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if config.unread:
         say(f"{', '.join(config.unread)}: not read, because method {config.method!r} rounds without calibration data")
     params, found, model = merged(base, say, requantizes=True), {}, base.model
+    method = config.quantization
     if config.rotate:
         rotation.check(model, params, base.manifest.pruned)
         model, tied = rotation.untied(model), model.tied
         params = rotation.rotate(base.model, params, config.seed, devices)
         if model.tied != tied:
             say("the output projection becomes a matrix of its own, with the scale of the final norm")
-    if not config.quantization.calibrated:
-        params, errors = quantize(params, **config.quantization.rounding)
+    if not config.reads_data:
+        params, errors = quantize(params, **method.rounding)
     else:
-        params, errors, found = _calibrated(config, rotation.with_model(base, model), params, devices, ctx)
+        method, params, errors, found = _with_data(config, rotation.with_model(base, model), params, devices, ctx)
     worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN sorts as the largest
-    say(f"{_formats(config, [*errors])}; largest relative error {errors[worst]:.2%} ({worst})")
-    trained = fake_quantize.log_lines(base, config.scheme_name, inputs_per_scale(config.scheme_name, config.group))
+    say(f"{_formats(method, [*errors])}; largest relative error {errors[worst]:.2%} ({worst})")
+    name, trained = config.scheme_name, list[str]()
+    if not config.budget:
+        trained = fake_quantize.log_lines(base, name, inputs_per_scale(name, config.group))
     for line in (*trained, *left_out(config, params, base.manifest.parameters)):
         say(line)
     ctx.save(
@@ -88,46 +92,57 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     )
 
 
-def _calibrated(
+def _with_data(
     config: Config, base: Artifact, params: dict[str, Any], devices: Mesh, ctx: Context
-) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
-    """Quantize a model with calibration data, and log one line per layer.
+) -> tuple[Quantization, dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Choose formats if there is a budget, quantize a model, and log one line per measured loss and per layer.
 
     Returns:
-      The parameters, the largest relative error of each weight by path, and the metrics of the layers.
+      The quantization with the chosen formats, the parameters, the largest relative error of each weight by path, and
+      metrics.
     """
     from llmctl.compress.calibration.layer_files import Saved
+    from llmctl.compress.calibration.measurements import Measurements
     from llmctl.compress.pruning import prune_report
-    from llmctl.compress.quantization import quantize_report
+    from llmctl.compress.quantization import format_report, format_scan, quantize_report
+    from llmctl.compress.quantization.quantize import quantize
     from llmctl.compress.quantization.quantize_walk import quantize_layers
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
     from llmctl.train import run_log
 
-    total = base.model.layers + base.model.encoder_layers + config.head
+    method, found, choice, saved = config.quantization, dict[str, Any](), None, Saved(ctx.work / "layers")
+    total = (base.model.layers + base.model.encoder_layers + config.head) * method.calibrated
     with run_log.Reporter(ctx.work, total, config.title, False) as reporter, mesh.use(devices):
+        if config.budget:
+            choice = format_scan.choose(
+                config, base, params, mesh=devices, saved=Measurements(saved.folder), log=reporter, walk_steps=total
+            )
+            method, found["format_budget"] = choice.method, choice.about
+            console.note(format_report.table(choice.about["front"]))
+            reporter.say(format_report.line(choice.about))
+        if not method.calibrated:
+            params, errors = quantize(params, **method.rounding)
+            return method, params, errors, found
         params, reports, errors = quantize_layers(
-            config,
-            base,
-            params,
-            config.quantization,
-            devices,
-            saved=Saved(ctx.work / "layers"),
-            progress=reporter.log_layer,
+            config, base, params, method, devices, saved=saved, progress=reporter.log_layer
         )
+        if choice:
+            choice.about["measured_after"] = choice.increase_of(config, base, params)
+            reporter.say(format_report.line_after(choice.about, config.method))
         layers = quantize_report.records(reports)
         for line in (*prune_report.fallbacks(layers), *quantize_report.unscaled(layers)):
             reporter.say(line)
     console.note(quantize_report.table(layers))
-    found = {"quantized_layers": layers, "layer_error": prune_report.errors(layers)}
-    return params, quantize_report.weight_errors(layers) | errors, found
+    found |= {"quantized_layers": layers, "layer_error": prune_report.errors(layers)}
+    return method, params, quantize_report.weight_errors(layers) | errors, found
 
 
-def _formats(config: Config, paths: list[str]) -> str:
+def _formats(method: Quantization, paths: list[str]) -> str:
     """Return the number of weights per format, such as "12 weights to int4, 3 to int8"."""
     counts: dict[str, int] = {}
     for path in paths:
-        form = config.quantization.format_of(path.removesuffix("/kernel"))
+        form = method.format_of(path.removesuffix("/kernel"))
         name = form.scheme if form else ""
         counts[name] = counts.get(name, 0) + 1
     (name, first), *more = sorted(counts.items(), key=lambda item: -item[1])
@@ -168,6 +183,12 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         rotation.check(model, params, base.manifest.pruned)
         program, params, held = quantization_programs.rotated(model, params, mesh, held)
         model, first = rotation.untied(model), [program]
-    walk = programs.Walk.of(config, base, mesh) if config.quantization.calibrated else None
-    found, small = quantization_programs.quantization(model, params, mesh, held, config.quantization, walk)
+    method = config.quantization
+    if config.budget:
+        program, method = quantization_programs.format_search(
+            config, model, params, mesh, held, programs.Walk.of(config, base, mesh, labels=True)
+        )
+        first.append(program)
+    walk = programs.Walk.of(config, base, mesh) if method.calibrated else None
+    found, small = quantization_programs.quantization(model, params, mesh, held, method, walk)
     return first + found, abstract_artifact.abstract_result(config, small, model, base=base)

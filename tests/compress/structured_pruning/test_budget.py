@@ -6,6 +6,7 @@ import optax
 import pytest
 import qwix
 
+from llmctl.compress.calibration.calibration_loss import loss_program
 from llmctl.compress.structured_pruning import budget, budget_scan, channel_choice, stored_bytes, structured
 from llmctl.compress.structured_pruning.budget_scan import Scan
 from llmctl.compress.structured_pruning.search_space import Space, with_sizes
@@ -167,7 +168,7 @@ def test_the_measured_loss_of_fewer_layers_is_that_of_the_pruned_post_norm_model
     scan = budget_scan.measure(Scan(cfg, params, [batch], task, "float32"), StructuredMethod("magnitude"))
     target = with_sizes(cfg, layers=1, heads=2, ffn=8, hidden=8)
     model, new = drop_layers(cfg, params, structured.kept_layers(cfg, target, scan.influence))
-    total, weight = np.asarray(budget_scan.loss_program(task, model, "float32")(new, batch))
+    total, weight = np.asarray(loss_program(task, model, "float32")(new, batch))
     assert scan.loss(target) == pytest.approx(total / weight, rel=1e-5)
 
 
@@ -225,7 +226,7 @@ def test_a_searched_budget_beats_uniform_ratios():
         if structured.narrower(model, target):
             model, new, _ = structured.prune_widths(model, new, batches, target, method=method, known=known)
         assert flops.parameters(model)["total"] == sum(a.size for a in jax.tree.leaves(new))
-        held = np.array([np.asarray(budget_scan.loss_program(task, model, "float32")(new, b)) for b in batches])
+        held = np.array([np.asarray(loss_program(task, model, "float32")(new, b)) for b in batches])
         return float(held[:, 0].sum() / held[:, 1].sum())
 
     base, even = scan.loss(cfg), space.uniform(wanted, COUNT)

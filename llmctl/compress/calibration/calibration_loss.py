@@ -1,0 +1,44 @@
+"""Compute the mean loss of a model on calibration batches, to compare compressed models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.tasks.base import Task
+from llmctl.model.config import ModelConfig
+
+
+def loss_program(task: Task, cfg: ModelConfig, dtype: Any) -> Any:
+    """Return a compiled function (parameters, batch) -> float32 [2]: the total loss and the total weight."""
+    loss = task.loss_of(cfg, dtype=dtype)
+
+    def run(params: dict[str, Any], batch: dict[str, Any]) -> jax.Array:
+        total, found = loss(params, batch)
+        return jnp.stack([total, found["weight"]]).astype(jnp.float32)
+
+    return jax.jit(run)
+
+
+def mean_loss(program: Callable[..., jax.Array], params: dict[str, Any], batches: Sequence[dict[str, Any]]) -> float:
+    """Return the mean loss on all batches.
+
+    Args:
+      program: function that `loss_program` returns.
+      params: parameters of the model.
+      batches: calibration batches with labels or targets.
+
+    Raises:
+      RequestError: If the batches have no labels or targets.
+    """
+    total = np.zeros(2)
+    for batch in batches:
+        total += np.asarray(program(params, batch), float)
+    if not total[1]:
+        raise RequestError("calibration has no labels or targets: a budget is met by the loss that they give")
+    return float(total[0] / total[1])
