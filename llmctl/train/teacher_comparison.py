@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.model import functional
+from llmctl.train import fake_quantize
 from llmctl.train.validation import Validation
 
 if TYPE_CHECKING:
@@ -28,17 +31,20 @@ def compared(
     - "teacher_NAME": value of the metric NAME for the best teacher
     - "validation_retained": the student's value of NAME, divided by "teacher_NAME"
 
-    Metrics that the task does not define are omitted.
+    Metrics that the task does not define are omitted. If the student was trained for a quantization format, the rounded
+    student is compared, as in the other validation metrics.
 
     Args:
       config: config of the stage `distill`.
       learner: the student.
       teachers: the teachers.
-      params: parameters of the student.
+      params: parameters of the student, before rounding.
       held_out: validation of the student.
     """
     task, train, dtype = learner.task, config.train, jnp.dtype(config.train.dtype)
     configs = [learner.model, *(t.model for t in teachers)]
+    if config.fake_quantize.active:
+        params = jax.jit(partial(fake_quantize.rounded, config.fake_quantize))(params)
 
     def validation(loss: Any) -> Validation:
         return Validation(loss, held_out.rows, train.batch_size, train.eval_batches, held_out.mesh)
