@@ -123,3 +123,11 @@ def test_tokens_learn_from_the_mean_of_two_teachers_of_different_widths():
     how, ones = SoftLoss(Divergence(temperature=T), soft=1.0, hard=0.0), jnp.ones((2, 2))
     found = distillation(sides[2], sides[:2], ones.astype(int), ones, C, how)[0]
     np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("beta", "kind"), [(0.002, "forward"), (0.998, "reverse")])
+def test_js_approaches_a_scaled_kl_divergence_at_both_ends(beta, kind):
+    """As the help of `beta` says, and as Agarwal et al. (2023) derive."""
+    found = Divergence("js", beta=beta).between(jnp.asarray(TEACHER), jnp.asarray(STUDENT))
+    limit = Divergence(kind).between(jnp.asarray(TEACHER), jnp.asarray(STUDENT))
+    np.testing.assert_allclose(found / min(beta, 1 - beta), limit, rtol=0.05)

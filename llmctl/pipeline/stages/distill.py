@@ -63,7 +63,8 @@ class Config(StageConfig):
     outputs that are likely under p. reverse: KL(q || p); the student avoids outputs that are unlikely under p. js:
     generalized Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
-    """Weight of the teacher in divergence js. Near 0, js resembles reverse. Near 1, js resembles forward."""
+    """Weight of the teacher in divergence js. Near 0, js approaches beta * forward. Near 1, js approaches (1 - beta) *
+    reverse."""
     skew: float = Field(default=0.1, gt=0, lt=1)
     """Weight of the teacher in the mixture of divergence skew."""
     top_k: int = Field(default=0, ge=0)
