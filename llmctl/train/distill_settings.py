@@ -124,6 +124,9 @@ def check(config: Any) -> None:
     for name, readers in unused.items():
         if name in given and not set(readers) & set(signals.inner):
             raise ValueError(f"{name}: no signal reads it; set signals.{readers[0]}")
+    for name in ("temperature", "divergence", "beta", "skew", "top_k"):
+        if name in given and signals.active and not signals.logits:
+            raise ValueError(f"{name}: no signal reads it; set signals.logits")
     if config.teacher and config.teachers:
         raise ValueError("teacher and teachers exclude each other; name all of them in teachers")
     if len(set(config.teachers or [])) != len(config.teachers or []):

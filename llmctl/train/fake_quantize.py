@@ -23,10 +23,14 @@ import jax
 from llmctl.artifacts.artifact import Artifact
 from llmctl.compress.quantization.quantize import chosen
 from llmctl.compress.quantization.schemes import SCHEMES, inputs_per_scale
+from llmctl.compress.quantization.settings import QuantizeConfig
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
 from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.job import Job, Params
+
+CHANGING = ("method", "clip", "smooth", "rotate", "symmetric", "activations", "average_bits", "max_perplexity_increase")
+"""Settings of the stage quantize that no quantization-aware training simulates, unless they have their defaults."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -99,13 +103,23 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
     return dataclasses.replace(job, loss=of_rounded, validate=validate and (lambda params: validate(compiled(params))))
 
 
-def log_lines(base: Artifact | None, scheme: str, group: int) -> list[str]:
-    """Return a list with a log line if quantization-aware training of `base` did not use `scheme` and `group`; else
-    []."""
+def log_lines(base: Artifact | None, config: QuantizeConfig) -> list[str]:
+    """Return a list with one log line if quantization gives another function than the one that `base` was trained for.
+
+    The line names the settings that differ from those of the quantization-aware training. If `base` was trained without
+    it, or if no setting differs, return [].
+    """
     asked = base.manifest.config.get("fake_quantize") if base else None
     if not isinstance(asked, dict) or not asked.get("format"):
         return []
-    trained = (asked["format"], inputs_per_scale(asked["format"], asked.get("group", 0)))
-    if trained == (scheme, group):
-        return []
-    return [f"the parent was trained for {trained[0]} with group {trained[1]}, and not for {scheme} with group {group}"]
+    trained = FakeQuantizeConfig.model_validate(asked)
+    differ = [name for name in ("rules", "embeddings", "head") if getattr(config, name) != getattr(trained, name)]
+    fields = type(config).model_fields
+    differ += [name for name in CHANGING if getattr(config, name) != fields[name].default]
+    was, now = (
+        f"{name} with group {inputs_per_scale(name, group)}"
+        for name, group in ((trained.format, trained.group), (config.scheme_name, config.group))
+    )
+    if was != now:
+        return [f"the parent was trained for {was}, and not for {now}"]
+    return [f"the parent was trained for {was} with other settings: {', '.join(differ)}"] if differ else []

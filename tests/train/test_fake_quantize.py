@@ -1,5 +1,7 @@
 """Quantization-aware training: rounding against NumPy, the integer artifact, meshes, exact resume, and refusals."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from tiny_training import TRAIN, Rows, digest, fit, job_of, losses
 
 from llmctl.compress.quantization.quantize import quantize
 from llmctl.compress.quantization.schemes import NAMES
+from llmctl.compress.quantization.settings import QuantizeConfig
 from llmctl.config.base import keyed, validate
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
@@ -132,3 +135,20 @@ def test_refusals_and_keys():
         given = {"teacher": "teacher"} if stage is distill else {}
         assert "fake_quantize" not in keyed(stage.Config(**given))
         assert keyed(stage.Config(**given, fake_quantize=ASKED))["fake_quantize"]["format"] == "int4"
+
+
+TRAINED = "the parent was trained for int4 with group 8"
+
+
+@pytest.mark.parametrize(("settings", "line"), [
+    ({"format": "int4", "group": 8}, None),
+    ({"bits": 8}, f"{TRAINED}, and not for int8 with group 0"),
+    ({"format": "int4", "group": 8, "symmetric": False}, f"{TRAINED} with other settings: symmetric"),
+    ({"format": "int4", "group": 8, "head": True, "clip": True}, f"{TRAINED} with other settings: head, clip"),
+])  # fmt: skip
+def test_quantize_says_what_differs_from_the_training(settings, line):
+    config = {"fake_quantize": {"format": "int4", "group": 8}}
+    base = SimpleNamespace(manifest=SimpleNamespace(config=config))
+    assert fake_quantize.log_lines(base, QuantizeConfig.model_validate(settings)) == [line] * (line is not None)
+    base.manifest.config = {}
+    assert fake_quantize.log_lines(base, QuantizeConfig.model_validate(settings)) == []

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmctl.artifacts.workspace import Context
-from llmctl.compress.quantization.schemes import inputs_per_scale
 from llmctl.compress.quantization.settings import QuantizeConfig
 from llmctl.pipeline.stage import StageConfig, required
 
@@ -69,10 +68,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         method, params, errors, found = _with_data(config, rotation.with_model(base, model), params, devices, ctx)
     worst = max(errors, key=lambda path: (errors[path] != errors[path], errors[path]))  # NaN sorts as the largest
     say(f"{_formats(method, [*errors])}; largest relative error {errors[worst]:.2%} ({worst})")
-    name, trained = config.scheme_name, list[str]()
-    if not config.budget:
-        trained = fake_quantize.log_lines(base, name, inputs_per_scale(name, config.group))
-    for line in (*trained, *left_out(config, params, base.manifest.parameters)):
+    for line in (*fake_quantize.log_lines(base, config), *left_out(config, params, base.manifest.parameters)):
         say(line)
     ctx.save(
         config,

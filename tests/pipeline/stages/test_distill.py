@@ -219,6 +219,7 @@ def test_every_task_has_a_step_with_all_signals_of_a_quantized_teacher(task, tmp
     ({"hard": 0.3, "signals": {"logits": 1.0}}, "hard and signals exclude each other"),
     ({"signals": {"hidden": 0.0}}, "all signals have the weight 0"),
     ({"layer_map": "last"}, "layer_map: no signal reads it"),
+    ({"top_k": 5, "signals": {"hidden": 1.0}}, "top_k: no signal reads it; set signals.logits"),
     ({"relation_heads": 2, "signals": {"hidden": 1.0}}, "relation_heads: no signal reads it"),
     ({"signals": {"hidden": 1.0}, "layer_map": [[0, -1]]}, "layer_map: .* are not pairs of layers"),
     ({"signals": {"hidden": 1.0}, "layer_map": "first"}, "'first' is not uniform, last or a list of pairs"),
