@@ -24,8 +24,8 @@ class Config(QuantizeConfig, StageConfig):
     """Quantize the matrices, by default to int8, without data."""
 
     common: ClassVar[tuple[str, ...] | None] = (
-        *("bits", "format", "group", "rules", "average_bits", "max_perplexity_increase", "embeddings", "head"),
-        *("activations", "method", "clip", "smooth", "examples"),
+        *("bits", "format", "group", "rules", "embeddings", "head", "activations", "method", "clip", "smooth"),
+        "examples",
     )
 
     kind: Literal["quantize"] = "quantize"
