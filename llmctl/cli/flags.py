@@ -215,7 +215,7 @@ def _parsed(field: FieldInfo, value: Any) -> Any:
 
 
 def _item(kind: Any) -> Any:
-    """Return the item type of a list type, such as str for `list[Annotated[str, ...]]`; None if it has no item type."""
+    """Return the item type of a list type, such as str for `list[Annotated[str, ...]]`; None for other types."""
     (item,) = get_args(kind)[:1] or (None,)
     return getattr(item, "__origin__", item)
 

@@ -146,7 +146,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
 def _table_metrics(there: set[str]) -> list[Metric]:
     """Return the metrics that become columns of the table, chosen from the metric names in `there`.
 
-    If none of them is a quality metric of `eval`, validation metrics of training are included.
+    If no quality metric of `eval` is among the names, validation metrics of training are included.
     """
     measured = columns(there, "run")
     if any(m.aspect == "quality" for m in measured):

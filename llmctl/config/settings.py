@@ -48,7 +48,7 @@ class OptimConfig(Config):
     """Optimizer. muon trains the matrices of the layers and uses AdamW for the other parameters. adafactor suits T5,
     whose initial embeddings are large."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate. For Adafactor, it is relative to each weight's scale. For Lion, use a rate 3 to 10 times
+    """Peak learning rate. For Adafactor, this rate is relative to each weight's scale. For Lion, use a rate 3 to 10 times
     smaller than for AdamW."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
     """Learning-rate schedule after the warm-up. wsd is constant and decays at the end; rsqrt is proportional to
@@ -108,8 +108,8 @@ class TrainConfig(Config):
     """8-bit type of the forward and backward products of matrices, for each name pattern, such as {"mlp/*" =
     "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
-    """Attention implementation. auto: the platform's fused kernel (TPU, GPU), or XLA if there is none. xla: always
-    XLA."""
+    """Attention implementation. auto: the platform's fused kernel (TPU, GPU), or XLA if the platform has no
+    kernel. xla: always XLA."""
     remat: Literal["none", "minimal", "qkv", "full", "offload"] = "minimal"
     """Activations to recompute in the backward pass. none: no activations. minimal: all except the outputs of matrix
     products. offload: all except the outputs of matrix products and of attention, which are kept in host memory. qkv:

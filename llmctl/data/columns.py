@@ -327,7 +327,7 @@ def _default_columns(known: Collection[str]) -> list[str]:
 
 
 def _name(names: Sequence[str], value: Any) -> Any:
-    """Replace a class number by its class name, or by None if it is negative. Other values are returned unchanged."""
+    """Replace a class number by its class name, or a negative number by None. Other values are returned unchanged."""
     if isinstance(value, float) and value.is_integer():  # a column of integers with gaps
         value = int(value)
     if not names or isinstance(value, bool) or not isinstance(value, int) or value >= len(names):

@@ -84,7 +84,7 @@ class SourceConfig(Config):
     better and a worse completion), context and question. Other canonical names are label, tokens (a list of words),
     tags (one label per word) and answers (in SQuAD's format {text = [...], answer_start = [...]}, with empty lists if
     there is no answer). Multiple choice has choices (a list of texts) and answer (the index, the text or the name of
-    the right one). Conversations have messages (also called conversations) and tools."""
+    the right choice). Conversations have messages (also called conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     template: dict[str, str] = {}
@@ -162,14 +162,16 @@ class DataConfig(SourceConfig):
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, le=1)
-    """Fraction of the texts held out for the final measurement; no stage trains on it. 1 holds out all texts, for data
-    that is only evaluated."""
+    """Fraction of the texts held out for the final measurement; no stage trains on these texts. 1 holds out all
+    texts, for data that is only evaluated."""
     validation_path: str = ""
-    """Files of the validation split, of the same kind and columns as `path`, in place of a fraction. Rows of `path`
-    with the same text (up to case, Unicode form and white space) are dropped, even if dedup is false."""
+    """Files of the validation split, of the same kind and columns as `path`, in place of a fraction. If these files
+    contain the text of a row of `path` (up to case, Unicode form and white space), the row is dropped, even if
+    dedup is false."""
     test_path: str = ""
-    """Files of the test split, of the same kind and columns as `path`, in place of a fraction. Rows of `path` with
-    the same text (up to case, Unicode form and white space) are dropped, even if dedup is false."""
+    """Files of the test split, of the same kind and columns as `path`, in place of a fraction. If these files contain
+    the text of a row of `path` (up to case, Unicode form and white space), the row is dropped, even if dedup is
+    false."""
     validation_split: str = ""
     """Name of the validation split of a tfds or hf data set, in place of a fraction."""
     test_split: str = ""

@@ -102,7 +102,7 @@ class Corpus:
             check: Whether to compare the files with their checksums. The comparison reads the complete files.
 
         Returns:
-            The corpus, or None if it is missing or damaged, or was saved with other digests.
+            The corpus; None if the saved corpus is missing or damaged, or has other digests.
         """
         try:
             described = parse_json((folder / "corpus.json").read_bytes())

@@ -47,8 +47,8 @@ def row_shapes(rows: Any) -> dict[str, tuple[int, ...]]:
 class Prefetch(Iterator[tuple[int, T]], Generic[T]):
     """Iterate over pairs (step, batch), and build the next batches in background threads.
 
-    The iterator must be closed, or used as a context manager. If building a batch fails, `next` raises the error when
-    it reaches that batch.
+    The iterator must be closed, or used as a context manager. If building a batch fails, `next` raises the error
+    in place of this batch.
     """
 
     def __init__(self, build: Callable[[int], T], start: int, stop: int, threads: int, buffer: int):
@@ -117,7 +117,7 @@ def prefetch(
     Args:
         rows: Random-access rows.
         batch_size: Rows per global batch, over all processes.
-        start: First step. A resumed run passes the step after its last one.
+        start: First step. A resumed run passes the step after its last step.
         stop: Step before which the iteration ends.
         place: Function that background threads apply to each batch, such as a copy to the devices. The function's
             result replaces the batch.

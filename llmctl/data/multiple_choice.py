@@ -15,11 +15,11 @@ from llmctl.config.errors import RequestError
 
 
 def read(choices: Any, answer: Any) -> tuple[tuple[str, ...], int]:
-    """Return the texts of the choices, and the index of the correct one.
+    """Return the texts of the choices, and the index of the correct choice.
 
     Args:
         choices: List of texts, or {"text": texts, "label": names of the choices}.
-        answer: Index of the correct choice from 0, its text, or its name. Default names are the letters A, B, ….
+        answer: The correct choice: the index from 0, the text, or the name. Default names are the letters A, B, ….
 
     Raises:
         RequestError: If there are fewer than two different choices, or the answer is none of the choices.

@@ -129,7 +129,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def measure(self, value: Any) -> int:
-        """Return the size of a value in characters and items, and count it as steps.
+        """Return the size of a value in characters and items, and count the size as steps.
 
         The size is an upper bound on the length of the value as text. A part that occurs several times counts each
         time.

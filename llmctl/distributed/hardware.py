@@ -102,6 +102,6 @@ def chip(name: str) -> Chip:
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """Return the accelerator that JAX reports as `device_kind`, or None if it is unknown."""
+    """Return the accelerator that JAX reports as `device_kind`, or None if the kind is unknown."""
     kind = device_kind.lower()
     return next((c for c in CHIPS if any(k.lower() in kind for k in c.kinds)), None)

@@ -1,7 +1,7 @@
 """Apply `--set` assignments, such as `stage.2.sparsity=0.6` or `train.epochs=2`, to a recipe or to one stage.
 
-Some settings exclude each other, such as `train.steps` and `train.epochs`. An assignment to one of them removes the
-other.
+Some settings exclude each other, such as `train.steps` and `train.epochs`. An assignment to one setting removes the
+settings that it excludes.
 """
 
 from __future__ import annotations

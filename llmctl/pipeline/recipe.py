@@ -257,7 +257,7 @@ def _linked(config: StageConfig, before: list[Step], out: Path, where: str, besi
     """Find the artifacts that a stage reads, its parent and others, and return the Step of the stage.
 
     Args:
-      config: config of the stage. Each artifact in it is the name of an earlier stage, or a folder.
+      config: config of the stage. Each artifact in the config is the name of an earlier stage, or a folder.
       before: the earlier stages.
       out: folder of the stage's artifact.
       where: path of the stage in the recipe, for errors.

@@ -52,11 +52,12 @@ class StageConfig(Config):
     starts: ClassVar[bool] = False
     """Whether the stage has a parent only if `from` is given. This is true for pretrain."""
     produces: ClassVar[bool] = True
-    """Whether the stage writes a model. The next stage then starts from it by default. `eval` writes no model."""
+    """Whether the stage writes a model. By default, the next stage then starts from this model. `eval` writes
+    no model."""
     artifact_fields: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that name further artifacts. The fields have the type str or list[str]. An empty list means
-    all earlier models, and None names no artifact. `run` finds the artifacts in `Context.siblings`. If one of them
-    changes, the stage runs again."""
+    all earlier models, and None names no artifact. `run` finds the artifacts in `Context.siblings`. If such an
+    artifact changes, the stage runs again."""
 
     kind: str
     """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""

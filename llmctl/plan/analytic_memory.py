@@ -52,7 +52,7 @@ class Entries:
     table: float
     """Number of parameters of the token embeddings."""
     head: float
-    """Number of parameters of the output projection; 0 if it shares the token embeddings."""
+    """Number of parameters of the output projection; 0 if embeddings are tied."""
     rest: float
     """Number of parameters that every device has completely: norms, biases and position tables."""
 

@@ -51,7 +51,8 @@ def devices(topology: Topology) -> list[Any]:
 def compiled(program: Program) -> Compiled:
     """Compile a program, and return its HLO text and memory figures.
 
-    If the program exceeds the device memory, no error is raised, and the result contains the bytes that it needs.
+    If the program exceeds the device memory, no error is raised. The result then contains the bytes that the program
+    needs.
 
     Raises:
       WorkError: If the compiler fails for another reason.

@@ -109,7 +109,7 @@ def group(axis: str, topology: Topology, mesh: Mapping[str, int]) -> tuple[int, 
 
 
 def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[float, float]:
-    """Return (bytes that a device sends within its slice, bytes that it sends to other slices) in a collective.
+    """Return the bytes that a device sends in a collective, as (bytes within its slice, bytes to other slices).
 
     The devices of a slice first reduce or gather among themselves. Each device then sends only its share of the slice's
     data.

@@ -1,7 +1,7 @@
 """Estimate programs that are smaller than a pass through a model, such as the calibration of one layer.
 
-The estimates are for chips whose compiler is not available. `tests/plan/test_small_programs.py` compares each of them
-with the program that XLA compiled.
+The estimates are for chips whose compiler is not available. `tests/plan/test_small_programs.py` compares each
+estimate with the program that XLA compiled.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Checkpoints:
         return step in self._best.all_steps()
 
     def save_best(self, step: int, named: Any) -> None:
-        """Store the parameters of `step` as the best ones, and remove the previous best.
+        """Store the parameters of `step` as the best parameters, and remove the previous best parameters.
 
         If a resumed run reaches the step of the stored parameters again, nothing is saved, because the bits are the
         same.

@@ -90,8 +90,8 @@ def check(asked: FakeQuantizeConfig, params: Params) -> None:
 
 
 def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
-    """Return the job with rounded matrices in loss and validation. If the settings have no format, return it
-    unchanged."""
+    """Return the job with rounded matrices in loss and validation. If the settings have no format, return the
+    unchanged job."""
     if not asked.active:
         return job
     read, loss, validate = partial(rounded, asked), job.loss, job.validate

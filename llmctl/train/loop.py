@@ -179,7 +179,7 @@ class _Loop:
         return {**meta, "best": None, "best_step": None, "bad": 0}
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-        """Run the remaining steps, and return the training state and the checkpoint metadata after the last one.
+        """Run the remaining steps, and return the training state and the checkpoint metadata after the last step.
 
         The last step may be earlier than planned (early stopping).
         """

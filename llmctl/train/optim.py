@@ -136,8 +136,8 @@ def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientT
     """Build Adam's scaling of updates for arrays whose training starts at different steps.
 
     `starts` has the number of updates before an array is trained, by name. The moments of such an array are zero until
-    then. The bias correction of the array therefore counts updates from its own start. If it counted from the first
-    step, the first updates would be up to (1 - beta1) / sqrt(1 - beta2) times too large.
+    then. The bias correction of the array therefore counts updates from its own start. A count from the first step
+    would make the first updates up to (1 - beta1) / sqrt(1 - beta2) times too large.
     """
     b1, b2, eps = config.beta1, config.beta2, config.epsilon
     inner = optax.scale_by_adam(b1, b2, eps)

@@ -66,7 +66,7 @@ class Reporter:
 
     Args:
       work_dir: folder of the log; it is created if it is missing.
-      total_steps: steps of the complete run, including those before `start`.
+      total_steps: steps of the complete run, including the steps before `start`.
       title: title of the bar, usually the name of the command.
       tensorboard: whether to write events to `<work_dir>/tensorboard` too.
       start: step from which the run resumes; 0 starts a new log.

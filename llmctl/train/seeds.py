@@ -48,7 +48,7 @@ def run(
       config: config of the command. The seeds are the `config.seeds` integers from `config.seed` on.
       ctx: output folder and temporary folder of the command.
       once: function (config with one seed, its folders) that trains and saves one model.
-      metric: function from the manifest of a saved model to the name of the metric that selects the best.
+      metric: function from the manifest of a saved model to the name of the metric that selects the best result.
 
     Returns:
       The summary of the metrics, as `summary` returns it. The copied result contains the summary as the metric "seeds".
@@ -102,7 +102,7 @@ def _keep_best(ctx: Context, by: str, finished: Figures) -> None:
 
 
 def best_of(finished: Figures, by: str) -> int:
-    """Return the seed with the best validation metric `by`. If several are equal, return the lowest seed.
+    """Return the seed with the best validation metric `by`. If several seeds are equally good, return the lowest.
 
     >>> best_of({"4": {"validation_loss": 2.0}, "5": {"validation_loss": 1.0}, "6": {"validation_loss": 1.0}}, "loss")
     5

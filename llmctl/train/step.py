@@ -222,7 +222,7 @@ def _microbatches(a: jax.Array, pieces: int) -> jax.Array:
 
 
 def clip(grads: Params, norm: Any, limit: float) -> Params:
-    """Return the gradients scaled to a global norm of at most `limit`; if `limit` is 0, return them unchanged."""
+    """Return the gradients scaled to a global norm of at most `limit`; if `limit` is 0, the unchanged gradients."""
     if not limit:
         return grads
     factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))

@@ -8,7 +8,7 @@ The state is a dictionary:
 - "skipped" and "skips": the number of consecutive bad steps, and of all bad steps.
 - "ema": the moving average of the trained arrays, if `optim.ema` is set.
 - "usual": the running mean and variance of loss and gradient norm, if outliers are skipped.
-- "memory": further arrays that the job keeps between steps, if it has any (`Job.memory`).
+- "memory": further arrays that the job keeps between steps, if there are any (`Job.memory`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from llmctl.train import optim
 from llmctl.train.job import Params, State
 
 Memory = Callable[[Params], Any] | None
-"""Function from the trained arrays to further arrays that are kept between steps (`Job.memory`); None if there are
-none.
+"""Function from the trained arrays to further arrays that are kept between steps (`Job.memory`); None if nothing
+is kept.
 """
 
 

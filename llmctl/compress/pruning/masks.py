@@ -32,10 +32,10 @@ def mask(
         not use `per`.
       count: number of weights to prune in the matrix; by default the number that the pattern gives.
 
-        - Block pattern: the number of blocks.
-        - N:M pattern: the number per group of M inputs.
+        - In a block pattern, `count` is the number of blocks.
+        - In an N:M pattern, `count` is the number per group of M inputs.
         - If `per` is "output", the number is divided evenly over the outputs. The first outputs get the remainder.
-        - An array [O] sets the number of each output (in a block pattern, of each block of outputs).
+        - An array [O] has one number per output, or per block of outputs in a block pattern.
 
     Raises:
       RequestError: If the M of an N:M pattern does not divide the inputs.

@@ -37,8 +37,8 @@ class Pattern:
     def count(self, inputs: int, outputs: int, per: Literal["matrix", "output"]) -> int:
         """Return the number of weights to prune in a matrix; in a block pattern, the number of blocks.
 
-        If `per` is "output", the same number is pruned in every output (or block of outputs). The number per output is
-        then rounded, and not the number of the matrix.
+        If `per` is "output", every output (or block of outputs) gets the same number. The number for one output is then
+        rounded to an integer. Otherwise, the number for the complete matrix is rounded.
 
         >>> Pattern(0.3).count(5, 3, "matrix"), Pattern(0.3).count(5, 3, "output")
         (4, 6)

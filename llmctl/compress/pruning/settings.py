@@ -97,7 +97,7 @@ class SparseSettings(MethodSettings):
         """Check that sparsity, pattern and allocation fit one another.
 
         Raises:
-          ValueError: If they do not.
+          ValueError: If the settings do not fit one another.
         """
         try:
             own = Pattern.parse(self.pattern, self.sparsity).sparsity

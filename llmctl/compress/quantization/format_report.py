@@ -15,7 +15,7 @@ from llmctl.compress.quantization.quantize import Target
 from llmctl.model import weights
 
 ROWS = 12
-"""Number of mixtures in the table, besides those that were measured."""
+"""Number of mixtures in the table, in addition to the measured mixtures."""
 
 
 def perplexity_increase(loss_increase: float) -> float:
@@ -34,7 +34,7 @@ def record(mixture: Mixture, count: int, measured: Mapping[Mixture, float]) -> d
     Args:
       mixture: the mixture.
       count: number of weights in the matrices.
-      measured: measured increases. `measured` is omitted from the data if the mixture was not measured.
+      measured: increase of each measured mixture. For other mixtures, the data has no entry `measured`.
     """
     found: dict[str, Any] = {"bits": round(mixture.bits / count, 5)}
     found["predicted"] = number(perplexity_increase(mixture.increase))
@@ -42,7 +42,7 @@ def record(mixture: Mixture, count: int, measured: Mapping[Mixture, float]) -> d
 
 
 def counted(mixture: Mixture, count: int, measured: Mapping[Mixture, float], chosen: bool) -> dict[str, Any]:
-    """Return a mixture as JSON data like `record`, with the number of matrices per format and whether it was chosen."""
+    """Return the data of `record`, the number of matrices per format, and whether the mixture was chosen."""
     found = record(mixture, count, measured) | {"formats": dict(sorted(Counter(mixture.formats).items()))}
     return found | ({"chosen": True} if chosen else {})
 

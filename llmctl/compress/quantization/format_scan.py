@@ -5,7 +5,7 @@ The search has three steps:
 - Round one matrix at a time to each candidate format, and measure the loss. A matrix has the weights of all layers.
 - Compute the Pareto front of average bits and predicted increase of the loss (`format_allocation`).
 - Choose the mixture of the front with the lowest increase within a budget of bits. For a limit of the perplexity,
-  search the front for the smallest mixture within the limit. Such mixtures are measured, with all matrices rounded.
+  search the front for the smallest mixture within the limit. This search measures mixtures, with all matrices rounded.
 
 Matrices are rounded to nearest, whichever method quantizes the model later. A method with data would need one
 calibration walk per measurement. Every loss is saved, so that an interrupted run measures only what is missing.
@@ -40,11 +40,11 @@ from llmctl.model import weights
 
 Params = dict[str, Any]
 Targets = dict[str, tuple[Target, ...]]
-"""How each matrix may be rounded, by the matrix's path. A matrix that a rule selects has one entry."""
+"""Possible roundings of each matrix, by the path of the matrix. A matrix that a rule selects has one entry."""
 
 
 def targets(params: Params, method: Quantization, candidates: Sequence[str]) -> Targets:
-    """Return how each selected matrix may be rounded. Matrices that a rule leaves unquantized are omitted.
+    """Return the possible roundings of each selected matrix. Matrices that a rule leaves unquantized are omitted.
 
     Args:
       params: parameters of the model; they may be abstract.
@@ -87,8 +87,8 @@ def front_of(params: Params, found: Targets, increase: Callable[[str, Target], f
 def guessed_front(params: Params, found: Targets) -> list[Mixture]:
     """Return a Pareto front for planning, without any measurement.
 
-    The increase of a matrix is guessed as the number of weights, divided by 4 for every bit per weight. Rounding errors
-    of uniform levels shrink by this factor.
+    The increase of a matrix is guessed as the number of weights, divided by 4 for every bit per weight. The
+    squared rounding error of uniform levels shrinks by a factor of 4 per bit.
     """
     flat = weights.flatten(params)
 
@@ -134,7 +134,7 @@ def check_bits(average_bits: float, front: Sequence[Mixture], count: int) -> Non
 
 @dataclass(frozen=True)
 class FormatScan:
-    """Measure the loss of a model if some of the matrices are rounded."""
+    """Measure the loss of a model in which some matrices are rounded."""
 
     params: Params
     batches: Sequence[dict[str, Any]]
@@ -176,7 +176,7 @@ def _dense(node: Any, dtype: Any) -> jax.Array:
 
 
 class Log(Protocol):
-    """Log of a stage, such as `llmctl.train.run_log.Reporter`."""
+    """Define the interface of a stage's log, such as `llmctl.train.run_log.Reporter`."""
 
     total: int
 
@@ -198,7 +198,7 @@ class Choice:
     """JSON data for the metrics (see `choose`)."""
 
     def increase_of(self, config: QuantizeConfig, base: Artifact, params: Params) -> float | None:
-        """Return the relative increase of the perplexity on the calibration data by a quantized model.
+        """Return the relative increase of a quantized model's perplexity on the calibration data.
 
         If the loss is not finite, return None.
 
@@ -226,12 +226,13 @@ def choose(
 
     The JSON data of the result has these entries:
 
-    - `kind`, `limit`: the budget, as the settings name it
+    - `kind`: name of the setting that is the budget
+    - `limit`: value of this setting
     - `bits`: stored bits per weight of the quantized matrices
     - `predicted`, `measured`: relative increase of the perplexity on the calibration data
     - `formats`: the format of each module
     - `losses`: increase of the loss if only one module is rounded, by module and format
-    - `front`: the mixtures of the Pareto front. Those that were measured have `measured`.
+    - `front`: the mixtures of the Pareto front. Only measured mixtures have the entry `measured`.
 
     Args:
       config: settings of the stage, with a budget.

@@ -4,7 +4,7 @@ A grid is a set of levels, such as the integers from -7 to 7. A quantized weight
 group. Grids serve methods that choose their own scales, or that round one input at a time. Plain rounding without data
 calls the format's scheme instead (`llmctl.compress.quantization.schemes`). If scales are not clipped, grids and schemes
 give the same weights, with one exception. In int4, a negative weight with the largest magnitude of its group is halfway
-between -7 and -8. A grid rounds it to -7, and a scheme may round it to -8.
+between -7 and -8. A grid rounds this weight to -7, and a scheme may round this weight to -8.
 
 Shapes: I inputs, O outputs, G groups of K inputs.
 """
@@ -64,7 +64,7 @@ class Grid(abc.ABC):
     def fit(self, low: jax.Array, high: jax.Array, dtype: Any, whole: jax.Array) -> Any:
         """Return the scale of each group, given the group's lowest and highest weight (see `scale`).
 
-        Grids that are not symmetric around 0 return several arrays of this shape.
+        If a grid is not symmetric around 0, return the scale and the zero point of each group.
         """
         return self.scale(jnp.maximum(-low, high), dtype, whole)
 
@@ -187,7 +187,7 @@ class BlockFloats(Grid):
         return jnp.copysign(level, unit)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the factor of the matrix. For nvfp4, it is the largest scale / 448 (the maximum of float8_e4m3fn)."""
+        """Return the factor of the matrix. For nvfp4: the largest scale / 448 (the maximum of float8_e4m3fn)."""
         if self.name == "mxfp4":
             return jnp.float32(1)
         return jnp.maximum(jnp.max(jnp.abs(w_IO)) / (self.bound * 448), SMALLEST)

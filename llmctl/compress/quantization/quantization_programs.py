@@ -66,7 +66,7 @@ def format_search(
     """Return the program for the losses of a format search, and a quantization whose size stands for the result.
 
     Only measurements determine the formats. For `average_bits`, the returned quantization has formats that meet the
-    budget. For `max_perplexity_increase`, it has the formats with the most bits.
+    budget. For `max_perplexity_increase`, the returned quantization has the formats with the most bits.
 
     Args:
       config: settings of the stage, with a budget.

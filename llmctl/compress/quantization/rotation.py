@@ -34,7 +34,7 @@ HEAD, TABLE = "lm_head/kernel", "embed/tokens"
 
 
 def refusal(cfg: ModelConfig) -> str:
-    """Return the reason why a model cannot be rotated; empty if it can.
+    """Return the reason why a model cannot be rotated; empty if a rotation is possible.
 
     >>> refusal(ModelConfig(preset="llama-tiny")), refusal(ModelConfig(preset="bert-tiny"))
     ('', 'its layer norms subtract the mean of the channels, which rotations change')

@@ -92,7 +92,7 @@ class QuantizeConfig(CalibrationConfig):
     of single matrices. 0: no budget."""
     max_perplexity_increase: Annotated[float, BeforeValidator(fraction)] = Field(default=0.0, ge=0)
     """Highest relative increase of the perplexity on calibration data, such as "1%" or 0.01, in place of average_bits.
-    The mixture of formats with few bits that stays below it is chosen, with the matrices rounded to nearest. 0: no
+    A search chooses formats with few bits within this limit. The search rounds all matrices to nearest. 0: no
     limit."""
     candidates: list[Annotated[str, AfterValidator(known_scheme), SCHEMES]] = []
     """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3; int8

@@ -39,11 +39,11 @@ class BudgetConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     parameters: float = Field(default=0.0, ge=0)
-    """Parameters to keep: a fraction below 1, or a number from 1 on."""
+    """Parameters to keep: a fraction (below 1) or a number (1 or more)."""
     bytes: float = Field(default=0.0, ge=0)
-    """Size of the weights to keep, in bytes of memory: a fraction below 1, or a number from 1 on."""
+    """Size of the weights to keep, in bytes of memory: a fraction (below 1) or a number (1 or more)."""
     flops: float = Field(default=0.0, ge=0)
-    """FLOPs to keep, per token of a forward pass: a fraction below 1, or a number from 1 on."""
+    """FLOPs to keep, per token of a forward pass: a fraction (below 1) or a number (1 or more)."""
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:

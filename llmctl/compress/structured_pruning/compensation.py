@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 RIDGE = 1e-4
-"""Ridge regularization, as a fraction of each kept input's sum of squares. It limits the weights of nearly collinear
-inputs."""
+"""Ridge regularization, as a fraction of each kept input's sum of squares. The regularization limits the
+weights of nearly collinear inputs."""
 
 
 def compensate(

@@ -16,7 +16,7 @@ def plot(found: Mapping[str, Any], path: Path) -> bool:
     """Write a PNG with plots of the measured importance.
 
     - Layers: the block influence of each layer.
-    - Heads, neurons, channels: the importance in descending order, divided by the largest, with one curve per layer.
+    - Heads, neurons, channels: the importance in descending order, relative to the largest, with one curve per layer.
     - Budget search: the increase of the loss against the kept fraction of each size.
 
     Removed parts are red. A plot is omitted if nothing was measured for it.
@@ -50,7 +50,7 @@ def plot(found: Mapping[str, Any], path: Path) -> bool:
 
 
 def curves(found: Mapping[str, Any]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Return the importance in descending order, divided by the largest, and whether each part was kept.
+    """Return the importance in descending order, divided by the largest value, and whether each part was kept.
 
     If heads are removed in groups, a removed head may have a higher importance than a kept head.
 

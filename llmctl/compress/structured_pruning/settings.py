@@ -30,7 +30,7 @@ class StructuredSettings(MethodSettings):
     }
 
     heads: float = Field(default=0.0, ge=0)
-    """Short form of keep_heads (a number from 1) and of remove_heads (a number below 1); 0 keeps all heads."""
+    """Shorthand: a value of 1 or more sets keep_heads, a value below 1 sets remove_heads, and 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
     """Number of query heads to keep per layer, if the method is structured."""
     remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
@@ -40,13 +40,14 @@ class StructuredSettings(MethodSettings):
     heads. queries: remove the same number of query heads from every key/value head. both: the search for a budget
     compares all combinations of groups and queries."""
     ffn: float = Field(default=0.0, ge=0)
-    """Short form of keep_ffn (a number from 1) and of remove_ffn (a number below 1); 0 keeps all neurons."""
+    """Shorthand: a value of 1 or more sets keep_ffn, a value below 1 sets remove_ffn, and 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)
     """Number of neurons to keep per feed-forward layer, if the method is structured."""
     remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Fraction of the neurons to remove per feed-forward layer, if the method is structured."""
     hidden: float = Field(default=0.0, ge=0)
-    """Short form of keep_hidden (a number from 1) and of remove_hidden (a number below 1); 0 keeps all channels."""
+    """Shorthand: a value of 1 or more sets keep_hidden, a value below 1 sets remove_hidden, and 0 keeps all
+    channels."""
     keep_hidden: int = Field(default=0, ge=0, strict=True)
     """Number of hidden channels to keep (the width of the residual stream), if the method is structured."""
     remove_hidden: float = Field(default=0.0, ge=0, lt=1, strict=True)
@@ -55,18 +56,18 @@ class StructuredSettings(MethodSettings):
     """Keep numbers of neurons and hidden channels that are multiples of this value (128 suits TPUs), if the method is
     structured."""
     layers: float = Field(default=0.0, ge=0)
-    """Short form of keep_layers (a number from 1) and of remove_layers (a number below 1); 0 keeps all layers."""
+    """Shorthand: a value of 1 or more sets keep_layers, a value below 1 sets remove_layers, and 0 keeps all layers."""
     keep_layers: int = Field(default=0, ge=0, strict=True)
     """Number of layers to keep, if the method is structured."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Fraction of the layers to remove, if the method is structured."""
     vocabulary: Literal["", "unused"] | Annotated[int, Field(ge=1)] = ""
-    """Tokens to keep, if the method is structured. unused: remove the tokens that no text in any split of the data has.
-    A number: keep this number of tokens, the most frequent. Special tokens and bytes stay. The tokenizer is
+    """Tokens to keep, if the method is structured. unused: remove the tokens that no text of the data contains.
+    A number: keep this number of the most frequent tokens. Special tokens and bytes stay. The tokenizer is
     rewritten."""
     budget: BudgetConfig = BudgetConfig()
     """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is structured. A search
-    chooses these four by the loss on the calibration data, and prints the candidates."""
+    chooses these four sizes by the loss on the calibration data, and prints the candidates."""
     latency: bool = False
     """Measure the time of a prompt and of each new token before and after pruning, on one device, if the method is
     structured."""
@@ -82,7 +83,7 @@ class StructuredSettings(MethodSettings):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, given: Any) -> Any:
-        """Replace long forms by the short form: keep_layers = 3 and remove_layers = 0.75 become layers = 3 and 0.75.
+        """Replace long forms by the short form: keep_layers = 3 becomes layers = 3.
 
         A finished stage is therefore not repeated if only the form changes. Long forms whose values are out of range
         are not replaced. The validation of the long forms then rejects the values.
@@ -111,7 +112,7 @@ class StructuredSettings(MethodSettings):
         """Check that the sizes and the budget fit one another, and that something is removed.
 
         Raises:
-          ValueError: If they do not.
+          ValueError: If the sizes and the budget do not fit one another, or nothing is removed.
         """
         if self.budget.asked and self.sized:
             raise ValueError(f"budget chooses the sizes; leave out {' and '.join(self.sized)}, or budget")

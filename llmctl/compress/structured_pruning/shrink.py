@@ -37,7 +37,7 @@ def target(
 ) -> ModelConfig:
     """Return the config of the model after heads, neurons, layers and hidden channels are removed.
 
-    In `heads`, `ffn`, `layers` and `hidden`, a number below 1 is the fraction to remove. A number from 1 on is the
+    In `heads`, `ffn`, `layers` and `hidden`, a number below 1 is the fraction to remove. A number of 1 or more is the
     count to keep. 0 keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer, and is
     at least 1.
 

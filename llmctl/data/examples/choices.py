@@ -31,7 +31,7 @@ class ChoiceRows(ExampleRows):
     choice as a pair of texts.
 
     A batch also has `label`, the index of the correct choice, and `choices`, the number of choices, int32 [B] each. If
-    a question has fewer than K choices, empty choices are added. Their tokens have weight 0 in the loss.
+    a question has fewer than K choices, empty choices are added. The tokens of empty choices have weight 0 in the loss.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class Text:
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     def describe(self) -> list[str]:
-        """Return a list with one log line, the numbers of rows per split. For prepared text, the list is empty."""
+        """Return a list with one log line: the number of rows in each split. For prepared text, the list is empty."""
         return [] if self._prepared else [self.splits.describe()]
 
     @property

@@ -76,14 +76,14 @@ class MixedRows:
         self.total = None if np.isinf(end) else int(end)
         self._starts = np.array([p.start for p in self._phases])
         self.tokens = sum(s.tokens for s in sources)
-        """Total number of tokens in one epoch of each source."""
+        """Number of tokens in one epoch, summed over the sources."""
         self.waste = float(np.average([s.waste for s in sources], weights=weights))
         """Fraction of positions that are padding: the average over the sources, weighted as in the mixture."""
         self.labelled = float(np.average([getattr(s, "labelled", 0.0) for s in sources], weights=weights))
         """Fraction of rows with a next-sentence label: the average over the sources, weighted as in the mixture."""
 
     def __len__(self) -> int:
-        """Return the total number of rows in one epoch of each source."""
+        """Return the number of rows in one epoch, summed over the sources."""
         return sum(map(len, self._sources))
 
     def __getitem__(self, i: int) -> Batch:

@@ -261,7 +261,7 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
         pair_N: Whether B of each passage is nonempty.
 
     Returns:
-        Index of each passage's partner, int [N]; -1 if it has none.
+        Index of each passage's partner, int [N]; -1 if the passage has no partner.
     """
     partner_N = np.full(len(doc_N), -1)
     for start in range(0, len(doc_N), GROUP):

@@ -15,8 +15,8 @@ from llmctl.data.shuffle import hashed
 from llmctl.data.tokenizers.vocabulary import Vocabulary
 
 _STREAM = 2**32
-"""Offset of the argument `stream` of `random_bits`. It makes the random numbers of objectives independent of the
-shuffle."""
+"""Offset of the argument `stream` of `random_bits`. The offset makes the random numbers of objectives independent of
+the shuffle."""
 
 
 def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.ndarray:

@@ -37,8 +37,8 @@ class Packed:
     tokens: np.ndarray
     """Token ids, int32 [B, T]; the id of the padding token at padding."""
     next: np.ndarray
-    """Next token of the same document, int32 [B, T], even if it is in the next row; the id of the padding token if
-    there is none."""
+    """Next token of the same document, int32 [B, T], even if this token is in the next row; the id of the padding token
+    after the last token of a document."""
     follows: np.ndarray
     """Whether the document has a next token, bool [B, T]."""
     segments: np.ndarray

@@ -14,7 +14,7 @@ from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
 """Maximum number of rows, and of bytes, from which the column names are read. If a later row has another column that
-llmctl would read, such as `label`, the row is an error."""
+llmctl would read, such as `label`, reading the row raises an error."""
 
 
 class JsonLines(Source):

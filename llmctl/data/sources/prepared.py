@@ -16,7 +16,7 @@ def refuse(cfg: SourceConfig) -> Source:
     """Raise an error, because prepared data has no rows of text.
 
     Raises:
-        RequestError: In every call.
+        RequestError: Always.
     """
     raise RequestError(f"{cfg.path}: prepared data holds tokens, and this needs the text; name the raw source")
 

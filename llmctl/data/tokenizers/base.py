@@ -28,8 +28,8 @@ MASK = "<mask>"
 
 
 ESCAPE = "\ufdd0"
-"""Character to insert into the text of a special token so that it is encoded as ordinary text. It is a Unicode
-noncharacter, so ordinary text does not contain this character."""
+"""Character to insert into the text of a special token so that it is encoded as ordinary text. The character is a
+Unicode noncharacter, which ordinary text does not contain."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class Tokenizer(ABC):
     def encode_with_special(self, text: str) -> list[int]:
         """Return the token ids of a text, such as the output of a chat template, that may contain special tokens.
 
-        The name of a special token, such as `<s>`, is encoded as the special token. If the name contains `ESCAPE`, it
-        is encoded as ordinary text, without that character.
+        The name of a special token, such as `<s>`, is encoded as the special token. If the name contains `ESCAPE`,
+        the name is encoded as ordinary text, without `ESCAPE`.
         """
         special = self.special_ids
         out: list[int] = []

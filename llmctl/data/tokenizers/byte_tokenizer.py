@@ -17,7 +17,7 @@ SPELLINGS = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}
 """Ids of the special tokens, by the token's text in chat templates."""
 
 MOST_SENTINELS = 1000
-"""Maximum number of sentinels. It is also the maximum of the setting `tokenizer.sentinels`."""
+"""Maximum number of sentinels, and maximum of the setting `tokenizer.sentinels`."""
 
 
 class ByteTokenizer(Tokenizer):

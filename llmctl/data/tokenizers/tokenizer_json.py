@@ -44,7 +44,7 @@ class JsonTokenizer(Tokenizer):
         Args:
             model: Content of the file.
             add_bos: Whether texts begin with `bos_id`; by default as the file's post-processor does.
-            special: Text of each special token, by the names bos, eos, pad, unk and mask. If one is missing, the
+            special: Text of each special token, by the names bos, eos, pad, unk and mask. If a text is missing, the
                 vocabulary is searched for common texts of this token.
 
         Raises:

@@ -34,8 +34,8 @@ class Vocabulary(ABC):
     tokens: dict[int, str]
     """Text of each token, as spelled in the model file, by id."""
     fixed: set[int]
-    """Ids of the tokens that are always kept: special tokens, added tokens, bytes, and the tokens from whose scores the
-    tokenizer computes the scores of unknown characters and user-defined tokens."""
+    """Ids of the tokens that are always kept: special tokens, added tokens and bytes. Tokens whose scores determine the
+    scores of unknown characters and of user-defined tokens are always kept too."""
 
     def needed(self, i: int) -> set[int]:
         """Return the token `i` and all tokens from which the tokenizer builds it."""
@@ -175,7 +175,7 @@ class _Json(Vocabulary):
         return json.dumps(new, ensure_ascii=False).encode()
 
     def model_of(self, at: dict[int, int]) -> dict[str, Any]:
-        """Return the entries of the file's `model` that change. `at` maps old token ids to new ids."""
+        """Return the changed entries of `model` in the file. `at` maps old token ids to new ids."""
         return {"vocab": {token: at[i] for token, i in self.model["vocab"].items() if i in at}}
 
 

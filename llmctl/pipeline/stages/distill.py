@@ -45,8 +45,9 @@ class Config(StageConfig):
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
-    """Artifact whose outputs the student learns. Its task determines the student's. If the teacher was finetuned on
-    preferences, the student learns its language model, from texts or from prompts and completions."""
+    """Artifact whose outputs the student learns. The student is trained for the teacher's task. If the teacher was
+    finetuned on preferences, the student learns the teacher's language model, from texts or from prompts and
+    completions."""
     teachers: list[str] | None = None
     """Several teachers instead of `teacher`. The student learns the mean of their probabilities. Adapters over one base
     share the arrays of the base."""
@@ -68,8 +69,8 @@ class Config(StageConfig):
     skew: float = Field(default=0.1, gt=0, lt=1)
     """Weight of the teacher in the mixture of divergence skew."""
     top_k: int = Field(default=0, ge=0)
-    """Number of the teacher's most probable classes, or tokens of the vocabulary, that are compared one by one. All
-    others are compared by the sum of their probabilities. 0: compare all one by one."""
+    """Number of the teacher's most probable classes, or tokens of the vocabulary, to compare one by one. All other
+    classes are compared by the sum of their probabilities. 0: compare all classes one by one."""
     signals: SignalsConfig = SignalsConfig()
     """Weights of the losses, such as { logits = 1.0, hidden = 0.5, hard = 0.1 }, instead of `hard`."""
     layer_map: str | list[Any] = "uniform"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Train a language model on raw text. With `from`, continue to train that artifact on other text."""
+    """Train a language model on raw text. If `from` is given, continue to train this artifact on other text."""
 
     common: ClassVar[tuple[str, ...] | None] = ("objective",)
     added: ClassVar[frozenset[str]] = frozenset({"fake_quantize", "sparsify"})
@@ -40,12 +40,12 @@ class Config(StageConfig):
     data: DataConfig = DataConfig()
     """Text to train on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """Tokenizer to train or to load. With `from`, the parent's tokenizer is used."""
+    """Tokenizer to train or to load. If `from` is given, the parent's tokenizer is used."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="llama-tiny"))
-    """Sizes of the model. The vocabulary size is the tokenizer's. With `from`, the parent's sizes are used."""
+    """Sizes of the model. The vocabulary size is the tokenizer's. If `from` is given, the parent's sizes are used."""
     packing: Literal["segments", "concat", "fit"] = "segments"
     """Packing of documents into rows. segments: fill rows, split documents at row ends, and mask attention between
-    documents. concat: the same without the mask. fit: do not split documents, and pad rows."""
+    documents. concat: like segments, but without the mask. fit: do not split documents, and pad rows."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix", "completions"] = ""
     """Training objective. causal: predict the next token. masked: predict masked tokens. next_sentence: predict masked
     tokens, and whether a passage follows another. spans: predict removed spans, for encoder-decoders. prefix: predict

@@ -233,7 +233,7 @@ def _branches(i: Instruction) -> list[str]:
 
 
 def _kind(i: Instruction) -> str:
-    """Return the kind of the collective that starts at `i`; empty if none starts there.
+    """Return the kind of the collective that starts at `i`; empty if no collective starts there.
 
     A TPU program repeats an asynchronous collective in every fusion that overlaps it. The result is empty for
     repetitions, so that the collective is counted once.

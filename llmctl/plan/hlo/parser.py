@@ -17,7 +17,7 @@ BITS = {
 }  # fmt: skip
 """Bits per element of each HLO dtype. Types that are not listed have 8 bits (float8) or none (HLO's type `token`)."""
 DEVICE = 0
-"""Memory space of HBM. Other numbers are on-chip memories (VMEM, SMEM) and host memory."""
+"""Number of the memory space that is HBM. On-chip memories (VMEM, SMEM) and host memory have other numbers."""
 
 _LEAF = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")

@@ -111,7 +111,7 @@ def _add(left: Affine, right: Affine, sign: int) -> Affine:
 def _with_constants(
     module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine
 ) -> Affine | None:
-    """Return an affine function with the loop's constants inserted, or None if one of them is unknown.
+    """Return an affine function with the loop's constants inserted, or None if a constant is unknown.
 
     The constants are the elements of the loop's state that the body does not change.
     """

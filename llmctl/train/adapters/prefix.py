@@ -77,8 +77,8 @@ class Prefix(Method):
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
         """Return the config of the model with the prefix. If the model already has a prefix, it is trained further.
 
-        The prefix takes the first positions, so fewer remain for texts. With relative positions, texts keep all
-        positions.
+        The prefix takes the first positions, so fewer positions remain for texts. With relative positions, texts keep
+        all positions.
 
         Raises:
           RequestError: If an existing prefix has another length.

@@ -6,7 +6,7 @@ Each array has a level, which counts layers from the output to the input:
 
 - level 0: arrays after the layers (final norms, output projection, task head)
 - level 1: the last layer of the encoder or decoder
-- level 2: the layer before it, and so on
+- level 2: the second to last layer, and so on
 - highest level: the embeddings
 
 Learning rates can decay with the level, and layers can be unfrozen one after another; both are from ULMFiT (Howard and
@@ -113,11 +113,14 @@ def _depth(model: ModelConfig) -> int:
 
 
 def _levels(model: ModelConfig, params: Params) -> dict[str, Any]:
-    """Return the level of each array, by name: its distance in layers from the output.
+    """Return {name of an array: level}. A level is a number, or an array [L, 1, ...] for L stacked layers.
 
-    The level is 0 for heads and final norms, 1 for the last layer of the encoder or decoder, 2 for the layer before it,
-    and so on. The level of embeddings is the number of layers plus 1. A level is a scalar, or an array [L, 1, ...] for
-    L stacked layers.
+    Levels count layers from the output to the input:
+
+    - 0: heads and final norms
+    - 1: the last layer of the encoder or decoder
+    - 2: the second to last layer, and so on
+    - number of layers + 1: the embeddings
     """
     from llmctl.model import weights
 
