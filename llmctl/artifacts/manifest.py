@@ -127,7 +127,7 @@ class Manifest(BaseModel):
     """Fraction of zeros among the elements of the weight matrices."""
     pruned: bool = False
     """Whether the matrices were pruned. If true, the zeros are the pruning mask, and later stages keep the zeros.
-    Pruning sets this field and later stages inherit it. No stage infers it from the weights."""
+    Pruning sets this field and later stages inherit it. No stage infers this field from the weights."""
     nonfinite: list[str] = []
     """Names of arrays that contain NaN or infinity. Such arrays are saved only with `allow_nonfinite`."""
     bits: float

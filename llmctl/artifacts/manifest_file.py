@@ -53,8 +53,8 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and check the content digest of its fields.
 
     Raises:
-        RequestError: If there is no manifest, if it is damaged, if its format is later than `SPARSE_FORMAT`, or if a
-            link in the folder leads outside it.
+        RequestError: If the manifest is missing or damaged, or its format is later than `SPARSE_FORMAT`. If a link in
+            the folder leads out of the folder.
     """
     content = _raw(path)
     try:

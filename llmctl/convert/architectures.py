@@ -18,9 +18,9 @@ def bridges() -> dict[str, tuple[str, Bridge]]:
 
 
 GGUF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-"""{name of an architecture in llama.cpp: value of `model_type` in transformers}."""
+"""Map from the name of an architecture in llama.cpp to the value of `model_type` in transformers."""
 TO_GGUF = {v: k for k, v in GGUF.items()} | {"mistral": "llama"}
-"""{value of `model_type` in transformers: name of the architecture in llama.cpp}."""
+"""Map from the value of `model_type` in transformers to the name of the architecture in llama.cpp."""
 
 
 def formats(name: str) -> list[str]:

@@ -31,7 +31,7 @@ FULL = "trained_in_full"
 replaces."""
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
-"""{value of `peft_type`: module that reads and writes this kind of adapter}."""
+"""Map from the value of `peft_type` to the module that reads and writes this kind of adapter."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -158,8 +158,8 @@ def copy_full(cfg: ModelConfig, stored: Mapping[str, Tensor], flat: dict[str, An
 def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> set[str]:
     """Return the names of tensors that are copies of the base's weights.
 
-    PEFT saves such copies together with the adapter of a token table. Only the tensors named in `left`, which were not
-    read yet, are searched.
+    PEFT saves such copies together with the adapter of a token embedding table. Only the tensors named in `left`, which
+    were not read yet, are searched.
 
     Raises:
         RequestError: If a copy differs from the base's weight.

@@ -1,8 +1,8 @@
 """Read and write trained prefixes in PEFT's format (prefix tuning; Li and Liang, 2021, arXiv:2101.00190).
 
 A prefix consists of keys and values. In every layer, the prefix precedes the keys and values of a text. The files
-contain one tensor [P, 2 * L * W]: for each vector, the key and the value of the first layer, then the key and the value
-of the second layer, and so on.
+contain one tensor [P, 2 * L * W]. Each row has the key and the value of the first layer, then of the second layer, and
+so on.
 
 Only the prefixes of decoder language models can be converted. For an encoder-decoder, layers share vectors in PEFT's
 format, which llmctl does not support. For an encoder, transformers has no class that reads a prefix.

@@ -1,8 +1,8 @@
-"""Read and write low-rank adapters of the token table in PEFT's format.
+"""Read and write low-rank adapters of the token embedding table in PEFT's format.
 
-In PEFT's format, the tensors of a token table and of a linear layer have different names. PEFT adapts modules, and
-llmctl adapts weights. If the table is tied to the output projection, PEFT's format therefore has two adapters with the
-same values.
+In PEFT's format, the adapter tensors of an embedding table have other names than the adapter tensors of a linear layer.
+PEFT adapts modules, and llmctl adapts weights. If the table is also the output projection, PEFT's format therefore has
+two adapters with the same values.
 
 Shapes: V vocabulary, D model width, R rank.
 """
@@ -22,7 +22,7 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
-"""{name of a tensor in the adapter of a linear layer: name in the adapter of a token table}."""
+"""Map from the name of an adapter tensor of a linear layer to the name of the same tensor for an embedding table."""
 
 
 class Table(NamedTuple):
@@ -33,7 +33,8 @@ class Table(NamedTuple):
     module: str
     """Name of the module in the Hugging Face format."""
     output: str
-    """Name of the output projection in the Hugging Face format, if it is tied to the token table; otherwise empty."""
+    """Name of the output projection in the Hugging Face format, if the projection is tied to the embedding table;
+    otherwise empty."""
 
 
 def of(cfg: ModelConfig, tensor_layouts: Mapping[str, TensorLayout]) -> Table:
@@ -48,7 +49,7 @@ def of(cfg: ModelConfig, tensor_layouts: Mapping[str, TensorLayout]) -> Table:
 def read(
     table: Table, config: Mapping[str, Any], stored: Mapping[str, Tensor], prefix: str, shape: tuple[int, ...]
 ) -> tuple[peft_lora.Pair | None, set[str]]:
-    """Return the adapter of the token table [V, D], and the names of the adapter's tensors.
+    """Return the adapter of the token embedding table [V, D], and the names of the adapter's tensors.
 
     If the table has no adapter, return None and an empty set.
 
@@ -80,9 +81,9 @@ def read(
 
 
 def nodes(table: Table, w: Any) -> dict[str, Any]:
-    """Return the adapters of the token table: {module name in the Hugging Face format: weight with adapter}.
+    """Return {module name in the Hugging Face format: weight with adapter} for the token embedding table.
 
-    If the output projection is tied to the token table, the projection gets an adapter with the same two matrices,
+    If the output projection is tied to the table, the projection gets an adapter with the same two matrices,
     transposed.
     """
     found = {table.module: w}

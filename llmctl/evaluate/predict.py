@@ -63,7 +63,7 @@ class Predictor:
         self._step = self.task.prediction_step(found.model, dtype)
 
     def predictions(self, rows: Sequence[Row]) -> list[Any]:
-        """Return the prediction for each row before formatting, such as class probabilities or a number.
+        """Return the unformatted prediction for each row, such as class probabilities or a number.
 
         The predictions are in the order of `rows`. Rows with a second text and rows without one run in separate
         batches. The prediction of a row therefore does not depend on the other rows.
@@ -192,7 +192,7 @@ def predictor(
 
 
 def generates(found: Artifact) -> bool:
-    """Return whether `predict` generates the artifact's answers, because its task completes prompts."""
+    """Return True if `predict` generates answers: the task completes prompts, and the head predicts tokens."""
     return found.model.head_kind.vocabulary and of(found.manifest).completes_prompts
 
 

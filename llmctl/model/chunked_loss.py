@@ -80,7 +80,7 @@ def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, 
     output head, and the gradients of these matrices, are sent between devices in the dtype of `x_BTD`.
 
     Returns:
-        The first result of `fn`, summed over the devices, and its second result as global arrays [B, T, ...].
+        The first result of `fn`, summed over the devices, and the second result of `fn` as global arrays [B, T, ...].
     """
     mesh = meshes.current()
     if mesh is None or mesh.size == 1:
@@ -212,7 +212,8 @@ def hits(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def first_best(logits_V: jax.Array) -> jax.Array:
-    """Return the argmax of logits [..., V], int [...]. Unlike `jnp.argmax`, it does not gather a sharded vocabulary."""
+    """Return the argmax of logits [..., V], int [...]. Unlike `jnp.argmax`, this function does not gather a sharded
+    vocabulary."""
     places = jnp.arange(logits_V.shape[-1])
     top = jnp.max(logits_V, axis=-1, keepdims=True)
     return jnp.min(jnp.where(logits_V == top, places, logits_V.shape[-1]), axis=-1)

@@ -2,14 +2,15 @@
 
 Keys and values are rotated within each head by a Hadamard matrix, which spreads the outliers of single channels over
 all channels (QuaRot; Ashkboos et al., 2024, arXiv:2404.00456). Queries are rotated alike, and the outputs are rotated
-back, so that only the rounding changes the result. With SmolLM2-135M, this halves the error of the logits.
+back, so that only the rounding changes the result. With SmolLM2-135M, the rotation halves the error of the logits.
 
 The keys of a head have a large mean, which would need most of the range of the codes. A cache of keys therefore stores
-one vector per row and head, the center. It is the mean of the first keys of the prompt. The center is subtracted from a
-key before it is rounded, and the product of query and center is added to the score. The result without rounding is the
-same. If a key has a smaller range without the subtraction, nothing is subtracted, and its scale is negative. An example
-is the first token of a text, to which many heads attend. With SmolLM2-135M and int8, centers lower the error of the
-logits from 0.026 to 0.019 (root mean square). Unquantized keys and values in bfloat16 have an error of 0.010.
+one vector per row and head, the center: the mean of the first keys of the prompt. The center is subtracted from each
+key before the key is rounded. Attention adds the product of query and center to the score, so only the rounding
+changes. If a key has a smaller range without the subtraction, the center is not subtracted, and the scale of the key is
+negative. An example is the key of the first token in a text, to which many heads attend. With SmolLM2-135M and int8,
+centers lower the error of the logits from 0.026 to 0.019 (root mean square). Unquantized keys and values in bfloat16
+have an error of 0.010.
 
 A rotated value is a code times the scale of its token and head. Attention multiplies queries by the codes, and
 multiplies the scores by the scales afterwards. Dequantized keys and values are therefore never stored for all layers.
@@ -42,7 +43,7 @@ PER_BYTE = {"int8": 1, "fp8_e4m3": 1, "int4": 2}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Compressed:
-    """Store the keys or values of one layer, rotated, as codes [..., S, K] and scales [..., S, 1].
+    """Store the rotated keys or values of one layer as codes [..., S, K] and scales [..., S, 1].
 
     >>> kept = Compressed.of(rotated(jnp.array([[1.0, -0.5], [0.0, 3.0]])), "int8")
     >>> kept.codes.tolist(), kept.shape
@@ -55,16 +56,16 @@ class Compressed:
     """Scales of the codes. A negative scale marks a key from which the center was not subtracted."""
     format: str = field(metadata={"static": True})
     center: jax.Array | None = None
-    """Vector that was subtracted from the keys: rotated, float32 [..., 1, K]. None for values."""
+    """Vector that was subtracted from the rotated keys, float32 [..., 1, K]; None for values."""
 
     @classmethod
     def of(cls, x: jax.Array, form: str, center: jax.Array | None = None) -> Compressed:
         """Rotate and quantize keys or values [..., S, K], with one scale per row of K elements.
 
         Args:
-            x: Keys or values. The scales have their dtype.
+            x: Keys or values. The scales get the same dtype.
             form: Format of the codes.
-            center: Vector to subtract from keys (`Compressed.center`), or None.
+            center: Vector to subtract from rotated keys (`Compressed.center`), or None.
         """
         bound = BOUNDS[form]
         wide = rotated(x)
@@ -89,7 +90,7 @@ class Compressed:
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], form: str, dtype: Any, centered: bool = False) -> Compressed:
-        """Return zeros [..., S, K], with scales in `dtype`. If `centered` is set, they have a center, which is zero."""
+        """Return zeros [..., S, K], with scales in `dtype`. If `centered` is set, the center is a zero vector."""
         codes = (*shape[:-1], shape[-1] // PER_BYTE[form])
         center = jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32) if centered else None
         return cls(jnp.zeros(codes, STORED[form]), jnp.zeros((*shape[:-1], 1), dtype), form, center)
@@ -134,9 +135,9 @@ class Compressed:
         return jnp.swapaxes(self.scale, -1, -2).astype(jnp.float32)
 
     def _levels(self, dtype: Any) -> list[jax.Array]:
-        """Return a list of arrays with the codes as numbers in `dtype`.
+        """Return the codes as numbers in `dtype`: a list of one array.
 
-        With int4, there are two arrays: the first and the last K / 2 elements of each head.
+        With int4, the list has two arrays: the first and the last K / 2 elements of each head.
         """
         if self.format != "int4":
             return [self.codes.astype(dtype)]

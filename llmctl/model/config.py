@@ -109,7 +109,7 @@ class ModelConfig(Config):
     relative_buckets: int = Field(default=32, ge=4)
     """Number of buckets of the relative position bias."""
     relative_max_distance: int = Field(default=128, ge=2)
-    """Distance in tokens from which on all relative positions share one bucket."""
+    """Distance limit in tokens of the relative position bias: all larger distances share the last bucket."""
 
     tied: bool = True
     """Use the embedding table as the output projection."""
@@ -135,8 +135,8 @@ class ModelConfig(Config):
     prompt_tokens: int = Field(default=0, ge=0)
     """Number of trained prompt vectors (prompt tuning). Their token ids start at vocab_size."""
     prefix_tokens: int = Field(default=0, ge=0)
-    """Number of trained keys and values before every text (prefix tuning), in each layer of the decoder or, if there is
-    none, of the encoder. The first token of a text has the position prefix_tokens."""
+    """Number of trained keys and values before every text in each layer (prefix tuning). The layers are those of the
+    decoder or, if there is none, of the encoder. The first token of a text has the position prefix_tokens."""
     adapter_size: int = Field(default=0, ge=0)
     """Width of the bottleneck adapters in each layer; 0 means no adapters."""
     adapter_form: Literal["sequential", "parallel"] = "sequential"

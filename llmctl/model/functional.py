@@ -308,7 +308,7 @@ def block(
 def cached_block(
     cfg: ModelConfig, stack: str, layer: Params, carry: Carry, index: int, cache: Params, dtype: Any = jnp.float32
 ) -> tuple[Carry, Params]:
-    """Apply one layer with a key-value cache, to which the keys and values of the tokens are added.
+    """Apply one layer, and add the keys and values of the tokens to the key-value cache.
 
     In an encoder-decoder, the keys and values of cross-attention are also cached (under "cross"), when they are first
     computed.

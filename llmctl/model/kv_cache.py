@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from llmctl.model.compressed_cache import Compressed, rotated
 
 CENTER_TOKENS = 16
-"""Number of tokens at the start of a text whose mean key is the center of the keys (`compressed_cache`). A text with
-fewer tokens has the center zero."""
+"""Number of tokens at the start of a text. The mean of their keys is the center of all keys of the text
+(`compressed_cache`). If a text has fewer tokens, the center is zero."""
 Cached = jax.Array | Compressed
 """Cached keys or values of a layer."""
 
@@ -35,9 +35,9 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
 
 
 def empty(shape: tuple[int, ...], form: str, dtype: Any, centered: bool = False) -> Cached:
-    """Return zeros as cached keys or values, in a format of `compressed_cache` or, if it is empty, in `dtype`.
+    """Return zeros as cached keys or values, in the format `form`.
 
-    If `centered` is set, quantized keys have a center.
+    If `form` is empty, the result is a plain array in `dtype`. If `centered` is set, quantized keys have a center.
     """
     return Compressed.zeros(shape, form, dtype, centered) if form else jnp.zeros(shape, dtype)
 
@@ -64,8 +64,8 @@ def remember(
         new_BTGK: New keys or values.
         slot: Cache position at which the first token is written.
         dtype: Dtype of a new cache.
-        mask_BTS: Attention mask. The diagonal of its first T columns marks the tokens that are not padding if `slot`
-            is 0.
+        mask_BTS: Attention mask. If `slot` is 0, the diagonal of the first T columns marks the tokens that are not
+            padding.
 
     Returns:
         All cached keys or values [B, S, G, K], or [B, G, S, K] if they are quantized.

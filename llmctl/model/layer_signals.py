@@ -92,7 +92,7 @@ class Signals:
     def projections(self, cfg: ModelConfig, teacher_cfg: ModelConfig, key: jax.Array) -> Params:
         """Return initial projections from the student's width to the teacher's, by name; {} if the widths are equal.
 
-        They are "hidden" [n, D, E] and "embeddings" [D, E], normally distributed with the variance 1 / D.
+        The projections are "hidden" [n, D, E] and "embeddings" [D, E], normally distributed with the variance 1 / D.
         """
         D, E = cfg.d_model, teacher_cfg.d_model
         shapes = {"hidden": (len(self.pairs), D, E)} if self.hidden else {}
@@ -108,7 +108,7 @@ class Signals:
             student: Inner values of the student.
             teacher: Inner values of the teacher.
             segments_BT: Number of the packed text of each token; 0 is padding.
-            projections: The result of `projections`, trained so far.
+            projections: Projections that were initialized by the method `projections` and then trained.
         """
         real_BT, found = (segments_BT > 0).astype(jnp.float32), {}
 

@@ -118,8 +118,8 @@ class Program:
     cache: Tree = ()
     """Key-value cache, or calibration statistics, in memory while the program runs."""
     beside: Tree = ()
-    """Arrays of the four fields from `parameters` to `cache` that are in memory, but are not arguments of the
-    program."""
+    """Arrays in memory that are not arguments of the program. These arrays are also in `parameters`, `optimizer`,
+    `batch` or `cache`."""
     artifact_bytes: int = 0
     """Size of the arrays of the artifact that the stage writes, in bytes; 0 if it writes none."""
     work: Pass | Cost | None = None

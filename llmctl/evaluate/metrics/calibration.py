@@ -26,8 +26,8 @@ def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
     """Return the expected calibration error, the log loss, and a reliability table.
 
     The confidence of a prediction is the probability of the predicted class. Predictions are grouped by confidence into
-    intervals of equal width. The error is the mean of |accuracy - confidence| over the intervals, weighted by the
-    number of predictions (Guo et al., 2017, arXiv:1706.04599).
+    intervals of equal width. The calibration error is the mean of |accuracy - confidence| over the intervals, weighted
+    by the number of predictions (Guo et al., 2017, arXiv:1706.04599).
 
     Args:
         p_NC: Probabilities of the classes [N, C].

@@ -89,8 +89,8 @@ def scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -
     An entity is correct if its type and both boundaries match.
 
     Args:
-        truth: True tags of each word, per text.
-        predicted: Predicted tags of each word, per text.
+        truth: True tag of each word, per text.
+        predicted: Predicted tag of each word, per text.
 
     Returns:
         entity_precision, entity_recall, entity_f1: Metrics over all types.

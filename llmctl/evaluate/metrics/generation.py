@@ -13,7 +13,7 @@ from typing import Any
 from llmctl.config.errors import RequestError
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-"""Names of metrics in rouge-score, by their names in llmctl."""
+"""Map from llmctl's names of the ROUGE metrics to the names in rouge-score."""
 
 
 class Words:

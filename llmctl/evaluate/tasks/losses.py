@@ -51,7 +51,7 @@ class Losses(TaskRecord):
     def model_inputs(self, batch: Batch) -> Batch:
         """Return the batch with arrays of the shapes that the network reads.
 
-        By default, return the batch unchanged. If a row has two texts, a task makes one row per text.
+        By default, return the batch unchanged. A task with two texts per row returns one row per text.
         """
         return batch
 

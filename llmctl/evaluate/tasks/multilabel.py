@@ -52,8 +52,8 @@ class MultiLabel(Classify):
     problem_type = "multi_label_classification"
 
     def best(self, labels: Sequence[str] = ()) -> str:
-        """Return "micro_f1", the validation metric that selects the best checkpoint. Its probability threshold is
-        0.5.
+        """Return "micro_f1", the validation metric that selects the best checkpoint. This F1 uses the probability
+        threshold 0.5.
         """
         return "micro_f1"
 

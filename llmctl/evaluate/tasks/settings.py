@@ -24,8 +24,8 @@ class PreferenceConfig(Config):
 
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"
     """Loss on log-likelihoods of chosen and rejected completions. dpo, ipo: subtract the log-likelihoods of the model
-    without its adapters; the method must have adapters, such as lora. simpo: use means per token, without a reference
-    model."""
+    without its adapters. These losses need a method with adapters, such as lora. simpo: use means per token, without a
+    reference model."""
     beta: float = Field(default=0.0, ge=0)
     """Scale of the log-likelihoods in the loss. For dpo and ipo, a larger value keeps the model closer to its initial
     parameters. 0 uses 0.1 for dpo and ipo, and 2 for simpo."""

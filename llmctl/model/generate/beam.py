@@ -39,7 +39,7 @@ class Beams:
 
     width: int
     length_penalty: float = 1.0
-    """Scores are divided by length ** length_penalty; larger values favor longer answers."""
+    """Exponent p of the length normalization: scores are divided by length ** p. Larger values favor longer answers."""
     early_stopping: str = "no"
     """Rule for stopping the search for a prompt that has W finished answers.
 

@@ -5,8 +5,8 @@ A template is a program that comes with a model. It runs in a sandbox without si
 
 Training needs the positions of the assistant's tokens. Some templates mark these tokens with `{% generation %}`.
 Otherwise, two texts are rendered for each answer: the conversation before the answer, and the conversation including
-the answer. If the complete conversation begins with both texts, the second text without the first is the answer with
-its end token.
+the answer. If the complete conversation begins with both texts, the part of the second text after the first text is the
+answer with its end token.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Template:
 
         Raises:
             RequestError: If the template fails or rejects the messages. If the answers cannot be found in the text. If
-                a message has the weight 0, and the template does not mark exactly one text per answer.
+                a message has the weight 0, and a template with `{% generation %}` blocks does not render one block per
+                answer.
         """
         self._day = DAY
         try:

@@ -36,7 +36,7 @@ class Sampling:
     top_k: int = 0
     """Number of most probable tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest most probable tokens with at least this total probability (Holtzman et al., 2019,
+    """Keep the most probable tokens until their total probability reaches this value (Holtzman et al., 2019,
     arXiv:1904.09751)."""
     min_p: float = 0.0
     """Keep tokens whose probability is at least this fraction of the highest one (Nguyen et al., 2024,

@@ -91,22 +91,22 @@ class Adapter(Node):
         return self.dense(self.base.dtype)
 
     def without_activations(self) -> Self:
-        """Return the same adapter, with the base for inputs that are not quantized."""
+        """Return the same adapter on a base whose inputs are not quantized."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:
-        """Raise an error, because the adapter would make zeros of the base nonzero again.
+        """Raise an error: adapters must be merged before pruning, because adapters make pruned weights nonzero again.
 
         Raises:
-            RequestError: If this function is called, because adapters must be merged before pruning.
+            RequestError: Always.
         """
         raise RequestError("a low-rank update would fill the zeros again; merge it into its base before pruning")
 
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
-        """Raise an error, because inputs and outputs of a weight with an adapter cannot be removed.
+        """Raise an error: adapters must be merged before inputs or outputs of a weight are removed.
 
         Raises:
-            RequestError: If this function is called, because adapters must be merged before pruning.
+            RequestError: Always.
         """
         raise RequestError("has a low-rank update; merge it into its base before pruning")
 

@@ -58,7 +58,7 @@ class Product:
     kind: str = ""
     """8-bit type of the product in training, "int8" or "fp8"; empty means none. Only plain arrays use this option."""
     axes: tuple[str, str] | None = None
-    """Names of the matrix's axes in the sharding rules. They determine how a matrix is gathered under FSDP."""
+    """Names of the matrix's axes in the sharding rules. The names determine how a matrix is gathered under FSDP."""
 
 
 def setting(*, default: Any = MISSING) -> Any:
@@ -107,26 +107,26 @@ class Node(abc.ABC):
 
     @abc.abstractmethod
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
 
     # --- products ----------------------------------------------------------------------------------------------------
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [..., I] times the weight [I, O] in `dtype`, an array [..., O]."""
+        """Return x @ weight, [..., O], in `dtype`, for x [..., I]."""
         x = x.astype(dtype)
         x_NI = x.reshape(-1, x.shape[-1]) if options.fold else x
         return self.multiply(x_NI, dtype, options).reshape(*x.shape[:-1], self.shape[-1])
 
     def multiply(self, x_NI: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return the product of the activations `x_NI` and the weight [I, O]. `matmul` calls this method.
+        """Return x_NI @ weight. `matmul` calls this method.
 
-        `x_NI` and the result have the dtype `dtype`. Their shapes are [N, I] and [N, O] if `options.fold` is true,
-        otherwise [..., I] and [..., O].
+        `x_NI` and the result have the dtype `dtype`. If `options.fold` is true, `x_NI` is [N, I] and the result is
+        [N, O]. Otherwise, `x_NI` is [..., I] and the result is [..., O].
         """
         return jnp.matmul(x_NI, self.dense(dtype))
 
     def transpose_matmul(self, x: jax.Array, dtype: Any) -> jax.Array:
-        """Return x [..., D] times the transpose of this table [V, D] in `dtype`, an array [..., V].
+        """Return x @ transpose(table), [..., V], in `dtype`, for x [..., D] and this table [V, D].
 
         This is the product of a tied output projection.
         """
@@ -135,7 +135,7 @@ class Node(abc.ABC):
         return y_NV.reshape(*x.shape[:-1], self.shape[0])
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """Return the rows of this table [V, D] at ids [...] in `dtype`, an array [..., D].
+        """Return the rows `ids` of this table [V, D], in `dtype`: an array [..., D].
 
         `axes` are the names of the table's axes in the sharding rules.
         """
@@ -232,13 +232,14 @@ class Node(abc.ABC):
         return self
 
     def integers(self) -> Any:
-        """Return the weight as a `Quantized` for export formats that store integers, or None if it is not quantized."""
+        """Return the weight as a `Quantized` for export formats that store integers, or None if the weight is not
+        quantized."""
         return None
 
     def with_activations(self, kind: str) -> Any:
-        """Return the same weight for quantized inputs.
+        """Return the same weight with inputs quantized to `kind`, such as int8.
 
-        The inputs are quantized to `kind`, such as int8, before each product, with one scale per token.
+        The inputs are quantized before each product, with one scale per token.
 
         Raises:
             RequestError: If this kind of weight does not support quantized activations.
@@ -246,7 +247,7 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the same weight for inputs that are not quantized."""
+        """Return the same weight with inputs that are not quantized."""
         return self
 
     def masked(self, mask: jax.Array) -> Any:
@@ -283,7 +284,8 @@ def take_along(a: jax.Array, index_LN: np.ndarray, axis: int, full: int) -> jax.
         full: Length of the dense weight along this axis.
 
     Raises:
-        RequestError: If the array is shorter than the weight along this axis, such as one scale per group of inputs.
+        RequestError: If the array has several elements along this axis, but fewer than the weight. An example is one
+            scale per group of inputs.
     """
     if a.shape[axis] == 1 and full > 1:
         return a

@@ -41,11 +41,11 @@ class Dora(LowRank):
         return self.magnitude.astype(jnp.float32) / jax.lax.stop_gradient(_norm(super().dense()))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
         return (super().dense() * self.factor()).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The sum V is computed only for its norm."""
+        """Return x @ weight, [..., O], in `dtype`. The sum V is computed only for its norm."""
         return super().matmul(x, dtype, options) * self.factor()[..., 0, :].astype(dtype)
 
     take = Adapter.take

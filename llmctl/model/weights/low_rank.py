@@ -29,17 +29,17 @@ class LowRank(Adapter):
     scale: float = setting()
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
         delta = self.scale * jnp.matmul(self.a.astype(jnp.float32), self.b.astype(jnp.float32))
         return (as_node(self.base).dense() + delta).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O]. The product a @ b is not computed."""
+        """Return x @ weight, [..., O], in `dtype`. The product a @ b is not computed."""
         x, plain = x.astype(dtype), Product(fold=options.fold)
         low = as_node(self.b).matmul(as_node(self.a).matmul(x, dtype, plain), dtype, plain)
         return as_node(self.base).matmul(x, dtype, plain) + jnp.asarray(self.scale, dtype) * low
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """Return the rows of this table at ids [...] in `dtype`, an array [..., D]."""
+        """Return the rows `ids` of this table, [..., D], in `dtype`."""
         rows = as_node(self.base).take(ids, dtype, axes)
         return rows + self.scale * jnp.matmul(as_node(self.a).take(ids, dtype), self.b.astype(dtype))

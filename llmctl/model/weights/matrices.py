@@ -29,9 +29,9 @@ class Matrix:
     weight: Any
     """The weight [..., I, O], or the token embedding table [V, D]; a plain array, or a weight node (`weights.base`)."""
     place: Place
-    """Location of the matrix: `block` (a layer), `head` (an output head) or `embedding` (the token table).
+    """Location of the matrix: `block` (a layer), `head` (an output head) or `embedding` (the token embedding table).
 
-    A token table that is also the output projection is an `embedding`.
+    If the token embedding table is also the output projection, its place is `embedding`.
     """
     stack: str
     """Stack whose layers contain the matrix, `encoder` or `decoder`. Empty if the matrix is not in a layer, or if
@@ -47,7 +47,7 @@ class Matrix:
 
     @property
     def inputs(self) -> int:
-        """Return the index of the axis of inputs: -2, or -1 for a token table [V, D]."""
+        """Return the index of the axis of inputs: -2, or -1 for a token embedding table [V, D]."""
         return -1 if self.place == "embedding" else -2
 
     @property

@@ -11,7 +11,8 @@ import fnmatch
 from typing import Literal, NamedTuple
 
 Place = Literal["block", "head", "embedding"]
-"""Location of a matrix: a layer of a stack, an output head (language model, pooler, task), or a token table."""
+"""Location of a matrix: a layer of a stack, an output head (language model, pooler, task), or the token embedding
+table."""
 
 BLOCKS, KERNEL, BIAS, EMBED, HEAD = "blocks", "kernel", "bias", "embed", "head"
 RELATIVE = "relative_bias"

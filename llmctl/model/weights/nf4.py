@@ -34,7 +34,7 @@ BOUNDS = (LEVELS[1:] + LEVELS[:-1]) / 2
 OFFSET = 8
 """Difference between a code (0 to 15) and the int4 that stores it (-8 to 7)."""
 ZERO = 7 - OFFSET
-"""Stored int4 of the value 0."""
+"""The int4 that stores the value 0."""
 
 
 @node_type
@@ -68,11 +68,11 @@ class NormalFloat(Node):
         return cls(jnp.reshape(codes(unit), shape), jnp.squeeze(scale, axis + 1))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
         return _values(self.codes, self.scale, dtype)
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """Return the rows of this table at ids [...] in `dtype`, an array [..., D]. Only these rows are dequantized."""
+        """Return the rows `ids` of this table, [..., D], in `dtype`. Only these rows are dequantized."""
         return _values(jnp.take(self.codes, ids, axis=0), jnp.take(self.scale, ids, axis=0), dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:

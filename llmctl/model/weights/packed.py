@@ -1,6 +1,6 @@
 """Store a weight as codes of 2, 3 or 4 bits, packed into bytes, with one scale per block of inputs.
 
-A value is the product of three numbers: the level of its code, the scale of its block, and one factor of the matrix.
+A value is level * scale * factor: the level of its code, the scale of its block, and one factor per matrix.
 The formats:
 
 - int2, int3: integers from -2 to 1 and from -4 to 3, and scales in the dtype of the matrix. Blocks may have zero
@@ -35,7 +35,9 @@ BIAS = 127
 
 @node_type
 class Packed(Node):
-    """Store a matrix [..., I, O] as bytes [..., P, O] and scales [..., G, O], or a table [V, D] along its last axis.
+    """Store a matrix [..., I, O] as bytes [..., P, O] and scales [..., G, O].
+
+    A table [V, D] is packed along its last axis.
 
     >>> unit = jnp.array([[1.0], [-2.0], [0.0], [-1.0]])
     >>> Packed.of("int2", unit, jnp.full((1, 1), 0.5), jnp.ones((1, 1))).dense()[:, 0].tolist()
@@ -89,11 +91,11 @@ class Packed(Node):
         return cls(pack(codes(name, level_IO), BITS[name], 0), scale_GO, whole, name, len(level_IO), zero=zero_GO)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
         return self._values(self.codes, self.scale, self.zero).astype(dtype)
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """Return the rows of this table at ids [...] in `dtype`, an array [..., D]. Only these rows are dequantized."""
+        """Return the rows `ids` of this table, [..., D], in `dtype`. Only these rows are dequantized."""
         rows = jax.tree.map(lambda a: jnp.take(a, ids, axis=0), (self.codes, self.scale, self.zero))
         return self._values(*rows).astype(dtype)
 

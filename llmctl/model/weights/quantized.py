@@ -42,11 +42,11 @@ class Quantized(Node):
     format_name = property(lambda self: str(self.array.qvalue.dtype))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
         return qwix.dequantize(self.array).astype(dtype)
 
     def multiply(self, x_NI: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [N, I] times the weight in `dtype`, an array [N, O]."""
+        """Return x_NI @ weight, [N, O], in `dtype`."""
         if self.activations:
             # One scale per token; grouped weights need the same groups on the activation.
             groups, last = self.array.scale.shape[0], x_NI.ndim - 1
@@ -60,12 +60,12 @@ class Quantized(Node):
         return jnp.matmul(x_NI, self.dense(dtype))
 
     def _unit(self, dtype: Any) -> jax.Array:
-        """Return the stored numbers, minus the zero points if there are any. There is one scale per output."""
+        """Return the weight without its scales, in `dtype`. Call this method only if there is one scale per output."""
         unit = self.array.qvalue.astype(dtype)
         return unit if self.array.zero_point is None else unit - self.array.zero_point.astype(dtype)
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """Return the rows of this table at ids [...] in `dtype`, an array [..., D]. Only these rows are dequantized."""
+        """Return the rows `ids` of this table, [..., D], in `dtype`. Only these rows are dequantized."""
         q_ND = jnp.take(self.array.qvalue, ids, axis=0).astype(dtype)
 
         def spread(parts: jax.Array) -> jax.Array:
@@ -100,14 +100,14 @@ class Quantized(Node):
         return cls(array, settings["activations"])
 
     def integers(self) -> Quantized | None:
-        """Return this weight unchanged, or None if it stores floats. Export formats store integers and scales."""
+        """Return this weight, or None if the weight stores floats. Export formats store integers and scales."""
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
     def with_activations(self, kind: str) -> Quantized:
-        """Return the same weight for quantized inputs.
+        """Return the same weight with inputs quantized to `kind`.
 
-        The inputs are quantized to `kind` before each product, with one scale per token.
-        `kind` must be "int8" for a weight of integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
+        The inputs are quantized before each product, with one scale per token. `kind` must be "int8" for a weight of
+        integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
 
         Raises:
             RequestError: If `kind` does not fit the stored numbers, or if the weight has zero points.
@@ -118,7 +118,7 @@ class Quantized(Node):
         return replace(self, activations=kind)
 
     def without_activations(self) -> Quantized:
-        """Return the same weight for inputs that are not quantized."""
+        """Return the same weight with inputs that are not quantized."""
         return replace(self, activations="")
 
     def masked(self, mask: jax.Array) -> Quantized:

@@ -36,11 +36,11 @@ class Scaled(Adapter):
     scales_bias = property(lambda self: self.side == "outputs")
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
         return (as_node(self.base).dense() * self.factor.astype(jnp.float32)).astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O].
+        """Return x @ weight, [..., O], in `dtype`.
 
         The factor is applied to activations, not to the weight.
         """

@@ -35,11 +35,11 @@ class Svd(Adapter):
         return LowRank(self.base, self.a * self.e, self.b, self.scale)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the weight as one dense array that has the shape `shape`."""
+        """Return the weight as one dense array of the shape `shape`, in `dtype`."""
         return self.as_low_rank().dense(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [..., I] times the weight in `dtype`, an array [..., O], without computing a @ diag(e) @ b."""
+        """Return x @ weight, [..., O], in `dtype`. The product a @ diag(e) @ b is not computed."""
         return self.as_low_rank().matmul(x, dtype, options)
 
     def truncated(self) -> Any:

@@ -44,7 +44,7 @@ class Plain(Node):
         return self.array.astype(dtype)
 
     def matmul(self, x: jax.Array, dtype: Any, options: Product) -> jax.Array:
-        """Return x [..., I] times the array in `dtype`, an array [..., O].
+        """Return x @ array, [..., O], in `dtype`.
 
         Under FSDP, the array is gathered once per pass. The product is computed in 8 bits if `options.kind` is set.
         """
@@ -57,7 +57,7 @@ class Plain(Node):
         return cast(jax.Array, y_NO).reshape(*x.shape[:-1], self.shape[-1])
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-        """Return the rows of the table at ids [...] in `dtype`, an array [..., D].
+        """Return the rows `ids` of the table, [..., D], in `dtype`.
 
         If devices shard the table, they exchange embeddings or gather the table, whichever sends fewer bytes.
         """
@@ -123,7 +123,7 @@ def matmul(
     fold: bool = True,
     axes: tuple[str, str] | None = None,
 ) -> jax.Array:
-    """Return x [..., I] times w [I, O] in `dtype`, an array [..., O]. `Product` describes the other arguments."""
+    """Return x @ w, [..., O], in `dtype`. `Product` describes the other arguments."""
     return as_node(w).matmul(x, dtype, Product(fold, kind, axes))
 
 
@@ -136,12 +136,12 @@ def bias(w: Weight, b: jax.Array, dtype: Any) -> jax.Array:
 
 
 def transpose_matmul(x: jax.Array, table: Weight, dtype: Any) -> jax.Array:
-    """Return x [..., D] times the transpose of table [V, D] in `dtype`, an array [..., V] (tied output projection)."""
+    """Return x @ transpose(table), [..., V], in `dtype`: the product of a tied output projection."""
     return as_node(table).transpose_matmul(x, dtype)
 
 
 def take(table: Weight, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
-    """Return the rows of table [V, D] at ids [...] in `dtype`, an array [..., D].
+    """Return the rows `ids` of the table, [..., D], in `dtype`.
 
     `axes` are the names of the table's axes in the sharding rules.
     """
