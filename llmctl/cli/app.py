@@ -101,7 +101,7 @@ def _interruptible(command: Callable[..., Any], resumable: bool) -> Callable[...
     """Return a function that runs the command, and raises `Interrupted` if SIGTERM or Ctrl-C arrives.
 
     KeyboardInterrupt does not suffice, because Typer converts it to another exit code. Orbax and SentencePiece convert
-    it to other errors, which would be reported as damaged files.
+    KeyboardInterrupt to other errors, which would be reported as damaged files.
     """
 
     @functools.wraps(command)
@@ -256,7 +256,7 @@ def _be_quiet() -> None:
 
 
 def _stop(*_: Any) -> None:
-    """Handle a signal: record that it arrived, and raise KeyboardInterrupt.
+    """Handle a signal: record the signal, and raise KeyboardInterrupt.
 
     The record is needed because libraries turn KeyboardInterrupt into other errors.
     """

@@ -231,8 +231,8 @@ def _base(annotation: Any) -> Any:
 def _metavar(field: FieldInfo) -> str:
     """Return the placeholder of a flag's value in the help.
 
-    If the field is a Literal or names entries of a registry, the placeholder is the choices joined by "|". Otherwise it
-    is the name of the type.
+    If the field is a Literal or names entries of a registry, the placeholder is the choices joined by "|". Otherwise
+    the placeholder is the name of the type.
     """
     kind = _base(field.annotation)
     registered = next((m for m in (*field.metadata, *_metadata(kind)) if isinstance(m, (Choices, Registry))), None)

@@ -1,6 +1,6 @@
 """Merge low-rank adapters (LoRA) into the matrices of a model before it is compressed.
 
-Merging is refused if it would undo an earlier quantization or pruning.
+Merging is refused if the result would undo an earlier quantization or pruning.
 """
 
 from __future__ import annotations

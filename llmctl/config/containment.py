@@ -1,8 +1,8 @@
 """Reject names, links and special files that would lead a read or a write outside a folder.
 
-Artifacts, prepared data, tokenizers and model folders may come from other people. A link or a `../` in them could make
-llmctl copy a private file into its output. The path that the user names may itself be a link; only the files below it
-are checked.
+Artifacts, prepared data, tokenizers and model folders may come from other people. A link or a `../` in such a folder
+could make llmctl copy a private file into its output. The path that the user names may itself be a link; only the files
+below it are checked.
 
 A link may point only to a file of the same folder. There is one exception: a snapshot in Hugging Face's cache may link
 to the folder `blobs` of the same model, because the cache stores all files there.

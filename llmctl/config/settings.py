@@ -48,8 +48,8 @@ class OptimConfig(Config):
     """Optimizer. muon trains the matrices of the layers and uses AdamW for the other parameters. adafactor suits T5,
     whose initial embeddings are large."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate. For Adafactor, this rate is relative to each weight's scale. For Lion, use a rate 3 to 10 times
-    smaller than for AdamW."""
+    """Peak learning rate. For Adafactor, this rate is relative to each weight's scale. For Lion, use a rate 3 to 10
+    times smaller than for AdamW."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
     """Learning-rate schedule after the warm-up. wsd is constant and decays at the end; rsqrt is proportional to
     1 / sqrt(step)."""

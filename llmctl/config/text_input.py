@@ -35,7 +35,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text and return its value. A byte order mark is skipped.
 
     Raises:
-        ValueError: If the text is not UTF-8, is not JSON or is nested too deeply, if a number is too large, or if a
+        ValueError: If the text is not UTF-8, is not JSON or is nested too deeply. If a number is too large. If a
             string contains half a surrogate pair.
     """
     try:

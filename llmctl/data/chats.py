@@ -55,8 +55,8 @@ def read(value: Any, clean: Callable[[str], str] = str, *, answered: bool = True
         answered: Whether at least one message must be the assistant's, as in training.
 
     Raises:
-        RequestError: If the value is no conversation, a role is unknown, a message is empty, a weight is neither 0 nor
-            1, or no message is the assistant's although `answered` is true.
+        RequestError: If the value is no conversation. If a role is unknown. If a message is empty. If a weight is
+            neither 0 nor 1. If `answered` is true and no message is the assistant's.
     """
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         kind = f"a list of {type(value[0]).__name__}" if isinstance(value, list) else type(value).__name__

@@ -24,7 +24,7 @@ def resolve(spec: str) -> list[epath.Path]:
         spec: Path, glob, or `pkg:NAME/path` for a file inside an installed Python package.
 
     Raises:
-        RequestError: If nothing matches, if the path is a folder, pipe or device, or if the package is not installed.
+        RequestError: If nothing matches. If the path is a folder, pipe or device. If the package is not installed.
     """
     if not spec:
         raise RequestError("data has no path: set data.path, or name the recipe that has it with --recipe")

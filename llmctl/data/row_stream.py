@@ -29,7 +29,7 @@ MAX_WAIT = 0.2
 """Maximum time in seconds to wait for another row, before the rows read so far are yielded."""
 
 Read = tuple[str, Row | RequestError]
-"""Pair (location of a row, the row or the error that occurred when it was read)."""
+"""Pair (location of a row, the row). If the row cannot be read, the second element is the error."""
 
 
 def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> Iterator[Read]:

@@ -228,8 +228,8 @@ def load(
         conversations: Whether the rows are conversations, which have only the columns messages and tools.
 
     Raises:
-        RequestError: If files or columns are missing, if rows cannot be read, if a label is not in `data.classes`, or
-            if there is no text.
+        RequestError: If files or columns are missing. If rows cannot be read. If a label is not in `data.classes`. If
+            there is no text.
     """
     views = columns.views(cfg, labels=labels, conversations=conversations)
     if any(v.columns != views[0].columns for v in views):

@@ -1,8 +1,8 @@
 """Run Jinja templates in a sandbox: without side effects, and with a limited number of steps and characters.
 
-A template may come with a model from an unknown author, so it is not trusted. Nested loops could take hours, and an
-expression such as `'a' * 10**10` could take all memory. Steps are counted instead of seconds, so that a template fails
-on all machines or on none:
+Templates are not trusted, because a template may come with a model from an unknown author. Nested loops could take
+hours, and an expression such as `'a' * 10**10` could take all memory. Steps are counted instead of seconds, so that a
+template fails on all machines or on none:
 - Each execution of the body of a loop, macro or block takes as many steps as the body has nodes in the template's
   syntax tree.
 - Operators, calls, filters, tests, comparisons and outputs take a step per 64 characters or items that they read and

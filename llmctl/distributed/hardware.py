@@ -3,8 +3,8 @@
 TPU figures come from the "Key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. TPU memory is
 the memory available to a program, as the out-of-memory message of libtpu 0.0.42 reports it. The data sheet gives a
 slightly larger value. The data sheet's interconnect bandwidth counts both directions. The outgoing bandwidth is half of
-this value. The bandwidth between slices is the "DCN bandwidth per chip" of the data sheet. For v5e, it is 6.4 Tbps per
-pod divided by 256 chips.
+this value. The bandwidth between slices is the "DCN bandwidth per chip" of the data sheet. For v5e, this bandwidth is
+6.4 Tbps per pod divided by 256 chips.
 
 GPU figures come from the data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. NVLink bandwidth is
 halved in the same way. Between nodes, each GPU has one InfiniBand port, as in DGX A100 (200 Gb/s) and in DGX H100 and

@@ -69,7 +69,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
         process_id: Index of this process.
 
     Raises:
-        RequestError: If only some arguments are given, if they contradict each other, or if a process is unreachable.
+        RequestError: If only some arguments are given. If arguments contradict each other. If a process is unreachable.
     """
     global _this
     if _this.count > 1:

@@ -1,6 +1,6 @@
 """Determine whether a stage's artifact is up to date: its settings and inputs are the same, and its files unchanged.
 
-An artifact stores its key: a hash of the settings and inputs that it was made from."""
+An artifact stores its key: a hash of the settings and inputs of the stage that wrote the artifact."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _damage(step: Step, manifest: Manifest) -> str:
 
     Arrays are checked later, when they are loaded. An adapter must be created again if its base is gone or was
     replaced. If only the metrics or the lineage of a model differ, the artifact is kept, and `remark` reports the
-    difference. A report of `eval` contains only metrics, so it is created again.
+    difference. A report of `eval` contains only metrics, so a report that differs is created again.
     """
     found = integrity.quick_check(step.out, manifest, _bases(step))
     again = not manifest.weights or "key" in found.record

@@ -153,8 +153,8 @@ def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
 def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
     """Return a stage's programs and the artifact that it would write.
 
-    If a stage declares no programs, the plan assumes that it compiles nothing and writes arrays with the parent's
-    shapes.
+    If a stage declares no programs, the plan assumes that the stage compiles nothing and writes arrays with the
+    parent's shapes.
     """
 
     def there(named: str | Path) -> Artifact:

@@ -78,7 +78,7 @@ def check(asked: FakeQuantizeConfig, params: Params) -> None:
     """Check that the matrices of a model can be rounded. The arrays may be abstract.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a matrix, a matrix is quantized or has an adapter, or a
+      RequestError: If a group does not divide the inputs of a matrix. If a matrix is quantized or has an adapter. If a
         pattern of the rules matches no matrix.
     """
     if not asked.active:

@@ -24,7 +24,7 @@ State = dict[str, Any]
 Sums = dict[str, jax.Array]
 
 NEVER = 2**31 - 1
-"""Number of updates that stands for "never": `Job.starts` returns it for arrays or layers that stay frozen."""
+"""Number of updates that stands for "never". `Job.starts` returns this number for arrays or layers that stay frozen."""
 EXTRA = "extra/"
 """Prefix of names in the training state: trained arrays outside the model (`Job.extra`) have this prefix."""
 
@@ -102,7 +102,7 @@ class Job:
     """
     penalty: Callable[[Params], jax.Array] | None = None
     """Function from the parameters to a scalar. Every step adds the scalar to the mean loss before the loss is
-    differentiated. The logged loss does not include it."""
+    differentiated. The logged loss does not include this scalar."""
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0

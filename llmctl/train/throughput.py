@@ -108,7 +108,7 @@ def measure(side: int) -> float:
 def memory(devices: list[Device]) -> dict[str, float]:
     """Return {"memory_gib": peak memory in GiB}; empty if the devices report no memory.
 
-    The peak is the largest among this process's devices. On a CPU it is the peak of the process.
+    The peak is the largest among this process's devices. On a CPU, the result is the peak of the process.
     """
     stats = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]

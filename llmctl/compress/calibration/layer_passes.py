@@ -142,7 +142,8 @@ def _selected(taps: dict[str, Any], collect: Collect, first_readers: Mapping[str
 
 
 def placed(stats: LayerStats) -> LayerStats:
-    """Replicate initial statistics on all devices of the current mesh. Without a mesh, return them unchanged."""
+    """Replicate initial statistics on all devices of the current mesh. Without a mesh, return the statistics
+    unchanged."""
     current = meshes.current()
     return stats if current is None else jax.device_put(stats, meshes.replicated(current))
 

@@ -29,7 +29,7 @@ def rounded_error(gram_II: jax.Array, before_IO: jax.Array, after_IO: jax.Array)
 
 
 def replicated(a: Any) -> Any:
-    """Replicate an array on all devices of the current mesh. Without a mesh, return it unchanged.
+    """Replicate an array on all devices of the current mesh. Without a mesh, return the array unchanged.
 
     Methods that read a Gram matrix replicate their arguments. Every device then computes the complete result, so the
     result does not depend on the mesh.

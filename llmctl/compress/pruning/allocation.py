@@ -63,9 +63,9 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
 
     The error of a layer is measured at three sparsities, and interpolated linearly between them. Each layer thus has a
     lower and an upper range of sparsity, in which the error per zero is constant. All layers start at the lowest
-    sparsity. Zeros are then added to the range with the least error per zero until it is full, then to the next range,
-    and so on. Among ranges with equal error per zero, lower ranges come first, and layers get zeros in proportion to
-    their sizes. Layers with equal errors therefore get equal sparsities.
+    sparsity. Zeros are then added to the range with the least error per zero. If this range is full, the range with the
+    next larger error follows. Among ranges with equal error per zero, lower ranges come first, and layers get zeros in
+    proportion to their sizes. Layers with equal errors therefore get equal sparsities.
 
     The result minimizes the sum of the errors if no layer's lower range adds more error than its upper range. If the
     lower range of a layer adds more error, both ranges get the mean of the two errors. The result is then an
@@ -120,7 +120,7 @@ def sizes_of(params: dict[str, Any], layers: Sequence[LayerAt]) -> np.ndarray:
 def counts(params: dict[str, Any], layers: Sequence[LayerAt], sparsities: np.ndarray, sparsity: float) -> Counts:
     """Return the number of zeros of every matrix. The numbers add up to round(sparsity * number of weights).
 
-    Weights that are already zero stay zero and are counted, so no matrix gets fewer zeros than it has.
+    Weights that are already zero stay zero and are counted, so no matrix loses zeros.
 
     Args:
       params: parameters of the model.

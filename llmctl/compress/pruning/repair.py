@@ -1,7 +1,7 @@
 """Repair a pruned matrix: recompute the kept weights, so that the error of the outputs becomes minimal.
 
 For every output, the kept weights are the least-squares solution on the calibration inputs X. A few steps of the
-preconditioned conjugate-gradient method approximate it, for all outputs at once (ALPS: Meng et al., 2024,
+preconditioned conjugate-gradient method approximate this solution, for all outputs at once (ALPS: Meng et al., 2024,
 arXiv:2406.07831). The steps read X only through its Gram matrix X^T X. Any mask can be repaired.
 
 Shapes: I inputs and O outputs of the matrix.

@@ -92,7 +92,7 @@ def ria(weights_IO, statistics, gradients, key):
     """Return relative importance times sqrt(||X_i||_2) as the scores [I, O] (Zhang et al., 2024, ICLR).
 
     The relative importance of a weight is |w| / sum(|w| of its input) + |w| / sum(|w| of its output). An input or
-    output that has only small weights therefore keeps some of them.
+    output that has only small weights therefore keeps some weights.
     """
     from jax import numpy as jnp
 

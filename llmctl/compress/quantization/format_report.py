@@ -94,5 +94,5 @@ def _percent(value: float | None) -> str:
 
 
 def number(value: float) -> float | None:
-    """Return a number for JSON, rounded to six decimals; None if it is not finite."""
+    """Return a number for JSON, rounded to six decimals; None if the number is not finite."""
     return round(value, 6) if np.isfinite(value) else None

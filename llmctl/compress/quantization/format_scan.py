@@ -107,7 +107,7 @@ def with_formats(method: Quantization, found: Targets, mixture: Mixture) -> Quan
 
 
 def usable(increase: float) -> float:
-    """Return an increase of the loss as the allocation reads it: 0 if the loss decreased, infinity if it is NaN.
+    """Return an increase of the loss for the allocation: 0 if the loss decreased, infinity if the loss is NaN.
 
     A matrix whose rounding decreases the loss by chance thus cannot outweigh other matrices.
     """

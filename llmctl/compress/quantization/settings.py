@@ -80,8 +80,8 @@ class QuantizeConfig(CalibrationConfig):
     except for nf4 (64 inputs per scale), mxfp4 (32) and nvfp4 (16)."""
     symmetric: bool = True
     """Use integers that are symmetric around 0. If false, each group has a zero point, and the integers cover the range
-    from the group's lowest to its highest weight. A zero point has as many bits as a weight; for int3 and int2, it has
-    4 bits."""
+    from the group's lowest to its highest weight. A zero point has as many bits as a weight, but
+    at least 4."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
     """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
     longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a

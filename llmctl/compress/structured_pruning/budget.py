@@ -131,8 +131,8 @@ def candidates(space: Space, wanted: float, size: Size, curves: Curves) -> list[
 def finalists(found: list[Candidate], number: int) -> list[Candidate]:
     """Return the first `number` candidates. A candidate that is similar to an earlier candidate is skipped.
 
-    Two candidates are similar if they have equally many heads, and differ by at most one layer and an eighth of the
-    hidden width.
+    Similar candidates have equally many heads. Their numbers of layers differ by at most 1, and their hidden widths
+    differ by at most an eighth.
     """
     chosen: list[Candidate] = []
     for c in found:

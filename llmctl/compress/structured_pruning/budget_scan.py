@@ -13,8 +13,7 @@ To measure a loss, heads and neurons are disabled by zero rows in the matrices t
 Layers are disabled by zero rows too. In a post-norm model, the norms of a disabled layer would still change the hidden
 states. The layers of such a model are therefore removed.
 
-Every measurement is saved. If an interrupted run continues, it measures only the missing values, and chooses the same
-sizes.
+Every measurement is saved. A resumed run measures only the missing values, and chooses the same sizes.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def channel_scores(
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
     """Return the `Collect` function for the importance of channels.
 
-    The function selects the sum of squares of each channel. For the importance "activation", it selects the sum of
-    magnitudes.
+    The function selects the sum of squares of each channel. For the importance "activation", the function selects the
+    sum of magnitudes.
     """
     names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
 

@@ -1,7 +1,7 @@
 """Run a calibration walk that only measures, and save the measurements, so that an interrupted run can resume.
 
-The measurements are saved when the walk ends. Saving them per layer would save little time: a resumed walk would still
-pass all batches through all layers, which takes nearly all the time.
+The measurements are saved when the walk ends. If they were saved per layer, little time would be
+saved, because a resumed walk passes all batches through all layers again.
 """
 
 from __future__ import annotations
@@ -72,5 +72,5 @@ def measure(
 
 
 def measure_once(saved: Measurements, name: str, compute: Callable[[], float]) -> float:
-    """Return a number that an interrupted run saved. If there is none, call `compute` and save the result."""
+    """Return a number that an interrupted run saved. If no number was saved, call `compute` and save the result."""
     return float(saved.get(name, lambda: {"value": np.array(compute(), np.float64)})["value"])

@@ -1,4 +1,5 @@
-"""Remove layers, hidden channels, heads and neurons of a saved model, as calibration data passes through it."""
+"""Remove layers, hidden channels, heads and neurons of a saved model, while calibration data passes through the
+model."""
 
 from __future__ import annotations
 

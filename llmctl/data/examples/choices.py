@@ -59,7 +59,7 @@ class ChoiceRows(ExampleRows):
             shuffle: Whether to shuffle in every epoch.
 
         Raises:
-            RequestError: If the examples have no prompts, a choice does not fit into a row, or a prompt is empty and
+            RequestError: If the examples have no prompts. If a choice does not fit into a row. If a prompt is empty and
                 the tokenizer adds no `bos`.
         """
         super().__init__(len(examples), seed, shuffle)

@@ -43,7 +43,7 @@ class AnswerRows(ExampleRows):
       row (for "no answer")
     - first, last [B, T]: range [first, last) of the context's characters that each token covers
     - start, end [B]: positions of the first and the last token of the first accepted answer; both are 0 if there is no
-      answer, or if the window does not contain the complete answer
+    answer, or if the window does not contain the complete answer
     - example [B]: index of the example to which the row belongs
     """
 

@@ -20,7 +20,7 @@ class TwoTextRows(ExampleRows):
     """Build rows of two texts. The model reads the texts separately.
 
     A batch has tokens, segments (1 at tokens, 0 at padding) and positions for the first text, and pair_tokens,
-    pair_segments and pair_positions for the second one, int32 [B, T]. Each text is `bos` (if the tokenizer adds it),
+    pair_segments and pair_positions for the second text, int32 [B, T]. Each text is `bos` (if the tokenizer adds it),
     the text, `eos` and padding. If a text is too long, its end (`truncate` = "tail") or its middle ("head_tail") is
     removed. If the labels are numbers, the batch also has the similarity score `label`, float32 [B].
     """
@@ -38,7 +38,7 @@ class TwoTextRows(ExampleRows):
         """Tokenize both texts of each example.
 
         Raises:
-            RequestError: If the examples have no text or no pair, if a text is empty, or if labels are classes.
+            RequestError: If the examples have no text or no pair. If a text is empty. If labels are classes.
         """
         if examples.classes:
             raise RequestError(

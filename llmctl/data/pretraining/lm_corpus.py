@@ -158,8 +158,8 @@ class Text:
             objective: Training objective; causal language modeling by default.
 
         Raises:
-            RequestError: If the split is empty, if prepared text has another tokenizer, if there are too few tokens for
-                a row, or if there are too few epochs for `needed` rows.
+            RequestError: If the split is empty. If prepared text has another tokenizer. If there are too few tokens for
+                a row. If there are too few epochs for `needed` rows.
         """
         found = self.documents(split, tokenizer, cache)
 

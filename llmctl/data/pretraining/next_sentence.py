@@ -40,12 +40,12 @@ class PairRows:
     Four rows combine two passages of different documents: each A with its own B, then each A with the other B. In the
     two rows with the same A, the masked tokens of A are the same. This also holds for B. Every passage therefore has
     both labels equally often within four rows. A alone, or B alone, thus does not predict the label. If pairs were
-    independent, a small network would fit random correlations between A or B and the label for thousands of steps,
-    before it compares A with B.
+    independent, the label would correlate by chance with A or B alone. A small network would fit these correlations for
+    thousands of steps, before it compares A with B.
 
     Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. In each group,
-    exactly half of the rows with a label have next_label 0. If a passage has no partner, it has two rows `bos A eos B
-    eos` with next_label -1 (no label). If such a passage has no sentence boundary, these rows are `bos A eos`.
+    exactly half of the rows with a label have next_label 0. A passage without a partner has two rows `bos A eos B eos`
+    with next_label -1 (no label). If such a passage has no sentence boundary, these rows are `bos A eos`.
 
     A document of n tokens has about n / T passages per epoch. Each passage has two rows. The offset of a passage in its
     document is sampled again in every epoch. Rows exist for all row numbers, because epochs follow one another without

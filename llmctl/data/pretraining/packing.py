@@ -86,7 +86,7 @@ class PackedRows:
     Packing methods:
     - segments: the shuffled documents of an epoch are concatenated, and the result is split every T tokens. Each
       document in a row has its own segment id, and attention stays within it. If the end of a row splits a document,
-      the next row continues it as a new segment. The last, incomplete row is dropped.
+      the document continues in the next row as a new segment. The last, incomplete row is dropped.
     - concat: rows are split as for `segments`, but a whole row has one segment id. Attention and loss therefore extend
       across documents.
     - fit: documents are split into pieces of at most T tokens. From the longest to the shortest, each piece is placed

@@ -97,7 +97,7 @@ def read(path: str) -> tuple[epath.Path, Prepared]:
     """Read the description of prepared data at `path`, and return its folder and the description.
 
     Raises:
-        RequestError: If there is no prepared data, if it is damaged, or if its format is later than `FORMAT`.
+        RequestError: If there is no prepared data. If the data is damaged. If the data's format is later than `FORMAT`.
     """
     where = folder(path)
     if not (where / DESCRIPTION).exists():

@@ -80,8 +80,8 @@ def load(path: epath.PathLike, add_bos: bool | None = None) -> Tokenizer:
         add_bos: Whether texts begin with `bos`; None uses the value in the folder's JSON files or in the model file.
 
     Raises:
-        RequestError: If there is no tokenizer, if its kind is unknown, if a file is damaged or outside the folder, or
-            if `add_bos` is true but there is no beginning-of-sequence token.
+        RequestError: If there is no tokenizer. If the tokenizer's kind is unknown. If a file is damaged or outside the
+            folder. If `add_bos` is true but there is no beginning-of-sequence token.
     """
     path = epath.Path(path)
     described: dict = {}

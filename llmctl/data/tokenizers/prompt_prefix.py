@@ -1,4 +1,4 @@
-"""Copy a tokenizer, and change the ids that it puts before every text (the virtual tokens of prompt tuning)."""
+"""Copy a tokenizer, and change the ids in front of every text (the virtual tokens of prompt tuning)."""
 
 from __future__ import annotations
 

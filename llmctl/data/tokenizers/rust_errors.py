@@ -19,7 +19,7 @@ T = TypeVar("T")
 def reason(error: BaseException) -> str:
     """Return the first line of the message of a library error, at most 200 characters.
 
-    If the error does not come from the library, raise it again.
+    If the error does not come from the library, raise the error again.
     """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error

@@ -130,7 +130,8 @@ class SentencePieces(Tokenizer):
 def _spans(text: str, found: Any) -> tuple[list[int], list[tuple[int, int]]]:
     """Convert the library's result for a text to (token ids, range [first, last) of each token's characters).
 
-    The library counts UTF-8 bytes. If a character takes several tokens, the library assigns it to the last one.
+    The library counts UTF-8 bytes. If a character takes several tokens, the library assigns the character to the last
+    token.
     """
     # number of characters before each byte offset
     char_at = np.cumsum([0, *((byte & 0xC0) != 0x80 for byte in text.encode())])

@@ -116,8 +116,8 @@ class Vocabulary:
         """Return, for each pair of consecutive tokens, whether a sentence begins with the second token.
 
         After a full stop, exclamation mark or question mark, a sentence begins with white space. After an exclamation
-        mark or question mark, it may also begin with a Chinese or Japanese character. In Thai, a space separates
-        sentences.
+        mark or question mark, a sentence may also begin with a Chinese or Japanese character. In Thai, a space
+        separates sentences.
 
         Args:
             last: Ids of the first tokens of the pairs, of any shape.

@@ -236,8 +236,8 @@ def _vocabulary(config: Config, objective: Objective) -> int:
 def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
     """Return the tokenizer's config with enough sentinel tokens for span corruption.
 
-    The config is returned unchanged if the objective is not `spans`, if the tokenizer is loaded from a
-    path, or if its number of sentinels is set.
+    The config is returned unchanged in three cases: the objective is not `spans`, the tokenizer is loaded from a path,
+    or the number of sentinels is set.
     """
     from llmctl.data.pretraining import span_corruption
 

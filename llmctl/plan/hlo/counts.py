@@ -30,7 +30,7 @@ class Collective:
     kind: str
     """Kind of the collectives: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute."""
     bytes: float
-    """Bytes that a device sends, which equal the bytes that it receives."""
+    """Bytes that a device sends. Each device receives the same number of bytes."""
     axis: str
     """Mesh axis of the collective.
 

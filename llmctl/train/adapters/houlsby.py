@@ -39,8 +39,8 @@ class Houlsby(Method):
         pruned weights and never change them.
 
         Raises:
-          RequestError: If the model's adapters are quantized, if a setting freezes layers of a pruned model that has no
-            adapters yet, or if Method.check fails.
+          RequestError: If the model's adapters are quantized. If a setting freezes layers of a pruned model without
+            adapters. If Method.check fails.
         """
         from llmctl.model import weights
 

@@ -42,9 +42,9 @@ class Prefix(Method):
         """Check the config as Method.check does, and that the settings and the model allow a prefix.
 
         Raises:
-          RequestError: If Method.check fails, layers are frozen, the prefix leaves too few positions for texts, or the
-            model is a decoder with relative positions. With `prefix.projection`, the error is also raised if the model
-            already has a prefix, or if `prefix.deviation` is set.
+          RequestError: If Method.check fails. If layers are frozen. If the prefix leaves too few positions for texts.
+            If the model is a decoder with relative positions. If `prefix.projection` is set, and the model already has
+            a prefix or `prefix.deviation` is set too.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
@@ -75,7 +75,7 @@ class Prefix(Method):
             )
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the model with the prefix. If the model already has a prefix, it is trained further.
+        """Return the config of the model with the prefix. An existing prefix is trained further.
 
         The prefix takes the first positions, so fewer positions remain for texts. With relative positions, texts keep
         all positions.

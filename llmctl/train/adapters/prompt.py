@@ -47,7 +47,7 @@ class Prompt(Method):
             )
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the model with the prompt. If the model already has a prompt, it is trained further.
+        """Return the config of the model with the prompt. An existing prompt is trained further.
 
         Raises:
           RequestError: If an existing prompt has another length.

@@ -1,7 +1,7 @@
 """Compute the gradients of the weights and of a perturbation in one backward pass.
 
 An adversarial method needs the gradient of the loss with respect to the perturbation before it can compute the next
-loss. JAX would run every pass again if it differentiated a loss function that computes such gradients itself. This
+loss. If JAX differentiated a loss function that computes such gradients, every pass would run twice. This
 module therefore defines a custom derivative (`jax.custom_vjp`). The forward rule runs the passes, and stores the
 gradients of the weights. The backward rule returns these gradients.
 """
