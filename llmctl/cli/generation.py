@@ -40,7 +40,7 @@ class NamedModels:
     """Store the models that generate answers, the decoders of the models, and the selected model."""
 
     def __init__(self, found: Sequence[NamedModel], decoders: Decoders | None, filler: Filler | None) -> None:
-        """Store the models, and select one.
+        """Store the models, and select one model.
 
         A single model is selected. If there are several models, the first model is the base, and all others are
         adapters of the base. The first adapter is then selected.

@@ -164,7 +164,7 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
 
     If both arguments have a table for the same field of `cls`, and the field's type is a settings class, the two tables
     are merged key by key. Any other value in `above` replaces the value in `below`. If two fields may not be set
-    together (`Config.exclusive`), setting one in `above` removes the other from `below`.
+    together (`Config.exclusive`), the field that `above` sets removes the other field from `below`.
     """
     void = excluded(above, cls)
     out = copy.deepcopy({key: value for key, value in below.items() if key not in void})

@@ -34,7 +34,7 @@ def within(folder: P, name: str) -> P:
 
     Args:
         folder: A local or remote folder.
-        name: Relative path, often one that was read from a file of the folder.
+        name: Relative path, often read from a file of the folder.
 
     Raises:
         RequestError: If the name or a link leads outside the folder, or if the path is no regular file or folder.

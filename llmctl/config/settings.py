@@ -105,7 +105,7 @@ class TrainConfig(Config):
     dtype: Dtype = "float32"
     """Dtype of the computation; master weights and optimizer state stay float32."""
     matmuls: dict[str, Literal["int8", "fp8"]] = {}
-    """8-bit type of the forward and backward products of matrices, for each name pattern, such as {"mlp/*" =
+    """8-bit dtype of the forward and backward matrix products, by pattern of matrix names, such as {"mlp/*" =
     "int8"}."""
     attention: Literal["auto", "xla"] = "auto"
     """Attention implementation. auto: the platform's fused kernel (TPU, GPU), or XLA if the platform has no

@@ -41,7 +41,7 @@ SENTENCE_PAIRS = (
 
 
 def sentence_pair(known: Collection[str]) -> dict[str, str]:
-    """Return which columns of a data set of sentence pairs are the first text (`text`) and the second text (`pair`).
+    """Return the columns with the first text (`text`) and the second text (`pair`) in a data set of sentence pairs.
 
     The result is empty if the data set has no such columns, or has a column `text`.
 
@@ -242,7 +242,7 @@ class DataConfig(SourceConfig):
 
 
 class TokenizerConfig(Config):
-    """Configure the tokenizer: train one on the corpus, or load one."""
+    """Configure the tokenizer, which is trained on the corpus or loaded."""
 
     heading: ClassVar[str] = "Tokenizer"
     common: ClassVar[tuple[str, ...] | None] = ("kind", "path", "vocab_size")

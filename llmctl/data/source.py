@@ -171,7 +171,7 @@ def _distinct(file: object, columns: Sequence[str]) -> tuple[str, ...]:
     """Check that column names are distinct, and return them as a tuple.
 
     Raises:
-        RequestError: If two columns have the same name, because a row would contain only the last one.
+        RequestError: If two columns have the same name, because a row would contain only the last column.
     """
     if twice := [c for k, c in enumerate(columns) if c in columns[:k]]:
         raise RequestError(f"{file}: two columns are called {twice[0]!r}; rename one (columns: {', '.join(columns)})")

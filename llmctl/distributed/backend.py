@@ -26,7 +26,7 @@ for the type of the TPU, and logs errors."""
 def silence_libtpu(dev: Path = Path("/dev")) -> None:
     """Prevent error logs of libtpu on a machine without a TPU. Call this before JAX loads libtpu.
 
-    libtpu still searches for TPUs itself. It therefore also finds a TPU that this function overlooks.
+    libtpu still searches for TPUs itself. libtpu therefore also finds a TPU that this function overlooks.
 
     Args:
         dev: Folder of the device files.

@@ -116,7 +116,8 @@ def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = Fals
             another process created it.
 
     Raises:
-        RequestError: If another process has the lock, the file or its folder is a link, or the file cannot be created.
+        RequestError: If another process has the lock. If the file or its folder is a link. If the file cannot be
+          created.
     """
     if not processes.first():
         yield

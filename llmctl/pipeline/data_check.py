@@ -76,9 +76,9 @@ def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
     """Return the tasks that determine the columns of a stage's data.
 
-    The stage's config may set tasks. If the config sets no task, it may name artifacts, such as the teacher in
-    `distill`. The tasks of these artifacts are then returned. If the config names no artifact either, the parent's task
-    is returned.
+    The stage's config may set tasks. If the config sets no task, the config may name artifacts, such as the
+    teacher in `distill`. The tasks of these artifacts are then returned. If the config names no artifact either, the
+    parent's task is returned.
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]

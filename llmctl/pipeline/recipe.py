@@ -110,7 +110,7 @@ def single(
     Args:
       kind: kind of the stage.
       flags: nested settings from the command line, including `from`.
-      out: folder of the stage's artifact. The folder that contains it is the folder of the run.
+      out: folder of the stage's artifact. The folder that contains `out` is the folder of the run.
       recipe: a TOML recipe whose shared settings and stage of this kind are used. If several stages have this kind,
           `flags` selects one by its name.
       sets: assignments inside the stage, such as `train.steps=10`.

@@ -63,7 +63,7 @@ def run(
       The names of the stages that ran.
 
     Raises:
-      RequestError: If a name in `only` is unknown, an input is missing, or another process uses the same folder.
+      RequestError: If a name in `only` is unknown. If an input is missing. If another process uses the same folder.
       WorkError, Interrupted: If a stage raises this error.
     """
     names = [s.name for s in recipe.steps]
@@ -241,7 +241,7 @@ def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: 
     """Check that the inputs of the stages to run are up to date, if the user chose these stages (`only`).
 
     Raises:
-      RequestError: If an input is not up to date, and its stage is not among the stages to run.
+      RequestError: If an input is not up to date, and the stage that writes the input is not chosen.
     """
     by_name = {t.step.name: t for t in statuses}
     selected = {t.step.name for t in chosen}

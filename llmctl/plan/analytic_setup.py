@@ -50,7 +50,7 @@ class Setup:
     predicted: float = 1.0
     """Fraction of the tokens for which the output projection is computed."""
     written: int = 0
-    """Number of decoder tokens per sequence in an encoder-decoder; 0 if it equals `seq_len`."""
+    """Number of decoder tokens per sequence in an encoder-decoder; 0 if this number equals `seq_len`."""
     hessians: bool = False
     """Whether calibration keeps, for one layer at a time, the second moments [I, I] of the inputs of every matrix."""
 

@@ -201,7 +201,7 @@ def _memory(program: Program, topology: Topology, result: compiling.Compiled | f
     """Return the bytes of memory on one device, by class (parameters, optimizer, …).
 
     The bytes of arguments and of other arrays in memory are computed from shapes and shardings. The compiler or the
-    analytic model reports the rest. For TPUs, there are two upper bounds of the total, and the smaller one is used:
+    analytic model reports the rest. For TPUs, there are two upper bounds of the total, and the smaller bound is used:
 
     - The compiler's peak counts all kinds of memory, also on-chip memory.
     - The sum of arguments, results and temporaries counts only HBM. The sum assumes that all these arrays exist at the

@@ -30,7 +30,7 @@ from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.job import Job, Params
 
 CHANGING = ("method", "clip", "smooth", "rotate", "symmetric", "activations", "average_bits", "max_perplexity_increase")
-"""Settings of the stage quantize that no quantization-aware training simulates, unless they have their defaults."""
+"""Settings of the stage quantize whose effect is not simulated in training if they differ from their defaults."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

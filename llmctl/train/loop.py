@@ -130,9 +130,9 @@ def fit(
 
 
 def _evaluated(state: State) -> Params:
-    """Return the arrays to validate and to save, by name: the moving averages if `optim.ema` is set.
+    """Return the arrays to validate and to save, by name.
 
-    Otherwise they are the trained arrays themselves.
+    If `optim.ema` is set, these are the moving averages. Otherwise, these are the trained arrays.
     """
     return state.get("ema", state["params"])
 

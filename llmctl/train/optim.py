@@ -89,7 +89,7 @@ def build(
       steps: number of training steps.
       names: names of the arrays that are trained.
       starts: number of updates after which the training of an array starts, by name. None starts all arrays at the
-          first step. Before its start, the caller sets an array's gradients and updates to zero.
+          first step. Until the training of an array starts, the caller sets the array's gradients and updates to zero.
     """
     rate = schedule(config, steps)
     mask = {name: decays(name) for name in names}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FINISHED = "seeds.json"
 """Name of the file with the metrics of the finished seeds, by seed. The file is in the run's temporary folder."""
 PREFIX = "validation_"
-"""Beginning of the names of metrics that were computed on validation data."""
+"""Prefix of the names of metrics that were computed on validation data."""
 
 Figures = dict[str, dict[str, Any]]
 """Metrics of each finished seed: seed -> name of the metric -> value. The seed is a str, because JSON has no other

@@ -192,7 +192,7 @@ def check(asked: SparsifyConfig, params: Params, base: Artifact | None) -> None:
       base: artifact that is trained; None for a new model.
 
     Raises:
-      RequestError: If the pattern does not fit a matrix, a matrix is quantized, or the artifact already has this
+      RequestError: If the pattern does not fit a matrix. If a matrix is quantized. If the artifact already has this
         sparsity.
     """
     if not asked.active:

@@ -1,4 +1,4 @@
-"""Build the training step: a compiled function from a training state to the next one.
+"""Build the training step: a compiled function from a training state to the next training state.
 
 `training_state` describes the state. All randomness is derived from (seed, step).
 

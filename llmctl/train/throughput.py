@@ -54,8 +54,8 @@ class Timer:
         Args:
           waited: seconds spent waiting for input since training began.
           flops: floating-point operations per token.
-          peak: peak performance of all devices together, in operations per second. If it is given, the result contains
-            "mfu": the fraction of the peak that the model's own operations reach (Chowdhery et al., 2022,
+          peak: peak performance of all devices together, in operations per second. If `peak` is given, the result
+            contains "mfu": the fraction of the peak that the model's own operations reach (Chowdhery et al., 2022,
             arXiv:2204.02311, appendix B). Operations on padding and recomputation do not count.
         """
         wait, self.waited = waited - self.waited, waited

@@ -215,7 +215,7 @@ def scan(
 
 
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the compiled functions of `scan`: one for the final hidden states, and a dictionary for the errors.
+    """Return the compiled functions of `scan`: a function for the final hidden states, and a dictionary for the errors.
 
     The dictionary has one function for a changed layer of the encoder, and one for a changed layer of the decoder.
     """

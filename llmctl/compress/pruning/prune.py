@@ -62,7 +62,7 @@ def prune(
       w: the matrix.
       statistics: sums of squares of the matrix's inputs (`Moments`), if the score needs them.
       gradients: sums of the loss's gradient, if the score needs them.
-      key: random key of this matrix; a fixed one by default.
+      key: random key of this matrix; a fixed key by default.
       count: number of weights or blocks to prune; by default the number that the pattern gives (see `mask`).
       method: name of the score in `SCORES`.
       pattern: sparsity pattern.

@@ -148,8 +148,8 @@ def _sparsegpt_cost(w: Tree) -> Cost:
     """Return the cost of SparseGPT for one matrix.
 
     Only the products that propagate each block's errors to later inputs are counted as FLOPs. The triangular solve and
-    the Cholesky decomposition are not counted. Memory holds four arrays of the Hessian's size and six of the matrix's
-    size.
+    the Cholesky decomposition are not counted. Memory holds four arrays of the Hessian's size and six arrays of the
+    matrix's size.
     """
     inputs, outputs = w.shape
     blocks = -(-inputs // error_feedback.BLOCK)
@@ -161,8 +161,8 @@ def _sparsegpt_cost(w: Tree) -> Cost:
 def _repair_cost(w: Tree) -> Cost:
     """Return the cost of `repair` for one matrix.
 
-    Only the FLOPs of products with the Gram matrix are counted. There is one product per step, and one for the first
-    residual. The final errors and their rounding errors need four products.
+    Only the FLOPs of products with the Gram matrix are counted. Each step needs one product, and the first
+    residual needs one more. The final errors and their rounding errors need four products.
     """
     inputs, outputs = w.shape
     entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 5

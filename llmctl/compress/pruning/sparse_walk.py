@@ -34,8 +34,8 @@ def prune_weights(
 ) -> tuple[Params, list[dict[str, Any]]]:
     """Return the pruned parameters, and data about each layer (`llmctl.compress.pruning.prune_report.records`).
 
-    If the method needs calibration data, it prunes layer by layer. Finished layers are saved, so that an interrupted
-    run can resume. The measurements that determine the sparsity of each layer are saved too.
+    If the method needs calibration data, the layers are pruned one by one. Finished layers are saved, so that an
+    interrupted run can resume. The measurements that determine the sparsity of each layer are saved too.
 
     Args:
       config: calibration settings.

@@ -4,11 +4,11 @@ The search has three steps:
 
 - Round one matrix at a time to each candidate format, and measure the loss. A matrix has the weights of all layers.
 - Compute the Pareto front of average bits and predicted increase of the loss (`format_allocation`).
-- Choose the mixture of the front with the lowest increase within a budget of bits. For a limit of the perplexity,
-  search the front for the smallest mixture within the limit. This search measures mixtures, with all matrices rounded.
+- If there is a budget of bits, choose the mixture of the front with the lowest increase within the budget. If there is
+  a limit of the perplexity, measure mixtures of the front, and choose the smallest mixture within the limit.
 
-Matrices are rounded to nearest, whichever method quantizes the model later. A method with data would need one
-calibration walk per measurement. Every loss is saved, so that an interrupted run measures only what is missing.
+The search always rounds matrices to nearest. A method with data, such as GPTQ, would need one calibration walk per
+measurement. Every loss is saved, so that an interrupted run measures only what is missing.
 """
 
 from __future__ import annotations

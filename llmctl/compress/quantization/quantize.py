@@ -3,8 +3,8 @@
 The schemes are in `llmctl.compress.quantization.schemes`. `llmctl.compress.quantization.quantize_walk` quantizes with
 calibration data.
 
-A matrix [..., I, O] has one scale per output, or one for every `group` inputs of an output. An embedding table [V, D]
-has one scale per row, or one for every `group` columns of a row. Leading axes (layers) always have their own scales.
+A matrix [..., I, O] has one scale per output, or one scale per `group` inputs of an output. An embedding table [V, D]
+has one scale per row, or one scale per `group` columns of a row. Leading axes (layers) always have their own scales.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """List the sizes that a budget search considers: numbers of layers, heads, neurons and hidden channels.
 
-A group of heads is a key/value head with its query heads. The search removes complete groups, or the same number of
-query heads from every group, or both.
+A group of heads is a key/value head with its query heads. The search may remove complete groups. It may also remove the
+same number of query heads from every group.
 
 For each combination of layers, heads and channels, the number of neurons is the largest that the budget allows. The
 module does not import JAX.

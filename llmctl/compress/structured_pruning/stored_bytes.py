@@ -32,9 +32,9 @@ class Axis(NamedTuple):
     field: str = ""
     """Field of the config on which the length depends; empty for a fixed length."""
     count: int = 0
-    """Value of the field before pruning."""
+    """Value of the config's field `field` before pruning."""
     growth: int = 0
-    """Growth of the weight's axis if the field grows by 1."""
+    """Growth of the weight's axis if the config's field `field` grows by 1."""
 
     def at(self, model: ModelConfig) -> int:
         """Return the length of the array's axis in a model with another config."""

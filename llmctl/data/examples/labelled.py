@@ -61,8 +61,8 @@ class ClassificationRows(ExampleRows):
     (`head_tail`) is removed. The special tokens are never removed.
 
     If the data has a column "pair", the row continues with the text of this column and another `eos`. The batch then
-    also has types [B, T], which are 1 for this second part. If both texts together are too long, the longer one is
-    truncated first, then both equally.
+    also has types [B, T], which are 1 for this second part. If both texts together are too long, the longer text is
+    truncated first. Then both texts are truncated equally.
     """
 
     def __init__(

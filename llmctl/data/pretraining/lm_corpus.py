@@ -36,8 +36,8 @@ class Text:
             conversations: Whether the rows are conversations.
 
         Raises:
-            RequestError: If prepared and raw sources are mixed, or if prepared data is missing, has different
-                tokenizers, or was prepared with other settings.
+            RequestError: If prepared and raw sources are mixed. If prepared data is missing. If prepared sources have
+                different tokenizers. If the data was prepared with other settings.
         """
         self._cfg, self._labels, self._conversations = cfg, labels, conversations
         kinds = {part.source == "prepared" for part in cfg.parts()}
@@ -205,7 +205,7 @@ class Joined:
 
     @property
     def tokens(self) -> Joined:
-        """Return this object, because indexing it with token positions gives token ids."""
+        """Return this object, which returns token ids when it is indexed with token positions."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ OBJECTIVES: dict[str, tuple[ObjectiveName, ...]] = {
     "encoder": ("masked", "next_sentence"),
     "encoder_decoder": ("spans", "prefix", "completions"),
 }
-"""Objectives of each architecture. The first one is the default, except for encoders with a next-sentence head, whose
-default is next_sentence. The objective "completions" trains on pairs of a prompt and a completion."""
+"""Objectives of each architecture. The first objective is the default. For encoders with a next-sentence head, however,
+next_sentence is the default. The objective "completions" trains on pairs of a prompt and a completion."""
 
 
 @dataclass(frozen=True)

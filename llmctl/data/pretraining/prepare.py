@@ -1,8 +1,8 @@
 """Tokenize a corpus once, in parallel processes, and save it as shards (files of documents) that training can read.
 
 The index of a document in its source determines its shard, and each shard is written by one process. The result is
-therefore the same for any number of processes. If a preparation is interrupted, the next one writes only the missing
-shards.
+therefore the same for any number of processes. If a preparation is interrupted, the next preparation writes only the
+missing shards.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Shards:
 
     @property
     def tokens(self) -> Shards:
-        """Return this object, because indexing it with token positions gives token ids."""
+        """Return this object, which returns token ids when it is indexed with token positions."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:

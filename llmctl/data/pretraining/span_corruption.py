@@ -23,8 +23,8 @@ from llmctl.data.tokenizers.vocabulary import Vocabulary
 def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
     """Compute row sizes for span corruption, so that the encoder reads about `encoder` tokens per row.
 
-    Of n tokens, k = rate * n are dropped. They form s = k / span spans of consecutive tokens, and each span is replaced
-    by one sentinel token. The encoder therefore reads n - k + s tokens.
+    Of n tokens, k = rate * n are dropped. The k tokens form s = k / span spans of consecutive tokens. One sentinel
+    token replaces each span. The encoder therefore reads n - k + s tokens.
 
     Args:
         encoder: Encoder length in tokens.

@@ -14,5 +14,5 @@ from llmctl.config.registry import Registry
 SOURCES: Registry[Any] = Registry(
     "source", {found.name: f"{__name__}.{found.name}:SOURCE" for found in pkgutil.iter_modules(__path__)}
 )
-"""Readers by the value of the setting `data.source`. Their type is Any, because an import of `Reader` here would be
-circular."""
+"""Readers by the value of the setting `data.source`. The type of the readers is Any, because an import of `Reader` here
+would be circular."""

@@ -130,8 +130,8 @@ class Tokenizer(ABC):
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return, for every text, its token ids and the range of characters that each token covers.
 
-        Ranges do not include surrounding white space. A token of white space only therefore has an empty range. If one
-        character takes several tokens, all of them have the same range.
+        Ranges do not include surrounding white space. A token that is only white space therefore has an empty range. If
+        one character takes several tokens, all of them have the same range.
 
         Returns:
             For each text, token ids int32 [N] as `encode` returns them, and ranges [first, last) int32 [N, 2].

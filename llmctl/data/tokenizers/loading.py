@@ -63,7 +63,7 @@ def train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
 
 
 def load_or_train(texts: Iterable[str], cfg: TokenizerConfig) -> Tokenizer:
-    """Load the tokenizer at `cfg.path`, or train one on `texts` if no path is set.
+    """Load the tokenizer at `cfg.path`, or train a tokenizer on `texts` if no path is set.
 
     Raises:
         RequestError: If there is no valid tokenizer at the path, or if the corpus is too small for the vocabulary.

@@ -22,8 +22,8 @@ from llmctl.data.tokenizers.base import MASK, SENTINEL, Tokenizer
 SPACE = "▁"
 """Character by which SentencePiece represents a space in tokens."""
 MASK_PLACEHOLDER = "\ue000"
-"""Character that replaces `<mask>` while a text is encoded. It is a private-use character that no vocabulary contains,
-so that its bytes can be found among the tokens."""
+"""Character that replaces `<mask>` while a text is encoded. No vocabulary contains this private-use character.
+The bytes of the character can therefore be found among the tokens."""
 THREADS = 4
 """Number of training threads. It is fixed, so that sums over threads, and therefore the model, are the same on every
 machine."""

@@ -183,7 +183,7 @@ class JsonTokenizer(Tokenizer):
 def _check_growth(part: Any) -> None:
     """Check that the replacements of a normalizer or decoder cannot exhaust memory.
 
-    Each replacement is applied to the result of the previous one, so the length of a text can grow exponentially.
+    Each replacement is applied to the result of the previous replacement, so texts can grow exponentially.
 
     Raises:
         ValueError: If the replacements can make a text more than `MAX_GROWTH` times as long.

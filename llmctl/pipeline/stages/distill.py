@@ -56,7 +56,7 @@ class Config(StageConfig):
     data: DataConfig = DataConfig()
     """Training examples, with the columns that the stage finetune needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
-    """Temperature of the teacher's and the student's softmax. Above 1 both distributions are softer."""
+    """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer."""
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew"] = "forward"

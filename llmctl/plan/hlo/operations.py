@@ -120,7 +120,7 @@ def attention(computation: Computation, i: Instruction) -> float:
 
     Queries are [B, H, T, K] and keys [B, G, S, K]; B is absent if it is 1. For a causal mask or a
     sliding window, the first argument [., rows, columns] lists the blocks that the kernel computes. Each row of blocks
-    is assumed to have at most `columns` blocks, the last one on the diagonal.
+    is assumed to have at most `columns` blocks, of which the last is on the diagonal.
     """
     products = next((n for part, n in PRODUCTS.items() if f"_{part}_" in i.name), 0)
     if "splash" not in i.name or not products:

@@ -101,7 +101,7 @@ def _of_mesh(text: str) -> list[int]:
 def axis_of(group: list[int], mesh: Mapping[str, int]) -> str:
     """Return the names of the mesh axes along which the devices of a group differ, joined by commas.
 
-    Return "?" if they differ along no axis, or if a device is not in the mesh.
+    Return "?" if the devices differ along no axis, or if a device is not in the mesh.
     """
     shape = tuple(mesh.values())
     if max(group, default=0) >= math.prod(shape):

@@ -37,8 +37,8 @@ class AdaLora(Method):
         """Check the config as Method.check does, and reject settings that AdaLoRA does not support.
 
         Raises:
-          RequestError: If a LoRA setting is used that AdaLoRA does not support (such as `lora.rank_pattern`), a setting
-            freezes layers, or Method.check fails.
+          RequestError: If AdaLoRA does not support a LoRA setting (such as `lora.rank_pattern`). If a setting freezes
+            layers. If Method.check fails.
         """
         of_lora = {"rslora", "plus_ratio", "rank_pattern", "alpha_pattern", "modules_to_save"}
         given = config.lora.model_fields_set & of_lora

@@ -46,7 +46,7 @@ def attach(
       make: function from (weight, a, b, scale) to the adapter; None creates a `LowRank`.
 
     Raises:
-      RequestError: If a target or a pattern names no matrix, a matrix already has a pair, or a rank does not fit
+      RequestError: If a target or a pattern names no matrix. If a matrix already has a pair. If a rank does not fit
         (`check_rank`).
     """
     import jax

@@ -32,7 +32,7 @@ class Prompt(Method):
         """Check the config as Method.check does, and that the prompt leaves room for texts.
 
         Raises:
-          RequestError: If a setting selects layers, the prompt leaves no room for texts, or Method.check fails.
+          RequestError: If a setting selects layers. If the prompt leaves no room for texts. If Method.check fails.
         """
         super().check(config, base)
         given = [f"trained.{name}" for name in ("last_layers", "layer_decay", "unfreeze_every") if name in

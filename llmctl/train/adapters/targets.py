@@ -44,7 +44,8 @@ def wrap(
       table: whether the adapter can be used for the token embeddings, whose rows are looked up.
 
     Raises:
-      RequestError: If a target names no matrix, the adapter does not support the matrix, or the matrix has an adapter.
+      RequestError: If a target names no matrix. If the adapter does not support the matrix. If the matrix has an
+        adapter.
     """
     import jax
 
