@@ -45,7 +45,7 @@ def is_chat(value: Any) -> bool:
 def read(value: Any, clean: Callable[[str], str] = str, *, answered: bool = True) -> list[Message]:
     """Convert a conversation to messages in OpenAI's format, as chat templates read them.
 
-    Keys without a value are dropped. If a message has several text parts, they are joined. The arguments of tool calls,
+    Keys without a value are dropped. The text parts of a message are joined. The arguments of tool calls,
     which data sets often store as text, become JSON data. A message with "weight" 0 does not count in the loss. The
     default weight 1 is dropped.
 

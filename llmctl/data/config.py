@@ -118,7 +118,7 @@ class SourceConfig(Config):
         return self.path or self.name or self.source
 
     def inputs(self) -> list[str]:
-        """Return the paths of the input files. If their content changes, stages that read them run again.
+        """Return the paths of the input files. If the content of a file changes, stages that read the file run again.
 
         Raises:
             RequestError: If a path matches no file.
@@ -267,7 +267,8 @@ class TokenizerConfig(Config):
     tokenizer, the value in the tokenizer's file."""
 
     def inputs(self) -> list[str]:
-        """Return the paths of the tokenizer's files. If their content changes, stages that read them run again.
+        """Return the paths of the tokenizer's files. If the content of a file changes, stages that read the file run
+        again.
 
         Raises:
             RequestError: If the path matches no file.

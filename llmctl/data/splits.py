@@ -1,7 +1,7 @@
 """Read the rows that a data config describes, remove duplicates, and split them into train, validation and test.
 
 The split of a row depends only on its text, not on its position, the filters or other rows. A text in the test split of
-one stage is therefore not in the training data of another stage, even if their filters differ.
+one stage is therefore not in the training data of another stage, even if the stages have different filters.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ REJECTED_METHODS = frozenset(["translate", "to_bytes", "fromkeys"])
 """Names of methods that templates may not call: an argument determines the length of the result, and no known template
 needs them."""
 REJECTED_FILTERS = frozenset(["striptags", "urlize", "xmlattr"])
-"""Names of filters that templates may not use. These filters are for web pages, and their time grows faster than the
-length of the text."""
+"""Names of filters that templates may not use. These filters are for web pages, and take time that grows faster
+than the length of the text."""
 LENGTHENING = frozenset(["center", "indent", "batch", "slice", "tojson", "round", "wordwrap", "truncate"])
 """Names of filters for which an argument determines the length of the result."""
 SHALLOW = frozenset([

@@ -1,4 +1,4 @@
-"""Determine whether a stage's artifact is up to date: its settings and inputs are the same, and its files unchanged.
+"""Determine whether a stage's artifact is up to date: same settings, same inputs, and unchanged files.
 
 An artifact stores its key: a hash of the settings and inputs of the stage that wrote the artifact."""
 

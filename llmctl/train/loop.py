@@ -264,7 +264,7 @@ class _Loop:
         self.report.log(done, values | ({"skipped": skips} if skips else {}))
 
     def validate(self, done: int, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """Validate the parameters, save them if they are the best so far, and return the updated checkpoint metadata.
+        """Validate the parameters, save the best parameters so far, and return the updated checkpoint metadata.
 
         Raises:
           RequestError: If the validation does not compute the metric that selects the best parameters.

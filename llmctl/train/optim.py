@@ -76,7 +76,7 @@ def build(
     """Build the configured optimizer with its learning rate schedule.
 
     Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. The optimizer
-    does not clip gradients. The caller clips them, because it also logs their norm. The optimizers are:
+    does not clip gradients. The caller clips gradients, because it also logs the norm. The optimizers are:
 
     - adamw, and sgd with momentum.
     - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.

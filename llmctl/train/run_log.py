@@ -71,7 +71,7 @@ class Reporter:
       tensorboard: whether to write events to `<work_dir>/tensorboard` too.
       start: step from which the run resumes; 0 starts a new log.
       lasting: folder for files that remain after `work_dir` is removed: TensorBoard events in `tensorboard/<title>`,
-          W&B's files in `wandb`. By default they are in `work_dir`, the events in `tensorboard`.
+          W&B's files in `wandb`. By default, these files are in `work_dir`, and the events are in `tensorboard`.
       wandb: W&B project to log to (extra `wandb`); empty disables W&B. A resumed run continues the same W&B run.
       writes: whether this process writes and prints; by default only process 0 does.
       every: seconds between plain lines.

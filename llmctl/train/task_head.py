@@ -1,4 +1,4 @@
-"""Prepare a model to be finetuned for a task: keep its head if it fits the task, otherwise create a new head."""
+"""Prepare a model to be finetuned for a task: keep the head if the head fits the task, otherwise create a new head."""
 
 from __future__ import annotations
 

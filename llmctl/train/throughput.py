@@ -76,7 +76,7 @@ def peak(devices: list[Device], cache: Path) -> float | None:
 
     For accelerators, this is the bfloat16 figure in `llmctl`'s table of hardware. For CPUs, the speed of a float32
     matrix product is measured once and stored in the file `cache`. The number of CPU devices does not matter, because
-    they share the cores of the machine.
+    the devices share the cores of the machine.
     """
     if devices[0].platform != "cpu":
         one = hardware.of_kind(devices[0].device_kind)

@@ -170,7 +170,7 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
     standard input.
 
     Raises:
-      RequestError: If the file cannot be read, or it has no prompt.
+      RequestError: If the file cannot be read, or has no prompt.
     """
     if file is None:
         return prompts or None
@@ -194,7 +194,7 @@ def _prompt_of_line(file: Path, number: int, line: str) -> str:
     """Return the prompt in a line of JSON. The line is a string, or an object with the key "prompt".
 
     Raises:
-      RequestError: If the line is not JSON, or it has no prompt.
+      RequestError: If the line is not JSON, or has no prompt.
     """
     try:
         value = parse_json(line)

@@ -33,7 +33,8 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
       config: settings that select the examples and their length.
       base: artifact of the saved model. Its training length and truncation are the defaults.
       mesh: the devices.
-      labels: whether batches contain labels or targets, as in training. Otherwise they contain only the model's inputs.
+      labels: whether batches contain labels or targets, as in training. Otherwise, batches contain only the model's
+        inputs.
 
     Raises:
       RequestError: If the sequence length is unknown or too long. If the split has too few texts. If `labels` is true

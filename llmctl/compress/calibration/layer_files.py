@@ -1,7 +1,7 @@
 """Save each compressed layer to disk while a model is compressed layer by layer, so that an interrupted run can resume.
 
 Each layer is one file with the changed layer and its report. The file is written under another name and then renamed.
-The file does not contain the batches' residual streams, because they can be recomputed from the changed layers. A
+The file does not contain the batches' residual streams, which can be recomputed from the changed layers. A
 residual stream has examples x tokens x width elements, and would be written again for every layer. For a model of 7B
 and 128 sequences of 2,048 tokens in float32, this would be 4.3 GB per layer. The layer itself has 0.4 to 0.8 GB.
 """

@@ -1,6 +1,6 @@
 """Convert between matrices with one entry per weight and matrices with one entry per block of a block pattern.
 
-In an unstructured pattern, each weight is a block. The functions then return their argument unchanged.
+In an unstructured pattern, each weight is a block. Each function then returns its argument unchanged.
 
 Shapes: I inputs and O outputs of a matrix, A inputs and B outputs per block, M = I / A and N = O / B blocks.
 """

@@ -14,4 +14,4 @@ class Format:
     group: int
     """Number of inputs per scale; 0 for one scale per output."""
     symmetric: bool = True
-    """Whether the values are symmetric around 0. Otherwise, they are integers with zero points."""
+    """Whether the values are symmetric around 0. Otherwise, the values are integers with zero points."""

@@ -139,7 +139,8 @@ class QuantizeConfig(CalibrationConfig):
     @model_validator(mode="wrap")
     @classmethod
     def _without_unread(cls, given: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
-        """Drop settings of calibration data if the method reads no calibration data, and remember their names.
+        """If the method reads no calibration data, drop the settings of the data, and remember the names of these
+        settings.
 
         A finished stage is therefore not repeated if only such settings change, such as a recipe's shared data.
         """

@@ -1,7 +1,7 @@
 """Run a calibration walk that only measures, and save the measurements, so that an interrupted run can resume.
 
-The measurements are saved when the walk ends. If they were saved per layer, little time would be
-saved, because a resumed walk passes all batches through all layers again.
+The measurements are saved when the walk ends. Files per layer would save little time, because a
+resumed walk passes all batches through all layers again.
 """
 
 from __future__ import annotations

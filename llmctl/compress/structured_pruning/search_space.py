@@ -50,7 +50,7 @@ class Space:
     """Numbers of query heads per key/value head; by default only the number of the unpruned model."""
 
     def __post_init__(self) -> None:
-        """If the values of a size are not given, allow all values, in descending order."""
+        """Allow all values of a size, in descending order, if no values are given."""
         whole: dict[str, Iterable[int]] = {
             "layers": range(self.cfg.layers, 0, -1),
             "heads": range(self.cfg.kv_heads, 0, -1),

@@ -69,7 +69,7 @@ def structured_pruning(
 def search(model: ModelConfig, params: Tree, space: Space, method: StructuredMethod, walk: Walk) -> list[Program]:
     """Return the programs of a budget search: for the importance of all units, and for the loss of the candidates.
 
-    The program for the loss has the unpruned sizes, because they are the most expensive.
+    The program for the loss has the unpruned sizes, which are the most expensive.
     """
     collect = budget_scan.collector(model, method)
     found = walk.programs(model, params, collect, changes=False)

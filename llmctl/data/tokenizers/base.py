@@ -56,8 +56,9 @@ class TextTemplate:
 class Tokenizer(ABC):
     """Convert text to token ids and back.
 
-    `encode` never returns special tokens, even if the text contains their texts. Special tokens decode to "". A
-    subclass sets the attributes that are declared here, and defines `encode`, `encode_batch`, `offsets` and `decode`.
+    `encode` never returns special tokens, even if the text contains the name of a special token. Special tokens decode
+    to "". A subclass sets the attributes that are declared here, and defines `encode`, `encode_batch`, `offsets` and
+    `decode`.
 
     Example:
       >>> from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer

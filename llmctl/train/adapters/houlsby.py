@@ -61,7 +61,7 @@ class Houlsby(Method):
             )
 
     def network(self, config: Any, model: ModelConfig) -> ModelConfig:
-        """Return the config of the model with adapters. If the model already has adapters, they are trained further.
+        """Return the config of the model with adapters. Existing adapters are trained further.
 
         Raises:
           RequestError: If existing adapters have another size, form or scale, or `houlsby.size` exceeds the width of

@@ -1,4 +1,4 @@
-"""Train low-rank adapters and freeze the matrices that they update (LoRA; Hu et al., 2021, arXiv:2106.09685).
+"""Train low-rank adapters of frozen matrices (LoRA; Hu et al., 2021, arXiv:2106.09685).
 
 The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314). Settings select the scale of rsLoRA
 (Kalajdzievski, 2023, arXiv:2312.03732) and the learning rates of LoRA+ (Hayou et al., 2024, arXiv:2402.12354).

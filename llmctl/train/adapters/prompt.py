@@ -96,7 +96,7 @@ class Prompt(Method):
         """Check that all training rows (token sequences) begin with the prompt.
 
         Raises:
-          RequestError: If rows do not begin with the prompt, because they are packed from texts without prompts.
+          RequestError: If rows do not begin with the prompt, because texts without prompts were packed into rows.
         """
         row = rows[0]
         if row.get("encoder_tokens", row["tokens"])[0] != model.vocab_size:

@@ -1,4 +1,5 @@
-"""Perturb token embeddings: add perturbations to a batch, measure their size, and search for harmful ones.
+"""Perturb token embeddings: add perturbations to a batch, measure sizes, and search for perturbations that increase the
+loss.
 
 Padding is never perturbed. Norms and steps are per row (sequence), so a row's result does not depend on other rows of
 its batch.
