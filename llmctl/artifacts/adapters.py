@@ -2,10 +2,10 @@
 
 An adapter is an artifact that contains only the arrays that another artifact lacks.
 
-The other artifact is called the base. The manifest of an adapter describes the complete model. It contains the digest
-of the base (`manifest.Base`), but not the path of the base. Artifacts do not refer to files outside their folders. The
-folder of the base is found by this digest. The search covers the folders that the user names or, if there are none, the
-folders next to the adapter.
+The other artifact is called the base. The manifest of an adapter describes the complete model. The manifest also
+contains the digest of the base (`manifest.Base`), but not the path of the base. Artifacts do not refer to files outside
+their folders. The folder of the base is found by this digest. The search covers the folders that the user names or, if
+there are none, the folders next to the adapter.
 
 A weight may consist of several named arrays, such as a matrix and the factors `a` and `b` of LoRA. The functions below
 represent the arrays of a model as {path of the weight: {name in the weight: array}}.

@@ -186,8 +186,8 @@ def abstract(path: Path, mesh: Mesh | None = None) -> Artifact:
         mesh: Target mesh; by default the mesh of the default `MeshConfig`.
 
     Raises:
-        RequestError: If the folder is no artifact or is damaged, if the arrays would not fit the mesh, or if the folder
-            has no parameters.
+        RequestError: If the folder is no artifact, is damaged or has no parameters. If the arrays would not fit the
+            mesh.
     """
     import jax
 

@@ -23,7 +23,8 @@ from llmctl.config import checksums
 from llmctl.model.config import ModelConfig
 
 FORMAT = 1
-"""Version of the folder layout, for artifacts that contain all of their arrays. If it changes, stages run again."""
+"""Version of the folder layout, for artifacts that contain all of their arrays. If the version changes, stages run
+again."""
 ADAPTER_FORMAT = 2
 """Version of the folder layout of adapters."""
 SPARSE_FORMAT = 3

@@ -1,6 +1,7 @@
 """Define the context of a running stage: its output folder, its temporary folder, and other artifacts that it reads.
 
-A stage is one step of a recipe, such as pretrain, prune or distill. It saves a model as an artifact, which is a folder.
+A stage is one step of a recipe, such as pretrain, prune or distill. A stage saves a model as an artifact, which is a
+folder.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Context:
     out: Path
     """Final folder of the artifact, written atomically."""
     work: Path
-    """Temporary folder of this stage (checkpoints, log). It is removed on success and kept after an interruption."""
+    """Temporary folder of this stage (checkpoints, log). The folder is removed on success and kept after an
+    interruption."""
     key: str
     """Key of the stage, a hash of everything that can change its result."""
     siblings: dict[str, Path] = field(default_factory=dict)

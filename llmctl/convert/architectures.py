@@ -90,7 +90,7 @@ def check(model: ModelConfig) -> tuple[Bridge, Head]:
 
 
 def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
-    """Return a warning if a model cannot be exported; an empty string if it can.
+    """Return a warning if a model cannot be exported; otherwise an empty string.
 
     A stage that changes a model passes the model before the change as `before`. If `before` cannot be exported either,
     the result is also an empty string.

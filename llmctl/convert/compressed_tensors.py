@@ -88,8 +88,8 @@ def pack(
         The tensors to write, and the `quantization_config` that describes them.
 
     Raises:
-        RequestError: If nothing is quantized or pruned, if layers differ in bits or in group size, or if the family has
-            no linear layers.
+        RequestError: If nothing is quantized or pruned. If layers differ in bits or in group size. If the family has no
+            linear layers.
     """
     bridge, head = bridge_names.of(cfg)
     if bridge.in_out:
@@ -235,8 +235,8 @@ def unpack(where: str, settings: Any, tensors: Tensors) -> dict[str, Tensor]:
         tensors: The stored tensors.
 
     Raises:
-        RequestError: If the quantization method is not compressed-tensors, or if a layer is not stored in one of the
-            formats of this module.
+        RequestError: If the quantization method is not compressed-tensors. If a layer is stored in a format that this
+            module does not read.
     """
     sparse = settings.get("sparsity_config") if isinstance(settings, dict) else None
     if isinstance(sparse, dict) and sparse.get("format") != "dense" and not settings.get("config_groups"):

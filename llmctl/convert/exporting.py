@@ -58,7 +58,7 @@ def run(
 
     Args:
         source: Folder of an artifact.
-        out: A new folder, or a new file for GGUF. It appears only after everything is written and verified.
+        out: A new folder, or a new file for GGUF. The output appears only after everything is written and verified.
         to: Name of the format:
 
             - "hf": dense weights

@@ -23,8 +23,8 @@ def merged(found: artifact.Artifact) -> dict[str, Any]:
     If an adapter only replaces arrays of its base, such as the head or biases, the parameters are returned unchanged.
 
     Raises:
-        RequestError: If the artifact has no adapter, if an adapter cannot be merged, or if merging would undo the
-            base's quantization or pruning.
+        RequestError: If the artifact has no adapter. If an adapter cannot be merged. If merging would undo the base's
+            quantization or pruning.
     """
     cfg, pairs = found.model, {path: weights.as_node(w) for path, w in weights.adapted(found.params).items()}
     if any(w.is_integer for w in pairs.values()):

@@ -1,7 +1,7 @@
 """Read and write trained prompts in PEFT's format (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
 The vectors are one tensor [P, D] in the order of the text. PEFT puts the vectors before all token embeddings of a text,
-special tokens included. llmctl stores the vectors as additional rows of the token embeddings, and begins every text
+special tokens included. llmctl stores the vectors as additional rows of the token embedding table. Every text begins
 with the ids of these rows.
 
 Shapes: P prompt vectors, D model width.

@@ -36,8 +36,9 @@ def model_beside(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
     Folders of Llama 2, Mistral and Gemma have both.
 
     Returns:
-        The model. None if the folder has no such model, if the model has other tokens than the tokenizer.json, or if
-        the two differ on a sample text. Texts that begin with a space may be tokenized differently (`spaces_differ`).
+        The model. None if the folder has no such model. Also None if the model has other tokens than the
+        tokenizer.json, or if the two differ on a sample text. Texts that begin with a space may be tokenized
+        differently (`spaces_differ`).
     """
     file = folder / SentencePieces.file
     if not file.is_file():

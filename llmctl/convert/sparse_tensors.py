@@ -155,5 +155,5 @@ def _nonzero(w_OI: np.ndarray) -> np.ndarray:
 
 
 def _shape(shape: tuple[int, ...], column: bool) -> np.ndarray:
-    """Return a shape as a tensor. The format of 2:4 sparsity stores it as a column."""
+    """Return a shape as a tensor. The format of 2:4 sparsity stores the shape as a column."""
     return np.array(shape, np.int64).reshape((-1, 1) if column else (-1,))

@@ -1,7 +1,8 @@
 """Compare exported files with llmctl on texts: tokenization, padding, pooling and outputs.
 
-The comparison starts from texts, not from token ids. It therefore also tests special tokens, padding and the pooling
-position. If transformers and torch are installed, transformers reads the files; otherwise llmctl reads the files.
+The comparison starts from texts, not from token ids. The comparison therefore also tests special tokens, padding and
+the pooling position. If transformers and torch are installed, transformers reads the files; otherwise llmctl reads the
+files.
 
 Shapes: B rows, T tokens.
 """
@@ -110,8 +111,8 @@ def available(found_bytes: int, package: str = "") -> str:
 def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
     """Return the token ids of `TEXTS` that another program gets from the tokenizer in a folder.
 
-    If the model is a decoder with a pooled head, padding tokens at the end of a row are removed, as transformers does
-    before pooling.
+    If the model is a decoder with a pooled head, padding tokens at the end of a row are removed. transformers also
+    removes them before pooling.
 
     Args:
         cfg: Config of the model.
@@ -187,8 +188,8 @@ def read_rows(
 def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str:
     """Describe the first text that transformers, with the files in `source`, tokenizes differently from llmctl.
 
-    llmctl uses the tokenizer in `folder`. Return "" if all texts have the same token ids, if transformers is not
-    installed, or if the model does not read complete texts.
+    llmctl uses the tokenizer in `folder`. Return "" if all texts have the same token ids. Also return "" if
+    transformers is not installed, or if the model does not read complete texts.
     """
     if not reads_texts(cfg) or importlib.util.find_spec("transformers") is None:
         return ""

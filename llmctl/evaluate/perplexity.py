@@ -1,8 +1,8 @@
 """Measure perplexity, and report the split, context, stride and units of the measurement.
 
-Every document is scored independently: its context never includes another document. Its first token is conditioned on
-the prefix token (BOS). The end of a document is not scored. Each target is scored exactly once for every stride (see
-`sliding_window`).
+Every document is scored independently: its context never includes another document. The first token of a document is
+conditioned on the prefix token (BOS). The end of a document is not scored. Each target is scored exactly once for every
+stride (see `sliding_window`).
 
 Perplexity per token is comparable between models with the same tokenizer. Perplexity per word or per byte is comparable
 across tokenizers, because every model must predict the same text. Words are separated by white space in the raw text.

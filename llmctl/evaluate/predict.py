@@ -42,13 +42,13 @@ class Predictor:
 
         Args:
             source: Folder of the artifact, or the artifact if it is already on all devices.
-            batch_size: Number of rows per batch. It is rounded up to a multiple of the number of devices.
+            batch_size: Number of rows per batch. The number is rounded up to a multiple of the number of devices.
             seq_len: Maximum number of tokens per row; 0 uses the value of training (see `prediction_length`).
             dtype: Dtype of the computation.
 
         Raises:
-            RequestError: If the folder is no artifact, if the model has no task head, or if `seq_len` exceeds the
-                model's maximum sequence length.
+            RequestError: If the folder is no artifact. If the model has no task head. If `seq_len` exceeds the model's
+                maximum sequence length.
         """
         self.mesh = meshes.make(MeshConfig())
         found = source if isinstance(source, Artifact) else artifact.load(source, self.mesh)
@@ -112,7 +112,7 @@ class Ensemble:
     window = 32
     """Number of batches that are predicted together. Their rows are sorted by length, to reduce padding."""
     remarks: tuple[str, ...] = ()
-    """Log lines about truncated prompts, as in `TextPredictor`. Here they are always empty."""
+    """Log lines about truncated prompts, as in `TextPredictor`. An ensemble has no such lines."""
 
     def __init__(self, members: Sequence[Predictor]):
         """Check that the predictions of the members can be averaged.

@@ -33,8 +33,8 @@ class TextPredictor:
     """
 
     window = 4
-    """Number of batches that are predicted together. It is small, because the answers are written only when all these
-    batches are done."""
+    """Number of batches that are predicted together. The number is small, because the answers are written only when all
+    these batches are done."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class TextPredictor:
     def read(self, row: Row, where: str) -> Continuation:
         """Return the prompt of a row as tokens.
 
-        A row has a prompt in the column `prompt` or `text`, or a conversation in the column `messages`, with tools in
-        the column `tools`.
+        A row has a prompt in the column `prompt` or `text`, or a conversation in the column `messages`. The column
+        `tools` has the tools of a conversation.
 
         Raises:
             RequestError: If the row has no prompt and no conversation, or if the chat template refuses the

@@ -1,7 +1,7 @@
 """Format the results of an evaluation as tables, for a terminal and for a Markdown file.
 
-A result is a dict with the keys "artifact", "digest", "content", "task", "protocol" and "metrics". It also has fields
-of the artifact: "stage", "parameters", "weight_bytes", "bytes", "sparsity" and "bits".
+A result is a dict with the keys "artifact", "digest", "content", "task", "protocol" and "metrics". The dict also has
+fields of the artifact: "stage", "parameters", "weight_bytes", "bytes", "sparsity" and "bits".
 
 An artifact that was measured on several tasks has several results. In the file, an artifact has one row. If two tasks
 have a metric of the same name, the artifact has one row per task. In the terminal, each result is a column.

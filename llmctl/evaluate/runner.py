@@ -43,8 +43,7 @@ def results(
         mesh: The device mesh.
         work: Folder for tokenized examples.
         say: Function that is called with one line of text per result.
-        keep: Function that is called with each record that a task writes about an example, such as a wrong prediction
-            or a generated text.
+        keep: Function that is called with each record about an example, such as a wrong prediction or a generated text.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
 
     Returns:

@@ -1,7 +1,7 @@
 """Compute losses over a vocabulary in chunks of the sequence, so that logits [B, T, V] are never stored.
 
-The function `chunked` sums a loss over the chunks. If a gradient is needed, it is computed in the same pass over the
-chunks. The output projection then takes three matrix products per chunk, instead of four with rematerialization.
+The function `chunked` sums a loss over the chunks. If a gradient is needed, the same pass over the chunks computes the
+gradient. The output projection then takes three matrix products per chunk, instead of four with rematerialization.
 
 On a mesh, every device processes its own rows and tokens. The sums are added over devices once, after the last chunk.
 The vocabulary stays sharded over the `tensor` axis: devices exchange a few numbers per token, never logits.

@@ -1,8 +1,9 @@
 """Store cached keys and values in 8 or 4 bits, with one scale per token and key/value head.
 
-Keys and values are rotated within each head by a Hadamard matrix, which spreads the outliers of single channels over
-all channels (QuaRot; Ashkboos et al., 2024, arXiv:2404.00456). Queries are rotated alike, and the outputs are rotated
-back, so that only the rounding changes the result. With SmolLM2-135M, the rotation halves the error of the logits.
+Keys and values are rotated within each head by a Hadamard matrix. The rotation spreads the outliers of single channels
+over all channels (QuaRot; Ashkboos et al., 2024, arXiv:2404.00456). Queries are rotated alike, and the outputs are
+rotated back, so that only the rounding changes the result. With SmolLM2-135M, the rotation halves the error of the
+logits.
 
 The keys of a head have a large mean, which would need most of the range of the codes. A cache of keys therefore stores
 one vector per row and head, the center: the mean of the first keys of the prompt. The center is subtracted from each

@@ -40,12 +40,13 @@ class ModelConfig(Config):
     """Family and size to start from, such as llama-tiny (`llmctl show --presets` lists all). All other fields
     override it."""
     family: str = "llama"
-    """Model family, a module in `llmctl/model/families`; it defines default flags and tensor names."""
+    """Model family. The module of this name in `llmctl/model/families` defines default flags and tensor names."""
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """Stacks of the model: decoder, encoder, or both."""
 
     vocab_size: int = Field(default=4096, ge=2)
-    """Number of rows of the embedding table. If a model is trained from scratch, the tokenizer determines it."""
+    """Number of rows of the embedding table. If a model is trained from scratch, the tokenizer determines this
+    number."""
     d_model: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     layers: int = Field(default=2, ge=1, le=LAYERS)

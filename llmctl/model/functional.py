@@ -199,8 +199,8 @@ def hidden_states(
         cfg: Config of the model.
         params: Parameters of the model.
         batch: Batch (see `hidden`).
-        layers: Indices of the selected layers, from 0, in the decoder or, if there is none, in the encoder. -1 selects
-            the input of the first layer: the embeddings.
+        layers: Indices of the selected layers, from 0. The layers are those of the decoder or, if there is none, of the
+            encoder. -1 selects the input of the first layer: the embeddings.
         train: Whether dropout is applied.
         rng: Random key (see `hidden`).
         dtype: Dtype of the computation.
@@ -310,8 +310,7 @@ def cached_block(
 ) -> tuple[Carry, Params]:
     """Apply one layer, and add the keys and values of the tokens to the key-value cache.
 
-    In an encoder-decoder, the keys and values of cross-attention are also cached (under "cross"), when they are first
-    computed.
+    In an encoder-decoder, the keys and values of cross-attention are cached under "cross" when they are first computed.
 
     Args:
         cfg: Config of the model.

@@ -46,8 +46,8 @@ class Bridge:
     from_config: Callable[[Keys], Fields]
     """Function from the keys of a config.json to the fields of ModelConfig that the family's flags do not set."""
     to_config: Callable[[Any], Fields]
-    """Function from a ModelConfig to the keys of config.json. It raises RequestError if the format does not support a
-    field."""
+    """Function from a ModelConfig to the keys of config.json. The function raises RequestError if the format does not
+    support a field."""
     buffers: tuple[str, ...] = ()
     """Regular expressions for the names of tensors that are not parameters, and are ignored on import."""
     copies: Mapping[str, str] = field(default_factory=dict)

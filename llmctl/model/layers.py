@@ -32,7 +32,7 @@ def weight_param(module: nn.Module, name: str, init: Any, axes: tuple[Any, ...],
     """Return a weight of a Flax module: a new array during initialization, otherwise the stored weight.
 
     A stored weight may consist of several arrays, such as integers and scales (`weights.base`). Flax's own `param`
-    would compare `shape` with the shape of the first of these arrays, so it cannot be used.
+    would compare `shape` with the shape of the first of these arrays, so `param` cannot be used.
 
     Raises:
         ScopeParamShapeError: If the weight has another shape than `shape`.

@@ -23,8 +23,8 @@ With a dropout key, the function computes the training loss; without a key, the 
 """
 
 COSINE_TEMPERATURE = 0.05
-"""Default divisor of cosine similarities before a softmax. Without it, the softmax could not assign a high probability
-to one class, because cosines are at most 1."""
+"""Default divisor of cosine similarities before a softmax. Without this divisor, the softmax could not assign a high
+probability to one class, because cosines are at most 1."""
 
 
 def number_sums(y_B: jax.Array, label_B: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, Sums]:
@@ -65,8 +65,8 @@ def class_sums(
         logits_BC: Logits of the classes. There may be further axes between B and C.
         label_B: True classes.
         weight_B: Weights of the examples.
-        smoothing: Weight of the uniform distribution in the targets. The returned sums do not use it.
-        z: Coefficient of log(Z)^2 in the loss. The returned sums do not use it.
+        smoothing: Weight of the uniform distribution in the targets. The returned sums do not use label smoothing.
+        z: Coefficient of log(Z)^2 in the loss. The returned sums do not use this term.
         among: 1 for possible classes, 0 for excluded classes, broadcast to the logits; None excludes no class.
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0

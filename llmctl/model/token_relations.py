@@ -1,7 +1,7 @@
 """Compare the relations between tokens in two models (MiniLMv2; Wang et al., 2020, arXiv:2012.15828).
 
-A relation is softmax(a a^T / sqrt(width)) over the tokens of a text, where `a` are the queries, the keys or the values
-of a layer. The vectors of all attention heads are joined and divided into R relation heads. The two models may
+A relation is softmax(a a^T / sqrt(width)) over the tokens of a text. The vectors `a` are the queries, the keys or the
+values of a layer. The vectors of all attention heads are joined and divided into R relation heads. The two models may
 therefore have different numbers of heads. The forward and the backward pass compute the relations for one block of
 tokens at a time. A map of all pairs of tokens is never stored.
 

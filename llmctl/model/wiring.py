@@ -18,7 +18,7 @@ from llmctl.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Feed:
-    """Describe one activation: the module that produces it, and all matrices that have it as their input.
+    """Describe one activation: the module that produces it, and all matrices whose input is this activation.
 
     >>> cfg = ModelConfig(preset="llama-tiny")
     >>> next(f for f in feeds(cfg) if f.producer == "decoder/blocks/mlp_norm").readers
@@ -28,12 +28,12 @@ class Feed:
     producer: str
     """Path of the norm or matrix whose output is the activation; empty if the activation is a residual stream."""
     readers: tuple[str, ...]
-    """Paths of the matrices whose input is the activation. They include the table `embed/tokens` if the output
+    """Paths of the matrices whose input is the activation. The paths include the table `embed/tokens` if the output
     projection is tied."""
     foldable: bool
     """Whether scales can be folded. The producer then multiplies a channel by a positive factor, and the readers divide
     their rows of this channel by the same factor. The outputs of the model do not change. False if another module reads
-    the activation, or if a nonlinearity f between producer and readers does not satisfy f(c x) = c f(x)."""
+    the activation. Also false if a nonlinearity f between producer and readers does not satisfy f(c x) = c f(x)."""
     repeat: int = 1
     """Number of query heads per value head, if the producer is a value projection in grouped-query attention; otherwise
     1."""

@@ -36,7 +36,7 @@ class Metric:
     """Describe one metric: its title and format, the tables that show it, its direction, and its function."""
 
     name: str
-    """Name of the metric, which is its key in JSON."""
+    """Name of the metric, which is also the key in JSON."""
     title: str
     """Column heading, also used as the metric's name in sentences."""
     better: Direction

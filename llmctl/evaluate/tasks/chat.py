@@ -90,7 +90,7 @@ class Chat(Language):
         return ConversationRows(examples, encode, tokenizer.pad_id, settings.seq_len, **settings.order)
 
     def reading_rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> Any:
-        """Return rows for calibration: conversations as in training if the data has them, otherwise its texts."""
+        """Return rows for calibration: conversations as in training if the data has conversations, otherwise texts."""
         task = self if "messages" in examples.columns else TASKS["causal"]
         return task.rows(model, examples, tokenizer, settings)
 

@@ -61,7 +61,7 @@ class Choice(Task):
         return "accuracy"
 
     def rows(self, model: ModelConfig, examples: Examples, tokenizer: Tokenizer, settings: RowSettings) -> ChoiceRows:
-        """Return rows of one question each, with all of its choices.
+        """Return rows of one question each, with all choices of the question.
 
         Raises:
             RequestError: If the data has no questions.

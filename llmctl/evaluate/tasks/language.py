@@ -50,8 +50,8 @@ class Language(TokenLosses, Task):
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> scores.
 
-        For a decoder, the scores are the negative log-likelihoods [B] in nats. For other architectures, they are the
-        summed metrics of the loss.
+        For a decoder, the scores are the negative log-likelihoods [B] in nats. For other architectures, the scores are
+        the summed metrics of the loss.
         """
         if model.architecture == "decoder":
             return row_nll(model, dtype)
@@ -109,8 +109,8 @@ def timed(
 class LanguageModel(Language):
     """Select a language-modelling task by the data and the architecture.
 
-    If the data has prompts and completions, the task is "completions". Otherwise it is the pretraining objective of the
-    architecture.
+    If the data has prompts and completions, the task is "completions". Otherwise, the task is the pretraining objective
+    of the architecture.
     """
 
     name = "lm"

@@ -96,8 +96,8 @@ class Losses(TaskRecord):
     ) -> Callable[..., tuple[jax.Array, Sums]]:
         """Return the distillation loss, a function whose result is (loss, metrics summed over the batch).
 
-        Its arguments are the student's parameters, a batch, a dropout key, and the parameters of each teacher. With
-        `signals`, the keyword argument `extra` has the projections of `Signals.projections`.
+        The arguments of the loss are the student's parameters, a batch, a dropout key, and the parameters of each
+        teacher. With `signals`, the keyword argument `extra` has the projections of `Signals.projections`.
 
         Args:
             cfg: Config of the student.
@@ -161,8 +161,8 @@ class Losses(TaskRecord):
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
         """Return the symmetric divergence between the outputs of two networks, summed like the loss.
 
-        For class outputs, it is the mean of the two KL divergences in nats. For numbers, it is the squared difference.
-        Gradients flow into both networks.
+        For class outputs, the divergence is the mean of the two KL divergences in nats. For numbers, the divergence is
+        the squared difference. Gradients flow into both networks.
         """
         y, z = (functional.outputs(cfg, params, x, batch, dtype) for cfg, params, x in (one, other))
         how = SoftLoss(Divergence(), 1.0, 0.0)

@@ -1,8 +1,8 @@
 """Train on preferences, so that the chosen completion of a prompt becomes more likely than the rejected one.
 
 Losses: DPO (Rafailov et al., 2023, arXiv:2305.18290), IPO (Azar et al., 2023, arXiv:2310.12036) and SimPO (Meng et al.,
-2024, arXiv:2405.14734). The reference model of DPO and IPO is the model in training without its adapters, so no second
-copy of the parameters exists.
+2024, arXiv:2405.14734). The reference model of DPO and IPO is the model in training, without its adapters. A second
+copy of the parameters is not needed.
 
 Shapes: B pairs, T tokens per row, D model width. Rows 2i and 2i + 1 of [2B, T] are chosen and rejected.
 """

@@ -1,4 +1,5 @@
-"""Define the record of a task: the class attributes that describe it to the stages, `eval`, `predict` and `plan`."""
+"""Define the record of a task: the class attributes that describe the task to the stages, `eval`, `predict` and
+`plan`."""
 
 from __future__ import annotations
 

@@ -157,5 +157,5 @@ class RowMethods(TaskRecord):
 
 
 def unlabelled(examples: Examples) -> Examples:
-    """Return the examples. If they have no labels, return them with all labels set to 0."""
+    """Return the examples. If the examples have no labels, all labels are set to 0."""
     return examples if examples.labels is not None else replace(examples, labels=np.zeros(len(examples), np.int32))

@@ -132,7 +132,7 @@ class TrainingMethods(Losses):
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
         """Return values that are fitted on validation rows after training, such as thresholds; {} if there are none.
 
-        The artifact stores them as `fitted`.
+        The artifact stores the values as `fitted`.
         """
         return {}
 

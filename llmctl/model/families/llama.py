@@ -2,7 +2,8 @@
 
 (Touvron et al., 2023, arXiv:2302.13971 and arXiv:2307.09288)
 
-SmolLM2 uses the Llama architecture. Mistral, Qwen and Gemma are derived from it: their modules define the differences.
+SmolLM2 uses the Llama architecture. Mistral, Qwen and Gemma are derived from Llama: their modules define the
+differences.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def _attention(ours: str, theirs: str) -> dict[str, str]:
 def names_of(cfg: Any) -> Fields:
     """Return the map {parameter name: Hugging Face tensor name}.
 
-    The names of the feed-forward layer depend on whether it is gated.
+    The names of the feed-forward layer depend on whether this layer is gated.
     """
     wi = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if cfg.gated else {"up": "wi", "down": "wo"}
 

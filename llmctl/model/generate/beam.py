@@ -43,8 +43,8 @@ class Beams:
     early_stopping: str = "no"
     """Rule for stopping the search for a prompt that has W finished answers.
 
-    "yes": stop immediately. "no": stop if the score of the best live beam at its current length is no better than the
-    score of the worst finished answer. "never": stop only if no live beam can reach a better score at any length.
+    "yes": stop immediately. "no": stop if the best live beam, scored at its current length, is no better than the worst
+    finished answer. "never": stop only if no live beam can reach a better score at any length.
     """
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class Conversation:
     def answer(
         self, max_new: int, *, sampling: Sampling | None = None, seed: int = 0, stops: Sequence[str] = ()
     ) -> Iterator[str]:
-        """Generate the assistant's answer, yield it in pieces, and then append it to the messages.
+        """Generate the assistant's answer, yield the text in pieces, and then append the answer to the messages.
 
         Args:
             max_new: Maximum number of new tokens.

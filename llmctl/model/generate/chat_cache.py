@@ -95,7 +95,7 @@ class Session:
             left -= out_1N.shape[1]
 
     def _take_cache(self, slots: int) -> list[Any]:
-        """Return the cache, enlarged if it has room for fewer than `slots` tokens, and remove it from this object.
+        """Remove the cache from this object, and return it with room for at least `slots` tokens.
 
         The caller donates the cache to a compiled function, so this object must not use it any more. Sizes are powers
         of two times `ROUND`, so that functions are compiled for few sizes.

@@ -1,7 +1,8 @@
 """Render conversations with a tokenizer's chat template, encode them, and find the tokens that the assistant writes.
 
-A template is a program that comes with a model. It runs in a sandbox without side effects and with a limit of steps
-(`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, even if it spells one.
+A template is a program that comes with a model. The template runs in a sandbox without side effects and with a limit of
+steps (`llmctl/data/template_sandbox.py`). Text in a message never becomes a special token, even if the text spells a
+special token.
 
 Training needs the positions of the assistant's tokens. Some templates mark these tokens with `{% generation %}`.
 Otherwise, two texts are rendered for each answer: the conversation before the answer, and the conversation including
@@ -146,7 +147,8 @@ class Template:
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """Return the token ids of the conversation, up to the start of the assistant's answer.
 
-        Only the template can produce special tokens. If a message spells one, it is encoded as text.
+        Only the template can produce special tokens. If a message spells a special token, the spelling is encoded as
+        text.
 
         Args:
             messages: Messages so far.

@@ -63,7 +63,7 @@ class Continuation:
     def finish(self, decode: Callable[[Sequence[int]], str]) -> str:
         """End the continuation at the maximum number of tokens, and return the rest of its text.
 
-        If it has already ended, return an empty string.
+        If the continuation has already ended, return an empty string.
         """
         if self.ended:
             return ""

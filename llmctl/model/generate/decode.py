@@ -75,8 +75,8 @@ class Decoder:
             start: First input token of the decoder in an encoder-decoder.
             platform: Platform that will run the programs. If empty, the platform of the current mesh or of the default
                 device.
-            kv_cache: Format of the cached keys and values: int8, fp8_e4m3 or int4 (`compressed_cache`). If empty, they
-                have the dtype of the computation.
+            kv_cache: Format of the cached keys and values: int8, fp8_e4m3 or int4 (`compressed_cache`). If empty, keys
+                and values have the dtype of the computation.
 
         Raises:
             ValueError: If the model does not generate text.
@@ -133,8 +133,8 @@ class Decoder:
             stopped_B: Array bool [B]. Between two chunks, the caller may end a row by setting its element to true.
 
         Yields:
-            New tokens int32 [B, n]. The generator stops when all rows have ended or after `max_new` tokens. It may be
-            closed earlier.
+            New tokens int32 [B, n]. The generator stops when all rows have ended or after `max_new` tokens. The caller
+            may close the generator earlier.
 
         Raises:
             ValueError: If a prompt is empty, or too long together with `max_new` tokens.
@@ -161,9 +161,9 @@ class Decoder:
     ) -> Iterator[tuple[State, np.ndarray]]:
         """Continue decoding from a state (key-value cache and last tokens), and yield (state, new tokens [B, n]).
 
-        A yielded state is valid only until the next state is requested, because its arrays are then donated. The last
-        chunk has full length, even if the number of tokens exceeds `max_new`. The first yielded token is the last token
-        in `state`.
+        A yielded state is valid only until the next state is requested, because the arrays of the state are then
+        donated. The last chunk has full length, even if the number of tokens exceeds `max_new`. The first yielded token
+        is the last token in `state`.
 
         Args:
             state: Result of `first`.

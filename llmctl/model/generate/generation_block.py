@@ -17,8 +17,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 BEGIN, END = "\ufdd1", "\ufdd2"
-"""Marks before and after the text of a block: two Unicode noncharacters. They are removed from messages, so that they
-occur nowhere else."""
+"""Marks before and after the text of a block: two Unicode noncharacters. Both characters are removed from messages, so
+that they occur nowhere else."""
 
 
 class GenerationBlock(Extension):

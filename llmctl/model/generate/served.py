@@ -51,7 +51,7 @@ def served(
     Stacked layers [L, ...] are split, and low-rank updates are merged. On a CPU, matrices with quantized weights become
     dense, because the CPU would convert their integers again for every token. If activations are also quantized, the
     matrix stays quantized, because a dense matrix would give other results. On a CPU, tied embeddings get a separate
-    output table [D, V], which XLA's CPU backend reads up to twice as fast as the transpose of [V, D].
+    output table [D, V]. XLA's CPU backend reads this table up to twice as fast as the transpose of [V, D].
 
     Args:
         model: Config of the model.

@@ -39,7 +39,7 @@ class Adapter(Node):
     def values_part(self) -> str | None:
         """Return the name of an array of the base that has zeros exactly where the dense base has zeros.
 
-        For a quantized base, it is the name of the integers. The result is None if no array has this property.
+        For a quantized base, the result is the name of the integers. The result is None if no array has this property.
         """
         part = as_node(self.base).values_part
         return None if part is None else _base_part(part)

@@ -50,11 +50,12 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Product:
-    """Store options for a product of activations x and a weight. A weight node may ignore them."""
+    """Store options for a product of activations x and a weight. A weight node may ignore the options."""
 
     fold: bool = True
     """Whether to merge the leading axes of x into one before the product, which is much faster on XLA's CPU backend
-    (see recipes/bench). It must be false if devices shard several leading axes, because XLA would then gather x."""
+    (see recipes/bench). The option must be false if devices shard several leading axes, because XLA would then gather
+    x."""
     kind: str = ""
     """8-bit type of the product in training, "int8" or "fp8"; empty means none. Only plain arrays use this option."""
     axes: tuple[str, str] | None = None
@@ -181,14 +182,15 @@ class Node(abc.ABC):
     def values_part(self) -> str | None:
         """Return the name of a stored array that has zeros exactly where the dense weight has zeros.
 
-        For a quantized weight, it is the name of the integers. The result is None if no array has this property.
+        For a quantized weight, the result is the name of the integers. The result is None if no array has this
+        property.
         """
         return None
 
     def values(self) -> Any:
         """Return an array of the shape `shape` that has zeros exactly where the weight has zeros.
 
-        For a quantized weight, it is the array of integers. By default, it is the dense weight.
+        For a quantized weight, the result is the array of integers. By default, the result is the dense weight.
         """
         return self.dense() if self.values_part is None else self.parts()[self.values_part]
 

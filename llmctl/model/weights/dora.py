@@ -22,8 +22,8 @@ from llmctl.model.weights.tree import as_node
 class Dora(LowRank):
     """Store a weight as magnitude * V / ||V||, with V = base + scale * a @ b. The base is the frozen weight.
 
-    ||V|| is the norm of each column of V (an output). The backward pass treats it as a constant, as in section 4.3 of
-    the paper, which saves memory.
+    ||V|| is the norm of each column of V (an output). The backward pass treats this norm as a constant, as in section
+    4.3 of the paper, which saves memory.
     """
 
     kind: ClassVar[str] = "dora"

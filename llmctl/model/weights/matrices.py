@@ -31,7 +31,7 @@ class Matrix:
     place: Place
     """Location of the matrix: `block` (a layer), `head` (an output head) or `embedding` (the token embedding table).
 
-    If the token embedding table is also the output projection, its place is `embedding`.
+    If the token embedding table is also the output projection, the place is `embedding`.
     """
     stack: str
     """Stack whose layers contain the matrix, `encoder` or `decoder`. Empty if the matrix is not in a layer, or if
