@@ -74,8 +74,8 @@ class OptimConfig(Config):
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay rate of a moving average of the weights. The average is then validated and saved. 0 disables it."""
     spike: float = Field(default=0.0, ge=0)
-    """Skip steps whose gradient norm or loss exceeds its running mean by more than this number of standard deviations;
-    0 skips none."""
+    """Skip a step if the gradient norm or the loss exceeds the running mean by more than this number of standard
+    deviations. 0 skips no step."""
 
 
 class TrainConfig(Config):

@@ -176,8 +176,8 @@ def layer_pairs(layer_map: Any, student: int, teacher: int) -> tuple[tuple[int, 
     """Return the compared layers as pairs (layer of the student, layer of the teacher).
 
     Args:
-      layer_map: "uniform" (evenly spaced pairs, ending with the last layers), "last" (only the pair of the last
-        layers), or a list of pairs.
+      layer_map: the pairs. "uniform": evenly spaced pairs, ending with the last layers. "last": only the pair of the
+        last layers. A list: these pairs.
       student: number of layers of the student.
       teacher: number of layers of the teacher.
 

@@ -41,9 +41,10 @@ class MethodSettings(CalibrationConfig):
     method: Annotated[str, AfterValidator(_method), Choices(_methods)] = STRUCTURED
     """Pruning method. structured: remove heads, neurons, hidden channels and layers. All other methods set single
     weights to zero. sparsegpt: choose zeros by the Hessian, and change the kept weights to compensate. The following
-    methods set the weights with the lowest scores to zero, and change kept weights only with repair. magnitude: |w|.
-    wanda: |w| times the norm of the input. ria: (|w| / sum of |w| in the row + |w| / sum of |w| in the column) times
-    the square root of the input's norm. taylor, fisher: scores from the loss's gradient. random: random scores."""
+    methods set the weights with the lowest scores to zero, and change kept weights only if repair is set. magnitude:
+    |w|. wanda: |w| times the norm of the input. ria: (|w| / sum of |w| in the row + |w| / sum of |w| in the column)
+    times the square root of the input's norm. taylor, fisher: scores from the loss's gradient. random: random
+    scores."""
     repair: bool = False
     """After pruning, recompute the kept weights by least squares on the calibration data. The outputs of the layers
     then stay close to the outputs before pruning."""

@@ -118,14 +118,14 @@ class Config(StageConfig):
     """Settings for generating answers to validation prompts, if the task is seq2seq. BLEU, chrF, ROUGE and exact match
     of the answers are computed. train.best_by = "bleu" keeps the parameters with the best BLEU."""
     calibrate: bool = False
-    """After training, divide the logits by the temperature with the least loss on the validation examples, if the task
-    is classify. Predicted probabilities are then closer to the accuracy. The head's parameters are scaled; predicted
-    classes do not change."""
+    """If the task is classify, divide the logits by a temperature after training. The temperature minimizes the loss on
+    the validation examples. Predicted probabilities are then closer to the accuracy. The head's parameters are scaled;
+    predicted classes do not change."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     seeds: int = Field(default=1, ge=1)
     """Number of seeds with which to train, one after the other: `seed`, `seed` + 1, and so on. Mean and sample standard
-    deviation of the validation metrics are printed, and the seed with the best metric is kept."""
+    deviation of the validation metrics are printed. The seed with the best metric is kept."""
     adversarial: AdversarialConfig = AdversarialConfig()
     """Settings of adversarial training."""
     regularize: RegularizeConfig = RegularizeConfig()

@@ -67,7 +67,7 @@ class AdversarialConfig(Settings):
     comes from clean rows. smart: factor of the divergence between the outputs of clean and perturbed rows. Default: 0.5
     for fgm, 1 for pgd, 2 for smart."""
     proximal: Annotated[float, Field(ge=0)] | None = None
-    """Factor of the divergence between the outputs with the current weights and with their moving average, for method
+    """Factor of the divergence between outputs of the current weights and outputs of the averaged weights, for method
     smart. Default: 2.
     """
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None

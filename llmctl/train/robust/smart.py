@@ -3,7 +3,7 @@
 Two terms are added to the loss of clean (not perturbed) rows:
 
 - the divergence between the outputs for clean and for perturbed rows, maximized over the perturbation
-- the divergence between the outputs with the current weights and with their moving average (Bregman proximal point)
+- the divergence between outputs of the current weights and outputs of the averaged weights (Bregman proximal point)
 """
 
 from __future__ import annotations
