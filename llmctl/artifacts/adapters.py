@@ -54,7 +54,7 @@ def find_base(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Pat
 
 
 def check_bases(paths: Sequence[Path], bases: Sequence[Path]) -> None:
-    """Check that the user named base folders only if at least one of the artifacts `paths` is an adapter.
+    """Check that base folders are given only if at least one of the artifacts `paths` is an adapter.
 
     Raises:
         RequestError: If `bases` is not empty and no artifact is an adapter.

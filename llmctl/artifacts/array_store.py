@@ -106,7 +106,7 @@ def read(
 
 
 def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the names of weights that are read together: at most a quarter of all bytes, but at least one weight.
+    """Yield groups of weight names. A group is read at once, and has at most a quarter of all bytes or a single weight.
 
     Orbax keeps a decompressed copy of every array that it is reading. If all arrays were read together, loading would
     need twice the memory of the arrays.

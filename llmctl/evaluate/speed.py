@@ -38,7 +38,7 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Return the timings of all programs by name: `repeats` rounds, after `warmup` rounds that are not timed.
+    """Time `repeats` rounds of all programs, after `warmup` rounds that are not timed, and return the timings by name.
 
     A program must block until its work is done (`jax.block_until_ready` for JAX programs).
     """

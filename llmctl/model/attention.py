@@ -41,7 +41,7 @@ Its type is (q, k, v, mask, shared, local, config, cross) -> outputs [B, T, H, K
 
 
 class Shared(NamedTuple):
-    """Store the inputs of attention that all encoder layers, or all decoder layers, share: masks, rotary tables etc.
+    """Store the attention inputs that all layers of one stack (encoder or decoder) share, such as masks.
 
     The fields `local_mask_BTS` and `local_rotary` are for layers with a sliding window. `memory_BSD` is the encoder's
     output. Unused fields are None.
@@ -104,9 +104,7 @@ def share(
     slot: jax.Array | int | None = None,
     order_BT: jax.Array | None = None,
 ) -> Shared:
-    """Build the inputs of self-attention that all layers of the encoder, or of the decoder, share.
-
-    These are masks and rotary tables.
+    """Build the self-attention inputs that all layers of one stack (encoder or decoder) share: masks and rotary tables.
 
     Args:
         cfg: Config of the model.

@@ -97,7 +97,7 @@ def distillation(
 
 
 def best_tokens(sides: Sequence[Side], vocab: int) -> jax.Array:
-    """Return the most probable token at every position, [B, T], for the mean of the models' probabilities.
+    """Return the token with the highest mean probability over the models at every position, [B, T].
 
     Args:
         sides: Output projection and hidden states of each model.

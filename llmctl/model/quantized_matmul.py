@@ -28,7 +28,7 @@ from llmctl.config.errors import RequestError
 from llmctl.model.weights.names import is_layer_matrix, is_stacked, module_path
 
 TYPES = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
-"""Dtypes of each 8-bit type, by its name in settings: (dtype of operands in the forward pass, dtype of gradients)."""
+"""Map from the name of an 8-bit type to (dtype of operands in the forward pass, dtype of gradients)."""
 
 rules_in_use: ContextVar[Mapping[str, str] | None] = ContextVar("rules", default=None)
 

@@ -47,16 +47,16 @@ class Units:
     """Kind of the units: "attn/heads" or "cross/heads" (query heads), "attn/groups" or "cross/groups" (key and value
     heads), or "mlp/neurons". Names with "cross/" are for cross-attention."""
     writers: tuple[str, ...]
-    """Paths, relative to the layer, of modules whose outputs (columns and bias elements) are these heads or neurons."""
+    """Paths of the modules whose outputs (columns, bias elements) are these heads or neurons, relative to the layer."""
     readers: tuple[str, ...]
-    """Paths, relative to the layer, of matrices whose inputs (rows) are the outputs of these heads or neurons."""
+    """Paths of the matrices whose inputs (rows) are the outputs of these heads or neurons, relative to the layer."""
     count: int
     """Number of these heads or neurons per layer."""
     width: int
     """Number of matrix columns or rows per head or neuron."""
     tables: tuple[str, ...] = ()
-    """Paths, relative to the stack, of parameters that all layers share, with one element per head on the last axis. An
-    example is the table of relative position biases."""
+    """Paths of parameters that all layers share, relative to the stack. These parameters have one element per head on
+    the last axis. An example is the table of relative position biases."""
 
 
 @dataclass(frozen=True)

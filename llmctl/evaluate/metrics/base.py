@@ -59,7 +59,7 @@ class Metric:
     """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
 
     def text(self, value: float) -> str:
-        """Format `value` for a table. `value` is in the unit of the metric in JSON."""
+        """Format `value` for a table. `value` has the unit that the metric has in JSON."""
         return self.format.format(value * self.scale)
 
 
@@ -136,6 +136,7 @@ def columns(names: Iterable[str], table: Table) -> list[Metric]:
 
 
 def text(name: str, value: float) -> str:
-    """Format `value` in the format of the metric `name`, or with six significant digits if it is not registered."""
+    """Format `value` in the format of the metric `name`, or with six significant digits if the metric is not
+    registered."""
     record = find(name) or next((METRICS[n] for n in METRICS if METRICS[n].baseline == name), None)
     return record.text(value) if record else f"{value:.6g}"

@@ -165,5 +165,5 @@ BRIDGE = Bridge(
 """Mapping between T5 and the Hugging Face format. Task heads read only the encoder output.
 
 The T5ForSequenceClassification and T5ForQuestionAnswering classes of `transformers` also run the decoder over the text.
-They are different networks, so llmctl does not convert checkpoints from or to these classes.
+These classes are different networks, so llmctl does not convert checkpoints from or to these classes.
 """

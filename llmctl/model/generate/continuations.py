@@ -41,7 +41,8 @@ class Continuation:
     score: float | None = None
     """Score of the answer, if it comes from a beam search."""
     ended: str = ""
-    """Reason for the end: "end" (an end token), "stop" (a stop string) or "length"; empty before the end."""
+    """Reason why the continuation ended: "end" (an end token), "stop" (a stop string) or "length"; empty before the
+    end."""
 
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
         """Append new tokens, and return the text that they add to `self.text`.

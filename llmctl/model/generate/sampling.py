@@ -39,7 +39,7 @@ class Sampling:
     """Keep the most probable tokens until their total probability reaches this value (Holtzman et al., 2019,
     arXiv:1904.09751)."""
     min_p: float = 0.0
-    """Keep tokens whose probability is at least this fraction of the highest one (Nguyen et al., 2024,
+    """Keep tokens whose probability is at least this fraction of the highest probability (Nguyen et al., 2024,
     arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
     """Penalty on tokens that already occurred: positive logits are divided by the penalty, negative logits are
