@@ -55,9 +55,9 @@ class Scheme(NamedTuple):
 def scheme_of(w: Any) -> Scheme | None:
     """Return the Scheme of a weight; None if compressed-tensors cannot store the weight's numbers."""
     node = weights.as_node(w)
-    if isinstance(node, weights.Packed):
-        return Scheme(NVFP4, "float", 4, nvfp4_tensors.BLOCK) if node.format == "nvfp4" else None
-    if not isinstance(node, weights.Quantized):
+    if node.format_name == "nvfp4":
+        return Scheme(NVFP4, "float", 4, nvfp4_tensors.BLOCK)
+    if node.kind != weights.Quantized.kind:
         return None
     groups, inputs = node.array.scale.shape[-2], node.shape[-2]
     group = 0 if groups == 1 else inputs // groups

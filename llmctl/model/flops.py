@@ -107,6 +107,17 @@ def _norm(cfg: ModelConfig, width: int) -> int:
     return width * (2 if cfg.norm == "layer" else 1)
 
 
+def cache_rotation(cfg: ModelConfig) -> float:
+    """Return the FLOPs per decoded token of the rotations that a quantized cache of keys and values needs.
+
+    In every layer, the queries, keys, values and outputs are rotated within their heads. In cross-attention, only the
+    queries and outputs are rotated.
+    """
+    vectors = 2 * (cfg.heads + cfg.kv_heads) + (2 * cfg.heads if cfg.encoder_layers else 0)
+    block = cfg.head_dim & -cfg.head_dim  # size of a Hadamard block
+    return 2.0 * cfg.layers * vectors * cfg.head_dim * block
+
+
 def _matrices(cfg: ModelConfig, *, cross: bool = False) -> int:
     """Return the number of elements in the matrices of one layer, including the matrices of bottleneck adapters."""
     attention = cfg.d_model * cfg.head_dim * 2 * (cfg.heads + cfg.kv_heads)

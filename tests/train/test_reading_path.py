@@ -16,6 +16,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
 from llmctl.model.config import ModelConfig
 from llmctl.train import learner, loop
+from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.sparsify_settings import SparsifyConfig
 
 ROOT = str(Path(llmctl.__file__).parent) + "/"
@@ -30,6 +31,7 @@ class Settings:
 
     train = TRAIN
     sparsify = SparsifyConfig()
+    fake_quantize = FakeQuantizeConfig()
 
 
 def test_a_training_step_runs_through_few_files(tmp_path):

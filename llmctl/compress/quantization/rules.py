@@ -70,13 +70,15 @@ def check(modules: Collection[str], rules: Rules, unselected: Collection[str] = 
     Raises:
       RequestError: If a pattern matches no module. The message names modules that patterns can select.
     """
+    from llmctl.model import weights
+
     for pattern, _ in rules:
         if any(matches(module, pattern) for module in modules):
             continue
         if left := [module for module in unselected if matches(module, pattern)]:
             setting = "embeddings" if left[0].startswith("embed/") else "head"
             raise RequestError(f"rules: {pattern!r} matches only {left[0]}; set {setting} = true to quantize it")
-        within = sorted({module.partition("/blocks/")[2] or module for module in modules})
+        within = sorted({weights.parse(f"{module}/kernel").module for module in modules})
         if any(key.isdigit() for key in pattern.split("/")) or "layers" in pattern:
             raise RequestError(
                 f"rules: {pattern!r} selects a layer, but the layers of a stack are stored in one array per module and "

@@ -100,6 +100,7 @@ def generation(
         alone = {"architecture": "encoder", "layers": 0, "vocab_size": 0}
         work = Pass(model.model_copy(update=alone), replicated=True)
     last = flops.row(model, ends_at, source, 1) - flops.row(model, ends_at - 1, source, 0)
+    last += flops.cache_rotation(model) if kv_cache else 0
     token = _one_token(model, request.rows, slots, last, [read, params[1], state["cache"]], dtype)
     return [
         Program(

@@ -136,9 +136,11 @@ def _with_data(
 
 def _formats(method: Quantization, paths: list[str]) -> str:
     """Return the number of weights per format, such as "12 weights to int4, 3 to int8"."""
+    from llmctl.model import weights
+
     counts: dict[str, int] = {}
     for path in paths:
-        form = method.format_of(path.removesuffix("/kernel"))
+        form = method.format_of(weights.module_path(path))
         name = form.scheme if form else ""
         counts[name] = counts.get(name, 0) + 1
     (name, first), *more = sorted(counts.items(), key=lambda item: -item[1])

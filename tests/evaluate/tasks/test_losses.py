@@ -12,6 +12,7 @@ from llmctl.evaluate.tasks.embed import similarities
 from llmctl.evaluate.tasks.registry import TASKS, default
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import Divergence, SoftLoss
 from llmctl.model.losses import COSINE_TEMPERATURE
 
 SIZES = {"d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 8, "vocab_size": 11}
@@ -128,6 +129,11 @@ def test_a_mesh_agrees_with_one_device(head, axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, jax.device_get(many))
 
 
+def how(hard):
+    """Return the loss with a temperature of 2 and a weight of the labels."""
+    return SoftLoss(Divergence(temperature=2.0), 1 - hard, hard)
+
+
 def test_taught_by_itself_nothing_is_left_but_the_labels():
     for head, cfg in MODELS.items():
         for scored in (False, True)[: 1 + (head == "embed")]:
@@ -139,11 +145,11 @@ def test_taught_by_itself_nothing_is_left_but_the_labels():
                 y = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
             else:
                 y = answers(cfg, params, batch)
-                mixed, sums = TASKS[head].soft_score(y, y, batch, 2.0, 0.25)
+                mixed, sums = TASKS[head].soft_score(y, y, batch, how(0.25))
                 assert mixed == pytest.approx(0.25 * float(hard), rel=1e-5) and abs(float(sums["kl"])) < 1e-5
-            soft, _ = TASKS[head].soft_score(y, y, batch, 2.0, 0.0)
+            soft, _ = TASKS[head].soft_score(y, y, batch, how(0.0))
             assert abs(float(soft)) < 1e-5
-            other, _ = TASKS[head].soft_score(y[::-1], y, batch, 2.0, 0.0)
+            other, _ = TASKS[head].soft_score(y[::-1], y, batch, how(0.0))
             assert other > 1e-3
 
 
@@ -152,7 +158,7 @@ def test_a_softened_teacher_by_hand():
     teacher, y = np.array([[[2.0, 0.0]]]), np.array([[[0.0, 1.0]]])
     p, log_p, log_q = np.exp(log_softmax(teacher / 2)), log_softmax(teacher / 2), log_softmax(y / 2)
     want = 2 * (0.75 * 4 * (p * (log_p - log_q)).sum() - 0.25 * log_softmax(y)[0, 0, 1])
-    got, _ = TASKS["tokens"].soft_score(jnp.asarray(teacher), jnp.asarray(y), batch, 2.0, 0.25)
+    got, _ = TASKS["tokens"].soft_score(jnp.asarray(teacher), jnp.asarray(y), batch, how(0.25))
     assert got == pytest.approx(want, rel=1e-5)
     z = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
     np.testing.assert_allclose(similarities(z, {}), [[0.0, 0.8], [0.8, 0.96]], atol=1e-6)

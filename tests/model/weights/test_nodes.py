@@ -175,7 +175,7 @@ def test_a_node_that_does_not_say_that_it_is_integer(plain):
     pair = weights.LowRank(node, jnp.ones((2, 16, 1)), jnp.ones((2, 1, 24)), 1.0)
     assert not fingerprint.manifest_fields({PATH: pair})["pruned"]
     head = {"head": {"out": {"kernel": node}}, "embed": {"tokens": jnp.ones((8, 4), jnp.bfloat16)}}
-    (line,) = quantize_stage.left_out(head, 64)
+    (line,) = quantize_stage.left_out(quantize_stage.Config(), head, 64)
     assert line == "the embeddings (50.0% of the weights) stay bfloat16; embeddings = true quantizes them too"
     for w in (node, jax.eval_shape(lambda: node)):  # plan asks about abstract weights
         with pytest.raises(RequestError, match=rf"{PATH} is compressed already \(bare\)"):
