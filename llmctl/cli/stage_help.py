@@ -71,9 +71,9 @@ def of_stage(cls: type[StageConfig], paths: dict[tuple[str, ...], str], first: l
 
     Args:
       cls: the stage's config class.
-      paths: name of each flag's variable, by the path of its field.
-      first: variables of the flags that every stage has. They are listed first.
-      where: variables of the flags for runs of several processes.
+      paths: {path of a config field: name of the command's parameter that has the flag's value}.
+      first: names of the parameters of the flags that all stages have. These flags are listed first.
+      where: names of the parameters of the flags for runs of several processes.
     """
     headings = {**dict.fromkeys(["help", *first], FILES), **dict.fromkeys(["help_all"], FILES)}
     own = [(path, variable) for path, variable in paths.items() if variable not in headings]

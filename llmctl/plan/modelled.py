@@ -1,7 +1,7 @@
-"""Estimate programs for chips without a local compiler (GPUs), by lowering and the analytic model.
+"""Estimate the memory and operations of programs for chips without a local compiler (GPUs).
 
-The bytes of arrays are computed from shapes and shardings. The analytic model estimates temporaries, operations, memory
-traffic and collectives.
+Each program is lowered. The bytes of its arrays are computed from shapes and shardings. The analytic model estimates
+temporaries, operations, memory traffic and collectives.
 """
 
 from __future__ import annotations

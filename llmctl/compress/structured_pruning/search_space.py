@@ -102,7 +102,7 @@ class Space:
     def points(self) -> dict[str, list[int]]:
         """Return the values of each size at which the loss is measured, in descending order.
 
-        The keys are the names in `PARTS`, and `QUERIES` if this size may change.
+        The keys are the names in `PARTS`. `QUERIES` is also a key if the number of query heads may change.
         """
         found = {}
         for name, counts in {**self._counts(), "ffn": range(1, self.cfg.d_ff + 1)}.items():
@@ -161,7 +161,7 @@ class Space:
 
 
 def count(cfg: ModelConfig, name: str) -> int:
-    """Return the count of a size: layers, key/value heads, neurons, channels, or query heads per key/value head."""
+    """Return the number of layers, key/value heads, neurons, channels, or query heads per key/value head."""
     return cfg.heads // cfg.kv_heads if name == QUERIES else getattr(cfg, PARTS[name])
 
 

@@ -53,8 +53,7 @@ class StructuredSettings(MethodSettings):
     remove_hidden: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Fraction of the hidden channels to remove, if the method is structured."""
     multiple: int = Field(default=1, ge=1)
-    """Keep numbers of neurons and hidden channels that are multiples of this value (128 suits TPUs), if the method is
-    structured."""
+    """Divisor of the numbers of kept neurons and hidden channels, if the method is structured (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
     """Shorthand: a value of 1 or more sets keep_layers, a value below 1 sets remove_layers, and 0 keeps all layers."""
     keep_layers: int = Field(default=0, ge=0, strict=True)

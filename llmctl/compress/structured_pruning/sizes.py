@@ -24,7 +24,7 @@ def target(
 ) -> ModelConfig:
     """Return the model's config after structured pruning.
 
-    With a budget, the sizes are estimated from uniform pruning ratios.
+    If a budget is set, the sizes are estimated from uniform pruning ratios.
 
     Raises:
       RequestError: If a size is impossible. If the model cannot be pruned to the sizes. If the mesh cannot shard the

@@ -124,7 +124,7 @@ def cut(cfg: ModelConfig, params: Params, kept: np.ndarray) -> tuple[ModelConfig
 
 
 def axes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return {path of a weight: axes whose length is the number of tokens, counted from the end}.
+    """Return {path of a weight: axes as long as the vocabulary, as negative indices}.
 
     >>> axes(ModelConfig(preset="llama-tiny"))
     {'embed/tokens': (-2,)}
