@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import _figures
+from _compressed import texts
 from _figures import llmctl
-from prune_methods import texts
 
 SCHEDULES: dict[str, list[Any]] = {
     "dense": [],

@@ -1,9 +1,8 @@
 """Speed and perplexity of SmolLM2-135M after structured pruning of heads and neurons, before any healing.
 
-The model and the texts are those of prune_methods.py. Three comparisons: perplexity by importance at equal sizes;
+`_compressed.py` describes the texts. Three comparisons: perplexity by importance at equal sizes;
 tokens per second against the dense model, timed in turns, beside the ratio of FLOPs; and a budget of half the
-parameters against uniform ratios of at most as many parameters. The same command continues an interrupted benchmark;
-other arguments need another folder.
+parameters against uniform ratios of at most as many parameters. The same command continues an interrupted benchmark.
 
     pip install --no-deps --target runs/evals evals==3.0.1.post1
     python recipes/bench/structured.py --texts runs/evals --out runs/structured
@@ -11,7 +10,6 @@ other arguments need another folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -20,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import _figures
+from _compressed import Bench, arguments
 from _figures import llmctl
-from prune_methods import model_file, texts, write
 
 IMPORTANCES = ("activation", "contribution", "taylor", "magnitude", "random")
 TIMED = "activation"
@@ -90,72 +88,39 @@ def speeds(folders: list[Path], rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Prune, measure and print sizes, perplexity and speed of every variant."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/structured"))
-    parser.add_argument("--dense", type=Path, help="imported artifact; by default the package's model is imported")
-    parser.add_argument("--examples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--scored", type=int, default=32, help="number of scored texts; 0 scores all")
+    parser = arguments(__doc__, "runs/structured", examples=32, scored=32)
     parser.add_argument("--importances", default=",".join(IMPORTANCES))
     parser.add_argument("--fractions", default="0.5,0.25")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-budget", action="store_true", help="leave out the budget of half the parameters")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    rows = texts(given.texts)
-    first = max(128, given.examples)
-    held = rows[first : first + given.scored if given.scored else None]
-    if not held:
-        raise SystemExit(f"--examples {given.examples}: no text of {len(rows)} is left to score; say fewer")
-    asked = {"examples": given.examples, "seq_len": given.seq_len, "scored": given.scored, "texts": str(given.texts)}
-    file = given.out / "results.json"
-    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"arguments": asked}
-    if saved.pop("arguments", None) != asked:
-        raise SystemExit(f"{file}: its results are those of other arguments; choose another --out or remove the file")
-    results: dict[str, Any] = saved
-    read = write(given.out / "calibration.jsonl", rows[: given.examples])
-    score = write(given.out / "scored.jsonl", held)
-    dense = given.dense or given.out / "dense"
-    if not dense.exists():
-        llmctl("import", model_file(), "--out", dense)
-
-    def keep(name: str, found: dict[str, Any]) -> None:
-        results[name] = found
-        file.write_text(json.dumps({"arguments": asked, **results}, indent=1), encoding="utf-8")
+    bench = Bench(given)
 
     def measure(name: str, artifact: Path, **more: Any) -> None:
-        words = ("--seq-len", given.seq_len, "--batch-size", 4, "--no-speed", "--no-plot", "--replace", "--json")
-        found = json.loads(llmctl("eval", artifact, "--out", given.out / "eval", *score, *words))
         manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
         sizes = {part: manifest["model"][part] for part in ("layers", "heads", "kv_heads", "d_ff", "d_model")}
-        figures = {"perplexity": found["metrics"]["perplexity"], "protocol": found["protocol"]}
-        keep(name, {**figures, "parameters": manifest["parameters"], "sizes": sizes, **more})
+        bench.measure(name, artifact, parameters=manifest["parameters"], sizes=sizes, **more)
 
     def prune(name: str, words: list[Any]) -> Path:
         made = given.out / name.replace(" ", "-").replace("%", "percent")
-        if not (made / "manifest.json").exists() or name not in results:
+        if not (made / "manifest.json").exists() or name not in bench.results:
             began = time.monotonic()
-            common = ("--examples", given.examples, "--seq-len", given.seq_len, "--batch-size", 8)
-            llmctl("prune", dense, "--out", made, "--method", "structured", *read, *common, *words)
-            measure(name, made, seconds=round(time.monotonic() - began))
+            llmctl("prune", bench.model, "--out", made, "--method", "structured", *bench.calibration, *words)
+            measure(name, made, pruned_in=round(time.monotonic() - began))
         return made
 
-    if "dense" not in results:
-        measure("dense", dense)
+    if "dense" not in bench.results:
+        measure("dense", bench.model)
     for name, words in variants([float(f) for f in given.fractions.split(",")], given.importances.split(",")):
         made = prune(name, words)
         timed = f"speed of {name}"
-        if name.endswith(f" {TIMED}") and timed not in results:
-            keep(timed, speeds([dense, made], given.rounds))
+        if name.endswith(f" {TIMED}") and timed not in bench.results:
+            bench.keep(timed, speeds([bench.model, made], given.rounds))
     if not given.no_budget:
-        prune("half uniform", uniform(dense, 0.5))
+        prune("half uniform", uniform(bench.model, 0.5))
         prune("half budget", ["--budget.parameters", 0.5])
-    shown: dict[str, Any] = _figures.where("jax")
-    calibrates = f"{given.examples} texts calibrate, in rows of {given.seq_len} tokens"
-    shown["protocol"] = f"{calibrates}; {results['dense']['protocol']}"
-    for name, found in results.items():
+    shown: dict[str, Any] = _figures.where("jax") | {"protocol": bench.protocol}
+    for name, found in bench.results.items():
         if "perplexity" in found:
             sizes = ", ".join(f"{part} {n}" for part, n in found["sizes"].items())
             shown[name] = f"{found['perplexity']:.2f}, {found['parameters']:,} parameters ({sizes})"

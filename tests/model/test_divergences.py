@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from central_differences import slope
 
 from llmctl.model import chunked_loss
 from llmctl.model.chunked_divergence import distillation
@@ -35,16 +36,6 @@ def reference(how, teacher, student):
     m, s = how.beta * p + (1 - how.beta) * q, how.skew * p + (1 - how.skew) * q
     js = how.beta * kl(p, m) + (1 - how.beta) * kl(q, m)
     return how.temperature**2 * {"forward": kl(p, q), "reverse": kl(q, p), "js": js, "skew": kl(p, s)}[how.kind]
-
-
-def slope(fn, x, step=1e-5):
-    """Return the gradient of a function of an array by central differences."""
-    out = np.zeros_like(x)
-    for at in np.ndindex(x.shape):
-        by = np.zeros_like(x)
-        by[at] = step
-        out[at] = (fn(x + by) - fn(x - by)) / (2 * step)
-    return out
 
 
 @pytest.mark.parametrize("how", KINDS, ids=lambda how: f"{how.kind}-{how.top_k}")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from central_differences import slope
 
 from llmctl.model import functional, layer_signals, token_relations
 from llmctl.model.config import ModelConfig
@@ -16,16 +17,6 @@ REAL = SEGMENTS > 0
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
-
-
-def slope(fn, x, step=1e-5):
-    """Return the gradient of a function of an array by central differences."""
-    out = np.zeros_like(x)
-    for at in np.ndindex(x.shape):
-        by = np.zeros_like(x)
-        by[at] = step
-        out[at] = (fn(x + by) - fn(x - by)) / (2 * step)
-    return out
 
 
 def relation(a, b, t, head):
