@@ -124,7 +124,7 @@ class Losses(TaskRecord):
             batch: Batch,
             key: jax.Array,
             teacher: functional.Params,
-            extra: functional.Params,
+            extra: functional.Params | None = None,  # no projections if the widths are equal
         ) -> tuple[jax.Array, Sums]:
             batch, (teacher_cfg,), wanted = self.model_inputs(batch), teacher_cfgs, cast(Signals, signals)
             y_BTE, theirs = wanted.read(teacher_cfg, teacher, batch, "teacher", dtype=dtype)
@@ -133,7 +133,7 @@ class Losses(TaskRecord):
             networks = (cfg, params, x_BTD), [(teacher_cfg, teacher, y_BTE)]
             total, sums = self.soft_loss(*networks, batch, dtype, how)
             # These losses are means over tokens. The step divides by the sum "weight".
-            found = wanted.losses(own, theirs, batch["segments"], extra)
+            found = wanted.losses(own, theirs, batch["segments"], extra or {})
             total += sums["weight"] * sum(wanted.weight(name) * value for name, value in found.items())
             return total, sums | {name: sums["weight"] * value for name, value in found.items()}
 

@@ -114,9 +114,13 @@ def test_a_student_that_is_its_teacher_agrees_with_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])
 def test_a_student_copies_layers_of_its_teacher(architecture, tmp_path):
-    """At a learning rate of almost 0, the student's layers are those of the map, and all else is the teacher's."""
+    """At a learning rate of almost 0, the student's layers are those of the map, and all else is the teacher's.
+
+    All signals are used. The widths are equal, so there are no projections.
+    """
     teacher = artifact.load(tiny.made(tmp_path, tiny.MODELS[architecture]))
     settings = {"data": tiny.data(tmp_path, "text"), "optim": OptimConfig(learning_rate=1e-30, weight_decay=0.0)}
+    settings["signals"] = SIGNALS
     if architecture == "encoder_decoder":
         settings["data"] = tiny.data(tmp_path, "prompt", "completion")
     given = {"layer_map": [0, 1]} if architecture == "encoder_decoder" else {"layers": 2}
