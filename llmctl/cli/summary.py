@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,17 @@ def run(folder: Path) -> dict[str, Any]:
 def one(folder: Path) -> dict[str, Any]:
     """Return the summary of an artifact: the fields that `run` gives for each artifact, and the rest of its manifest.
 
+    Metrics are also read from the `eval` artifacts beside the folder. Damaged ones, and other folders, are ignored.
+
     Raises:
       RequestError: If the folder is not an artifact, or it is damaged.
     """
     manifest = artifact.read_manifest(folder)
-    beside = [r for p in sorted(folder.parent.glob(f"*/{RESULTS}")) for r in results(p.parent)]
+    beside = results(folder)
+    for file in sorted(folder.parent.glob(f"*/{RESULTS}")):
+        if (file.parent / MANIFEST).is_file() and file.parent.resolve() != folder.resolve():
+            with contextlib.suppress(RequestError):  # a finished stage must not fail because of its neighbors
+                beside += results(file.parent)
     return {**json.loads(manifest.model_dump_json()), **entry(manifest, beside)}
 
 

@@ -1,11 +1,17 @@
 """The closing table of a run shows how good every artifact is, whatever its task."""
 
 import json
+import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from llmctl.artifacts import artifact
 from llmctl.cli import summary
 from llmctl.config.errors import RequestError
+from llmctl.model import functional
+from llmctl.model.config import ModelConfig
 
 ENTRY = {
     "name": "a",
@@ -45,6 +51,21 @@ def test_results_whose_metrics_are_no_object(tmp_path, metrics):
     (tmp_path / "results.json").write_text(json.dumps([one]))
     with pytest.raises(RequestError, match=r"results\.json: damaged \(the metrics of 'a' are no object\)"):
         summary.results(tmp_path)
+
+
+def test_results_of_other_programs_and_damaged_neighbors_do_not_matter(tmp_path):
+    """A benchmark's results.json beside the artifact once made every stage end with exit 2, after its work."""
+    mine, model = tmp_path / "mine", ModelConfig(preset="llama-tiny", vocab_size=8, layers=1)
+    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), functional.abstract(model))
+    artifact.save(mine, params, model, stage="pretrain", key="k", config={})
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "results.json").write_text('{"arguments": {}, "dense": {"perplexity": 1.0}}')
+    shutil.copytree(mine, tmp_path / "eval")
+    (tmp_path / "eval" / "results.json").write_text("[")
+    assert summary.one(mine)["name"] == "mine"
+    (mine / "results.json").write_text("[")
+    with pytest.raises(RequestError, match=r"mine/results\.json: damaged"):
+        summary.one(mine)
 
 
 @pytest.mark.parametrize("text", ["stage = 5", "stage = [5]", "model = 5"])
