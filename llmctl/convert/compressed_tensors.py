@@ -57,17 +57,17 @@ def scheme_of(w: Any) -> Scheme | None:
     node = weights.as_node(w)
     if node.format_name == "nvfp4":
         return Scheme(NVFP4, "float", 4, nvfp4_tensors.BLOCK)
-    if node.kind != weights.Quantized.kind:
+    if (stored := node.quantized()) is None:
         return None
-    groups, inputs = node.array.scale.shape[-2], node.shape[-2]
+    array, groups, inputs = stored.array, stored.array.scale.shape[-2], node.shape[-2]
     group = 0 if groups == 1 else inputs // groups
-    if node.array.qvalue.dtype == jnp.float8_e4m3fn:  # vLLM reads no groups of 8-bit floats
-        return Scheme(FLOAT8, "float", 8, 0, node.activations) if not group else None
-    if node.integers() is None:
+    if array.qvalue.dtype == jnp.float8_e4m3fn:  # vLLM reads no groups of 8-bit floats
+        return Scheme(FLOAT8, "float", 8, 0, stored.activations) if not group else None
+    if stored.integers() is None:
         return None
-    bits = 4 if node.array.qvalue.dtype == jnp.int4 else 8
-    form = "int-quantized" if node.activations and bits == 8 else "pack-quantized"
-    return Scheme(form, "int", bits, group, node.activations, node.array.zero_point is None)
+    bits = 4 if array.qvalue.dtype == jnp.int4 else 8
+    form = "int-quantized" if stored.activations and bits == 8 else "pack-quantized"
+    return Scheme(form, "int", bits, group, stored.activations, array.zero_point is None)
 
 
 def pack(

@@ -233,6 +233,10 @@ class Node(abc.ABC):
         """
         return self
 
+    def quantized(self) -> Any:
+        """Return the weight as a `Quantized`, of integers or 8-bit floats, or None if the weight is stored otherwise."""
+        return None
+
     def integers(self) -> Any:
         """Return the weight as a `Quantized` for export formats that store integers, or None if the weight is not
         quantized."""

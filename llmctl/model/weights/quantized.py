@@ -99,6 +99,10 @@ class Quantized(Node):
         array = qwix.QArray(parts["qvalue"], parts["scale"], parts.get("zero"), qtype=parts["qvalue"].dtype)
         return cls(array, settings["activations"])
 
+    def quantized(self) -> Quantized:
+        """Return this weight."""
+        return self
+
     def integers(self) -> Quantized | None:
         """Return this weight, or None if the weight stores floats. Export formats store integers and scales."""
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
