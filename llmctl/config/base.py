@@ -47,22 +47,23 @@ class Config(BaseModel):
 
     unkeyed: ClassVar[frozenset[str]] = frozenset()
     """Names of fields that cannot change a stage's result, such as the mesh. A stage is a step of a recipe, such as
-    pretrain or prune. Its key, a hash of its settings, does not include these fields."""
+    pretrain or prune. A stage's key, a hash of its settings, does not include these fields."""
     added: ClassVar[frozenset[str]] = frozenset()
-    """Names of fields that a later release added. While such a field has its default, it is not part of a stage's key
-    (a hash of the stage's settings), so that existing keys stay valid."""
+    """Names of fields that a later release added. A stage's key, a hash of its settings, includes such a field only if
+    the value is not the default. Existing keys therefore stay valid."""
     deciding: ClassVar[tuple[str, ...]] = ()
     """Names of fields, such as a preset, that determine the defaults of the other fields of this class. If the user
-    sets such a field, it determines all defaults. Defaults that an enclosing settings class declares are then
+    sets such a field, the field determines all defaults. Defaults that an enclosing settings class declares are then
     ignored."""
     exclusive: ClassVar[dict[str, str]] = {}
-    """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe file sets one and the
-    command line sets the other, the value from the command line is used."""
+    """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe file sets one field and
+    the command line sets the other field, the command line takes precedence."""
     heading: ClassVar[str] = ""
     """Heading above these fields in a command's help. If empty, the fields are listed under the heading of the
     enclosing settings class."""
     common: ClassVar[tuple[str, ...] | None] = None
-    """Names of the fields that a command's `--help` lists; None lists all. `--help-all` always lists all."""
+    """Names of the fields that a command's `--help` lists. None lists all fields. `--help-all` always lists all
+    fields."""
 
     @field_validator("*")
     @classmethod
@@ -108,7 +109,7 @@ def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) 
         values: Nested dicts and lists, as read from TOML.
         place: Function that returns the beginning of an error message, such as `demo.toml: stage.2.train.steps (prune)`
             or `--train.steps`. Its argument is the dotted path of the invalid value inside `values`, such as
-            `train.steps`; the path is empty if the error concerns all values.
+            `train.steps`. If the error concerns all values, the path is empty.
 
     Raises:
         RequestError: If a value is invalid or a key is unknown. The message is one line.
@@ -162,9 +163,9 @@ def assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
     """Return the settings `below`, overridden by the settings `above`.
 
-    If both arguments have a table for the same field of `cls`, and the field's type is a settings class, the two tables
-    are merged key by key. Any other value in `above` replaces the value in `below`. If two fields may not be set
-    together (`Config.exclusive`), the field that `above` sets removes the other field from `below`.
+    If both arguments have a table for a field of nested settings, the two tables are merged key by key. Any other value
+    in `above` replaces the value in `below`. If two fields may not be set together (`Config.exclusive`), the field that
+    `above` sets removes the other field from `below`.
     """
     void = excluded(above, cls)
     out = copy.deepcopy({key: value for key, value in below.items() if key not in void})
@@ -180,8 +181,8 @@ def merge(below: dict[str, Any], above: dict[str, Any], cls: type[Config]) -> di
 def excluded(given: dict[str, Any], cls: type[Config]) -> set[str]:
     """Return the fields of `cls` that may not be set together with the settings `given` (`Config.exclusive`).
 
-    For the pair {"epochs": "steps"}: if `steps` is set, `epochs` is returned. If `epochs` is set and is not 0, `steps`
-    is returned. The value 0 means that `epochs` is not set.
+    An example is the pair {"epochs": "steps"}. If `steps` is set, `epochs` is returned. If `epochs` is set and is not
+    0, `steps` is returned. The value 0 means that `epochs` is not set.
     """
     pairs = cls.exclusive.items()
     return {other for name, other in pairs if given.get(name)} | {name for name, other in pairs if other in given}
@@ -196,7 +197,7 @@ def field_names(cls: type[Config]) -> list[str]:
 
 
 def section(cls: type[Config], key: str) -> type[Config] | None:
-    """Return the type of the field `key` of `cls` if that type is a settings class, else None.
+    """Return the type of the field `key` of `cls` if the type is a settings class, else None.
 
     For a type such as `MeshConfig | None`, return the settings class `MeshConfig`.
     """
@@ -250,9 +251,8 @@ def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
     If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
     number of steps is 300.
 
-    Exception: if the class of the nested settings has `deciding` fields, such as a preset, the deciding fields
-    determine the defaults of the other fields. In this case only the deciding fields are completed, and only if the
-    user set none of them.
+    Nested settings with `deciding` fields, such as a preset, are an exception. The deciding fields determine the
+    defaults of the other fields. Only the deciding fields are completed, and only if the user set no deciding field.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():

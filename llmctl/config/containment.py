@@ -1,11 +1,11 @@
 """Reject names, links and special files that would lead a read or a write outside a folder.
 
 Artifacts, prepared data, tokenizers and model folders may come from other people. A link or a `../` in such a folder
-could make llmctl copy a private file into its output. The path that the user names may itself be a link; only the files
-below it are checked.
+could make llmctl copy a private file into its output. The path that the user names may itself be a link. Only the files
+below this path are checked.
 
-A link may point only to a file of the same folder. There is one exception: a snapshot in Hugging Face's cache may link
-to the folder `blobs` of the same model, because the cache stores all files there.
+A link may point only to a file of the same folder. There is one exception. A snapshot in Hugging Face's cache may link
+to the folder `blobs` of the same model, which contains all files of the model.
 
 Example:
     >>> str(within(Path("model"), "weights/part-1.safetensors"))
@@ -37,7 +37,7 @@ def within(folder: P, name: str) -> P:
         name: Relative path, often read from a file of the folder.
 
     Raises:
-        RequestError: If the name or a link leads outside the folder, or if the path is no regular file or folder.
+        RequestError: If the name or a link leads outside the folder. If the path is no regular file or folder.
     """
     pure = PurePosixPath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
@@ -52,7 +52,7 @@ def check(folder: Any) -> None:
     """Check that no link below a local folder leads outside it, and that all files are regular.
 
     Raises:
-        RequestError: If a link leads outside the folder or to a folder, or if a file is a pipe, socket or device.
+        RequestError: If a link leads outside the folder or to a folder. If a file is a pipe, socket or device.
     """
     if not _is_local(folder):
         return

@@ -1,4 +1,4 @@
-"""Define the errors that end a command; each class sets the exit code."""
+"""Define the errors that end a command. Each class sets the exit code."""
 
 
 class LlmctlError(Exception):

@@ -5,8 +5,7 @@ Another package adds an object by an entry point of the group `llmctl`, whose na
     [project.entry-points."llmctl"]
     "source.arrow" = "my_package.arrow:read"
 
-llmctl's own objects are listed in the source code, where each `Registry` is created, in the same form
-`module:attribute`.
+llmctl's own objects are arguments of the `Registry`, in the same form `module:attribute`.
 """
 
 from __future__ import annotations

@@ -17,22 +17,22 @@ def portion(amount: float, steps: int) -> int:
 
 
 class MeshConfig(Config):
-    """Set the number of devices per mesh axis; -1 uses the remaining devices. At most one axis may be -1."""
+    """Set the number of devices per mesh axis. -1 uses the remaining devices. At most one axis may be -1."""
 
     heading: ClassVar[str] = "Where it runs"
     common: ClassVar[tuple[str, ...] | None] = ()
 
     data: int = Field(default=-1, ge=-1)
-    """Number of model replicas; each reads different examples."""
+    """Number of model replicas. Each replica reads different examples."""
     fsdp: int = Field(default=1, ge=-1)
-    """Number of devices that shard one copy of the parameters; each reads different examples."""
+    """Number of devices that shard one copy of the parameters. Each device reads different examples."""
     context: int = Field(default=1, ge=-1)
     """Number of devices that shard each sequence, and also the parameters. If above 1, the model uses ring
     attention."""
     tensor: int = Field(default=1, ge=-1)
     """Number of devices that shard each layer's heads and neurons, and the vocabulary."""
     pipeline: int = Field(default=1, ge=-1)
-    """Number of pipeline stages; each contains consecutive layers."""
+    """Number of pipeline stages. Each stage contains consecutive layers."""
     dcn: int = Field(default=0, ge=0)
     """Number of slices (chips joined by a fast network) with a slower network between them. Only the data axis spans
     slices. 0 detects the number, 1 treats all devices as one slice."""
@@ -51,8 +51,8 @@ class OptimConfig(Config):
     """Peak learning rate. For Adafactor, this rate is relative to each weight's scale. For Lion, use a rate 3 to 10
     times smaller than for AdamW."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
-    """Learning-rate schedule after the warm-up. wsd is constant and decays at the end; rsqrt is proportional to
-    1 / sqrt(step)."""
+    """Learning-rate schedule after the warm-up. wsd is constant and decays at the end. rsqrt is proportional to 1 /
+    sqrt(step)."""
     warmup: float = Field(default=0.05, ge=0)
     """Number of warm-up steps. A value below 1 is a fraction of all steps."""
     final: float = Field(default=0.1, ge=0, le=1)
@@ -68,14 +68,15 @@ class OptimConfig(Config):
     epsilon: float = Field(default=1e-8, gt=0)
     """Constant added to the square root of the second moment, for AdamW."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay of matrices; it is not applied to norms, biases and embeddings."""
+    """Decoupled weight decay of matrices. Norms, biases and embeddings have no weight decay."""
     clip: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay rate of a moving average of the weights. The average is then validated and saved. 0 disables it."""
+    """Decay rate of a moving average of the weights. The average is then validated and saved. 0 disables the
+    average."""
     spike: float = Field(default=0.0, ge=0)
-    """Skip a step if the gradient norm or the loss exceeds the running mean by more than this number of standard
-    deviations. 0 skips no step."""
+    """Number of standard deviations by which the gradient norm or the loss may exceed the running mean. If a step
+    exceeds this limit, the step is skipped. 0 skips no step."""
 
 
 class TrainConfig(Config):

@@ -2,9 +2,9 @@
 
 Each stage writes an artifact, a folder with a model or with the results of an evaluation.
 
-The recipe is validated before any stage runs. If a setting has values in several places, the last place in this list
-applies: the default in the config class, the recipe's shared settings, the stage's table, `--set`, the flags of a
-stage's command.
+The recipe is validated before any stage runs. If a setting has values in several places, the value from the last place
+in this list is used: the default in the config class, the recipe's shared settings, the stage's table, `--set`, the
+flags of a stage's command.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _holds(values: Any, path: str) -> bool:
 
 
 def _linked(config: StageConfig, before: list[Step], out: Path, where: str, beside: Path | None = None) -> Step:
-    """Find the artifacts that a stage reads, its parent and others, and return the Step of the stage.
+    """Find the parent and the other artifacts that a stage reads, and return the stage's Step.
 
     Args:
       config: config of the stage. Each artifact in the config is the name of an earlier stage, or a folder.

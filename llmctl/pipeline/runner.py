@@ -55,7 +55,7 @@ def run(
 
     Args:
       recipe: the validated recipe.
-      only: names of the stages to run; their inputs must be up to date. Empty runs all stages.
+      only: names of the stages to run. The inputs of these stages must be up to date. Empty runs all stages.
       say: function that prints one line per stage.
       processes: arguments of `llmctl.distributed.processes.join`.
 
@@ -218,9 +218,9 @@ def _run_stage(recipe: Recipe, status: StageStatus, say: Callable[[str], None]) 
 def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], None], alone: bool) -> bool:
     """Create the stage's temporary folder, and return whether it is new.
 
-    If a folder exists and its settings or inputs differ (another `key`), the folder is removed first. If `alone` is
-    true (a single stage command), an artifact at the output folder may be replaced only if a stage of the same kind
-    wrote it.
+    If a folder exists and its settings or inputs differ (another `key`), the folder is removed first. `alone` is true
+    for a single stage command. Such a command may replace an artifact only if a stage of the same kind wrote the
+    artifact.
     """
     artifact.check_output(step.out, stage=step.config.kind if alone else "", replace=step.config.replace)
     note = work / "key"
@@ -238,7 +238,7 @@ def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], N
 
 
 def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: bool) -> None:
-    """Check that the inputs of the stages to run are up to date, if the user chose these stages (`only`).
+    """Check that the inputs of the stages in `only` are up to date. The user chose these stages.
 
     Raises:
       RequestError: If an input is not up to date, and the stage that writes the input is not chosen.

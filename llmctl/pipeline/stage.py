@@ -12,7 +12,7 @@ A stage is one module:
         ...  # optional: the programs that `llmctl plan` compiles, and the artifact of the stage
 
 `base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. If a stage
-does not define `programs`, a plan assumes that the stage compiles nothing and writes arrays with the parent's shapes.
+has no `programs`, a plan assumes that nothing is compiled, and that the arrays have the parent's shapes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmctl.model.program import Program
 
     Programs = tuple[list[Program], Artifact | None]
-    """The programs of a stage, and the artifact that the stage leaves for later stages."""
+    """Programs of a stage, and the artifact that the stage writes for later stages."""
 
 T = TypeVar("T")
 
@@ -66,8 +66,8 @@ class StageConfig(Config):
     parent: str = Field(default="", alias="from")
     """Artifact to start from: the name of an earlier stage, or a folder. Default: the previous stage."""
     base: str = ""
-    """Folder of the base, if the artifact to start from is an adapter and its base is not next to it. The base's digest
-    is checked.
+    """Folder of the base, if the stage starts from an adapter. By default, the base is next to the adapter. The base's
+    digest is checked.
     """
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of all random numbers."""
@@ -76,7 +76,8 @@ class StageConfig(Config):
     allow_nonfinite: bool = False
     """Save weights that contain NaN or infinity. By default the stage fails and names the array."""
     replace: bool = False
-    """Replace the artifact at --out even if another kind of stage wrote it or its folder contains other files."""
+    """Replace the artifact at --out even if another kind of stage wrote the artifact, or if the folder contains other
+    files."""
     mesh: MeshConfig = MeshConfig()
     """Number of devices per mesh axis."""
 
@@ -102,8 +103,7 @@ class StageConfig(Config):
 
     @property
     def bases(self) -> tuple[Path, ...]:
-        """Return the folders in which to look for the base of an adapter, in addition to the folders next to the
-        adapter."""
+        """Return further folders in which the base of an adapter may be, besides the folders next to the adapter."""
         return (Path(self.base),) if self.base else ()
 
 

@@ -47,7 +47,7 @@ def why(step: Step, key: str, due: set[str]) -> str:
 
 
 def is_done(step: Step, key: str) -> bool:
-    """Return whether the stage's artifact was made from these settings and inputs (`key`), and is intact.
+    """Return whether the stage's artifact is intact and was made from these settings and inputs (`key`).
 
     The runner calls this function again before a stage runs, because another process may have written the artifact in
     the meantime.
@@ -58,8 +58,8 @@ def is_done(step: Step, key: str) -> bool:
 def remark(step: Step) -> str:
     """Return a remark in parentheses on an artifact that is up to date; empty if there is nothing to remark.
 
-    A remark is made if metrics or lineage differ from their checksums, or if an earlier version of llmctl wrote the
-    artifact.
+    There is a remark if metrics or lineage differ from their checksums. There is also a remark if an earlier version of
+    llmctl wrote the artifact.
     """
     manifest = artifact.read_manifest(step.out)
     if manifest.checksums is None:
@@ -77,7 +77,7 @@ def key_at(folder: Path) -> str:
 
 
 def _bases(step: Step) -> tuple[Path, ...]:
-    """Return the folders outside the run that may be the base of the stage's artifact, if it is an adapter."""
+    """Return the folders outside the run that may contain the base, if the stage's artifact is an adapter."""
     return (*((step.parent,) if isinstance(step.parent, Path) else ()), *step.config.bases)
 
 

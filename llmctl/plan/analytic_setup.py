@@ -37,14 +37,14 @@ class Setup:
     """Fraction of the parameters that are trained. For LoRA, the number of adapter parameters / number of model
     parameters."""
     stored: float = 0.0
-    """Bytes of arrays outside the training state, such as frozen weights or a teacher, divided by the model's number of
-    parameters."""
+    """Bytes of arrays outside the training state, divided by the model's number of parameters. Such arrays are frozen
+    weights or a teacher."""
     fused: bool = True
-    """Whether attention runs in a fused kernel of the platform, which stores no attention scores."""
+    """Whether attention runs in a fused kernel, which stores no attention scores."""
     eight: Mapping[str, float] = field(default_factory=dict)
     """Fraction of the layers' matrix products that are computed in 8 bits, by dtype (int8, float8)."""
     beside: float = 0.0
-    """FLOPs of another model that runs in the same step, such as a teacher: sum over all devices."""
+    """FLOPs of another model that runs in the same step, such as a teacher. The FLOPs are summed over all devices."""
     cached: int = 0
     """Number of tokens per sequence in the key/value cache."""
     predicted: float = 1.0

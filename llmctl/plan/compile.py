@@ -19,19 +19,19 @@ class Compiled:
     text: str
     """Optimized HLO text; empty if the compiler ran out of device memory."""
     arguments: int
-    """Bytes of the arguments. They stay allocated while the program runs."""
+    """Bytes of the arguments. The arguments stay allocated while the program runs."""
     outputs: int
     """Bytes of the outputs that are not aliased to an argument."""
     temporaries: int
     """Bytes of arrays that exist only while the program runs."""
     peak: int
-    """Bytes in use at the peak, as the compiler reports them."""
+    """Bytes in use at the memory peak, as the compiler reports this figure."""
     required: int
-    """Bytes that the program needs, if the compiler rejected the program for lack of device memory; otherwise 0."""
+    """Bytes that the program needs, if the compiler rejected the program for lack of device memory. Otherwise 0."""
     seconds: float
     reported_costs: dict[str, float]
-    """Cost figures that the compiler itself reports, only for display. They count a loop's body once and omit custom
-    kernels.
+    """Cost figures that the compiler itself reports, only for display. The figures count a loop's body once and omit
+    custom kernels.
     """
 
 
@@ -92,7 +92,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def required_bytes(message: str) -> int:
-    """Return the required bytes that the compiler's out-of-memory message reports; 0 for other messages."""
+    """Return the required bytes that the compiler's out-of-memory message reports. For other messages, return 0."""
     for pattern in REFUSALS:
         if found := re.search(pattern, message):
             return int(float(found[1]) * UNITS[found[2]])

@@ -41,8 +41,8 @@ class Candidate:
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
-"""Function that takes a setup and returns (bytes per device, seconds per step); None if the program exceeds the device
-memory.
+"""Function (setup) -> (bytes per device, seconds per step). If the program exceeds the device memory, the result is
+None.
 """
 
 
@@ -86,7 +86,8 @@ def modelled(setup: Setup, topology: Topology) -> Candidate:
 
 
 def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
-    """Return all layouts that fit in memory according to the analytic model, sorted by time and then by memory."""
+    """Return all layouts that fit in memory according to the analytic model. The layouts are sorted by time and then by
+    memory."""
     found = []
     for on_mesh in meshes(setup, topology.devices):
         if topology.platform == "tpu" and on_mesh.size("data") % topology.slices:
@@ -100,7 +101,7 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
 
 
 def front(found: Iterable[Candidate]) -> list[Candidate]:
-    """Return the Pareto front of time and memory: a candidate is on the front if no other candidate is both faster and
+    """Return the Pareto front of time and memory: the candidates for which no other candidate is both faster and
     smaller.
 
     The candidates are sorted from the fastest to the smallest.
@@ -131,8 +132,8 @@ def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4
 
 
 def fit(setup: Setup, slices: Iterable[Topology], compile_one: Compile) -> tuple[Topology, Candidate] | None:
-    """Return (topology, layout) for the first topology on which a compiled program fits; None if the program fits on no
-    topology.
+    """Return (topology, layout) for the first topology on which a compiled program fits. If there is no such topology,
+    return None.
 
     Three layouts are compiled per topology. The analytic model selects these three layouts:
 

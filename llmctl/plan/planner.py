@@ -145,13 +145,13 @@ def _request(text: str) -> Request:
 def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
     """Return the mesh config. If it is the default config, set its `data` axis to the number `devices`.
 
-    The default mesh would otherwise use all CPU devices in a plan, but only the first in a run.
+    Otherwise, the default mesh would use all CPU devices in a plan, but only the first CPU device in a run.
     """
     return mesh.model_copy(update={"data": devices}) if mesh == type(mesh)() else mesh
 
 
 def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
-    """Return a stage's programs and the artifact that it would write.
+    """Return a stage's programs and the artifact that the stage would write.
 
     If a stage declares no programs, the plan assumes that the stage compiles nothing and writes arrays with the
     parent's shapes.

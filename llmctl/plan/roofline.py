@@ -4,7 +4,8 @@
 
 - Matrix products run at the peak rate of their operand dtype.
 - All data is read and written at the full bandwidth of HBM.
-- Collectives over an axis use the links of the torus dimensions that the axis spans, in both directions of a ring.
+- Collectives over an axis use the links of the torus dimensions that the axis spans. In a ring, links in both
+  directions are used.
 - Devices of a slice first exchange data among themselves. Only the data of other slices crosses the data-center
   network, and the devices of a slice share this traffic.
 
@@ -28,9 +29,10 @@ class Roofline:
     compute: float
     hbm: float
     ici: float
-    """Time of all collectives inside a slice (interconnect), whether they overlap with computation or not."""
+    """Time of all collectives inside a slice (interconnect), including collectives that overlap with computation."""
     dcn: float
-    """Time of all collectives between slices (data-center network), whether they overlap with computation or not."""
+    """Time of all collectives between slices (data-center network), including collectives that overlap with
+    computation."""
     exposed: float
     """Time of the collectives that do not overlap with computation."""
 
@@ -130,8 +132,8 @@ def bandwidth(axis: str, topology: Topology, mesh: Mapping[str, int]) -> float:
     """Return the bytes per second that a device can send along a mesh axis inside its slice.
 
     Devices are numbered along the torus, with its last dimension slowest. A mesh axis therefore spans complete
-    dimensions or parts of them. Each dimension contributes two links if the axis covers a full ring. It contributes one
-    link if the axis covers a line, because the longest path bounds a collective.
+    dimensions or parts of dimensions. If the axis covers a full ring, the dimension contributes two links. If the axis
+    covers a line, the dimension contributes one link, because the longest path bounds a collective.
     """
     chip = topology.chip
     if not chip.dimensions:  # switched network

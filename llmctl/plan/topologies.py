@@ -151,7 +151,7 @@ def with_chips(chip: str, number: int) -> Topology:
     """Return the topology with exactly `number` chips.
 
     Raises:
-      RequestError: If no slice has this number of chips; the message lists the existing numbers.
+      RequestError: If no slice has this number of chips. The message lists the existing numbers.
     """
     found = smallest_first(chip)
     if chip in GPUS:  # any number of complete nodes

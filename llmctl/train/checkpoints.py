@@ -1,4 +1,5 @@
-"""Save checkpoints of a training run in the background, restore the newest intact one, and keep the best parameters.
+"""Save checkpoints of a training run in the background, restore the newest intact checkpoint, and keep the best
+parameters.
 
 Each checkpoint stores checksums of its arrays. The checksums are compared after a restore, because TensorStore does not
 store checksums of large arrays.
@@ -29,8 +30,8 @@ ARRAYS, META = "arrays", "meta"
 class Checkpoints:
     """Save and restore the checkpoints of one training run in `folder`.
 
-    An instance is a context manager: at its end, it waits for unfinished saves. If the disk is full, a save raises
-    WorkError with the name of the newest intact checkpoint.
+    An instance is a context manager. The end of the context waits for unfinished saves. If the disk is full, a save
+    raises WorkError with the name of the newest intact checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
@@ -68,7 +69,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any], *, wait: bool = False) -> None:
         """Write the training state and the JSON metadata of `step` to disk in the background.
 
-        If `wait` is true, return only when both are on disk.
+        If `wait` is true, the method returns when both are on disk.
         """
         self._save(self._latest, step, state, meta, wait)
 
@@ -135,7 +136,8 @@ class Checkpoints:
         return ocp.CompositeCheckpointHandler().restore(epath.Path(self.folder / "steps" / str(step)), args=args)
 
     def _meta(self, found: Any, name: str) -> tuple[dict[str, Any], str]:
-        """Return (metadata of a restored checkpoint, reason why it is damaged or "" if it is intact)."""
+        """Return (metadata of a restored checkpoint, reason why the checkpoint is damaged). The reason is "" if the
+        checkpoint is intact."""
         meta = dict(found["meta"])
         expected, digest = meta.pop(ARRAYS, None), meta.pop(META, None)
         if expected is None:
@@ -158,7 +160,8 @@ class Checkpoints:
         shutil.move(self.folder / "steps" / str(step), aside)
 
     def restore_best(self, step: int, abstract: Any) -> Any:
-        """Restore and return the best parameters, which were saved at `step`. They get the shardings of `abstract`.
+        """Restore and return the best parameters, which were saved at `step`. The parameters get the shardings of
+        `abstract`.
 
         Raises:
           WorkError: If the parameters cannot be read.

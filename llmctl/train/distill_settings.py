@@ -21,10 +21,10 @@ class SignalsConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     logits: float = Field(default=0.0, ge=0)
-    """Weight of the divergence from the teacher's outputs. Default if no signal has a weight: 1 - hard (the setting of
-    the stage)."""
+    """Weight of the divergence from the teacher's outputs. If no signal has a weight, the default is 1 - hard (the
+    setting `hard` of the stage)."""
     hard: float = Field(default=0.0, ge=0)
-    """Weight of the loss on the labels. Default if no signal has a weight: the setting hard of the stage."""
+    """Weight of the loss on the labels. If no signal has a weight, the default is the setting `hard` of the stage."""
     hidden: float = Field(default=0.0, ge=0)
     """Weight of the distance between the hidden states of the layer pairs in `layer_map`. If the widths differ, a
     trained projection maps the student's states to the teacher's width."""
@@ -57,11 +57,11 @@ class StudentConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     layers: int = Field(default=0, ge=0)
-    """Number of the teacher's layers that a new student copies, in the encoder and in the decoder; 0 copies none,
-    unless `layer_map` is a list."""
+    """Number of the teacher's layers that a new student copies, in the encoder and in the decoder. 0 copies no layers,
+    unless `layer_map` is a list of layers."""
     layer_map: str | list[Any] = "every_other"
-    """Layers to copy. every_other: evenly spaced layers, beginning with the first; for a student of half the depth,
-    every second layer. first: the first layers. A list such as [0, 2, 5]: the layers with these indices, from 0."""
+    """Layers to copy. every_other: evenly spaced layers, beginning with the first layer, such as every second layer.
+    first: the first layers. A list such as [0, 2, 5]: the layers with these indices, from 0."""
 
     @property
     def active(self) -> bool:

@@ -30,12 +30,11 @@ if TYPE_CHECKING:
     from llmctl.train.learner import Learner
 
 PROJECTIONS = 3
-"""Constant that is folded into a run's random key, to derive the key that initializes the projections of signals."""
+"""Constant that is folded into a run's random key. The resulting key initializes the projections of signals."""
 
 
 def load_teachers(paths: Sequence[Path], mesh: Mesh, bases: Sequence[Path]) -> list[Artifact]:
-    """Load the teachers, and each base only once. All adapters over a base, and the base itself, share the base's
-    arrays.
+    """Load the teachers. Each base is loaded only once, and all its adapters share its arrays.
 
     Args:
       paths: folders of the teachers.
@@ -151,7 +150,7 @@ def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
 
 
 def signals(config: Any, model: ModelConfig, teacher: ModelConfig, mesh: Mesh) -> Signals | None:
-    """Return the losses on inner layers; None if their weights are 0.
+    """Return the losses on inner layers. If all weights of these losses are 0, return None.
 
     Raises:
       RequestError: If the layers or the heads do not fit the models, or if the mesh has a pipeline.
@@ -202,7 +201,8 @@ def layer_pairs(layer_map: Any, student: int, teacher: int) -> tuple[tuple[int, 
 def projections(
     config: Any, inner: Signals, model: ModelConfig, teacher: ModelConfig, params: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the initial projections that the losses `inner` need, by name. They are replicated over the mesh.
+    """Return the initial projections that the losses `inner` need, by name. The projections are replicated over the
+    mesh.
 
     If `params` are abstract arrays, the projections are abstract too.
     """

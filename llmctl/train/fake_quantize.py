@@ -6,7 +6,7 @@ In every step, the loss reads rounded matrices. The matrices are rounded by the 
 computed from the current weights. The rounding has the gradient of the identity (straight-through estimator; Bengio et
 al., 2013, arXiv:1308.3432). The optimizer updates the weights before rounding, and the artifact stores these weights.
 The stage quantize rounds the weights with the same scheme, so the quantized artifact computes the function that was
-trained. Validation measures this function too.
+trained. Validation measures the same function.
 
 Zeros stay zeros, because every format represents 0. In each step, the rounded matrices need as much memory as the
 unrounded matrices.
@@ -104,10 +104,10 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
 
 
 def log_lines(base: Artifact | None, config: QuantizeConfig) -> list[str]:
-    """Return a list with one log line if quantization gives another function than the one that `base` was trained for.
+    """Return a list with one log line if the quantization differs from the quantization that `base` was trained for.
 
-    The line names the settings that differ from those of the quantization-aware training. If `base` was trained without
-    it, or if no setting differs, return [].
+    The line names the settings that differ. If `base` was trained without quantization-aware training, or if no setting
+    differs, return [].
     """
     asked = base.manifest.config.get("fake_quantize") if base else None
     if not isinstance(asked, dict) or not asked.get("format"):

@@ -92,13 +92,13 @@ class Job:
     result is discarded.
     """
     memory: Callable[[Params], Any] | None = None
-    """Function from the trained arrays to a tree of further arrays that are kept between steps, as the entry "memory"
-    of the training state. The function `after_step` reads and updates them. None means no such entry."""
+    """Function from the trained arrays to a tree of further arrays that are kept between steps. The tree is the entry
+    "memory" of the training state. The function `after_step` reads and updates the tree. None means no such entry."""
     state_metrics: Callable[[State], Sums] | None = None
     """Function from the state after a step to further metrics of the step that are logged, such as the sparsity."""
     reads_memory: bool = False
-    """Whether the loss reads the arrays that `memory` keeps between steps. If true, the loss gets them as the keyword
-    argument `memory`.
+    """Whether the loss reads the arrays that `memory` keeps between steps. If true, the loss gets these arrays as the
+    keyword argument `memory`.
     """
     penalty: Callable[[Params], jax.Array] | None = None
     """Function from the parameters to a scalar. Every step adds the scalar to the mean loss before the loss is
@@ -106,7 +106,7 @@ class Job:
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0
-    """Floating-point operations per token, used to report the utilization (MFU). If it is 0, no MFU is reported."""
+    """Floating-point operations per token, used to report the model FLOPs utilization (MFU). 0 reports no MFU."""
     model: ModelConfig | None = None
     """Config of the model, if the job has one. The log then reports the attention kernel of the model."""
 

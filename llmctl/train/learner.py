@@ -181,7 +181,7 @@ def run(
 def calibrated(
     config: Any, learner: Learner, params: dict[str, Any], held_out: Validation
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Calibrate the class probabilities on the validation rows; return (parameters, validation metrics of these
+    """Calibrate the class probabilities on the validation rows. Return (parameters, validation metrics of these
     parameters).
     """
     with meshes.use(held_out.mesh):

@@ -76,7 +76,7 @@ def build(
     """Build the configured optimizer with its learning rate schedule.
 
     Weight decay is decoupled (Loshchilov and Hutter, 2017, arXiv:1711.05101) and applies to matrices. The optimizer
-    does not clip gradients. The caller clips gradients, because it also logs the norm. The optimizers are:
+    does not clip gradients. The caller clips gradients, because the caller also logs the norm. The optimizers are:
 
     - adamw, and sgd with momentum.
     - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.
@@ -135,9 +135,9 @@ def build(
 def adam_from(config: OptimConfig, starts: Mapping[str, Any]) -> optax.GradientTransformation:
     """Build Adam's scaling of updates for arrays whose training starts at different steps.
 
-    `starts` has the number of updates before an array is trained, by name. The moments of such an array are zero until
-    then. The bias correction of the array therefore counts updates from its own start. A count from the first step
-    would make the first updates up to (1 - beta1) / sqrt(1 - beta2) times too large.
+    `starts` maps the name of an array to the number of updates before the array is trained. The moments of such an
+    array are zero until then. The bias correction of the array therefore counts updates from its own start. A count
+    from the first step would make the first updates up to (1 - beta1) / sqrt(1 - beta2) times too large.
     """
     b1, b2, eps = config.beta1, config.beta2, config.epsilon
     inner = optax.scale_by_adam(b1, b2, eps)

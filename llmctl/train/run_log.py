@@ -48,8 +48,8 @@ MEANINGS = {
 with the name."""
 _explained: set[str] = set()
 UNSHOWN = frozenset({"step_seconds"})
-"""Metrics that are written to the log but not shown in the progress line, because another metric in the line implies
-them.
+"""Metrics that are written to the log but not shown in the progress line. Another metric in the line implies their
+values.
 """
 
 
@@ -190,8 +190,8 @@ class Reporter:
         self.log_next({"layer": report.layer, "influence": report.influence, "layer_error": report.error})
 
     def log_next(self, metrics: Mapping[str, Any]) -> None:
-        """Log metrics as the next step of a stage whose steps are not numbered, such as the layers of a calibration
-        walk."""
+        """Log metrics as the next step of a stage without step numbers. An example is a calibration walk, which has a
+        step per layer."""
         self._steps += 1
         self.log(self._steps, metrics)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FINISHED = "seeds.json"
-"""Name of the file with the metrics of the finished seeds, by seed. The file is in the run's temporary folder."""
+"""Name of the file with the metrics of each finished seed. The file is in the run's temporary folder."""
 PREFIX = "validation_"
 """Prefix of the names of metrics that were computed on validation data."""
 

@@ -7,9 +7,9 @@ that a resumed run has the same masks. Between two changes of the mask, each ste
 (`llmctl.train.step.hold_zeros`). The sparsity is computed from the step number within the compiled step, so nothing is
 compiled again.
 
-Score magnitude is |w|; a zero stays zero. Score movement (Sanh et al., 2020, arXiv:2005.07683) is the sum over steps of
--w g. Zeros have gradients too; for a zero, w in this sum is the weight's last nonzero value. A zero whose score rises
-gets this value back.
+Score magnitude is |w|. A zero stays zero. Score movement (Sanh et al., 2020, arXiv:2005.07683) is the sum over steps of
+-w g. Zeros have gradients too. For a zero, w in this sum is the last nonzero value of the weight. If the score of a
+zero rises, the zero gets this value back.
 
 Shapes: L layers, I inputs, O outputs.
 """
@@ -42,7 +42,7 @@ ENTRY = "sparsify"
 
 @dataclass(frozen=True)
 class Schedule:
-    """Compute when masks change, and how sparse they become.
+    """Compute at which steps masks change, and their sparsity.
 
     >>> rising = Schedule("cubic", start=0, end=4, every=1)
     >>> [float(rising.fraction(step)) for step in (1, 2, 4)]
@@ -73,7 +73,7 @@ class Schedule:
     def due(self, step: Any, settled: jax.Array) -> jax.Array:
         """Return whether the masks change after a step. `settled` is true if the last change was already made.
 
-        If step `end` is skipped as a bad step, the last change is made after the next step that is not skipped.
+        If step `end` is skipped as a bad step, the last change is made after the next good step.
         """
         first = 1 if self.name == "constant" else self.every
         regular = (step > self.start) & ((step - self.start - first) % self.every == 0)
@@ -210,16 +210,17 @@ def check(asked: SparsifyConfig, params: Params, base: Artifact | None) -> None:
 
 
 def _counted(params: Params) -> float:
-    """Return the fraction of zeros in the matrices of the layers; 0 for abstract arrays."""
+    """Return the fraction of zeros in the matrices of the layers. For abstract arrays, return 0."""
     concrete = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in jax.tree.leaves(params))
     return prune.sparsity(params) if concrete else 0.0
 
 
 def attached(asked: SparsifyConfig, job: Job, steps: int) -> Job:
-    """Return the job, which has `steps` steps, with pruning during training. Without pruning, return the job unchanged.
+    """Return the job with pruning during its `steps` training steps. If the settings do not prune, return the job
+    unchanged.
 
     Raises:
-      RequestError: If a matrix of the layers is not trained in every step, or another function changes the state after
+      RequestError: If a matrix of the layers is not trained in every step. If another function changes the state after
         each step.
     """
     if not asked.active:
@@ -246,7 +247,7 @@ def attached(asked: SparsifyConfig, job: Job, steps: int) -> Job:
 
 
 def result_metrics(asked: SparsifyConfig, params: Params) -> dict[str, float]:
-    """Return the counted sparsity of a training result as a metric; {} if the training did not prune.
+    """Return the counted sparsity of a training result as a metric. If the training did not prune, return {}.
 
     Raises:
       WorkError: If the matrices have fewer zeros than asked, because the last steps were skipped.

@@ -28,14 +28,14 @@ class SparsifyConfig(Config):
     """Prune during training: set this fraction of each matrix in the layers to zero. 0 prunes nothing, unless pattern
     is N:M. Later stages keep the zeros."""
     schedule: Literal["cubic", "once", "constant"] = "cubic"
-    """Sparsity by step. cubic: rise from 0 at step start to the full sparsity at step end, first fast and then slowly.
-    once: prune at step end. constant: full sparsity from step start on."""
+    """Sparsity by step. cubic: rise from 0 at step start to the full sparsity at step end, fast at first. once: prune
+    at step end. constant: full sparsity from step start on."""
     score: Literal["magnitude", "movement"] = "magnitude"
-    """Score of the weights; the lowest become zero. magnitude: absolute value; zeros stay. movement: sum over steps of
-    -weight * gradient, which is high for weights that move away from zero; zeros may return to their last value until
-    step end. movement needs 8 more bytes per weight."""
+    """Score of the weights. Weights with the lowest scores become zero. magnitude: absolute value. Zeros stay zero.
+    movement: sum over steps of -weight * gradient, which is high for weights that move away from zero. Until step end,
+    zeros may return to their last value. The score needs 8 more bytes per weight."""
     pattern: str = "unstructured"
-    """Pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N of every M inputs; N and M
+    """Pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N of every M inputs. N and M
     determine the sparsity. AxB, such as 128x1: blocks of A inputs and B outputs."""
     start: float = Field(default=0.0, ge=0)
     """Step after which weights become zero, if schedule is cubic or constant. A value below 1 is a fraction of all
@@ -79,7 +79,7 @@ class SparsifyConfig(Config):
 
     @property
     def pruned(self) -> bool | None:
-        """Return True if the result is a pruned artifact; None if the answer depends on the parent."""
+        """Return True if the result is a pruned artifact. If this depends on the parent, return None."""
         return self.active or None
 
     @property

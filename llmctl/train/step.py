@@ -222,7 +222,8 @@ def _microbatches(a: jax.Array, pieces: int) -> jax.Array:
 
 
 def clip(grads: Params, norm: Any, limit: float) -> Params:
-    """Return the gradients scaled to a global norm of at most `limit`; if `limit` is 0, the unchanged gradients."""
+    """Return the gradients scaled to a global norm of at most `limit`. If `limit` is 0, return the gradients
+    unchanged."""
     if not limit:
         return grads
     factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
@@ -230,10 +231,10 @@ def clip(grads: Params, norm: Any, limit: float) -> Params:
 
 
 def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
-    """Return the arrays `new` after a step, with zeros where `old` has zeros, in the arrays named in `held`.
+    """Return the arrays `new` after a step. In the arrays named in `held`, the zeros of `old` are kept.
 
-    Pruned weights therefore stay pruned. Bottleneck adapters are an exception: if all parameters of an adapter are zero
-    in a layer, this adapter was never trained because the layer was frozen. These zeros may change.
+    Pruned weights therefore stay pruned. Bottleneck adapters are an exception. If all parameters of an adapter are zero
+    in a layer, the layer was frozen and its adapter was never trained. These zeros may change.
     """
 
     def mask(name: str) -> jax.Array:
@@ -269,7 +270,7 @@ def freeze_until(updates: Params, starts: Mapping[str, Any], count: Any) -> Para
 
     Args:
       updates: updates of the trained arrays, by name.
-      starts: number of updates after which the training of an array starts, by name; or one number per layer.
+      starts: number of updates after which the training of an array starts, by name. The number may differ per layer.
       count: number of updates so far.
     """
     return {n: jnp.where(count >= starts[n], u, 0) if n in starts else u for n, u in updates.items()}

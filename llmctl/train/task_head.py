@@ -1,4 +1,4 @@
-"""Prepare a model to be finetuned for a task: keep the head if the head fits the task, otherwise create a new head."""
+"""Prepare a model for finetuning: keep the head if the head fits the task, otherwise create a new head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmctl.model.head_kinds import HEAD_KINDS
 
 
 def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
-    """Return the reason why the task needs a new head, or "" if the task can use the head of the model."""
+    """Return the reason why the task needs a new head. If the task can use the model's head, return ""."""
     task, cfg = TASKS[config.task], base.model
     if HEAD_KINDS[task.head_for(cfg)].vocabulary:
         return ""
@@ -31,7 +31,8 @@ def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
 
 
 def notices(config: Any, base: Artifact, labels: list[str], model: ModelConfig) -> list[str]:
-    """Return messages for the user about a new head, its pooling, and formats to which the model cannot be exported.
+    """Return messages for the user about a new head, about pooling, and about formats to which the model cannot be
+    exported.
 
     `model` is the config of the model with the new head.
     """
@@ -69,9 +70,9 @@ def prompt_hint(model: ModelConfig) -> str:
 def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
     """Return a message that suggests mean pooling, or "" if the default pooling suffices.
 
-    The message is returned if the first token is pooled by default, but was not trained as a summary of the text. For
-    example, a small BERT was pretrained only on masked tokens. It classified 67% of the examples correctly with the
-    first token, and 78% with the mean of all tokens. A next-sentence objective trains the first token and its pooler.
+    The message is returned if the first token is pooled by default, but was not trained as a summary. An example is a
+    small BERT that was pretrained only on masked tokens. Its accuracy was 67% with the first token, and 78% with the
+    mean of all tokens. A next-sentence objective trains the first token and its pooler.
     """
     kind = HEAD_KINDS[model.head]
     if kind.vocabulary or kind.per_token or model.pooling != "first" or config.pooling or base.model.head == model.head:

@@ -72,9 +72,10 @@ class Timer:
 
 
 def peak(devices: list[Device], cache: Path) -> float | None:
-    """Return the peak performance of all `devices` together, in operations per second; None if the chip is unknown.
+    """Return the peak performance of all `devices` together, in operations per second. If the chip is unknown, return
+    None.
 
-    For accelerators, this is the bfloat16 figure in `llmctl`'s table of hardware. For CPUs, the speed of a float32
+    For accelerators, the peak is the bfloat16 figure in `llmctl`'s table of hardware. For CPUs, the speed of a float32
     matrix product is measured once and stored in the file `cache`. The number of CPU devices does not matter, because
     the devices share the cores of the machine.
     """
@@ -106,7 +107,7 @@ def measure(side: int) -> float:
 
 
 def memory(devices: list[Device]) -> dict[str, float]:
-    """Return {"memory_gib": peak memory in GiB}; empty if the devices report no memory.
+    """Return {"memory_gib": peak memory in GiB}. If the devices report no memory, the result is empty.
 
     The peak is the largest among this process's devices. On a CPU, the result is the peak of the process.
     """

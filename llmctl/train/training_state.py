@@ -51,8 +51,8 @@ def state_shardings(
 ) -> State:
     """Return the sharding of each array of a training state, in the state's structure.
 
-    The optimizer's moments, moving averages and other arrays that are kept between steps are sharded like the
-    parameters of the same name. Counters are replicated.
+    Arrays of the optimizer, of moving averages and of "memory" are sharded like the parameters of the same name.
+    Counters are replicated.
     """
     params = {name: a.sharding for name, a in named.items()}
     replicated = meshes.replicated(mesh)

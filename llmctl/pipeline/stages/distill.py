@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Train a student, a pruned artifact (`from`) or a new network (`model`), to match a teacher's outputs."""
+    """Train a student to match a teacher's outputs. The student is a pruned artifact (`from`) or a new network
+    (`model`)."""
 
     common: ClassVar[tuple[str, ...] | None] = ("teacher", "temperature", "hard")
     unshared: ClassVar[frozenset[str]] = StageConfig.unshared | {"model"}
@@ -60,8 +61,8 @@ class Config(StageConfig):
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew"] = "forward"
-    """Divergence of the student's distribution q from the teacher's p. forward: KL(p || q); the student learns all
-    outputs that are likely under p. reverse: KL(q || p); the student avoids outputs that are unlikely under p. js:
+    """Divergence of the student's distribution q from the teacher's p. forward: KL(p || q). The student learns all
+    outputs that are likely under p. reverse: KL(q || p). The student avoids outputs that are unlikely under p. js:
     generalized Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in divergence js. Near 0, js approaches beta * forward. Near 1, js approaches (1 - beta) *
@@ -69,8 +70,8 @@ class Config(StageConfig):
     skew: float = Field(default=0.1, gt=0, lt=1)
     """Weight of the teacher in the mixture of divergence skew."""
     top_k: int = Field(default=0, ge=0)
-    """Number of the teacher's most probable classes, or tokens of the vocabulary, to compare one by one. All other
-    classes are compared by the sum of their probabilities. 0: compare all classes one by one."""
+    """Number of the teacher's most probable classes (or tokens) to compare one by one. All other classes are compared
+    by the sum of their probabilities. 0 compares all classes one by one."""
     signals: SignalsConfig = SignalsConfig()
     """Weights of the losses, such as { logits = 1.0, hidden = 0.5, hard = 0.1 }, instead of `hard`."""
     layer_map: str | list[Any] = "uniform"
@@ -81,7 +82,7 @@ class Config(StageConfig):
     """Distance of hidden states and embeddings. mse: mean squared difference. cosine: 1 - cosine similarity."""
     relation_heads: int = Field(default=0, ge=0)
     """Number of parts into which queries, keys and values are split. signals.relations compares the relations in each
-    part. 0: the greatest common divisor of the numbers of heads."""
+    part. 0 uses the greatest common divisor of the numbers of heads."""
     student: StudentConfig = StudentConfig()
     """Layers of the teacher to copy into a shallower student. The student then starts from neither `from` nor `model`.
     """
@@ -100,7 +101,7 @@ class Config(StageConfig):
 
     @property
     def makes_model(self) -> bool:
-        """Return whether the student is a new model, or copies layers of the teacher."""
+        """Return whether the student is a new model or a copy of layers of the teacher."""
         return self.model is not None or self.student.active
 
     @model_validator(mode="after")

@@ -49,8 +49,8 @@ class Config(MeasureConfig, StageConfig):
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Evaluate the artifacts in the setting `of`, or only the parent, and write the results to `ctx.out`.
 
-    The files are results.json, table.md, tradeoff.png, classes.png for classifiers, and predictions.jsonl.
-    predictions.jsonl has the texts that a task generates, or the wrong predictions of a classifier.
+    The files are results.json, table.md, tradeoff.png, predictions.jsonl and, for classifiers, classes.png. The file
+    predictions.jsonl has the generated texts of a task, or the wrong predictions of a classifier.
     """
     from llmctl.artifacts import artifact
     from llmctl.data import splits
@@ -79,7 +79,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return (programs that score each artifact, None). None means that eval writes no model."""
+    """Return (programs that score each artifact, None). The value None means that eval writes no model."""
     from llmctl.evaluate import programs
 
     chosen = others or ({base.path.name: base} if base else {})

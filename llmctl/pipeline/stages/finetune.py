@@ -98,7 +98,7 @@ class Config(StageConfig):
     not merged. Later commands then also need the base, the artifact from which training started. Commands search for
     the base in the folders next to the adapter, or read it from the folder given by --base."""
     freeze_layers: int = Field(default=0, ge=0)
-    """Number of first layers to freeze, together with the embeddings; 0 freezes nothing."""
+    """Number of layers to freeze, counted from the first layer. The embeddings are frozen too. 0 freezes nothing."""
     trained: TrainedConfig = TrainedConfig()
     """Parameters to train, their learning rates, and the steps at which their training starts."""
     pooling: Literal["", "last", "mean", "first"] = ""
@@ -224,7 +224,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def _metric(config: Config, made: Manifest) -> str:
     """Return the name of the metric that selects the best of several seeds.
 
-    `made` is the manifest of any seed's artifact. Only its class names are read, which are the same for all seeds.
+    `made` is the manifest of any seed's artifact. Only the class names of the manifest are read. They are the same for
+    all seeds.
     """
     return config.train.best_by or TASKS[config.task].best(made.labels)
 
@@ -299,7 +300,7 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return (the programs of finetuning, the finetuned artifact with abstract arrays).
 
-    The programs are the training step and, if validation generates answers, the programs that generate them.
+    The programs are the training step and, if validation generates answers, the programs that generate the answers.
     """
     import jax
 

@@ -48,9 +48,9 @@ class Config(StageConfig):
     documents. concat: like segments, but without the mask. fit: do not split documents, and pad rows."""
     objective: Literal["", "causal", "masked", "next_sentence", "spans", "prefix", "completions"] = ""
     """Training objective. causal: predict the next token. masked: predict masked tokens. next_sentence: predict masked
-    tokens, and whether a passage follows another. spans: predict removed spans, for encoder-decoders. prefix: predict
-    the rest of a text, for encoder-decoders. completions: predict the completion of a prompt; the data has the columns
-    prompt and completion. Default: by the model's architecture."""
+    tokens, and predict whether a passage follows another passage. spans: predict removed spans, for encoder-decoders.
+    prefix: predict the rest of a text, for encoder-decoders. completions: predict the completion of a prompt, from the
+    columns prompt and completion. By default, the model's architecture determines the objective."""
     rate: float = Field(default=0.15, gt=0, lt=1)
     """Fraction of tokens to predict, if the objective is masked, next_sentence or spans."""
     span: float = Field(default=3.0, ge=1)
@@ -236,8 +236,11 @@ def _vocabulary(config: Config, objective: Objective) -> int:
 def with_sentinels(tokenizer: TokenizerConfig, objective: Objective, seq_len: int) -> TokenizerConfig:
     """Return the tokenizer's config with enough sentinel tokens for span corruption.
 
-    The config is returned unchanged in three cases: the objective is not `spans`, the tokenizer is loaded from a path,
-    or the number of sentinels is set.
+    The config is returned unchanged in three cases:
+
+    - the objective is not `spans`
+    - the tokenizer is loaded from a path
+    - the number of sentinels is set
     """
     from llmctl.data.pretraining import span_corruption
 

@@ -40,11 +40,11 @@ class Collective:
     """Number of these collectives per step. A collective in a loop counts once per iteration."""
     overlapped: float
     """Number of these collectives that overlap with computation. A collective overlaps if matrix products run between
-    the instruction that starts the collective and the instruction that waits for the result."""
+    the collective's start and the instruction that waits for its result."""
     payload: float = 0.0
     """Bytes of the full arrays: the total size of the inputs or of the outputs, whichever is larger."""
     hidden: float = 0.0
-    """Bytes that the overlapped collectives send. They are included in `bytes`."""
+    """Bytes that the overlapped collectives send. The field `bytes` includes these bytes."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Counts:
     kernel_flops: float = 0.0
     """FLOPs of the attention kernels, computed from their shapes because the compiler does not report them."""
     unknown_loops: list[str] = field(default_factory=list)
-    """Names of loops whose trip count is unknown. Each is counted as one iteration."""
+    """Names of loops whose trip count is unknown. Each of these loops is counted as one iteration."""
 
 
 def count(hlo_text: str, mesh_axes: Mapping[str, int]) -> Counts:

@@ -44,7 +44,8 @@ def _hbm(arrays: list[Array]) -> float:
 
 
 def _bytes_if_hbm(container: Array, moved: list[Array]) -> float:
-    """Return the bytes of the arrays `moved` if the array that contains them, `container`, is in HBM; otherwise 0."""
+    """Return the bytes of the arrays `moved` if the array `container`, which contains them, is in HBM. Otherwise,
+    return 0."""
     return sum(a.bytes for a in moved) if container.space == 0 else 0.0
 
 

@@ -16,7 +16,8 @@ TYPES = {
 
 
 def matrix(computation: Computation, i: Instruction) -> tuple[float, str]:
-    """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product; else (0, "")."""
+    """Return (FLOPs, operand dtype) of a dot, a convolution or a library matrix product. For other instructions, return
+    (0, "")."""
     if i.opcode == "dot":
         contracted = i.numbers("lhs_contracting_dims")
         left = computation.operand(i, 0).arrays[0]
@@ -82,10 +83,9 @@ def _window(i: Instruction, spatial: int) -> list[dict[str, int]]:
 def _taps(
     size: int, kernel: int, out: int, *, stride: int, padding: int, input_dilation: int, kernel_dilation: int
 ) -> int:
-    """Return how many multiply-adds one dimension of a convolution needs. Multiply-adds with padding do not count.
+    """Return the number of multiply-adds for one dimension of a convolution. Multiply-adds with padding do not count.
 
-    A multiply-add is counted for each pair of an output position and a kernel position that reads an element of the
-    input.
+    The result is the number of pairs (output position, kernel position) that read an element of the input.
 
     Args:
       size: length of the input.

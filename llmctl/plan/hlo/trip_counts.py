@@ -1,8 +1,8 @@
 """Find the trip counts of while loops in compiled HLO.
 
 In Llama training steps, XLA's CPU compiler records trip counts as known_trip_count (all 5 loops). The TPU compiler
-records none (3 loops, libtpu 0.0.42). If a loop has no recorded count, this module derives the count from the counter's
-start, its increment per iteration, and the loop condition.
+records none (3 loops, libtpu 0.0.42). If a count is not recorded, this module derives the count from the loop
+condition, and from start and increment of the loop counter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SAME = {"copy", "bitcast", "convert", "copy-done", "reshape"}
 
 
 def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """Return the trip count of the while instruction `loop`, or None if it is unknown."""
+    """Return the trip count of the while instruction `loop`. If the count is unknown, return None."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(known[1])
     condition = module.computations[loop.called["condition"][0]]
@@ -50,7 +50,8 @@ def trips(module: Module, caller: Computation, loop: Instruction) -> int | None:
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine, str] | None:
-    """Return (left side, right side, direction) of the comparison in a loop condition; None if it is unsupported.
+    """Return (left side, right side, direction) of the comparison in a loop condition. If the comparison is
+    unsupported, return None.
 
     The sides are affine functions, and the direction is LT, LE, GT, GE or NE.
     """
@@ -69,10 +70,10 @@ def _comparison(module: Module, condition: Computation) -> tuple[Affine, Affine,
 
 
 def _affine(module: Module, computation: Computation, i: Instruction, given: list[Affine | None]) -> Affine | None:
-    """Return the value of `i` as an affine function of the loop's state, or None if it is not affine.
+    """Return the value of `i` as an affine function of the loop's state. If the value is not affine, return None.
 
-    If `computation` is a fusion, `given` has the values of its parameters. If it is the loop's body or condition,
-    `given` is empty.
+    If `computation` is a fusion, `given` has the values of the fusion's parameters. If `computation` is the loop's body
+    or condition, `given` is empty.
     """
     if i.opcode == "constant":
         return ({}, int(i.inside)) if re.fullmatch(r"-?\d+", i.inside.strip()) else None
@@ -111,7 +112,7 @@ def _add(left: Affine, right: Affine, sign: int) -> Affine:
 def _with_constants(
     module: Module, caller: Computation, loop: Instruction, body: Computation, side: Affine
 ) -> Affine | None:
-    """Return an affine function with the loop's constants inserted, or None if a constant is unknown.
+    """Return an affine function with the loop's constants inserted. If a constant is unknown, return None.
 
     The constants are the elements of the loop's state that the body does not change.
     """
@@ -128,7 +129,7 @@ def _with_constants(
 
 
 def _start(module: Module, caller: Computation, loop: Instruction, index: int) -> int | None:
-    """Return the initial value of element `index` of the loop's tuple, or None if it is not constant."""
+    """Return the initial value of element `index` of the loop's tuple. If the value is not constant, return None."""
     source = caller.operand(loop, 0)
     while source.opcode in _SAME and source.operands:
         source = caller.operand(source, 0)
@@ -139,7 +140,8 @@ def _start(module: Module, caller: Computation, loop: Instruction, index: int) -
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """Return how much element `index` of the loop's tuple increases per iteration, or None if this is not constant."""
+    """Return the increment of element `index` of the loop's tuple per iteration. If the increment is not constant,
+    return None."""
     if body.root.opcode != "tuple":
         return None
     found = _affine(module, body, body.operand(body.root, index), [])

@@ -26,7 +26,7 @@ SCALE = {"sequential": 1.0, "parallel": 4.0}
 class Houlsby(Method):
     """Train bottleneck adapters and the task's head.
 
-    In the sequential form, the layers' norms are trained too, as in the paper of Houlsby et al.
+    If the form is sequential, the layers' norms are trained too, as in the paper of Houlsby et al.
     """
 
     name = "houlsby"
@@ -109,7 +109,7 @@ class Houlsby(Method):
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a predicate on array names: True for arrays that are trained.
 
-        These are the adapters and the task's head. In the sequential form, the layers' norms are trained too.
+        These are the adapters and the task's head. If the form is sequential, the layers' norms are trained too.
         """
         from llmctl.model import weights
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 SIDES = {"k": "outputs", "v": "outputs", "down": "inputs"}
-"""Map from the names of the matrices with factors to what the factors multiply: outputs or inputs of the matrix."""
+"""Map from the name of a matrix to the activations that its factors multiply: outputs or inputs of the matrix."""
 
 
 class Ia3(Method):

@@ -32,10 +32,10 @@ def attach(
 ) -> Params:
     """Return the parameters with a low-rank pair for each target matrix: `a` [..., I, R] and `b` [..., R, O].
 
-    The pair adds scale * a @ b to the matrix [..., I, O], which has I inputs and O outputs; R is the rank. `a` is
-    initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code. `b` is zero,
-    so the model's outputs do not change. For the token embeddings, `a` is zero and `b` is normally distributed, as in
-    PEFT, because each token reads one row of `a`.
+    The pair adds scale * a @ b to the matrix [..., I, O]. I is the number of inputs, O the number of outputs, and R the
+    rank. `a` is initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code.
+    `b` is zero, so the model's outputs do not change. For the token embeddings, `a` is zero and `b` is normally
+    distributed, as in PEFT. The reason is that each token reads one row of `a`.
 
     Args:
       cfg: config of the model.

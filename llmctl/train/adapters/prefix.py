@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from llmctl.model.config import ModelConfig
 
 PROJECTION = 2
-"""Constant that is folded into a run's random key, to derive the key that initializes the network of `projection`."""
+"""Constant that is folded into a run's random key. The resulting key initializes the network that computes the
+prefix."""
 
 
 class Prefix(Method):
@@ -39,12 +40,12 @@ class Prefix(Method):
     settings = ("prefix",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that the settings and the model allow a prefix.
+        """Check the config as Method.check does, and check that the settings and the model allow a prefix.
 
         Raises:
           RequestError: If Method.check fails. If layers are frozen. If the prefix leaves too few positions for texts.
-            If the model is a decoder with relative positions. If `prefix.projection` is set, and the model already has
-            a prefix or `prefix.deviation` is set too.
+            If the model is a decoder with relative positions. If `prefix.projection` is set for a model that already
+            has a prefix. If `prefix.projection` and `prefix.deviation` are both set.
         """
         super().check(config, base)
         settings, model, trained = config.prefix, base.model, config.trained
@@ -96,7 +97,8 @@ class Prefix(Method):
     def check_rows(self, config: Any, model: ModelConfig, rows: Any) -> None:
         """Check that each training row has only one text, if the model has relative positions.
 
-        The distance to the prefix is counted from the start of the row, and would be wrong for a second text.
+        The distance from a token to the prefix is counted from the start of the row. For a second text, this distance
+        would be wrong.
 
         Raises:
           RequestError: If rows are packed from several texts.
@@ -134,8 +136,7 @@ class Prefix(Method):
     def trains(self, config: Any, model: ModelConfig, params: Params) -> Callable[[str], bool]:
         """Return a predicate on array names: True for the trained arrays, which are the prefix and the task's head.
 
-        If the setting `prefix.projection` is used, the network that computes the prefix is trained instead of the
-        prefix.
+        If `prefix.projection` is set, the network that computes the prefix is trained instead.
         """
         from llmctl.model import weights
 
@@ -147,9 +148,9 @@ class Prefix(Method):
         return config.prefix.projection > 0
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """Return the settings of the training job (fields of Job) that train a network which computes the prefix.
+        """Return the fields of the training job that train the network for the prefix, by name.
 
-        Without such a network, the result is empty.
+        The fields are those of `llmctl.train.job.Job`. If `prefix.projection` is not set, the result is empty.
         """
         if not config.prefix.projection:
             return {}
@@ -191,7 +192,7 @@ def projection(config: Any, params: Params) -> dict[str, jax.Array]:
 
 
 def projected(params: Params, extra: Params) -> Params:
-    """Return `params` with new prefix keys and values, which the network with the parameters `extra` computes."""
+    """Return `params` with the prefix keys and values that the network with the parameters `extra` computes."""
     import jax.numpy as jnp
 
     from llmctl.model import weights

@@ -2,8 +2,8 @@
 
 The vectors are a separate embedding table, `embed/prompt`. The table of the tokens is frozen, and may be quantized. The
 prompt vectors have the token ids after the vocabulary. The tokenizer is changed so that every text begins with these
-ids, and therefore every command that reads texts uses the prompt. The output projection has no row for the prompt, so
-the model never predicts it.
+ids. Every command that reads texts therefore uses the prompt. The output projection has no row for the prompt, so the
+model never predicts a prompt vector.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Prompt(Method):
     settings = ("prompt",)
 
     def check(self, config: Any, base: Artifact) -> None:
-        """Check the config as Method.check does, and that the prompt leaves room for texts.
+        """Check the config as Method.check does, and check that the prompt leaves room for texts.
 
         Raises:
           RequestError: If a setting selects layers. If the prompt leaves no room for texts. If Method.check fails.

@@ -30,7 +30,8 @@ METHODS: Registry[Method] = Registry(
 
 
 def stray(method: str, given: set[str]) -> str:
-    """Return an error message if a setting in `given` is read only by methods other than `method`; otherwise "".
+    """Return an error message if a setting in `given` is read only by methods other than `method`. Otherwise, return
+    "".
 
     >>> stray("full", {"merge", "task"}).startswith("merge: not for method 'full', say method = 'lora'")
     True

@@ -32,8 +32,8 @@ LEVEL_0 = np.asarray(0)
 def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) -> dict[str, Any]:
     """Return which arrays are trained, and at which learning rates, as fields of a training job.
 
-    The fields are `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`. They follow from the section
-    `trained` of the settings, and from the finetuning method.
+    The fields are `trains`, `rate` and `frozen_layers` of `llmctl.train.job.Job`. Their values depend on the section
+    `trained` of the settings, and on the finetuning method.
 
     Args:
       config: config of the stage `finetune`.

@@ -27,8 +27,8 @@ class LoraConfig(Settings):
     matrices of bottleneck adapters.
     """
     rslora: bool = False
-    """Scale updates by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast as low ranks
-    (rsLoRA)."""
+    """Scale updates by alpha / sqrt(rank) instead of alpha / rank (rsLoRA). High ranks then learn as fast as low
+    ranks."""
     plus_ratio: float = Field(default=1.0, gt=0)
     """Ratio of two learning rates per adapter: rate of the second matrix / rate of the first (LoRA+ advises 16). The
     adapter of the token embeddings is not affected."""
@@ -43,8 +43,8 @@ class LoraConfig(Settings):
 
 
 class AdaLoraConfig(Settings):
-    """Set the rank budget that all adapters share, for method adalora. The mean rank of the adapters at the end is
-    `lora.rank`.
+    """Set the rank budget that all adapters share, for method adalora. At the end of training, the mean rank of the
+    adapters is `lora.rank`.
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -89,8 +89,8 @@ class PromptConfig(Settings):
     tokens: int = Field(default=20, ge=1)
     """Number of trained vectors before every text."""
     init: Literal["vocabulary", "uniform"] = "vocabulary"
-    """Initial values of the vectors. vocabulary: embeddings of tokens sampled from the vocabulary. uniform: sampled
-    from [-0.5, 0.5]."""
+    """Initial values of the vectors. vocabulary: embeddings of random tokens of the vocabulary. uniform: sampled from
+    [-0.5, 0.5]."""
 
 
 class PrefixConfig(Settings):
@@ -105,7 +105,7 @@ class PrefixConfig(Settings):
     saved model contains only the outputs of the network. 0 trains the keys and values themselves.
     """
     deviation: float = Field(default=0.02, gt=0)
-    """Standard deviation of new keys and values; PEFT uses 1. The value has no effect with a projection."""
+    """Standard deviation of new keys and values; PEFT uses 1. The value has no effect if `projection` is set."""
 
 
 class TrainedConfig(Settings):
@@ -121,8 +121,8 @@ class TrainedConfig(Settings):
     """Patterns for names of parameters to train, such as norm or attn/*/bias, if the method is full. A pattern matches
     any part of a name. The task's head is always trained. Empty trains all parameters."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Factor of the learning rate per layer, counted from the output. The rate of the last layer is multiplied by this
-    factor once, the rate of the second to last layer twice, and so on. The embeddings have the smallest rate."""
+    """Factor of the learning rate per layer, counted from the output. The factor is applied once to the last layer,
+    twice to the second to last layer, and so on. The embeddings have the smallest rate."""
     head_rate: float = Field(default=1.0, gt=0)
     """Factor on the learning rate of the task's head. Other parameters are not affected."""
     unfreeze_every: float = Field(default=0.0, ge=0)

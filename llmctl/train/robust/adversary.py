@@ -47,9 +47,9 @@ class Adversary:
     name: ClassVar[str]
     """Name of the method in the registry of adversarial methods."""
     reads: ClassVar[Mapping[str, Any]]
-    """The settings that the method reads, with their default values."""
+    """Settings that the method reads, with their default values."""
     compares: ClassVar[bool] = False
-    """Whether the loss compares the outputs of two forward passes, which some tasks do not support."""
+    """Whether the loss compares the outputs of two forward passes. Some tasks do not support this comparison."""
 
     def options(self, config: Any) -> dict[str, Any]:
         """Return the value of each setting that the method reads: the value in `config`, or the default."""
@@ -69,7 +69,7 @@ class Adversary:
             raise ValueError(f"start: {options['start']:g} is beyond epsilon = {options['epsilon']:g}")
 
     def cost(self, config: Any) -> float:
-        """Return the cost of the method: FLOPs of a training step with the method / FLOPs of a step without the
+        """Return the cost of the method: FLOPs of a training step with the method, divided by FLOPs without the
         method."""
         raise NotImplementedError
 
@@ -99,8 +99,8 @@ class Adversary:
         return one_pass.wrapped(own, self.passes, self.options(config), problem)
 
     def memory(self, config: Any) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """Return a function that creates the arrays which the loss keeps between steps; None if the loss keeps no
-        arrays.
+        """Return a function that creates the arrays that the loss keeps between steps. If the loss keeps no arrays,
+        return None.
 
         The function gets the trained arrays before the first step, and returns the arrays to keep, by name.
         """

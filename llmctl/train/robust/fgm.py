@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Fgm(Adversary):
-    """Perturb the embeddings of each row by epsilon * g / |g|, where g is the loss's gradient for these embeddings.
+    """Perturb the embeddings of each row by epsilon * g / |g|. g is the loss's gradient for these embeddings.
 
     A training step needs two forward and backward passes.
     """
@@ -28,8 +28,8 @@ class Fgm(Adversary):
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """Return the cost relative to training without the method: 2, because clean and perturbed rows need one pass
-        each.
+        """Return the cost relative to training without the method. The cost is 2, because clean and perturbed rows need
+        one pass each.
         """
         return 2.0
 

@@ -24,8 +24,8 @@ class FreeLb(Adversary):
     reads = {"epsilon": 0.02, "norm": "l2", "steps": 3, "step_size": 0.01, "start": 0.01}
 
     def cost(self, config: Any) -> float:
-        """Return the cost relative to training without the method: the number of ascent steps, which need one pass
-        each.
+        """Return the cost relative to training without the method. The cost is the number of ascent steps, because each
+        step needs one pass.
         """
         return float(self.options(config)["steps"])
 

@@ -1,9 +1,9 @@
 """Compute the gradients of the weights and of a perturbation in one backward pass.
 
-An adversarial method needs the gradient of the loss with respect to the perturbation before it can compute the next
-loss. If JAX differentiated a loss function that computes such gradients, every pass would run twice. This
-module therefore defines a custom derivative (`jax.custom_vjp`). The forward rule runs the passes, and stores the
-gradients of the weights. The backward rule returns these gradients.
+An adversarial method computes gradients with respect to the perturbation inside the loss function. If JAX
+differentiated this loss function, every pass would run twice. This module therefore defines a custom derivative
+(`jax.custom_vjp`). The forward rule runs the passes, and stores the gradients of the weights. The backward rule returns
+these gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Tree = Any
 Found = tuple[jax.Array, Sums]
 """Result of a loss function for a batch: (sum of losses, sums of metrics by name)."""
 Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
-"""Function that runs one forward and backward pass with a perturbation [B, T, D]. It returns ((sum of losses, metric
+"""Function that runs one forward and backward pass with a perturbation [B, T, D]. The result is ((sum of losses, metric
 sums), gradients of the trained arrays, gradient of the perturbation).
 """
 Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
@@ -31,7 +31,7 @@ Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
 `Adversary.passes`."""
 
 START = 0x0F
-"""Constant that is folded into the dropout key, to derive the random key of the initial perturbation."""
+"""Constant that is folded into the dropout key. The resulting key is the random key of the initial perturbation."""
 
 
 def wrapped(own: Loss, method: Passes, options: dict[str, Any], problem: Problem) -> Loss:
@@ -77,7 +77,7 @@ def with_gradients(
       passes: (pull, trained, rest) -> ((sum of losses, metric sums), gradients). The function calls `pull` for each
         forward and backward pass of `loss`.
       trained: arrays that may get gradients. Only the gradients that the caller requests are computed.
-      rest: other arguments of the loss; they have no gradients.
+      rest: other arguments of the loss, without gradients.
     """
     leaves, structure = jax.tree.flatten(trained)
 

@@ -25,7 +25,8 @@ TINY = 1e-30
 
 
 class Site(NamedTuple):
-    """Describe the embeddings of a batch that are perturbed: the encoder's if there is one, otherwise the decoder's."""
+    """Describe the embeddings of a batch that are perturbed. If the model has an encoder, these are the embeddings of
+    the encoder."""
 
     name: str
     """Name of the perturbation among the arrays of a batch. The model adds this array to its token embeddings."""
@@ -58,7 +59,7 @@ class Site(NamedTuple):
         """Return the size of each row's token embeddings, [B, 1, 1].
 
         If the norm is "l2", the size is the Euclidean norm of the embeddings. If the norm is "linf", the size is the
-        root mean square of their entries.
+        root mean square of the entries.
         """
         table = jax.tree.map(jax.lax.stop_gradient, params["embed"]["tokens"])
         x_BTD = weights.take(table, self.tokens_BT, jnp.float32, ("vocab_in", "embed_in")) * self.mask_BT1
@@ -78,8 +79,8 @@ def site(cfg: ModelConfig, batch: Batch) -> Site:
 class Search:
     """Search for a perturbation that increases the loss, by gradient ascent within a ball around the embeddings.
 
-    `epsilon`, `step_size` and `start` are relative to the size of a row's embeddings: to their Euclidean norm for "l2",
-    or to the root mean square of their entries for "linf".
+    `epsilon`, `step_size` and `start` are relative to the size of a row's embeddings. For "l2", the size is the
+    Euclidean norm. For "linf", the size is the root mean square of the entries.
     """
 
     mask_BT1: Any

@@ -29,7 +29,7 @@ class Pgd(Adversary):
         check_share(config)
 
     def cost(self, config: Any) -> float:
-        """Return the cost of the method: FLOPs of a training step with the method / FLOPs of a step without the method.
+        """Return the cost of the method: FLOPs of a training step with the method, divided by FLOPs without the method.
 
         A search step costs 2/3 of a training step, because it needs no gradients of the weights.
         """
@@ -37,8 +37,8 @@ class Pgd(Adversary):
         return 1.0 + options["steps"] * 2 / 3 + (options["weight"] < 1)
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return loss and gradients at the last perturbation, averaged with loss and gradients of clean rows if
-        `weight` is below 1.
+        """Return loss and gradients at the last perturbation. If `weight` is below 1, loss and gradients are averaged
+        with those of clean rows.
 
         The metric sums come from the perturbed rows.
         """

@@ -23,17 +23,17 @@ from llmctl.train.robust.perturbation import Site
 from llmctl.train.robust.problem import Problem
 
 NOISE = 0x0E
-"""Constant that is folded into the dropout key, to derive the random key of the noise."""
+"""Constant that is folded into the dropout key. The resulting key is the random key of the noise."""
 
 
 MIXED = 0x31
-"""Constant that is folded into the dropout key, to derive the random key of Mixout."""
+"""Constant that is folded into the dropout key. The resulting key is the random key of Mixout."""
 
 
 def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
     """Sample uniform noise [B, T, D] of at most alpha / sqrt(T * D) per entry.
 
-    The noise is as in NEFTune (Jain et al., 2023, arXiv:2310.05914). In this limit, T is the number of tokens of the
+    The noise is as in NEFTune (Jain et al., 2023, arXiv:2310.05914). In this bound, T is the number of tokens of the
     row without padding.
     """
     return where.uniform(jax.random.fold_in(key, NOISE)) * (alpha / jnp.sqrt(where.entries_B11))
@@ -106,7 +106,8 @@ def from_parent(names: Collection[str], params: Params) -> list[str]:
 
 
 def class_counts(examples: Examples) -> list[int]:
-    """Return the number of examples of each class, or the number of words if each word has a class."""
+    """Return the number of examples of each class. If each word has a class, return the number of words of each
+    class."""
     if examples.labels is not None:
         return np.bincount(examples.labels, minlength=len(examples.classes)).tolist()
     found = Counter(tag for i in range(len(examples)) for tag in examples[i]["tags"])
@@ -116,9 +117,9 @@ def class_counts(examples: Examples) -> list[int]:
 def class_weights(given: Any, labels: Sequence[str], counts: Sequence[int]) -> np.ndarray:
     """Return the weight of each class, float32 [C].
 
-    If `given` is "balanced", the weight of class c is n / (C * n_c). Here n is the number of examples, n_c is the
-    number of examples of class c, and C is the number of classes with examples. The mean weight of the examples is then
-    1. A class without examples has weight 1.
+    If `given` is "balanced", the weight of class c is n / (C * n_c). Here n is the number of all examples, and n_c the
+    number of examples of class c. C is the number of classes with examples. The mean weight of the examples is then 1.
+    A class without examples has weight 1.
 
     Raises:
       RequestError: If a class is unknown.

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 Kept = tuple[Callable[[Params], dict[str, Any]], Callable[[dict[str, Any], Params, jax.Array], dict[str, Any]]]
-"""Two functions for arrays that are kept between steps. The first returns the initial arrays by name, from the trained
-arrays. The second returns the arrays after a step, from (kept arrays, trained arrays, step).
+"""Two functions for arrays that are kept between steps. The first is a function (trained arrays) -> initial kept
+arrays, by name. The second is a function (kept arrays, trained arrays, step) -> kept arrays after the step.
 """
 
 

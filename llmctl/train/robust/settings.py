@@ -38,8 +38,8 @@ def _weights(value: Any) -> Any:
 class AdversarialConfig(Settings):
     """Set adversarial training, which perturbs the token embeddings of each row so that the loss increases.
 
-    Norms and step sizes are relative to the row's embeddings: to their Euclidean norm (l2), or to the root mean square
-    of their entries (linf).
+    Norms and step sizes are relative to the size of the row's embeddings. For l2, the size is the Euclidean norm. For
+    linf, the size is the root mean square of the entries.
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -63,7 +63,7 @@ class AdversarialConfig(Settings):
     """Maximum norm of the random perturbation before the first step, for methods pgd, freelb and smart. Default: 0.02
     for pgd, 0.01 for freelb and 0.001 for smart, but at most epsilon."""
     weight: Positive | None = None
-    """Weight of perturbed rows in the loss. fgm and pgd: fraction of the loss that comes from perturbed rows; the rest
+    """Weight of perturbed rows in the loss. fgm and pgd: fraction of the loss that comes from perturbed rows. The rest
     comes from clean rows. smart: factor of the divergence between the outputs of clean and perturbed rows. Default: 0.5
     for fgm, 1 for pgd, 2 for smart."""
     proximal: Annotated[float, Field(ge=0)] | None = None
@@ -109,7 +109,7 @@ class RegularizeConfig(Settings):
     is excluded. 0.1 to 0.9 are usual, in place of dropout. The finetuning method must train the weights of the model. 0
     disables it."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
-    """Weight of each class in the loss, as a table such as {"rare" = 5.0}; classes that the table does not contain have
+    """Weight of each class in the loss, as a table such as {"rare" = 5.0}. Classes that the table does not contain have
     weight 1. balanced: weights inversely proportional to the number of training examples of the class."""
     balance: bool = False
     """Sample every class equally often. Examples of rare classes are repeated."""

@@ -26,8 +26,8 @@ Both values are from the paper."""
 class Smart(Adversary):
     """Add two output divergences to the loss: clean versus perturbed rows, and current versus averaged weights.
 
-    A divergence is the mean of the KL divergences in both directions, or for numbers the squared difference. The paper
-    has the sum of both directions, so the paper's factors of 1 correspond to 2 here.
+    A divergence is the mean of the KL divergences in both directions. If the task predicts numbers, the divergence is
+    the squared difference. The paper has the sum of both directions, so the paper's factors of 1 correspond to 2 here.
     """
 
     name = "smart"
@@ -54,7 +54,7 @@ class Smart(Adversary):
             raise ValueError("start: method 'smart' needs one above 0, where the divergence has a gradient")
 
     def cost(self, config: Any) -> float:
-        """Return the cost of the method: FLOPs of a training step with the method / FLOPs of a step without the method.
+        """Return the cost of the method: FLOPs of a training step with the method, divided by FLOPs without the method.
 
         The result is 2 for the passes of clean and of perturbed rows, plus 2/3 per search step. If the moving average
         of the weights is used, 1/3 is added.
@@ -65,7 +65,7 @@ class Smart(Adversary):
     def loss(self, config: Any, problem: Problem, own: Loss) -> Loss:
         """Return the training loss: the task's loss on clean rows, and the two divergences.
 
-        The loss is computed from the parts in `problem` instead of `own`, so that the outputs for clean rows are
+        The loss is computed from the parts in `problem` instead of `own`. The outputs for clean rows are therefore
         computed only once.
         """
         import jax
@@ -103,7 +103,8 @@ class Smart(Adversary):
         return loss
 
     def memory(self, config: Any) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """Return a function from the trained arrays to their initial moving average; None if `proximal` is 0."""
+        """Return a function from the trained arrays to their initial moving average. If `proximal` is 0, return
+        None."""
         import jax
         import jax.numpy as jnp
 
