@@ -113,7 +113,8 @@ def continue_texts(
 ) -> None:
     """Print prompts with their continuations. A single continuation is printed while it is generated.
 
-    If a person types the prompts (`interactive`), only the selected model continues them. Otherwise every adapter does.
+    If a person types the prompts (`interactive`), only the selected model continues them. Otherwise, all adapters
+    continue the prompts.
     """
     speed, done, first = Speed(), [], 0
     searches: dict[int, BeamSearch] = {}

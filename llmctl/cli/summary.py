@@ -50,10 +50,10 @@ def run(folder: Path) -> dict[str, Any]:
 def one(folder: Path) -> dict[str, Any]:
     """Return the summary of an artifact: the fields that `run` gives for each artifact, and the rest of its manifest.
 
-    Metrics are also read from the `eval` artifacts beside the folder. Damaged ones, and other folders, are ignored.
+    Metrics are also read from the `eval` artifacts beside the folder. Damaged artifacts and other folders are ignored.
 
     Raises:
-      RequestError: If the folder is not an artifact, or it is damaged.
+      RequestError: If the folder is not an artifact, or is damaged.
     """
     manifest = artifact.read_manifest(folder)
     beside = results(folder)
@@ -122,8 +122,8 @@ def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -
 def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
     """Return whether a report of `eval` measured the weights of the artifact with this manifest.
 
-    The content digests of report and artifact are compared. If an earlier version of llmctl wrote the report or the
-    artifact without a content digest, the digests of the arrays are compared instead.
+    The content digests of report and artifact are compared. Earlier versions of llmctl wrote reports and artifacts
+    without content digests. For such files, the digests of the arrays are compared instead.
     """
     if report.get("content") and manifest.content:
         return report["content"] == manifest.content
@@ -240,7 +240,7 @@ EXPORTS = (
     "export: what `llmctl export --to` can write. hf includes compressed-tensors for quantized models and peft for\n"
     "unmerged adapters; gguf is for language models. –: the family exists in llmctl only."
 )
-"""Caption of the table of presets. It explains the column "export"."""
+"""Caption of the table of presets. The caption explains the column "export"."""
 
 
 def size_table(found: dict[str, Any]) -> Table:

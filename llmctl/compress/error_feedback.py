@@ -64,9 +64,9 @@ state)."""
 def factor(gram_II: jax.Array, damping: jax.Array | float = DAMPING) -> Factor:
     """Return the factor R of the inverse Hessian, H = gram + damping * mean diagonal * identity = (R^T R)^-1.
 
-    An input that is always 0 (a dead channel) gets the mean diagonal entry of the other inputs, and does not influence
-    the other inputs. If the Hessian is not positive definite in float32, the damping is multiplied by 10 and tried
-    again. If every damping value fails, R is diagonal: the weights do not compensate for one another.
+    An input that is always 0 (a dead channel) gets the mean diagonal entry of the other inputs. Such an input does not
+    influence the other inputs. If the Hessian is not positive definite in float32, the damping is multiplied by 10 and
+    tried again. If every damping value fails, R is diagonal: the weights do not compensate for one another.
 
     Args:
       gram_II: Gram matrix of the inputs, float32.

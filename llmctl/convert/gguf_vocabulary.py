@@ -28,10 +28,11 @@ WHOLE = ("gpt-2", "default")
 """llama.cpp's names of the pre-tokenizers that only split texts by GPT-2's pattern."""
 
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""Metadata keys of the end tokens, at which generation stops: end of text, of a turn, and of a message to a tool."""
+"""Metadata keys of the end tokens, at which generation stops. These tokens end a text, a turn, or a message to a
+tool."""
 TURNS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
-"""Control tokens that may end a turn. If the metadata names no such token, llmctl and llama.cpp use the first token of
-this list that is in the vocabulary."""
+"""Control tokens that may end a turn. If the metadata names no such token, the first token of this list that is in the
+vocabulary is used, as in llama.cpp."""
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
@@ -194,7 +195,7 @@ def _tokenization_difference(words: Tokenizer, pieces: SentencePieces) -> str:
 
     Args:
         words: Tokenizer of the artifact.
-        pieces: SentencePiece model that is exported, and that llama.cpp tokenizes with.
+        pieces: Exported SentencePiece model, with which llama.cpp tokenizes.
     """
     if isinstance(words, JsonTokenizer) and sentencepiece_json.spaces_differ(words, pieces):
         return "llama.cpp adds a space before a text that begins with one, and this tokenizer.json does not"

@@ -242,8 +242,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 def _copies(bridge: Bridge, table: dict[str, str], tensors: Tensors, model: ModelConfig) -> dict[str, str]:
     """Return the tensors that must equal another stored tensor: {name: name of the other tensor}.
 
-    Such tensors are an output projection that is tied to the embedding table, and other copies that the model family
-    stores (`Bridge.copies`).
+    Such a tensor is an output projection that is tied to the embedding table, or a copy that `Bridge.copies` lists.
     """
     copies = {k: v for k, v in bridge.copies.items() if k in tensors}
     if model.tied and model.head_kind.vocabulary and table.get("lm_head/kernel") in tensors:

@@ -73,7 +73,7 @@ def run(
         source: The folder or file.
         out: Folder of the artifact. The folder appears only after everything is written.
         dtype: Dtype of the parameters; empty keeps the stored dtype (float32 for GGUF).
-        tokenizer: Folder or file of a tokenizer that replaces the source's.
+        tokenizer: Folder or file of a tokenizer that replaces the tokenizer of the source.
         reference: File with logits to reproduce; `reference.safetensors` of the folder by default, if it exists.
         ignore: Keys of config.json that are known to be irrelevant.
         drop: Regular expressions for the names of tensors to omit.
@@ -197,7 +197,7 @@ def adapter(
         source: Folder of the adapter.
         base: Folder of the base, an artifact.
         out: Folder of the new artifact.
-        store: "model" (all arrays) or "adapter" (only the arrays that the base does not have).
+        store: "model" stores all arrays. "adapter" stores only the arrays that the base does not have.
         merge: Whether to merge the adapter into the matrices of the base.
         allow_nonfinite: Whether to import weights that contain NaN or infinity.
         replace: Whether to replace any artifact at `out`. If false, only an imported artifact is replaced.

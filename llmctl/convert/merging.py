@@ -1,4 +1,4 @@
-"""Merge the adapters of a model into their base, or write an adapter with its base as one artifact (a model folder)."""
+"""Merge the adapters of a model into their base, or write an adapter together with its base as one artifact."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
 NAMES = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
-"""Map from the name of an adapter tensor of a linear layer to the name of the same tensor for an embedding table."""
+"""Map from the tensor names of a linear layer's adapter to the tensor names of an embedding table's adapter."""
 
 
 class Table(NamedTuple):

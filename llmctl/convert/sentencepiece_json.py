@@ -1,8 +1,8 @@
 """Convert SentencePiece models to tokenizer.json, and check that both tokenize equally.
 
-Many programs read only tokenizer.json. A converted tokenizer is used only if it tokenizes a set of sample texts as the
-SentencePiece model does. If a folder has both a SentencePiece model and a tokenizer.json, the SentencePiece model is
-used only if both tokenize these texts identically.
+Many programs read only tokenizer.json. A converted tokenizer is used only if it tokenizes all sample texts like the
+SentencePiece model. A folder may have both a SentencePiece model and a tokenizer.json. The SentencePiece model is then
+used only if both tokenize the sample texts identically.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAMPLES = (
 def model_beside(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
     """Return the SentencePiece model in the folder of the tokenizer.json `words`, if both tokenize equally.
 
-    Folders of Llama 2, Mistral and Gemma have both.
+    Folders of Llama 2, Mistral and Gemma contain both files.
 
     Returns:
         The model. None if the folder has no such model. Also None if the model has other tokens than the
@@ -67,8 +67,8 @@ def convert(words: SentencePieces) -> Tokenizer | None:
     """Convert a SentencePiece model to a tokenizer of the library `tokenizers`.
 
     Returns:
-        The tokenizer. None if the tokenizer and the model differ on a sample text, or if the type of the model is not
-        supported.
+        The tokenizer. None if the type of the model is not supported. Also None if the tokenizer and the model differ
+        on a sample text.
     """
     from sentencepiece import sentencepiece_model_pb2
 

@@ -38,7 +38,7 @@ TEXTS = (
     "Ein Satz, 12 Worte?  Two spaces",
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen",
 )
-"""Texts of unequal length; the last one is truncated."""
+"""Texts of unequal length; the last text is truncated."""
 LENGTH = 24
 """Maximum number of tokens per row."""
 COPY = 1.5
@@ -90,7 +90,7 @@ def _padded(rows: Rows, T: int, prefix: str) -> dict[str, np.ndarray]:
 
 
 def available(found_bytes: int, package: str = "") -> str:
-    """Return the reason why transformers cannot load the model, or "" if it can.
+    """Return the reason why transformers cannot load the model; "" if there is none.
 
     The reason is a missing package or too little memory.
 
@@ -112,7 +112,7 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
     """Return the token ids of `TEXTS` that another program gets from the tokenizer in a folder.
 
     If the model is a decoder with a pooled head, padding tokens at the end of a row are removed. transformers also
-    removes them before pooling.
+    removes these tokens before pooling.
 
     Args:
         cfg: Config of the model.

@@ -46,9 +46,9 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
     """Write an artifact's tokenizer in formats that other programs read.
 
     A tokenizer.json is copied. A SentencePiece model is copied, and also converted to a tokenizer.json. If the
-    post-processor does not add the special tokens that the model was trained with, the post-processor is replaced. For
-    all models except decoder language models, tokenizer_config.json gets the padding token, the sides of padding and
-    truncation, and the maximum length.
+    post-processor does not add the special tokens that the model was trained with, the post-processor is replaced. The
+    padding token, the sides of padding and truncation, and the maximum length are added to tokenizer_config.json. For
+    decoder language models, these entries are not added.
 
     Args:
         folder: Folder of the artifact's tokenizer.

@@ -108,8 +108,8 @@ class TextPredictor:
     def answers(self, rows: Sequence[Continuation], every: bool = False) -> list[dict[str, Any]]:
         """Return the answer to each row as JSON data.
 
-        The key "ended" is "end" if the model ended the answer, and "length" if the answer has the maximum number of
-        tokens. The argument `every` is not used.
+        The key "ended" is "end" if the model ended the answer. If the answer has the maximum number of tokens, "ended"
+        is "length". The argument `every` is not used.
         """
         self._writer.fill(rows)
         return [{"answer": row.text, "ended": row.ended} for row in rows]

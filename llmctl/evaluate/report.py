@@ -35,7 +35,8 @@ _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def lines(results: Sequence[Result]) -> list[Result]:
     """Return one flat record per artifact, with the metrics of all its tasks, in the order of the results.
 
-    If two results of an artifact contain a metric of the same name, return one record per result, with the key "task".
+    If two results of an artifact contain a metric of the same name, return one record per result. Each of these records
+    has the key "task".
     """
     seen = Counter((r["artifact"], name) for r in results for name in r["metrics"])
     apart = max(seen.values(), default=0) > 1

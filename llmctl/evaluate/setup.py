@@ -83,16 +83,16 @@ class Measured:
     protocol: str
     metrics: dict[str, Any]
     single: Callable[[], object] = field(repr=False)
-    """Function that runs the model on one example and blocks until it is done."""
+    """Function that runs the model on one example and blocks until the outputs are ready."""
     batched: Callable[[], object] = field(repr=False)
-    """Function that runs the model on one batch and blocks until it is done."""
+    """Function that runs the model on one batch and blocks until the outputs are ready."""
     units: dict[str, int]
     """Number of examples or tokens per batch, by the name of the throughput metric: {"examples_per_second": 32}."""
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
-    """(true labels, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task
-    returns none."""
+    """Pair (true labels, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task
+    returns no predictions."""
     written: list[dict[str, Any]] | None = field(default=None, repr=False)
-    """One record per example for predictions.jsonl; None if the task writes none."""
+    """One record per example for predictions.jsonl; None if the task writes no records."""
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:

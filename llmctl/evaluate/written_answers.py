@@ -182,7 +182,7 @@ def lengths(model: ModelConfig, settings: GenerationConfig, seq_len: int) -> tup
 
 
 def _on(device: Any, a: jax.Array) -> jax.Array:
-    """Return an array on one device. If the array is already there, it is not copied."""
+    """Return an array on one device. If the array is already on this device, the array is not copied."""
     if a.is_fully_replicated:
         return next((s.data for s in a.addressable_shards if s.device == device), a.addressable_shards[0].data)
     if not a.is_fully_addressable:

@@ -1,14 +1,14 @@
-"""Select fused attention kernels that never store all scores: Pallas splash attention on TPUs, cuDNN on GPUs.
+"""Select fused attention kernels: Pallas splash attention on TPUs, cuDNN on GPUs.
 
-(Dao et al., 2022, arXiv:2205.14135)
+Fused kernels never store all scores (Dao et al., 2022, arXiv:2205.14135).
 
 If no kernel supports the computation, attention runs in plain XLA (`llmctl.model.attention_xla`). The kernel is
 selected at tracing time, from the platform of the mesh and the shapes. `describe` returns the name of the kernel and
 the reason.
 
 Several texts may be packed into one sequence. Each text is a segment, numbered from 1, and attention does not cross
-segments. Segment 0 is padding. In these kernels, padding attends to padding; in plain XLA it attends to nothing. The
-outputs of padding are never used.
+segments. Segment 0 is padding. In these kernels, padding attends to padding; in plain XLA, padding attends to nothing.
+The outputs of padding are never used.
 
 Shapes: B batch, T sequence (queries), S keys, H query heads, G key/value heads, K head width.
 """

@@ -25,7 +25,8 @@ KEPT = "attention"
 """Name of the arrays that the backward pass of the softmax needs, for rematerialization policies. If a policy saves
 these arrays, the forward pass of the softmax is not repeated."""
 MASKED = -1e30
-"""Attention score of a masked query-key pair. It is finite, so that a query without visible keys has finite outputs."""
+"""Attention score of a masked query-key pair. The score is finite, so that a query without visible keys has finite
+outputs."""
 
 
 def attend(
@@ -133,9 +134,8 @@ def _scores(softcap: float, q: jax.Array, k: Any, mask_BTS: jax.Array, bias_HTS:
 
 
 class Sums(NamedTuple):
-    """Store partial sums of the softmax over a block of keys. The sums of several blocks can be merged.
-
-    (Milakov and Gimelshein, 2018, arXiv:1805.02867)
+    """Store partial sums of the softmax over a block of keys. The sums of several blocks can be merged (Milakov and
+    Gimelshein, 2018, arXiv:1805.02867).
     """
 
     values: jax.Array

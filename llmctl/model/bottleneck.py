@@ -1,7 +1,7 @@
 """Define bottleneck adapters: small networks in each layer, which finetuning trains while the other weights are frozen.
 
-- sequential: y + scale * expand(gelu(reduce(y))), where y is the output of a sublayer before its residual sum (Houlsby
-  et al., 2019, arXiv:1902.00751). Attention, cross-attention and the feed-forward layer have one adapter each.
+- sequential: y + scale * expand(gelu(reduce(y))), for the output y of a sublayer before its residual sum (Houlsby et
+  al., 2019, arXiv:1902.00751). Attention, cross-attention and the feed-forward layer have one adapter each.
 - parallel: feed_forward(x) + scale * expand(relu(reduce(x))) (He et al., 2022, arXiv:2110.04366). Only the feed-forward
   layer has an adapter.
 

@@ -1,17 +1,17 @@
 """Store cached keys and values in 8 or 4 bits, with one scale per token and key/value head.
 
 Keys and values are rotated within each head by a Hadamard matrix. The rotation spreads the outliers of single channels
-over all channels (QuaRot; Ashkboos et al., 2024, arXiv:2404.00456). Queries are rotated alike, and the outputs are
-rotated back, so that only the rounding changes the result. With SmolLM2-135M, the rotation halves the error of the
-logits.
+over all channels (QuaRot; Ashkboos et al., 2024, arXiv:2404.00456). Queries are rotated in the same way, and the
+outputs are rotated back, so that only the rounding changes the result. With SmolLM2-135M, the rotation halves the error
+of the logits.
 
 The keys of a head have a large mean, which would need most of the range of the codes. A cache of keys therefore stores
-one vector per row and head, the center: the mean of the first keys of the prompt. The center is subtracted from each
-key before the key is rounded. Attention adds the product of query and center to the score, so only the rounding
-changes. If a key has a smaller range without the subtraction, the center is not subtracted, and the scale of the key is
-negative. An example is the key of the first token in a text, to which many heads attend. With SmolLM2-135M and int8,
-centers lower the error of the logits from 0.026 to 0.019 (root mean square). Unquantized keys and values in bfloat16
-have an error of 0.010.
+one vector per row and head, the center. The center is the mean of the first keys of the prompt. The center is
+subtracted from each key before the key is rounded. Attention adds the product of query and center to the score, so only
+the rounding changes. If a key has a smaller range without the subtraction, the center is not subtracted. The scale of
+such a key is negative. An example is the key of the first token in a text, to which many heads attend. With
+SmolLM2-135M and int8, centers lower the error of the logits from 0.026 to 0.019 (root mean square). Unquantized keys
+and values in bfloat16 have an error of 0.010.
 
 A rotated value is a code times the scale of its token and head. Attention multiplies queries by the codes, and
 multiplies the scores by the scales afterwards. Dequantized keys and values are therefore never stored for all layers.

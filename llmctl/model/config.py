@@ -37,8 +37,8 @@ class ModelConfig(Config):
     deciding: ClassVar[tuple[str, ...]] = ("preset", "family")
 
     preset: str = ""
-    """Family and size to start from, such as llama-tiny (`llmctl show --presets` lists all). All other fields
-    override it."""
+    """Family and size to start from, such as llama-tiny (`llmctl show --presets` lists all). All other fields override
+    the preset."""
     family: str = "llama"
     """Model family. The module of this name in `llmctl/model/families` defines default flags and tensor names."""
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from llmctl.distributed import mesh as meshes
 
 EXCLUDED_LOGIT = -1e30
-"""Logit of an excluded class. It is finite, so that the difference of two excluded classes' logits is defined."""
+"""Logit of an excluded class. The logit is finite, so that the difference of two excluded classes' logits is
+defined."""
 
 Kind = Literal["forward", "reverse", "js", "skew"]
 
@@ -33,9 +34,9 @@ class Divergence:
     """
 
     kind: Kind = "forward"
-    """forward: KL(p || q). reverse: KL(q || p). js: beta * KL(p || m) + (1 - beta) * KL(q || m), with
-    m = beta * p + (1 - beta) * q (Agarwal et al., 2023, arXiv:2306.13649). skew: KL(p || skew * p + (1 - skew) * q)
-    (Ko et al., 2024, arXiv:2402.03898)."""
+    """Kind of divergence. forward: KL(p || q). reverse: KL(q || p). js: beta * KL(p || m) + (1 - beta) * KL(q || m),
+    with m = beta * p + (1 - beta) * q (Agarwal et al., 2023, arXiv:2306.13649). skew: KL(p || skew * p + (1 - skew) *
+    q) (Ko et al., 2024, arXiv:2402.03898)."""
     temperature: float = 1.0
     """Divisor of the logits. The divergence is multiplied by the square of the temperature (Hinton et al., 2015,
     arXiv:1503.02531)."""

@@ -61,8 +61,9 @@ class _Layout(NamedTuple):
 def _layout(table: tuple[int, ...], ids: tuple[int, ...], rows: str | None, dtype: Any) -> _Layout | None:
     """Return the sharding of a table and of the tokens, or None if a plain lookup is sufficient.
 
-    A plain lookup is sufficient if there is no mesh, or if the columns are not sharded over devices with different
-    tokens.
+    A plain lookup is sufficient in two cases:
+    - There is no mesh.
+    - The columns are not sharded over devices with different tokens.
 
     Args:
         table: Shape of the table.
@@ -146,8 +147,10 @@ def _table_gradient(ids: jax.Array, d_x: jax.Array, rows: int, layout: _Layout) 
 
 
 def _local_index(ids: jax.Array, rows: int, layout: _Layout) -> tuple[jax.Array, jax.Array]:
-    """Return the index of each id among the `rows` local rows (0 if the row is on another device), and whether the row
-    is local."""
+    """Return the index of each id among the `rows` local rows, and whether the row is local.
+
+    If the row is on another device, the index is 0.
+    """
     at = ids - rows * jax.lax.axis_index(layout.row_axes)
     here = (at >= 0) & (at < rows)
     return jnp.where(here, at, 0), here

@@ -23,7 +23,7 @@ class HeadKind:
     bare: bool = False
     """Whether the output is the pooled vector at unit length, without a projection."""
     width: int = 0
-    """Number of logits per output; 0 means one per label."""
+    """Number of logits per output; 0 means one logit per label."""
     scalar: bool = False
     """Whether the output is a scalar, without an axis of logits."""
 

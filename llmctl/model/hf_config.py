@@ -29,8 +29,8 @@ IRRELEVANT = frozenset({
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "transformers.js_config",
 })  # fmt: skip
-"""Keys of config.json that the conversion to a ModelConfig ignores. Most affect neither the outputs nor the shapes of
-the network. `llmctl.convert.hf_folder` reads the others, such as `architectures` and `id2label`."""
+"""Keys of config.json that the conversion to a ModelConfig ignores. Most of these keys affect neither the outputs nor
+the shapes of the network. `llmctl.convert.hf_folder` reads the other keys, such as `architectures` and `id2label`."""
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -27,7 +27,8 @@ class Head:
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that the class implies, with their values. Import sets them, and export requires them."""
+    """Fields of ModelConfig that the class implies, with their values. Import sets these fields, and export requires
+    these values."""
     prefix: str = ""
     """Prefix of the network's tensor names in the class, if it differs from the family's prefix."""
 

@@ -2,7 +2,7 @@
 
 Keys and values are plain arrays or, to need less memory, quantized (`llmctl.model.compressed_cache`).
 
-A slot is one position along the sequence axis of the cache. It holds the key and the value of one token.
+A slot is one position along the sequence axis of the cache. A slot holds the key and the value of one token.
 
 Shapes: B batch, T tokens, S cache slots, G key/value heads, K head width.
 """

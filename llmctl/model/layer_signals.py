@@ -50,7 +50,8 @@ class Signals:
     pairs: tuple[tuple[int, int], ...] = ()
     """Compared layers: (layer of the student, layer of the teacher). Relations are compared in the last pair."""
     distance: Literal["mse", "cosine"] = "mse"
-    """mse: mean squared difference of the elements. cosine: 1 - cosine similarity. Both are means over tokens."""
+    """Distance between vectors, as a mean over tokens. mse: mean squared difference of the elements. cosine: 1 - cosine
+    similarity."""
     relation_heads: int = 1
     """Number of parts into which queries, keys and values are divided for their relations."""
 
@@ -152,7 +153,7 @@ def heads_of(
         dtype: Dtype of the computation.
 
     Returns:
-        {"q", "k", "v"}: arrays [B, T, W], where W is the total width of the heads.
+        {"q", "k", "v"}: arrays [B, T, W], for the total width W of the heads.
     """
     own = functional.layer_params(params, functional.stacks(cfg)[-1], layer)
     x = x_BTD if cfg.norm_position == "post" else apply(Norm(cfg, dtype), {"params": own["attn_norm"]}, x_BTD)

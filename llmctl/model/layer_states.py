@@ -1,7 +1,7 @@
 """Run a stack of layers and return the outputs of selected layers, for losses on hidden states (distillation, probes).
 
-The `lax.scan` over layers carries a buffer with n + 1 entries: one per selected layer, and one that all other layers
-overwrite. The memory therefore depends on n, and not on the number of layers.
+The `lax.scan` over layers carries a buffer with n + 1 entries. Each selected layer has one entry. All other layers
+overwrite the last entry. The memory therefore depends on n, and not on the number of layers.
 
 Shapes: B batch, T sequence, D model width, L layers, n selected layers.
 """

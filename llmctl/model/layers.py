@@ -57,7 +57,7 @@ def tap(module: nn.Module, x: jax.Array) -> None:
 class Dense(nn.Module):
     """Apply a dense layer: x [..., I] @ kernel [I, O] + bias [O].
 
-    Calibration can capture its input (see `tap`).
+    Calibration can capture the input x (see `tap`).
     """
 
     features: int

@@ -1,8 +1,8 @@
-"""Describe the compiled functions of a stage: what they compute, and which arrays are in memory while they run.
+"""Describe the compiled functions of a stage, and the arrays that are in memory while a function runs.
 
 A stage is one step of a recipe, such as pretrain or quantize. Each stage creates these descriptions from its config and
-abstract arrays, with the same code as a run. `llmctl plan` uses them to compile the functions for hardware that is not
-present.
+abstract arrays, with the same code as a run. `llmctl plan` uses the descriptions to compile the functions for hardware
+that is not present.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Cost:
 class Program:
     """Describe a compiled function that a stage runs repeatedly, and the arrays in memory while it runs.
 
-    A stage defines a function `programs`, which returns its programs. `llmctl plan` compiles them:
+    A stage defines a function `programs`, which returns its programs. `llmctl plan` compiles these programs:
 
         def programs(config, base, others, mesh):
             step = jax.jit(lambda params: jax.tree.map(lambda a: a / 2, params), donate_argnums=0)
@@ -121,7 +121,7 @@ class Program:
     """Arrays in memory that are not arguments of the program. These arrays are also in `parameters`, `optimizer`,
     `batch` or `cache`."""
     artifact_bytes: int = 0
-    """Size of the arrays of the artifact that the stage writes, in bytes; 0 if it writes none."""
+    """Size of the arrays of the artifact that the stage writes, in bytes; 0 if the stage writes no arrays."""
     work: Pass | Cost | None = None
     """Input of the analytic cost model, which is used for GPUs instead of compilation. If None, the cost model uses
     `flops`, and takes the size of arguments and results as the memory traffic."""

@@ -3,8 +3,8 @@
 The library qwix quantizes the operands at every step. Scales are computed from the current values of the operands.
 Activations have one scale per token, and weights have one scale per output. In the backward pass, the gradient has one
 scale per row of the result. The backward pass multiplies the gradient by an operand that the forward pass saved as
-integers with scales. If these scales vary along the contracted axis, the gradient is multiplied by the scales before
-the gradient is rounded, as in qwix's own quantized training.
+integers with scales. These scales may vary along the contracted axis. The gradient is then multiplied by the scales
+before rounding, as in qwix's own quantized training.
 
 int8 is used in both directions. fp8 is e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022,
 arXiv:2209.05433).

@@ -8,8 +8,9 @@ masked blocks are not computed. After each step, softmax sums are merged in floa
 values around the ring again. Only q, k, v, the output and one number per query and head are saved for the backward
 pass.
 
-Shapes: B batch, T queries and S keys in total, t and s per device, P chunks per device (2 if causal, else 1), c = t /
-P, H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position bias.
+Shapes: B batch, T queries and S keys in total, t and s per device, P chunks per device, c = t / P. P is 2 for causal
+attention, otherwise 1. H query heads, G key/value heads, R = H / G, N = R * c, K head width, U buckets of the position
+bias.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def _backward_here(
 
 
 class _LocalQueries:
-    """Store the queries of one device, and compute masks and position biases for the keys that it receives."""
+    """Store the queries of one device, and compute masks and position biases for the keys that the device receives."""
 
     def __init__(self, plan: Plan, q: jax.Array, k: jax.Array, about: Any, table_UH: jax.Array | None) -> None:
         self.plan, self.table_UH, self.local = plan, table_UH, about[2]

@@ -101,7 +101,9 @@ def _may_use_kernels() -> bool:
 
 
 class Stack(nn.Module):
-    """Run L layers by `nn.scan` over parameters that are stacked on axis 0, so that compile time does not grow with L.
+    """Run L layers by `nn.scan` over parameters that are stacked on axis 0.
+
+    Because of the scan, compile time does not grow with L.
 
     On a mesh with a `pipeline` axis, each pipeline stage scans over its own layers (`llmctl.model.pipeline_parallel`).
     """

@@ -4,9 +4,8 @@ Structured pruning needs to know which columns and rows of matrices belong to a 
 (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move scales from a matrix to the module before it, without changing the
 outputs. Rotations need to know which matrices write to and read from the residual stream (QuaRot, arXiv:2404.00456).
 
-Modules are given by their paths in the parameter tree, such as "decoder/blocks/attn/q", the query projection in all
-layers of the decoder.
-This module does not import JAX.
+Modules are given by their paths in the parameter tree. For example, "decoder/blocks/attn/q" is the query projection in
+all layers of the decoder. This module does not import JAX.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Feed:
     """Paths of the matrices whose input is the activation. The paths include the table `embed/tokens` if the output
     projection is tied."""
     foldable: bool
-    """Whether scales can be folded. The producer then multiplies a channel by a positive factor, and the readers divide
+    """Whether scales can be folded. The producer then multiplies a channel by a positive factor. The readers divide
     their rows of this channel by the same factor. The outputs of the model do not change. False if another module reads
     the activation. Also false if a nonlinearity f between producer and readers does not satisfy f(c x) = c f(x)."""
     repeat: int = 1
@@ -41,7 +40,9 @@ class Feed:
 
 @dataclass(frozen=True)
 class Units:
-    """Describe the heads or neurons of one sublayer. Structured pruning removes them with their columns and rows."""
+    """Describe the heads or neurons of one sublayer. Structured pruning removes heads and neurons together with their
+    columns and rows.
+    """
 
     name: str
     """Kind of the units: "attn/heads" or "cross/heads" (query heads), "attn/groups" or "cross/groups" (key and value

@@ -144,7 +144,7 @@ def walk(
       progress: function that is called with each report.
       saved: folder in which changed layers are saved. If the folder already has a layer, the layer is read, and not
           changed again. The same compiled functions run saved layers and changed layers, so an interrupted walk gives
-          the same bits.
+          bit-identical results.
       dtype: dtype of the computation.
 
     Returns:

@@ -32,7 +32,8 @@ SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
 """Functions of g, the gradient of one batch's total loss. Each function's values are summed over the batches."""
 
 Gradients = dict[str, dict[str, jax.Array]]
-"""Sums over batches of g, |g| or g^2: {path of a matrix: {name in `SUMS`: float32 array of the matrix's shape}}."""
+"""Sums over batches of g, |g| or g^2, as float32 arrays of the matrix's shape. The first key is the path of the matrix,
+and the second key is a name in `SUMS`."""
 
 
 def accumulate(
@@ -43,7 +44,7 @@ def accumulate(
     sums: Sequence[str],
     dtype: Any = jnp.float32,
 ) -> Gradients:
-    """Sum g, |g| or g^2 over batches, where g is the gradient of the loss with respect to a matrix.
+    """Sum g, |g| or g^2 over batches, for the gradient g of the loss with respect to a matrix.
 
     The matrices of all L layers are stacked: [L, inputs, outputs]. The loss is summed over tokens (or examples), so the
     sum of g does not depend on the batch size. For a quantized matrix, g is the gradient with respect to the

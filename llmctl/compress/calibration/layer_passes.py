@@ -52,7 +52,7 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
 
     @jax.jit
     def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
-        """Run one batch through the changed layer, and return (its output, two squared norms).
+        """Run one batch through the changed layer, and return (output, two squared norms).
 
         The norms are [||changed output - unchanged output||^2, ||unchanged output - input||^2], without padding.
         """
@@ -155,7 +155,8 @@ def _folded(stats: LayerStats, inputs: Mapping[str, tuple[jax.Array, jax.Array]]
 
     Args:
       stats: statistics before the batch.
-      inputs: (inputs [N, I] of a matrix, mask [N] that is False at padding), by the keys of `stats.of_inputs`.
+      inputs: for each key of `stats.of_inputs`, the pair (inputs [N, I] of a matrix, mask [N]). The mask is False at
+          padding.
     """
     new = {path: stat.fold(*inputs[path]) for path, stat in stats.of_inputs.items()}
     return replace(stats, of_inputs=jax.tree.map(lambda a: meshes.constrain(a, *[None] * a.ndim), new))

@@ -220,7 +220,7 @@ class LayerStats(Mapping[str, Any]):
 
 Collect = Callable[[str, int], Statistic | None]
 """Function (path of a matrix, number of inputs) -> empty statistic, or None to collect nothing for the matrix. Matrices
-that read the same input share one statistic if the function returns the same type and shapes for them.
+that read the same input share one statistic if the function returns the same type and shapes for these matrices.
 """
 
 

@@ -28,7 +28,7 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 LayerAt = tuple[str, int]
-"""(stack, index) of a layer: the stack is the encoder or the decoder, as in ("decoder", 3)."""
+"""Layer as a pair (stack, index). The stack is the encoder or the decoder, as in ("decoder", 3)."""
 Counts = dict[LayerAt, dict[str, int]]
 """Number of zeros of each matrix, by layer and by the matrix's path within the layer ("attn/q")."""
 UNSAVED = Measurements(None)
@@ -190,8 +190,8 @@ def scan(
 ) -> np.ndarray:
     """Prune one layer at a time, and return the errors [layers, sparsities] of the model's final hidden states.
 
-    An error is the squared norm of the change of the hidden states, divided by the squared norm of the hidden states
-    without pruning. Padding is not counted.
+    An error is the squared norm of the states' change, divided by the squared norm of the unpruned model's states.
+    Padding is not counted.
 
     Args:
       cfg: config of the model.

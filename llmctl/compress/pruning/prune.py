@@ -35,7 +35,7 @@ Sums = Mapping[str, jax.Array]
 
 
 def apply(w: Weight, mask_IO: jax.Array) -> Weight:
-    """Return the weight with zeros where the mask is False.
+    """Return the weight with zeros at the False entries of the mask.
 
     The other entries of a quantized weight keep their integers.
     """
@@ -178,8 +178,8 @@ def prune_uncalibrated(
       method: name of the score.
       pattern: sparsity pattern.
       seed: seed of the random keys.
-      counts: number of weights or blocks to prune, by (stack, index of the layer) and path of the matrix; by default
-        the numbers that the pattern gives.
+      counts: number of weights or blocks to prune, by (stack, index of the layer) and path of the matrix. By default,
+        the pattern gives the numbers.
     """
     changed = {}
     for m in weights.matrices(params, "block"):
@@ -231,8 +231,8 @@ def _key(seed: int, stack: str, index: int, name: str) -> jax.Array:
 def collector(method: SparseMethod) -> Collect:
     """Return the `Collect` function of a pruning method.
 
-    For each matrix, the function returns the statistic that the method reads: a Gram matrix, sums of squares of the
-    inputs, or None.
+    For each matrix, the function selects the statistic that the method reads. The statistic is a Gram matrix, sums of
+    squares of the inputs, or None.
     """
     return grams if method.hessian else moments if method.moments else nothing
 

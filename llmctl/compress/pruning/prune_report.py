@@ -60,9 +60,9 @@ def fallbacks(layers: Sequence[Record]) -> list[str]:
 def table(layers: Sequence[Record]) -> Table:
     """Return a table of the pruned layers for the terminal, with one row per layer.
 
-    The columns are the sparsity, the error of the layer's output, and the mean error of the matrices' outputs, after
-    and before the repair. The last column names the matrices for which SparseGPT failed. Columns without values are
-    omitted.
+    The first columns are the sparsity and the error of the layer's output. Two more columns are the mean errors of the
+    matrices' outputs after and before the repair. The last column names the matrices for which SparseGPT failed.
+    Columns without values are omitted.
     """
     columns = {
         "layer": [f"{layer['stack']} {layer['layer']}" for layer in layers],

@@ -46,7 +46,7 @@ class MethodSettings(CalibrationConfig):
     times the square root of the input's norm. taylor, fisher: scores from the loss's gradient. random: random
     scores."""
     repair: bool = False
-    """After pruning, recompute the kept weights by least squares on the calibration data. The outputs of the layers
+    """Recompute the kept weights after pruning, by least squares on the calibration data. The outputs of the layers
     then stay close to the outputs before pruning."""
 
 

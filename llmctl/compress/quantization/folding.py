@@ -32,8 +32,8 @@ class Fold:
     groups: int
     """Number of key/value heads in grouped-query attention, if the producer is the value projection; otherwise 1."""
     repeat: int
-    """Number of inputs that depend on the same output of the producer: query heads per key/value head in grouped-query
-    attention, otherwise 1. These inputs must have equal scales."""
+    """Number of inputs that depend on the same output of the producer. In grouped-query attention, this is the number
+    of query heads per key/value head; otherwise 1. These inputs must have equal scales."""
 
     def shared(self, values_I: jax.Array, reduce: Any) -> jax.Array:
         """Replace the values of inputs that depend on the same output of the producer by one common value.

@@ -37,11 +37,13 @@ class Mixture(NamedTuple):
 def pareto_front(options: Sequence[Sequence[Option]]) -> list[Mixture]:
     """Return all Pareto-optimal mixtures, in ascending order of bits and in descending order of the predicted increase.
 
-    A mixture is Pareto-optimal if every mixture with fewer bits has a higher increase, and no mixture with equally many
-    bits has a lower increase. Matrices are added one after the other. After each matrix, mixtures that are not optimal
-    are removed. Such mixtures cannot become optimal later, because every further matrix adds the same options to all
-    mixtures (Nemhauser and Ullmann, 1969). Many matrices have equal sizes, so few sums of bits differ, and few mixtures
-    remain.
+    A mixture is Pareto-optimal if two conditions are met:
+    - Every mixture with fewer bits has a higher increase.
+    - No mixture with equally many bits has a lower increase.
+
+    Matrices are added one after the other. After each matrix, mixtures that are not optimal are removed. Such mixtures
+    cannot become optimal later, because every further matrix adds the same options to all mixtures (Nemhauser and
+    Ullmann, 1969). Many matrices have equal sizes, so few sums of bits differ, and few mixtures remain.
 
     >>> q = [Option("int8", 80, 0.0), Option("int4", 40, 0.3)]
     >>> up = [Option("int8", 160, 0.0), Option("int4", 80, 0.1)]

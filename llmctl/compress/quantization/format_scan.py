@@ -73,8 +73,8 @@ def front_of(params: Params, found: Targets, increase: Callable[[str, Target], f
 
     Args:
       params: parameters of the model; they may be abstract.
-      found: how each matrix may be rounded.
-      increase: function (path of a matrix, how it is rounded) -> increase of the loss.
+      found: possible roundings of each matrix (see `targets`).
+      increase: function (path of a matrix, one of its roundings) -> increase of the loss.
     """
     flat = weights.flatten(params)
     options = [
@@ -186,7 +186,7 @@ class Log(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """Store the chosen formats, and what was measured."""
+    """Store the chosen formats and the measurements of the search."""
 
     method: Quantization
     """The quantization, with the format of each matrix as a rule."""

@@ -26,9 +26,9 @@ def awq(
 ) -> tuple[jax.Array, jax.Array]:
     """Return AWQ's scales [I] for matrices with the same inputs, and the exponent of the scales.
 
-    In AWQ (Lin et al., 2023, arXiv:2306.00978), the scale of an input is m^a, where m is the root mean square of the
-    input. All inputs have the same exponent a, which minimizes the squared error of the rounded matrices' outputs. With
-    the exponent 0, all scales are 1. The paper uses the mean absolute value in place of m. This code uses the root mean
+    In AWQ (Lin et al., 2023, arXiv:2306.00978), the scale of an input is m^a, for the root mean square m of the input.
+    All inputs have the same exponent a, which minimizes the squared error of the rounded matrices' outputs. With the
+    exponent 0, all scales are 1. The paper uses the mean absolute value in place of m. This code uses the root mean
     square, because the Gram matrix contains it.
 
     Args:

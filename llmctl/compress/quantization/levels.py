@@ -22,7 +22,8 @@ import qwix
 from llmctl.model.weights import Node, NormalFloat, Packed, Quantized, nf4, packed
 
 SMALLEST = float(jnp.finfo(jnp.float32).tiny) ** 0.5
-"""Scales below this value are replaced by 1, as in qwix. All weights of a group with such a scale become 0."""
+"""Smallest scale that is stored. A group with a smaller scale gets the scale 1, as in qwix, and all weights of the
+group become 0."""
 
 
 class Grid(abc.ABC):
@@ -195,9 +196,10 @@ class BlockFloats(Grid):
     def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:
         """Return the scale of each block, float32, from max|w| of the block (see `Grid.scale`).
 
-        For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), so max|w| / scale is between 4 and 8 (OCP Microscaling
-        specification 1.0, section 6.3). Magnitudes above 6 * scale are clipped, because 6 is the largest float of e2m1.
-        For nvfp4, the scale is max|w| / 6, rounded to the product of a float8_e4m3fn and the factor of the matrix.
+        For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), as in section 6.3 of the OCP Microscaling specification
+        1.0. The quotient max|w| / scale is therefore between 4 and 8. Magnitudes above 6 * scale are clipped, because 6
+        is the largest float of e2m1. For nvfp4, the scale is max|w| / 6, rounded to the product of a float8_e4m3fn and
+        the factor of the matrix.
         """
         if self.name == "mxfp4":
             stored = jnp.frexp(magnitude)[1] - 3 + packed.BIAS

@@ -79,7 +79,7 @@ class Target(NamedTuple):
 
 
 def chosen(flat: dict[str, Any], method: Quantization) -> dict[str, Target]:
-    """Select the weights to quantize, and return {path of the weight: how it is quantized}.
+    """Select the weights to quantize, and return {path of the weight: its `Target`}.
 
     Raises:
       RequestError: If a group does not divide the inputs of a weight. If a weight is already quantized or low-rank. If
@@ -132,7 +132,7 @@ def check(path: str, w: Weight, inputs: int, scheme: str, group: int) -> None:
 def with_activations(node: Node, inputs: int, activations: str) -> Node:
     """Return the quantized weight `node`, with quantized input activations if `activations` is not empty.
 
-    An embedding table (`inputs` -1) is returned unchanged: its rows are looked up, and the product with a tied table
+    An embedding table (`inputs` -1) is returned unchanged. Its rows are looked up, and the product with a tied table
     uses unquantized activations.
     """
     return node.with_activations(activations) if activations and inputs != -1 else node

@@ -86,9 +86,9 @@ def quantize_layers(
 def collector(method: Quantization) -> Collect:
     """Return the `Collect` function of a quantization method.
 
-    For each matrix, the function returns a `Joined` statistic with the names "gram" (the Gram matrix) and "peaks" (the
-    largest magnitude of each input). A statistic is omitted if the method does not read it. Nothing is collected for
-    the token embedding table.
+    For each matrix, the function returns a `Joined` statistic with two entries. "gram" is the Gram matrix, and "peaks"
+    has the largest magnitude of each input. An entry is omitted if the method does not read it. Nothing is collected
+    for the token embedding table.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -192,8 +192,9 @@ def _quantized(
     """Quantize one matrix.
 
     Returns:
-      The quantized matrix, and JSON data: `error` (of the outputs, if there is a Gram matrix) and `fallback` (a
-      message, if the requested method or a damping value failed).
+      The quantized matrix, and JSON data:
+      - `error`, the relative error of the outputs, if there is a Gram matrix
+      - `fallback`, a message, if the requested method or a damping value failed
     """
     (grid, group), found = grids.levels_of(form), {}
     if method.solves and gram_II is not None:
@@ -215,7 +216,8 @@ def _quantized(
 
 
 def full_path(stack: str, module: str) -> str:
-    """Return the path of a module in the model, given its path in a layer of a stack or in the output head.
+    """Return a module's path in the model, given its stack and its path in a layer. For the output head, the stack is
+    "head".
 
     >>> full_path("decoder", "attn/q"), full_path("head", "lm_head")
     ('decoder/blocks/attn/q', 'lm_head')

@@ -6,8 +6,9 @@ the norm's scales are first moved into the matrices after the norm. The values o
 between the value and the output projection. All products are folded into the weights, so the rotated model runs as
 before.
 
-R is a Hadamard matrix with random signs. If the size is not a power of two, R is the Kronecker product of a random
-orthogonal matrix and a Hadamard matrix. The Hadamard matrix has the largest power of two that divides the size.
+R is a Hadamard matrix with random signs. If the size is not a power of two, R is a Kronecker product. One factor is a
+random orthogonal matrix. The other factor is a Hadamard matrix, whose size is the largest power of two that divides the
+size.
 
 Shapes: I inputs and O outputs of a matrix, D model width, V vocabulary, K size of the rotation.
 """

@@ -2,7 +2,7 @@
 
 A rule is a pair of a pattern and a format. A pattern is a glob (`*`, `?`, `[…]`) on the last keys of a module's path:
 `q`, `attn/q`, `mlp/*`, `encoder/*`. The path of a module in the layers is `decoder/blocks/attn/q`. The path has no
-layer number, because the matrices of all layers are stored in one array, and an array has one format.
+layer number: the matrices of all layers are stored in one array, which has one format.
 
 The module does not import JAX, so that settings can be checked early.
 """

@@ -23,7 +23,7 @@ from llmctl.compress.quantization.rules import NONE
 from llmctl.compress.quantization.schemes import BLOCKS, INTEGERS, SCHEMES, has_grid, inputs_per_scale
 
 SHORT = {"int8": 8, "int4": 4}
-"""{name of a format: value of the setting `bits` that selects the format}."""
+"""Map from the name of a format to the value of the setting `bits` that selects the format."""
 CALIBRATION = frozenset(CalibrationConfig.model_fields)
 """Names of the settings that have an effect only with calibration data."""
 RTN = "rtn"
@@ -79,9 +79,8 @@ class QuantizeConfig(CalibrationConfig):
     """Number of inputs per scale, which must divide the number of inputs of every matrix. 0 means one scale per output,
     except for nf4 (64 inputs per scale), mxfp4 (32) and nvfp4 (16)."""
     symmetric: bool = True
-    """Use integers that are symmetric around 0. If false, each group has a zero point, and the integers cover the range
-    from the group's lowest to its highest weight. A zero point has as many bits as a weight, but
-    at least 4."""
+    """Use integers that are symmetric around 0. If false, each group has a zero point. The integers then cover the
+    range from the group's lowest to its highest weight. A zero point has as many bits as a weight, but at least 4."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
     """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
     longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a
@@ -139,8 +138,7 @@ class QuantizeConfig(CalibrationConfig):
     @model_validator(mode="wrap")
     @classmethod
     def _without_unread(cls, given: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
-        """If the method reads no calibration data, drop the settings of the data, and remember the names of these
-        settings.
+        """Drop the settings of calibration data if the method reads no data, and remember the names of these settings.
 
         A finished stage is therefore not repeated if only such settings change, such as a recipe's shared data.
         """

@@ -1,10 +1,10 @@
 """Select the channels of the residual stream to keep for a smaller hidden width, and compensate for removed channels.
 
-All layers share the channels. Matrices read the channels at the outputs of norms, so the importance of a channel is
-summed over the outputs of all norms. A first pass of the calibration data measures the unchanged model. With repair, a
-second pass goes through the layers and recomputes the matrices that read the norms: each becomes the least-squares
-solution on the kept channels. A norm over fewer channels divides by another root mean square. The scale of the norm is
-therefore multiplied by the root mean square of the kept channels.
+All layers share the channels. Matrices read the channels at the outputs of norms. The importance of a channel is
+therefore summed over the outputs of all norms. A first pass of the calibration data measures the unchanged model. With
+repair, a second pass goes through the layers and recomputes the matrices that read the norms. Each matrix becomes the
+least-squares solution on the kept channels. A norm over fewer channels divides by another root mean square. The scale
+of the norm is therefore multiplied by the root mean square of the kept channels.
 
 Shapes: D hidden width, N tokens.
 """

@@ -1,9 +1,9 @@
 """Remove channels of the residual stream from all arrays of a model, so that its hidden width becomes smaller.
 
-Every axis whose length follows `d_model` is reduced to the same channels: embeddings, position and segment tables,
-norms, the inputs and outputs of matrices, and the heads. In an encoder-decoder, both stacks keep the same channels,
-because they share the embedding table. Norms are computed over the kept channels alone, as in Minitron (Muralidharan et
-al., 2024, arXiv:2407.14679).
+Every axis of length `d_model` is reduced to the same channels. Such axes are in embeddings, position and segment
+tables, norms, inputs and outputs of matrices, and output heads. In an encoder-decoder, both stacks keep the same
+channels, because they share the embedding table. Norms are computed over the kept channels alone, as in Minitron
+(Muralidharan et al., 2024, arXiv:2407.14679).
 
 Shapes: D width before, E width after.
 """

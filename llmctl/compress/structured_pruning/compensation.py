@@ -1,9 +1,9 @@
 """Compensate a matrix for removed inputs, by least squares on the calibration data.
 
-The kept rows of the matrix are recomputed, so that the squared error of the outputs becomes minimal. The solution is
-W' = W_kept + C_kept^-1 C_kept,removed W_removed, where C is the Gram matrix of the inputs. SliceGPT solves the same
-problem for rotated inputs (Ashkboos et al., 2024, arXiv:2401.15024). If the matrix has a bias, C is the covariance. The
-mean of the removed inputs' contribution is then added to the bias (FLAP: An et al., 2024, arXiv:2312.11983).
+The kept rows of the matrix are recomputed, so that the squared error of the outputs becomes minimal. The solution is W'
+= W_kept + C_kept^-1 C_kept,removed W_removed, for the Gram matrix C of the inputs. SliceGPT solves the same problem for
+rotated inputs (Ashkboos et al., 2024, arXiv:2401.15024). If the matrix has a bias, C is the covariance. The mean of the
+removed inputs' contribution is then added to the bias (FLAP: An et al., 2024, arXiv:2312.11983).
 
 Shapes: I inputs, O outputs, K kept inputs, R removed inputs.
 """

@@ -1,4 +1,4 @@
-"""Compute the importance of attention heads and neurons, by which structured pruning selects them.
+"""Compute the importance by which structured pruning selects attention heads and neurons.
 
 Each importance is one function of a sublayer's matrices and of calibration statistics:
 

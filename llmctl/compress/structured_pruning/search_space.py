@@ -21,7 +21,7 @@ from llmctl.model.config import ModelConfig
 FRACTIONS = (7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
 """Fractions of each size at which the loss is measured."""
 PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_model"}
-"""{name of a size that a search may reduce: field of ModelConfig that contains the size}."""
+"""Map from the name of a size that a search may reduce to the field of ModelConfig that contains the size."""
 QUERIES = "queries"
 """Name of a further size: the number of query heads per key/value head."""
 
@@ -41,7 +41,7 @@ class Space:
     cfg: ModelConfig
     """Config of the unpruned model."""
     multiple: int = 1
-    """The numbers of neurons and of hidden channels are multiples of this number."""
+    """Divisor of the numbers of neurons and of hidden channels."""
     layers: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
     """Numbers of key/value heads."""
@@ -69,8 +69,7 @@ class Space:
           check: function that raises a RequestError if the model cannot be pruned to a config.
           each: whether to check every value. Otherwise, only the smallest value of each size is checked. If this value
               is not allowed, the size is not reduced.
-          tries: how many values of the step between numbers of neurons are tried: `multiple`, 2 * `multiple`, and so
-              on.
+          tries: number of steps to try between the numbers of neurons: `multiple`, 2 * `multiple`, and so on.
 
         Raises:
           RequestError: If no number of neurons is allowed.
@@ -170,7 +169,7 @@ def with_sizes(
 ) -> ModelConfig:
     """Return the config with other sizes.
 
-    `heads` is the number of key/value heads. Each of these keeps `queries` query heads; by default all.
+    `heads` is the number of key/value heads. Each key/value head keeps `queries` query heads; by default all.
 
     The encoder of an encoder-decoder keeps the same fraction of layers as the decoder.
     """

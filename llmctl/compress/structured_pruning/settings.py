@@ -68,8 +68,8 @@ class StructuredSettings(MethodSettings):
     """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is structured. A search
     chooses these four sizes by the loss on the calibration data, and prints the candidates."""
     latency: bool = False
-    """Measure the time of a prompt and of each new token before and after pruning, on one device, if the method is
-    structured."""
+    """Measure the latency before and after pruning, on one device, if the method is structured. The latency is the time
+    of a prompt and of each new token."""
     plot: bool = False
     """Plot the importance of layers, heads, neurons and channels as importance.png, if the method is structured.
     Requires matplotlib (the `demo` extra)."""

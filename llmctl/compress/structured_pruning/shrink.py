@@ -49,7 +49,7 @@ def target(
       hidden: channels of the residual stream.
       by: what to remove: "groups" (a key/value head with all its query heads) or "queries" (the same number of query
           heads in each group).
-      multiple: the numbers of kept neurons and of kept hidden channels are multiples of this number.
+      multiple: divisor of the numbers of kept neurons and of kept hidden channels.
 
     Raises:
       RequestError: If a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing

@@ -1,4 +1,4 @@
-"""Compute the config of the model after structured pruning, and check that the model can be pruned to it."""
+"""Compute the config of the model after structured pruning, and check that the model can be pruned to this config."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Count the bytes that a pruned model's arrays have in memory, from the arrays of the unpruned model.
 
 Pruning keeps the dtypes. The config after pruning determines the length of every axis. A mean number of bits per
-parameter would give a wrong result: pruning may remove integers from the layers and keep the floats of the embeddings.
+parameter would give a wrong result. For example, pruning may remove integers of the layers and keep floats of the
+embeddings.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def structured_pruning(
 
 
 def search(model: ModelConfig, params: Tree, space: Space, method: StructuredMethod, walk: Walk) -> list[Program]:
-    """Return the programs of a budget search: for the importance of all units, and for the loss of the candidates.
+    """Return the programs of a budget search. The programs measure the importance of all heads, neurons and channels,
+    and the loss of the candidates.
 
     The program for the loss has the unpruned sizes, which are the most expensive.
     """

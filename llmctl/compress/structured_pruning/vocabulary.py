@@ -3,7 +3,7 @@
 First, the tokens in the texts of all splits are counted. The setting `vocabulary` then selects the kept tokens:
 
 - "unused": the tokens that occur in any text. All texts are then tokenized as before.
-- A number: this number of tokens, the most frequent. A text with a removed token is then split into other tokens.
+- A number: this number of the most frequent tokens. A text with a removed token is then split into other tokens.
   Decoding these tokens must give the same text as before.
 
 Finally, all texts are tokenized again to check the new tokenizer.
@@ -185,7 +185,7 @@ def _texts(data: DataConfig, talks: bool) -> Callable[[], Iterator[Any]]:
 def _count(
     tokenizer: Tokenizer, vocabulary: Vocabulary, corpus: Iterator[Any], encode: Encode
 ) -> dict[str, np.ndarray]:
-    """Return the count of each token, [V], and the ids of tokens that must stay although no text has them."""
+    """Return the count of each token, [V], and the ids of tokens that must stay even if no text contains them."""
     counts_V, needed = np.zeros(tokenizer.vocab_size, np.int64), _of_template(tokenizer)
     for chunk in _chunks(corpus):
         for given, ids in zip(chunk, encode(tokenizer, chunk), strict=True):

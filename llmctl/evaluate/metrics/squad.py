@@ -30,8 +30,8 @@ def exact(predicted: str, truth: Sequence[str]) -> float:
 def f1(predicted: str, truth: Sequence[str]) -> float:
     """Return the largest word F1 of the answer `predicted` with an accepted answer, after normalization.
 
-    If `truth` is empty, only the empty answer is accepted. The F1 of two answers without words is 1. If only one of the
-    two has no words, their F1 is 0.
+    If `truth` is empty, only the empty answer is accepted. The F1 of two answers without words is 1. If only one of two
+    answers has words, the F1 is 0.
     """
     return max(_overlap(normal(predicted).split(), normal(t).split()) for t in truth or [""])
 

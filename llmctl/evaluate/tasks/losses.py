@@ -1,7 +1,7 @@
 """Compute the loss and the metrics of a task, both summed over a batch.
 
 `Losses` runs the network and reads the outputs of the task head. `TokenLosses` reads the logits of predicted tokens
-instead; all language-modelling tasks inherit it.
+instead; all language-modelling tasks inherit `TokenLosses`.
 
 Shapes: B rows, T tokens per row, P predicted positions per row, D model width, C classes.
 """

@@ -84,8 +84,8 @@ class MultiLabel(Classify):
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of logits [B, C], the weighted sum of divergence and cross-entropy.
 
-        Both terms are means over the classes. Each class is a binary distribution with the logits z and 0, where z is
-        the output of the model.
+        Both terms are means over the classes. Each class is a binary distribution with the logits z and 0, for the
+        output z of the model.
         """
         nll, sums = self.score(y, batch, Options())
         apart_BC = how.divergence.between(binary(teacher), binary(y))

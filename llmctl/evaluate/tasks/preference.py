@@ -60,8 +60,10 @@ class Preference(Language):
             raise RequestError("train.label_smoothing: not for preference.loss = 'ipo'")
 
     def extra_passes(self, settings: Any) -> int:
-        """Return 1 for the forward pass of the reference model, or 0 if the loss is SimPO, which has no reference
-        model."""
+        """Return 1 for the forward pass of the reference model, or 0 if the loss is SimPO.
+
+        SimPO has no reference model.
+        """
         return int(self.reads_adapters(settings))
 
     def reads_adapters(self, settings: Any) -> bool:

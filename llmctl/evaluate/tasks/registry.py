@@ -81,6 +81,8 @@ def named(name: str, model: ModelConfig) -> Task:
 
 
 def distilled(teacher: Manifest) -> str:
-    """Return the name of the task that a student of this teacher learns; empty for the default task of the student's
-    head."""
+    """Return the name of the task that a student of this teacher learns.
+
+    The name is empty if the student learns the default task of its head.
+    """
     return of(teacher).distilled_as or teacher.task

@@ -185,9 +185,9 @@ def ends(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.
 def best_span(logits_BT2: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
     """Return (score, first character, last character + 1, score of no answer) of each row's best span, all [B].
 
-    A span begins and ends at tokens of the context, ends no earlier than it begins, and has at most LONGEST characters.
-    The score of a span is the sum of its two logits. The score of no answer is the sum of both logits of the first
-    token. If a row has no valid span, the score of its best span is -2e30.
+    A span begins and ends at tokens of the context. The end is not before the beginning. A span has at most LONGEST
+    characters. The score of a span is the sum of its two logits. The score of no answer is the sum of both logits of
+    the first token. If a row has no valid span, the score of its best span is -2e30.
     """
     start_BT, end_BT = (only(logits_BT2[..., k], batch["among"]) for k in (0, 1))
     first_BT, last_BT = batch["first"], batch["last"]

@@ -6,8 +6,8 @@ special token.
 
 Training needs the positions of the assistant's tokens. Some templates mark these tokens with `{% generation %}`.
 Otherwise, two texts are rendered for each answer: the conversation before the answer, and the conversation including
-the answer. If the complete conversation begins with both texts, the part of the second text after the first text is the
-answer with its end token.
+the answer. If the complete conversation begins with both texts, the answer is the part of the second text after the
+first text. The answer includes its end token.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ CHATML = """\
 
 
 class Marked(NamedTuple):
-    """Store the tokens of a conversation, and which of them the assistant writes."""
+    """Store the tokens of a conversation, and whether the assistant writes each token."""
 
     ids: list[int]
     """Token ids [N]."""
@@ -164,7 +164,7 @@ class Template:
         return [*self.tokenizer.prefix, *ids]
 
     def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
-        """Return the token ids of a complete conversation, and which of them the assistant writes.
+        """Return the token ids of a complete conversation, and whether the assistant writes each token.
 
         The assistant writes all tokens that contain a character of an answer, and the token that ends the answer. The
         header before the answer and white space after the end token are not included. Messages with the entry

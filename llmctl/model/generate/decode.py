@@ -10,7 +10,8 @@ The program has one copy of the code per layer, and the parameters are split int
 would copy the weights of every layer from the stacked parameters at each step. Such copies are expensive, because a
 step spends most of its time on reading the weights.
 
-A slot is one position along the sequence axis of the cache. It holds the keys and values of one token, or of padding.
+A slot is one position along the sequence axis of the cache. A slot holds the keys and values of one token, or of
+padding.
 
 Shapes: B rows, T prompt slots, S cache slots, G key/value heads, K head width, V vocabulary, E end tokens.
 """

@@ -29,7 +29,7 @@ class Filled:
     text: str
     """Text with the most probable token at every mask. Each mask is predicted independently of the others."""
     masks: list[list[tuple[str, float]]]
-    """For every mask, the most probable tokens as pairs (text, probability), best first."""
+    """Most probable tokens of every mask, as pairs (text, probability), best first."""
 
 
 class Filler:

@@ -1,4 +1,4 @@
-"""Select the next token from logits: the most probable one, or a sample from a truncated distribution.
+"""Select the next token from logits: the most probable token, or a sample from a truncated distribution.
 
 The rules apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Each row has its own random key,
 which depends only on the seed, the row's index and the step. The tokens of a row are therefore the same in every batch.
@@ -22,7 +22,7 @@ MIN_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """Configure how the next token is selected. By default, it is the most probable one.
+    """Configure how the next token is selected. By default, the most probable token is selected.
 
     Example:
         >>> import jax.numpy as jnp
@@ -36,17 +36,14 @@ class Sampling:
     top_k: int = 0
     """Number of most probable tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the most probable tokens until their total probability reaches this value (Holtzman et al., 2019,
-    arXiv:1904.09751)."""
+    """Probability mass to keep. The most probable tokens are kept until their total probability reaches this value
+    (Holtzman et al., 2019, arXiv:1904.09751)."""
     min_p: float = 0.0
-    """Keep tokens whose probability is at least this fraction of the highest probability (Nguyen et al., 2024,
+    """Minimum probability of a kept token, as a fraction of the highest probability (Nguyen et al., 2024,
     arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Penalty on tokens that already occurred: positive logits are divided by the penalty, negative logits are
-    multiplied.
-
-    (Keskar et al., 2019, arXiv:1909.05858)
-    """
+    """Penalty on tokens that already occurred (Keskar et al., 2019, arXiv:1909.05858). Positive logits are divided by
+    the penalty, and negative logits are multiplied by the penalty."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:

@@ -18,7 +18,7 @@ from llmctl.model.weights.tree import Params, as_node, flatten, is_weight, updat
 
 @dataclass(frozen=True)
 class Adapter(Node):
-    """Base class of adapters, which store a frozen weight (the base) together with small trained arrays.
+    """Define the base class of adapters, which store a frozen weight (the base) together with small trained arrays.
 
     A subclass adds the small arrays as fields, and lists the trained arrays in `adapter_parts`. The subclass also
     defines `dense`, which returns the weight with the adapter applied.
@@ -37,7 +37,7 @@ class Adapter(Node):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of an array of the base that has zeros exactly where the dense base has zeros.
+        """Return the name of an array of the base that has the same zeros as the dense base.
 
         For a quantized base, the result is the name of the integers. The result is None if no array has this property.
         """

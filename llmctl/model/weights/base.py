@@ -53,9 +53,9 @@ class Product:
     """Store options for a product of activations x and a weight. A weight node may ignore the options."""
 
     fold: bool = True
-    """Whether to merge the leading axes of x into one before the product, which is much faster on XLA's CPU backend
-    (see recipes/bench). The option must be false if devices shard several leading axes, because XLA would then gather
-    x."""
+    """Whether to merge the leading axes of x into one axis before the product. Merged axes are much faster on XLA's CPU
+    backend (see recipes/bench). The option must be false if devices shard several leading axes, because XLA would then
+    gather x."""
     kind: str = ""
     """8-bit type of the product in training, "int8" or "fp8"; empty means none. Only plain arrays use this option."""
     axes: tuple[str, str] | None = None
@@ -77,7 +77,7 @@ def node_type(cls: C) -> C:
 
 
 class Node(abc.ABC):
-    """Base class for weights that are stored as several arrays, such as integers and scales.
+    """Define the base class of weights that are stored as several arrays, such as integers and scales.
 
     All weights have the same methods, whatever the storage format.
 
@@ -180,7 +180,7 @@ class Node(abc.ABC):
 
     @property
     def values_part(self) -> str | None:
-        """Return the name of a stored array that has zeros exactly where the dense weight has zeros.
+        """Return the name of a stored array that has the same zeros as the dense weight.
 
         For a quantized weight, the result is the name of the integers. The result is None if no array has this
         property.
@@ -188,7 +188,7 @@ class Node(abc.ABC):
         return None
 
     def values(self) -> Any:
-        """Return an array of the shape `shape` that has zeros exactly where the weight has zeros.
+        """Return an array of the shape `shape` that has the same zeros as the weight.
 
         For a quantized weight, the result is the array of integers. By default, the result is the dense weight.
         """
@@ -234,12 +234,13 @@ class Node(abc.ABC):
         return self
 
     def quantized(self) -> Any:
-        """Return the weight as a `Quantized`, of integers or 8-bit floats, or None if the weight is stored otherwise."""
+        """Return the weight as a `Quantized` of integers or 8-bit floats; None if the weight is stored otherwise."""
         return None
 
     def integers(self) -> Any:
-        """Return the weight as a `Quantized` for export formats that store integers, or None if the weight is not
-        quantized."""
+        """Return the weight as a `Quantized` for export formats that store integers; None if the weight is not
+        quantized.
+        """
         return None
 
     def with_activations(self, kind: str) -> Any:
@@ -257,7 +258,8 @@ class Node(abc.ABC):
         return self
 
     def masked(self, mask: jax.Array) -> Any:
-        """Return the weight with zeros where the mask is False. The mask is broadcast to the shape of the weight.
+        """Return the weight with zeros at the False entries of the mask. The mask is broadcast to the shape of the
+        weight.
 
         Raises:
             RequestError: If this kind of weight cannot store zeros.

@@ -34,7 +34,7 @@ BOUNDS = (LEVELS[1:] + LEVELS[:-1]) / 2
 OFFSET = 8
 """Difference between a code (0 to 15) and the int4 that stores it (-8 to 7)."""
 ZERO = 7 - OFFSET
-"""The int4 that stores the value 0."""
+"""Int4 number that stores the value 0."""
 
 
 @node_type
@@ -80,7 +80,7 @@ class NormalFloat(Node):
         return self.dense() if on_cpu else self
 
     def masked(self, mask: jax.Array) -> NormalFloat:
-        """Return the weight with zeros where the mask is False. Other codes, and all scales, are unchanged."""
+        """Return the weight with zeros at the False entries of the mask. Other codes, and all scales, are unchanged."""
         return replace(self, codes=jnp.where(mask, self.codes, jnp.array(ZERO, jnp.int4)))
 
 

@@ -104,7 +104,7 @@ class Packed(Node):
         return self.dense() if on_cpu else self
 
     def masked(self, mask: jax.Array) -> Packed:
-        """Return the weight with zeros where the mask is False. Other codes, and all scales, are unchanged."""
+        """Return the weight with zeros at the False entries of the mask. Other codes, and all scales, are unchanged."""
         found = unpack(self.codes, BITS[self.format], self.size, self.axis)
         zero = jnp.zeros((), jnp.uint8)
         if self.zero is not None:

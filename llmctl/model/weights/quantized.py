@@ -126,7 +126,10 @@ class Quantized(Node):
         return replace(self, activations="")
 
     def masked(self, mask: jax.Array) -> Quantized:
-        """Return the weight with zeros where the mask is False. Other integers, and all scales, are unchanged."""
+        """Return the weight with zeros at the False entries of the mask.
+
+        Other integers, and all scales, are unchanged.
+        """
         zero = jnp.zeros((), self.array.qvalue.dtype)
         if self.array.zero_point is not None:
             zero = self.array.zero_point

@@ -1,4 +1,4 @@
-"""Convert the type of a weight to a JSON record for the manifest, and rebuild a weight from its record and arrays.
+"""Convert a weight's type to a JSON record for the manifest, and rebuild a weight from the record and arrays.
 
 The manifest is the JSON file that describes a saved model. A weight is a plain array or a weight node, an object that
 stores one weight as several arrays (`llmctl.model.weights.base`). Every record contains "parts", which is {name:

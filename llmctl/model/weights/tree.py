@@ -1,8 +1,8 @@
 """Multiply weights, and process parameter trees, which are nested dictionaries of weights.
 
 A weight is a plain array, or a weight node that stores one weight as several arrays (`llmctl.model.weights.base`). All
-functions accept both. The model uses the nested tree. Optimizers, checkpoints and artifacts use flat dictionaries of
-arrays by name (`llmctl.model.weights.names`).
+functions accept plain arrays and weight nodes. The model uses the nested tree. Optimizers, checkpoints and artifacts
+use flat dictionaries of arrays by name (`llmctl.model.weights.names`).
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """
@@ -70,7 +70,7 @@ class Plain(Node):
         return {"": self.array}
 
     def masked(self, mask: jax.Array) -> jax.Array:
-        """Return the array with zeros where the mask is False."""
+        """Return the array with zeros at the False entries of the mask."""
         return jnp.where(mask, self.array, jnp.zeros((), self.array.dtype))
 
     def select(self, index_LN: np.ndarray, axis: int) -> jax.Array:
