@@ -49,8 +49,8 @@ def abstract_result(
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
         stored: Function that returns whether the saved folder contains the array with a given name. An adapter's folder
             contains only some arrays.
-        sparsity: Fraction of zeros, if the stage stores the pruned matrices in a sparse format. None: each array that
-            `base` stores in a sparse format keeps its fraction.
+        sparsity: Fraction of zeros, if the stage stores the pruned matrices in a sparse format. If None, each array
+            that `base` stores in a sparse format keeps its fraction.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -102,7 +102,8 @@ def masters(params: Params, trains: Callable[[str], bool] = lambda _: True) -> P
 
     Args:
         params: Parameters as `jax.ShapeDtypeStruct`s.
-        trains: Function that returns whether the array with a given name is trained. By default, all arrays are.
+        trains: Function that returns whether the array with a given name is trained. By default, all arrays are
+            trained.
     """
     arrays = {
         name: a.update(dtype=jnp.dtype("float32")) if trains(name) and jnp.issubdtype(a.dtype, jnp.floating) else a

@@ -22,8 +22,8 @@ def check(out: Path, flag: str = "--out") -> None:
 
     Raises:
         RequestError: If the path has no folder name (such as "." or "/"), or a name that is too long. If the path is in
-            a remote store, or is a link to a missing file. If the path is inside another artifact: replacing the outer
-            artifact would delete the inner artifact.
+            a remote store, or is a link to a missing file. If the path is inside another artifact, because replacing
+            the outer artifact would delete the inner artifact.
     """
     if out.name in ("", ".."):
         raise RequestError(f"{flag} {out}: say the folder's name, such as {out.resolve()}")

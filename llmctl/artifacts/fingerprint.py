@@ -1,6 +1,6 @@
 """Compute the manifest fields that describe the weights, such as their digest, reading one weight at a time.
 
-A weight is one parameter of the model. It may consist of several arrays, such as 4-bit integers and their scales.
+A weight is one parameter of the model. A weight may consist of several arrays, such as 4-bit integers and their scales.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 PRUNED = 0.01, 0.45
-"""Fractions of zeros above which imported matrices count as pruned: the first is for floating-point matrices, the
-second for integers and dequantized integers. Training almost never produces exact zeros. Rounding to 4 bits alone makes
-about a fifth of normally distributed weights zero."""
+"""Fractions of zeros above which imported matrices count as pruned. The first is for floating-point matrices. The
+second is for integers and dequantized integers. Training almost never produces exact zeros. Rounding to 4 bits alone
+makes about a fifth of normally distributed weights zero."""
 
 
 def digest(flat: Mapping[str, Any]) -> str:
     """Return the SHA-256 digest of all arrays as hex digits. One weight at a time is copied to the host.
 
-    With several processes, all must call this function.
+    If there are several processes, all of them must call this function.
 
     Args:
         flat: Weights of the model by their path in the parameter tree.
@@ -54,7 +54,7 @@ def manifest_fields(flat: Mapping[str, Any], rounded: bool = False) -> dict[str,
 
     Args:
         flat: Weights of the model by their path in the parameter tree.
-        rounded: Whether the floating-point arrays are dequantized integers, some of which are 0 only because of
+        rounded: Whether the floating-point arrays are dequantized integers. Such arrays contain zeros that come from
             rounding.
 
     Returns:

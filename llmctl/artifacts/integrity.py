@@ -34,8 +34,8 @@ class Damage:
 def quick_check(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Damage:
     """Return the differences between an artifact and its manifest, without reading the arrays.
 
-    Files and fields are compared with their checksums. For the arrays, only their total size on disk is compared, not
-    their values. The base of an adapter is checked as well.
+    Files and fields are compared with their checksums. For the arrays, only the total size on disk is compared, and not
+    the values. The base of an adapter is checked as well.
 
     Args:
         path: Folder of the artifact.

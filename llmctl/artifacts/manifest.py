@@ -35,9 +35,10 @@ CONTENT = (
     *("family", "model", "labels", "task", "fitted", "pruned", "nonfinite", "digest", "tokenizer", "seq_len"),
     *("truncate", "generation", "weights", "base", "storage"),
 )
-"""Manifest fields that can change predictions or the result of a later stage. The content digest covers them."""
+"""Manifest fields that can change predictions or the result of a later stage. The content digest covers these
+fields."""
 TOKENIZER = "tokenizer"
-"""Name of the tokenizer's folder. The content digest covers its files."""
+"""Name of the tokenizer's folder. The content digest covers the files of this folder."""
 
 
 class Parent(BaseModel):
@@ -89,7 +90,8 @@ class Digest(BaseModel):
 
 
 class Checksums(BaseModel):
-    """Store the two digests of an artifact: of the data that can change predictions, and of the rest."""
+    """Store the two digests of an artifact. The content digest covers the data that can change predictions. The record
+    digest covers the rest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -122,8 +124,8 @@ class Manifest(BaseModel):
     """Name of the artifact whose predictions `fitted` was computed from; empty means this artifact."""
     parameters: int
     bytes: int
-    """Size of `params/` on disk in bytes. Two copies of equal weights may differ by a few bytes, because they are
-    compressed."""
+    """Size of `params/` on disk in bytes. The files are compressed. Two copies of equal weights may therefore differ by
+    a few bytes."""
     sparsity: float
     """Fraction of zeros among the elements of the weight matrices."""
     pruned: bool = False
@@ -150,7 +152,7 @@ class Manifest(BaseModel):
     """Settings for generating answers in finetuning; empty if the task generates no answers."""
     weights: dict[str, dict[str, Any]] = {}
     """Record of each weight by path (see `llmctl.model.weights.describe`). A record has the kind of the weight, such as
-    plain, quantized or LoRA, and the dtypes and shapes of the arrays."""
+    plain or quantized, and the dtypes and shapes of its arrays."""
     base: Base | None = None
     """Base of this artifact, if it is an adapter; None if the artifact contains all arrays."""
     storage: dict[str, dict[str, Any]] = {}

@@ -53,7 +53,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the artifact at `path`, and check the content digest of its fields.
 
     Raises:
-        RequestError: If the manifest is missing or damaged, or its format is later than `SPARSE_FORMAT`. If a link in
+        RequestError: If the manifest is missing or damaged. If its format is later than `SPARSE_FORMAT`. If a link in
             the folder leads out of the folder.
     """
     content = _raw(path)
@@ -116,7 +116,7 @@ def damaged_files(path: Path, manifest: Manifest, part: Part) -> dict[str, str]:
 
 
 def listed(clauses: Iterable[str]) -> str:
-    """Join strings with commas. If there are more than three, the others are replaced by " and N more"."""
+    """Join strings with commas. If there are more than three strings, " and N more" replaces the others."""
     found = list(clauses)
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
@@ -125,7 +125,7 @@ def _tokenizer_difference(path: Path, manifest: Manifest) -> dict[str, str]:
     """Compare the digest that the tokenizer's folder declares with the tokenizer digest in the manifest.
 
     Returns:
-        {name of the tokenizer's folder: message} if they differ or the folder's description is damaged, else {}.
+        {name of the tokenizer's folder: message} if the digests differ or the folder's description is damaged, else {}.
     """
     from llmctl.data.tokenizers.base import DESCRIPTOR
 

@@ -44,7 +44,8 @@ def check_output(out: Path, *reads: Path, stage: str = "", replace: bool = False
     Raises:
         RequestError: If the path of `out` has a character that globs interpret. If `out` is or contains a folder of
             `reads`. If `out` exists and is neither empty nor an artifact. If `replace` is false, and `out` is an
-            artifact of another kind of stage or contains files that llmctl did not write.
+            artifact of another kind of stage. If `replace` is false, and `out` contains files that llmctl did not
+            write.
     """
     locks.check_path(out, str(out))
     if any(read.resolve().is_relative_to(out.resolve()) for read in reads):
@@ -93,8 +94,8 @@ def save(
 
     Args:
         out: Output folder; an existing artifact is replaced.
-        params: Parameter tree. If `written` is given, a flat mapping {path: weight}, which is read one weight at a
-            time.
+        params: Parameter tree. If `written` is given, `params` is a flat mapping {path: weight}, which is read one
+            weight at a time.
         model: Model config, which must define the shapes of the parameters.
         stage: Kind of the stage, such as pretrain or prune.
         key: Hash of everything that can change the stage's result.
@@ -110,18 +111,18 @@ def save(
         tokenizer_dir: Tokenizer folder to copy.
         log: Log file to copy.
         beside: Further files to copy, such as pictures.
-        written: Folder that contains the arrays in Orbax format; it is moved to `params/`.
-        pruned: Whether zeros come from pruning. By default, the parent's value; without a parent, whether the fraction
-            of zeros exceeds `fingerprint.PRUNED`.
+        written: Folder that contains the arrays in Orbax format. The folder is moved to `params/`.
+        pruned: Whether zeros come from pruning. By default, the parent's value. If there is no parent, the default is
+            whether the fraction of zeros exceeds `fingerprint.PRUNED`.
         sparse: Whether to store the pruned matrices in a sparse format (`llmctl.artifacts.sparse_storage`). By default,
             as in the parent.
         rounded: Whether the arrays are dequantized integers, which contain more zeros even without pruning.
-        base: Parameters of the parent. If given, only arrays that the parent lacks are saved: the new artifact is an
-            adapter, and the parent is its base model.
+        base: Parameters of the parent. If given, only arrays that the parent lacks are saved. The new artifact is then
+            an adapter, and the parent is its base model.
         allow_nonfinite: Whether to save arrays that contain NaN or infinity.
 
     Raises:
-        WorkError: If the disk is full, or if an array contains NaN or infinity and `allow_nonfinite` is false. `out` is
+        WorkError: If the disk is full. If an array contains NaN or infinity and `allow_nonfinite` is false. `out` is
             then unchanged.
         RequestError: If `base` is given and contains all arrays.
     """
@@ -236,7 +237,8 @@ def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[st
 
 
 def generation_settings(manifest: Manifest | None) -> dict[str, Any]:
-    """Return the settings for generating answers with which an artifact was finetuned; {} if there are none.
+    """Return the settings for generating answers that an artifact was finetuned with. If there are no settings, return
+    {}.
 
     In artifacts that an earlier version of llmctl saved, these settings are only in the config of the finetuning stage.
     """

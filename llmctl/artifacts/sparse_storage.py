@@ -1,4 +1,4 @@
-"""Encode and decode pruned arrays for an artifact's folder: only nonzero elements, and their positions, are stored.
+"""Encode and decode pruned arrays for an artifact's folder. Only nonzero elements and their positions are stored.
 
 In memory, a pruned array is dense, as products and training require. An artifact may store the array in one of two
 formats:
@@ -124,7 +124,7 @@ def size(record: Record, shape: tuple[int, ...], dtype: Any) -> int:
 
 
 def decode(record: Record, parts: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Decode an array to its dense form; inverse of `encode`.
+    """Decode an array to its dense form. This is the inverse of `encode`.
 
     Raises:
         ValueError: If the parts contradict the record or one another.
@@ -171,7 +171,7 @@ def _counts() -> np.ndarray:
 
 
 def _indices() -> np.ndarray:
-    """Return a table with an entry per 4-bit mask: the positions of its set bits, as two 2-bit integers in a byte.
+    """Return a table with one byte per 4-bit mask: the positions of the mask's set bits, as two 2-bit integers.
 
     The lower position is in the lower 2 bits. If fewer than two bits are set, positions of unset bits are added.
     Entries of masks with more than two set bits are not used.

@@ -97,7 +97,7 @@ class Registry(Generic[T]):
             raise RequestError(f"{self.kind} {name!r} of {package} cannot be loaded: {e}") from e
 
     def check(self, name: str) -> str:
-        """Check that `name` is known, and return it. Use this function with pydantic's `AfterValidator`.
+        """Check that `name` is known, and return `name`. Use this function with pydantic's `AfterValidator`.
 
         Raises:
             ValueError: If the name is unknown. The one-line message suggests a similar name.

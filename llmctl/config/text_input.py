@@ -58,7 +58,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     """Parse a TOML text and return it as a dict.
 
     Raises:
-        ValueError: If the text is not TOML or is nested too deeply, or if a number is too large.
+        ValueError: If the text is not TOML or is nested too deeply. If a number is too large.
     """
     if _LONG_KEY.search(text):  # the parser's time grows with the square of the number of parts
         raise ValueError(_TOO_DEEP)
@@ -71,7 +71,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def check_unicode(text: str, where: str) -> str:
-    """Check that `text` can be written as UTF-8, and return it.
+    """Check that `text` can be written as UTF-8, and return `text`.
 
     Python represents undecodable bytes of arguments and of standard input as lone surrogates, which UTF-8 cannot
     represent.

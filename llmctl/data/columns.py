@@ -35,8 +35,8 @@ class View(Source):
     Canonical names are llmctl's own column names, such as `text`, `label`, `prompt` and `completion`.
 
     `read` returns None for rows that the filter removes. If the data has the column `tokens` (a list of words) but no
-    column `text`, `text` contains the words joined by spaces. Class numbers are replaced by the names that the data
-    declares, if `data.classes` is empty or contains at least one of these names.
+    column `text`, `text` contains the words joined by spaces. If `data.classes` is empty or contains a class name that
+    the data declares, class names replace class numbers.
 
     For tasks with conversations, only the columns `messages` and `tools` are mapped, and messages are converted to the
     format of `llmctl.data.chats`. For other tasks, these two columns are not mapped.
@@ -57,7 +57,7 @@ class View(Source):
             cfg: Settings of the source.
             classes: Label values that the data may have (`data.classes`); empty allows all.
             numbers: Whether labels are numbers. Numbers have no class names.
-            labels: Whether to map label columns. Pretraining does not read them.
+            labels: Whether to map label columns. Pretraining reads no labels.
             conversations: Whether the rows are conversations.
             checks: Object that converts the labels for templates; None leaves the labels unchanged.
 
@@ -105,7 +105,8 @@ class View(Source):
             if t in named and not (numbers and c == "label")
         }
         self.classes = next((self._names[c] for c in ("label", "tags") if c in self._names and c in self._map), ())
-        """Class names that the data declares for its labels, in the order of class numbers; empty if there are none."""
+        """Class names that the data declares for its labels, in the order of class numbers. Empty if the data declares
+        no names."""
         self._joined = ["text"] if "tokens" in self._map and "text" not in self._map else []
         self.texts = (*self._joined, *self._texts)
         """Text columns. The text of the first text column determines a row's split."""
@@ -284,7 +285,7 @@ def _without_text(row: Row) -> str:
 
 
 def _conversations(source: Source) -> list[str]:
-    """Return a list with the name of the source's column of conversations, or [] if there is none.
+    """Return a list with the name of the source's column of conversations. If there is no such column, return [].
 
     The column is recognized by its name, or by its value in the first row.
     """
@@ -336,7 +337,6 @@ def _name(names: Sequence[str], value: Any) -> Any:
 
 
 def _other_source(cfg: SourceConfig) -> str:
-    """Return a hint if a file is read as plain text but has the suffix .csv, .jsonl or .parquet; else an empty
-    string."""
+    """Return a hint if a file with the suffix .csv, .jsonl or .parquet is read as plain text. Otherwise, return ""."""
     kinds = [kind for kind in ("csv", "jsonl", "parquet") if f".{kind}" in cfg.path]
     return f'; set data.source = "{kinds[0]}" to read its columns' if kinds and cfg.source == "text" else ""

@@ -19,8 +19,8 @@ Truncate = Literal["tail", "head_tail"]
 """Truncation of long texts: "tail" removes the end, "head_tail" removes the middle."""
 
 TEXT_COLUMNS = ("text", "pair", "prompt", "completion", "chosen", "rejected", "context", "question")
-"""Canonical columns (llmctl's own column names) that contain text. If a row has several of these columns, the text in
-the first column determines the row's split, so that all questions about a context are in the same split."""
+"""Canonical columns (llmctl's own column names) that contain text. If a row has several of these columns, the first
+text determines the row's split. All questions about a context are therefore in the same split."""
 COLUMNS = (*TEXT_COLUMNS, "label", "tokens", "tags", "answers", "choices", "answer", "messages", "tools")
 """All canonical columns (llmctl's own column names). In a row, `tokens` and `tags` are lists, and `answers` is {"text":
 [...], "answer_start": [...]}."""
@@ -69,7 +69,7 @@ class SourceConfig(Config):
     prepare`). Files of the kinds text, jsonl and csv may be compressed as .gz or .zst."""
     path: str = ""
     """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. If the
-    source is hf or prepared: the folder that `save_to_disk` or `llmctl prepare` wrote."""
+    source is hf or prepared, the path is the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
     """Name of the TFDS data set, if the source is tfds. Config and version are optional, as in `glue/sst2:2.0.0`."""
     split: str = "train"
@@ -158,20 +158,20 @@ class DataConfig(SourceConfig):
     labels."""
     unlabeled: Literal["refuse", "drop"] = "refuse"
     """Treatment of rows without a label: refuse the data, or drop the row. A label is missing if the cell is empty,
-    null or NaN, or is -1 and data.classes does not list -1."""
+    null or NaN. The number -1 also means a missing label, unless data.classes lists -1."""
     validation: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of the texts held out for validation."""
     test: float = Field(default=0.1, ge=0, le=1)
-    """Fraction of the texts held out for the final measurement; no stage trains on these texts. 1 holds out all
-    texts, for data that is only evaluated."""
+    """Fraction of the texts held out for the final measurement. No stage trains on these texts. 1 holds out all texts,
+    for data that is only evaluated."""
     validation_path: str = ""
-    """Files of the validation split, of the same kind and columns as `path`, in place of a fraction. If these files
-    contain the text of a row of `path` (up to case, Unicode form and white space), the row is dropped, even if
-    dedup is false."""
+    """Files of the validation split, of the same kind and columns as `path`, in place of a fraction. Rows of `path`
+    with a text of these files are dropped, even if dedup is false. Case, Unicode form and white space are ignored in
+    this comparison."""
     test_path: str = ""
-    """Files of the test split, of the same kind and columns as `path`, in place of a fraction. If these files contain
-    the text of a row of `path` (up to case, Unicode form and white space), the row is dropped, even if dedup is
-    false."""
+    """Files of the test split, of the same kind and columns as `path`, in place of a fraction. Rows of `path` with a
+    text of these files are dropped, even if dedup is false. Case, Unicode form and white space are ignored in this
+    comparison."""
     validation_split: str = ""
     """Name of the validation split of a tfds or hf data set, in place of a fraction."""
     test_split: str = ""
@@ -258,13 +258,13 @@ class TokenizerConfig(Config):
     sample: int = Field(default=10_000_000, ge=1000)
     """Maximum number of characters of the corpus to train on. Complete documents are selected, by a fixed hash."""
     normalize: Literal["identity", "nfkc", "nfkc_lowercase"] = "identity"
-    """Unicode normalization before tokenization. With identity, decoding returns the encoded text, with one
-    exception: unigram and bpe decode the character U+2581 as a space."""
+    """Unicode normalization before tokenization. If the value is identity, decoding returns the encoded text. There is
+    one exception: unigram and bpe decode the character U+2581 as a space."""
     sentinels: int = Field(default=0, ge=0, le=1000)
     """Number of extra tokens `<extra_id_0>`, `<extra_id_1>`, … for span corruption."""
     bos: Literal["auto", "yes", "no"] = "auto"
-    """Whether documents and prompts begin with a begin-of-sequence token. auto: true for a new tokenizer; for a loaded
-    tokenizer, the value in the tokenizer's file."""
+    """Whether documents and prompts begin with a begin-of-sequence token. auto: true for a new tokenizer, the value in
+    the tokenizer's file for a loaded tokenizer."""
 
     def inputs(self) -> list[str]:
         """Return the paths of the tokenizer's files. If the content of a file changes, stages that read the file run

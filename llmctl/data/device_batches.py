@@ -1,7 +1,7 @@
 """Build batches of rows and copy them to the devices, in background threads ahead of the training step.
 
-Step k uses rows [k * B, (k + 1) * B), so a checkpoint of the data only needs the number of the next step. A resumed run
-therefore reads the same global batches, on any number of processes. Each process builds only the rows of its own
+Step k uses rows [k * B, (k + 1) * B). A checkpoint of the data therefore only needs the number of the next step. A
+resumed run reads the same global batches, on any number of processes. Each process builds only the rows of its own
 devices.
 
     batches = DeviceBatches(mesh, 32)
@@ -158,9 +158,9 @@ def _with_row_weights(rows: Rows, index_B: np.ndarray) -> Batch:
 class DeviceBatches:
     """Build batches of `size` rows, sharded over `mesh`.
 
-    If the mesh axis `context` shards sequences, the tokens of each row are permuted so that attention takes equally
-    long on every device. If `reading_order` is true, tokens keep their text order and only rows are sharded. Such
-    batches are replicated if they cannot be divided evenly over the devices.
+    If the mesh axis `context` shards sequences, the tokens of each row are permuted. Attention then takes equally long
+    on every device. If `reading_order` is true, tokens keep their text order and only rows are sharded. Such batches
+    are replicated if they cannot be divided evenly over the devices.
     """
 
     def __init__(self, mesh: Mesh, size: int, reading_order: bool = False) -> None:
@@ -172,8 +172,8 @@ class DeviceBatches:
     def for_one_pass(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
         """Return an object that builds batches for one pass over `rows` rows.
 
-        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the number of devices over which
-        rows are sharded.
+        The batch size is the smaller of `size` and `rows`. The batch size is rounded up to a multiple of the number of
+        devices that shard the rows.
         """
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         return cls(mesh, -(-min(size, rows) // ways) * ways)

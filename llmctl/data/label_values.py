@@ -124,8 +124,8 @@ def no_class_error(label: str, where: str) -> RequestError:
 
 
 def matching_name(label: str, names: Collection[str]) -> str | None:
-    """Return the element of `names` that is another spelling of `label`, such as "1" for "1.0"; None if there is
-    none.
+    """Return the element of `names` that is another spelling of `label`, such as "1" for "1.0". If there is none,
+    return None.
     """
     name = one_spelling([label], names)[label]
     return name if name in names else None

@@ -30,7 +30,8 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def describe(rows: Any) -> list[str]:
-    """Return a list with one log line of advice if more than a quarter of the positions is padding; else an empty list.
+    """Return a list with one log line of advice if more than a quarter of the positions is padding. Otherwise, return
+    [].
 
     The log line contains the 95th percentile and the maximum of the row lengths. There is no log line if a shorter
     `seq_len` would truncate more than 5 % of the rows.

@@ -28,7 +28,7 @@ class Source:
     """Represent a dataset with random access to its rows.
 
     A subclass defines `columns`, `__len__`, `__getitem__` and `where`. `columns` lists the columns that rows may have.
-    If rows may have different columns, as in JSON lines, `columns` lists the columns of the first rows, and `has`
+    In JSON lines, rows may have different columns. `columns` then lists the columns of the first rows, and `has`
     searches all rows.
 
     Example:
@@ -195,10 +195,11 @@ class Reader:
     """
 
     open: Callable[[SourceConfig], Source]
-    """Function that opens the data and returns its rows; it raises RequestError if the data is missing or damaged."""
+    """Function that opens the data and returns its rows. If the data is missing or damaged, the function raises
+    RequestError."""
     inputs: Callable[[SourceConfig], list[epath.Path]] = _named
-    """Function that returns the input files, so that a stage runs again if their content changes; by default the files
-    that the setting `path` matches."""
+    """Function that returns the input files. If the content of an input file changes, the stage runs again. By default,
+    the input files are the files that the setting `path` matches."""
     fetch: Callable[[SourceConfig], None] = lambda cfg: None
     """Function that downloads missing data, if the config allows it."""
 

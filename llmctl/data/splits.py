@@ -1,7 +1,7 @@
 """Read the rows that a data config describes, remove duplicates, and split them into train, validation and test.
 
 The split of a row depends only on its text, not on its position, the filters or other rows. A text in the test split of
-one stage is therefore not in the training data of another stage, even if the stages have different filters.
+one stage is therefore never in another stage's training data. This also holds if the stages have different filters.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Examples:
     """Give access to the N rows of one split (train, validation or test). A row is a dict {column: value}, which is
     read at each access. Columns have llmctl's own names.
 
-    A row has the text columns of the data. If the data is labeled, a row also has `label`: the class index (int), the
-    number (float), or the set of classes as C zeros and ones. If the data has the columns `tokens` and `tags` (lists of
-    texts) or `answers`, a row has these columns too. An answer is a pair (text, index of its first character).
-    Conversations have only `messages` and `tools` (see `llmctl.data.chats`).
+    A row has the text columns of the data. If the data is labeled, a row also has `label`. A label is a class index
+    (int), a number (float), or a set of classes as C zeros and ones. If the data has the columns `tokens` and `tags`
+    (lists of texts) or `answers`, a row has these columns too. An answer is a pair (text, index of its first
+    character). Conversations have only `messages` and `tools` (see `llmctl.data.chats`).
 
     The array fields have the shape [N], with one entry per row.
     """
@@ -85,7 +85,7 @@ class Examples:
     def few_shot(self, per_class: int, seed: int) -> Examples:
         """Return a subset with `per_class` rows of each class.
 
-        The rows stay in order. Which rows are chosen depends only on the texts and the seed.
+        The rows stay in order. The choice of rows depends only on the texts and the seed.
 
         Raises:
             RequestError: If the labels are not classes, or if a class has fewer rows.
@@ -332,7 +332,7 @@ def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[
 
 
 def _indices(classes: tuple[str, ...], labels: list[str], sizes: list[int]) -> np.ndarray:
-    """Return the class index of each label, int32 [N]; or, for sets of labels, zeros and ones, uint8 [N, C].
+    """Return the class index of each label, int32 [N]. For sets of labels, return zeros and ones, uint8 [N, C].
 
     Args:
         classes: Class names.

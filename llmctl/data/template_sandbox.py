@@ -3,8 +3,7 @@
 Templates are not trusted, because a template may come with a model from an unknown author. Nested loops could take
 hours, and an expression such as `'a' * 10**10` could take all memory. Steps are counted instead of seconds, so that a
 template fails on all machines or on none:
-- Each execution of the body of a loop, macro or block takes as many steps as the body has nodes in the template's
-  syntax tree.
+- Each execution of the body of a loop, macro or block takes one step per node of the body's syntax tree.
 - Operators, calls, filters, tests, comparisons and outputs take a step per 64 characters or items that they read and
   create.
 - For operations with long results (`*`, `%`, `replace`, `join`, `center`, …), the length is checked beforehand.
@@ -43,8 +42,8 @@ PADDING = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
 SLOW_METHODS = frozenset(["rfind", "rindex", "rsplit", "rpartition"])
 """Names of string methods that take time proportional to length of the string * length of the argument."""
 REJECTED_METHODS = frozenset(["translate", "to_bytes", "fromkeys"])
-"""Names of methods that templates may not call: an argument determines the length of the result, and no known template
-needs them."""
+"""Names of methods that templates may not call. An argument of these methods determines the length of the result. No
+known template needs these methods."""
 REJECTED_FILTERS = frozenset(["striptags", "urlize", "xmlattr"])
 """Names of filters that templates may not use. These filters are for web pages, and take time that grows faster
 than the length of the text."""

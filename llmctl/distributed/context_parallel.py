@@ -1,6 +1,6 @@
 """Split sequences over devices so that causal attention takes equal work on each device (context parallelism).
 
-For n devices, a sequence is split into 2n chunks, and device i gets chunks i and 2n - 1 - i ("zig-zag" order). Each
+For n devices, a sequence is split into 2n chunks. Device i gets the chunks i and 2n - 1 - i ("zig-zag" order). Each
 device then has one early chunk, which attends to few keys, and one late chunk, which attends to many keys.
 
 The tokens of each row are permuted once, on the host. The model needs no other change, because losses are sums over
@@ -102,10 +102,10 @@ def pairs(causal: bool, step: Any, device: Any, where: Any = np.where) -> list[t
     Every device therefore computes two products at each later step.
 
     Args:
-        causal: Whether attention is causal. Otherwise a device has one chunk of queries and one chunk of keys, and the
-            only pair is (0, 0).
-        step: Ring step; may be a traced value if it is not 0.
-        device: Index of the device on the context axis; may be a traced value.
+        causal: Whether attention is causal. If attention is not causal, a device has one chunk of queries and one chunk
+            of keys. The only pair is then (0, 0).
+        step: Ring step. A step other than 0 may be a traced value.
+        device: Index of the device on the context axis. The index may be a traced value.
         where: `np.where`, or `jnp.where` for traced values.
     """
     if not causal:

@@ -30,7 +30,7 @@ class Chip:
     hbm_bandwidth: float
     """Memory bandwidth in bytes per second."""
     ici_bandwidth: float
-    """Outgoing bandwidth to neighbors over all links, in bytes per second."""
+    """Outgoing bandwidth to neighboring chips over all links, in bytes per second."""
     dcn_bandwidth: float = 0.0
     """Outgoing bandwidth to other slices or nodes, in bytes per second."""
     dimensions: int = 0

@@ -30,7 +30,7 @@ def keep() -> bool:
     space, but a page is allocated only when it is first written.
 
     Returns:
-        True if the allocator was configured, which requires Linux with glibc; otherwise False.
+        True if the allocator was configured, which requires Linux with glibc. Otherwise False.
     """
     libc = _glibc()
     if libc is None:
@@ -55,7 +55,8 @@ def keep() -> bool:
 def trim() -> None:
     """Return the pages of freed memory to the kernel. Without glibc, the function has no effect.
 
-    Call the function when far more memory was freed than the next computation needs, such as after arrays were loaded.
+    Call this function when much more memory was freed than the next computation needs. An example is the memory for
+    loading arrays.
     """
     libc = _glibc()
     if libc is not None:
@@ -63,5 +64,5 @@ def trim() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """Return the C library of this process if it is glibc on Linux, otherwise None."""
+    """Return the C library of this process if the library is glibc on Linux, otherwise None."""
     return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None

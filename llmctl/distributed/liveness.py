@@ -55,7 +55,7 @@ class _Run:
         """Handle the last message of process `sender`, which contains the exit code of that process.
 
         If the code is an error, schedule the end of this process. If the code is 0, process 0 counts the success. The
-        other processes receive code 0 only from process 0, which means that all processes have succeeded.
+        other processes receive code 0 only from process 0. This code means that all processes have succeeded.
         """
         self.contacted.set()
         self.ended.add(sender)
@@ -87,7 +87,8 @@ class _Run:
         this process ends at once.
 
         Args:
-            message: Last message of the other process: its index, exit code and error line, and "dead" if it died.
+            message: Last message of the other process: its index, exit code and error line. If the process died, the
+                message also has "dead".
         """
         if self.index == 0:
             self.send(message)
@@ -114,7 +115,7 @@ class _Run:
         os._exit(code)  # skips libraries' exit handlers, which would wait for lost processes
 
     def wait_for_others(self) -> None:
-        """Wait until all connections are closed, but at most 2 * GRACE seconds, in case another process hangs."""
+        """Wait until all connections are closed, but at most 2 * GRACE seconds, because another process may hang."""
         deadline = time.monotonic() + 2 * GRACE
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -124,10 +125,10 @@ _run: _Run | None = None
 
 
 def silence() -> None:
-    """Discard what native libraries print to standard output, but not what Python prints.
+    """Discard the standard output of native libraries, but not of Python.
 
     File descriptor 1 is redirected to the null device, and `sys.stdout` gets a copy of the original descriptor. Gloo,
-    for example, logs its peers there, which would corrupt JSON results.
+    for example, logs its peers to standard output. This would corrupt JSON results.
     """
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
@@ -216,7 +217,7 @@ def _serve(run: _Run, server: socket.socket, secret: str, seconds: int) -> None:
 
 
 def _sender_of(line: bytes, secret: str) -> int | None:
-    """Return the index of the process that opened a connection, or None if its first message is invalid.
+    """Return the index of the process that opened a connection. If the first message is invalid, return None.
 
     A valid message contains a secret that all processes of the command share. Other programs, such as network scanners,
     also connect to the port, and are ignored.

@@ -109,19 +109,19 @@ def current() -> Mesh | None:
 
 
 def device() -> Device:
-    """Return the first device of the current mesh, or JAX's default device without a mesh."""
+    """Return the first device of the current mesh. If there is no mesh, return JAX's default device."""
     mesh = current()
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 def size() -> int:
-    """Return the number of devices of the current mesh; 1 without a mesh."""
+    """Return the number of devices of the current mesh. If there is no mesh, return 1."""
     mesh = _current.get()
     return 1 if mesh is None else mesh.size
 
 
 def axis_size(axis: str) -> int:
-    """Return the number of devices along an axis of the current mesh; 1 without a mesh."""
+    """Return the number of devices along an axis of the current mesh. If there is no mesh, return 1."""
     mesh = _current.get()
     return 1 if mesh is None else mesh.shape[axis]
 
@@ -167,7 +167,7 @@ def sharding(names: Sequence[str | None], mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrain the sharding of an activation by the rules for its logical axes `names`, and return the activation.
 
-    Without a current mesh, or on one device, return the activation unchanged.
+    If there is no current mesh, or only one device, return the activation unchanged.
     """
     mesh = _current.get()
     if mesh is None or mesh.size == 1:

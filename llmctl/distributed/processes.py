@@ -112,7 +112,7 @@ def _heartbeat() -> int:
 
 
 def _arguments(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any] | None:
-    """Convert flags to arguments of `jax.distributed.initialize`; return None if there is only one process.
+    """Convert flags to arguments of `jax.distributed.initialize`. If there is only one process, return None.
 
     Raises:
         RequestError: If the flags are incomplete or contradict each other.

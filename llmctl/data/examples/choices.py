@@ -132,8 +132,8 @@ class ChoiceRows(ExampleRows):
 class SingleChoiceRows(ChoiceRows):
     """Build one row per choice of each question, in the order of the questions.
 
-    A batch has, per row, the model inputs for a prompt and one of its choices, and `question`, the index of the
-    question, int32 [B].
+    A row has the model inputs for a prompt and one choice. The array `question`, int32 [B], has the index of each row's
+    question.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, architecture: str, truncate: Truncate):

@@ -17,8 +17,8 @@ from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 
 Encode = Callable[[list[Message], list[Any] | None], tuple[list[int], np.ndarray, int]]
-"""Function from (messages, tools) to a triple: token ids [N], a bool mask [N] of the tokens that the assistant writes,
-and the number of the assistant's answers whose tokens could not be found."""
+"""Function (messages, tools) -> (token ids [N], bool mask [N] of the assistant's tokens, number of lost answers). An
+answer of the assistant is lost if its tokens cannot be found."""
 
 
 class ConversationRows(ExampleRows):
@@ -110,7 +110,7 @@ class ConversationRows(ExampleRows):
         """Shorten a conversation to the row length, and encode it.
 
         Returns:
-            Token ids [N] and the mask [N] of the assistant's tokens; None if the mask has no true entry.
+            Token ids [N] and the mask [N] of the assistant's tokens. None if the mask has no true entry.
         """
         room = self._seq_len + 1  # the last token is only a target, not an input
         messages = messages[: max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1]

@@ -19,8 +19,8 @@ from llmctl.data.tokenizers.base import TextTemplate, Tokenizer
 
 
 class ExampleRows:
-    """Define the base class of rows that contain one example each. `rows[i]` exists for any i >= 0, because epochs
-    follow one another without end.
+    """Define the base class of rows that contain one example each. `rows[i]` exists for any i >= 0, because there is no
+    last epoch.
 
     A subclass defines `_build`, which returns the batch for an array of example indices [B].
 
@@ -53,8 +53,8 @@ class ExampleRows:
 class ClassificationRows(ExampleRows):
     """Build rows of texts with labels.
 
-    A batch has int32 tokens, segments (1 at tokens, 0 at padding) and positions [B, T], and label: a class int32 [B], a
-    number float32 [B], or a set of classes uint8 [B, C].
+    A batch has tokens, segments (1 at tokens, 0 at padding) and positions, int32 [B, T]. The array `label` has a class
+    int32 [B], a number float32 [B], or a set of classes uint8 [B, C].
 
     A row is the text with the tokenizer's special tokens around it, followed by padding. By default, `bos` comes before
     the text (if the tokenizer adds it), and `eos` after it. If the text is too long, its end (`tail`) or its middle

@@ -20,8 +20,8 @@ REJECTED = "pair_"
 class PreferenceRows(ExampleRows):
     """Build decoder rows, as `CompletionRows` does, for the chosen and the rejected completion of each example.
 
-    If the prompt and the longer completion together are too long, the same tokens are removed from the beginning of the
-    prompt in both rows.
+    If the prompt with the longer completion is too long, the beginning of the prompt is removed. The prompt is the same
+    in both rows.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):

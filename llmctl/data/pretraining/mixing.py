@@ -19,8 +19,8 @@ from llmctl.data.pretraining.packing import Batch, PackedRows
 from llmctl.data.shuffle import permutation
 
 BLOCK = 1024
-"""Number of rows per block of a mixture. In each block, the number of rows of a source is proportional to the source's
-weight, up to rounding, and at least one."""
+"""Number of rows per block of a mixture. In each block, every source has at least one row. The number of a source's
+rows is proportional to its weight, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MixedRows:
     depends only on the sources, the weights, the epochs, the seed and i.
 
     A source is exhausted after its maximum number of epochs. Rows of the other sources then take its place. `total` is
-    the number of rows until all sources are exhausted; later rows raise RequestError. If the epochs of a source are
+    the number of rows until all sources are exhausted. Later rows raise RequestError. If the epochs of a source are
     unlimited, `total` is None.
 
     Args:

@@ -1,4 +1,4 @@
-"""Build pairs of passages for next-sentence prediction: the second passage follows the first one, or it does not.
+"""Build pairs of passages for next-sentence prediction: the second passage follows the first passage, or does not.
 
 The objective is BERT's (Devlin et al., 2018, arXiv:1810.04805).
 
@@ -48,8 +48,8 @@ class PairRows:
     with next_label -1 (no label). If such a passage has no sentence boundary, these rows are `bos A eos`.
 
     A document of n tokens has about n / T passages per epoch. Each passage has two rows. The offset of a passage in its
-    document is sampled again in every epoch. Rows exist for all row numbers, because epochs follow one another without
-    end. `len(rows)` is the number of rows per epoch.
+    document is sampled again in every epoch. Rows exist for all row numbers, because there is no last epoch.
+    `len(rows)` is the number of rows per epoch.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class PairRows:
         return doc_N, np.stack([start_N, cut_N], 1), np.stack([end_N - start_N, second_N], 1)
 
     def _boundary(self, doc_N: np.ndarray, near_N: np.ndarray) -> np.ndarray:
-        """Return the token index of the sentence start that is nearest to the token `near_N` in document `doc_N`.
+        """Return the token index of the sentence start that is nearest to token `near_N` of document `doc_N`.
 
         The first sentence of a document is excluded.
 

@@ -35,10 +35,10 @@ class Packed:
     rows: np.ndarray
     """Row numbers, int64 [B]. Random choices of an objective depend only on the row numbers and the seed."""
     tokens: np.ndarray
-    """Token ids, int32 [B, T]; the id of the padding token at padding."""
+    """Token ids, int32 [B, T]. At padding, the value is the id of the padding token."""
     next: np.ndarray
-    """Next token of the same document, int32 [B, T], even if this token is in the next row; the id of the padding token
-    after the last token of a document."""
+    """Next token of the same document, int32 [B, T]. The next token may be in the next row. After the last token of a
+    document, the value is the id of the padding token."""
     follows: np.ndarray
     """Whether the document has a next token, bool [B, T]."""
     segments: np.ndarray
@@ -63,14 +63,14 @@ def causal(packed: Packed) -> Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Store where each piece of a document is in the token sequence of one epoch.
+    """Store the position of each piece of a document in the token sequence of one epoch.
 
     A piece is a document or a part of a document. The epoch's token sequence is divided into rows of T tokens. Tokens
     of the sequence that belong to no piece are padding. Each array has one entry per piece, int64 [P].
     """
 
     start: np.ndarray
-    """Index of the piece's first token in the epoch's token sequence; ascending."""
+    """Index of the piece's first token in the epoch's token sequence. The indices are ascending."""
     doc: np.ndarray
     first: np.ndarray
     """Index of the piece's first token in its document."""

@@ -226,8 +226,7 @@ def _write(work: Path, planned_shards: list[PlannedShard], pool: Pool, progress:
 
 
 def _is_written(work: Path, planned: PlannedShard) -> bool:
-    """Return True if an earlier call wrote a shard and the lengths of its documents, and if both files match their
-    checksums."""
+    """Return True if an earlier call wrote a shard and its document lengths, and both files match their checksums."""
     try:
         note = ShardRecord.model_validate_json(_note(work, planned).read_text())
         sums = checksums.of_file(work / note.shard.file), checksums.of_file(_lengths(work, planned))

@@ -48,8 +48,8 @@ class Shard(BaseModel):
 
 
 class Part(BaseModel):
-    """Describe the documents of one source in one split: the names of their files (shards), in order, and the file with
-    their lengths."""
+    """Describe the documents of one source in one split: the file names of the shards, in order, and the file of
+    document lengths."""
 
     title: str
     weight: float = Field(gt=0, allow_inf_nan=False)

@@ -70,7 +70,7 @@ SOURCE = of_files(table)
 
 
 def other(columns: list[str]) -> str:
-    """Return a hint if the header has only one field, and this field contains another delimiter; else an empty string.
+    """Return a hint if the header has only one field, and this field contains another delimiter. Otherwise, return "".
 
     Example:
         >>> other(["text;label"]), other(["text", "label"])

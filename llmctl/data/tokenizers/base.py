@@ -48,7 +48,7 @@ class TextTemplate:
     """Tokens between the two texts of a pair."""
 
     def row(self, text: Sequence[int] | np.ndarray, pair: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Add the special tokens to the token ids of a text, or of a pair of texts; return int32 [N]."""
+        """Return the token ids of a text, or of a pair of texts, with the special tokens added, int32 [N]."""
         second = () if pair is None else (self.between, pair)
         return np.concatenate([np.asarray(part, np.int32) for part in (self.begin, text, *second, self.end)])
 
@@ -85,7 +85,7 @@ class Tokenizer(ABC):
     model: bytes
     """Content of the file that defines the tokenizer (the model file)."""
     chat_template: str | None = None
-    """Text of the Jinja template that renders conversations; None if the tokenizer has none."""
+    """Text of the Jinja template that renders conversations. None if the tokenizer has no template."""
     own_template: TextTemplate | None = None
     """Special tokens that an imported tokenizer adds around texts; None uses the default of `template`."""
 
@@ -109,8 +109,8 @@ class Tokenizer(ABC):
         return cls(model, saved_options.get("bos", True))  # pyright: ignore[reportCallIssue]
 
     def options(self) -> dict[str, Any]:
-        """Return the options to save in the JSON file next to the model file, because the model file does not contain
-        these options."""
+        """Return the options to save in the JSON file next to the model file. The model file does not contain these
+        options."""
         return {"bos": self.add_bos}
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Tokenizer(ABC):
         """Return, for every text, its token ids and the range of characters that each token covers.
 
         Ranges do not include surrounding white space. A token that is only white space therefore has an empty range. If
-        one character takes several tokens, all of them have the same range.
+        one character takes several tokens, all of these tokens have the same range.
 
         Returns:
             For each text, token ids int32 [N] as `encode` returns them, and ranges [first, last) int32 [N, 2].

@@ -25,8 +25,8 @@ MASK_PLACEHOLDER = "\ue000"
 """Character that replaces `<mask>` while a text is encoded. No vocabulary contains this private-use character.
 The bytes of the character can therefore be found among the tokens."""
 THREADS = 4
-"""Number of training threads. It is fixed, so that sums over threads, and therefore the model, are the same on every
-machine."""
+"""Number of training threads. Sums over threads depend on this number. The number is fixed, so that the model is the
+same on every machine."""
 SENTENCE = 2000
 """Maximum length of a training text in characters. Longer texts are split at spaces, because the trainer would drop
 them."""

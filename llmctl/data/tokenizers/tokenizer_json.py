@@ -26,7 +26,7 @@ MAX_GROWTH = 1000
 by one character."""
 HF_KEYS = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",),
            "unk": ("unk_token",), "mask": ("mask_token",)}  # fmt: skip
-"""Keys for each special token in tokenizer_config.json and special_tokens_map.json; earlier keys take precedence."""
+"""Keys for each special token in tokenizer_config.json and special_tokens_map.json. Earlier keys take precedence."""
 
 
 class JsonTokenizer(Tokenizer):
@@ -97,7 +97,8 @@ class JsonTokenizer(Tokenizer):
         return super().options() | {"special": self.special}
 
     def _find(self, name: str) -> int | None:
-        """Return the id of a special token, or None if the vocabulary has none. Store the token's text in `special`.
+        """Return the id of a special token, and store the token's text in `special`. If the vocabulary has no such
+        token, return None.
 
         Args:
             name: Kind of the token: "bos", "eos", "pad", "unk" or "mask".
