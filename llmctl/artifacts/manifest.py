@@ -179,7 +179,8 @@ class Manifest(BaseModel):
 
     @property
     def content(self) -> str:
-        """Return the digest over everything that can change predictions; empty for manifests of earlier versions."""
+        """Return the digest over everything that can change predictions. For manifests of earlier versions, return
+        ""."""
         return self.checksums.content.digest if self.checksums else ""
 
     @property

@@ -5,7 +5,7 @@ could make llmctl copy a private file into its output. The path that the user na
 below this path are checked.
 
 A link may point only to a file of the same folder. There is one exception. A snapshot in Hugging Face's cache may link
-to the folder `blobs` of the same model, which contains all files of the model.
+to the folder `blobs` of the same model. This folder contains all files of the model.
 
 Example:
     >>> str(within(Path("model"), "weights/part-1.safetensors"))
@@ -49,7 +49,7 @@ def within(folder: P, name: str) -> P:
 
 
 def check(folder: Any) -> None:
-    """Check that no link below a local folder leads outside it, and that all files are regular.
+    """Check that no link below a local folder leads outside the folder, and that all files are regular.
 
     Raises:
         RequestError: If a link leads outside the folder or to a folder. If a file is a pipe, socket or device.

@@ -15,8 +15,8 @@ from llmctl.config.errors import RequestError
 RECIPE = 16 << 20
 """Maximum size of a recipe in bytes. Real recipes have a few thousand bytes."""
 LINE = 256 << 20
-"""Maximum length of a line of a text file in bytes. A line is a document or a table row; the longest books have a
-few million bytes."""
+"""Maximum length of a line of a text file in bytes. A line is a document or a table row. The longest books have a few
+million bytes."""
 RATIO = 1000
 """Maximum number of decompressed bytes per compressed byte. Text has a ratio of about 3 to 10. If all bytes of a file
 are equal, the ratio is up to 1032 with gzip, and larger with zstd."""

@@ -35,7 +35,7 @@ class Choices:
     """Compute the allowed values of a setting, for help and shell completion.
 
     Use this class if the values are names from several registries, or do not come from a registry. For the names of one
-    `Registry`, use that registry itself.
+    `Registry`, use the registry itself.
     """
 
     names: Callable[[], list[str]]

@@ -248,7 +248,7 @@ class TokenizerConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ("kind", "path", "vocab_size")
 
     kind: Literal["unigram", "bpe", "bytes"] = "unigram"
-    """Algorithm of the tokenizer to train: unigram or bpe (SentencePiece, arXiv:1808.06226, with byte fallback); bytes
+    """Algorithm of the tokenizer to train: unigram or bpe (SentencePiece, arXiv:1808.06226, with byte fallback). bytes
     needs no training."""
     path: str = ""
     """Tokenizer to load, in place of training one: tokenizer.json, a SentencePiece model, or a folder with such a

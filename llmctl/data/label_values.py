@@ -42,7 +42,7 @@ class Unlabeled(RequestError):
 
 
 def plain(value: Any) -> str:
-    """Convert a label to text. Equal values give equal text: 1, 1.0 and "1" give "1"; True and "true" give "true"."""
+    """Convert a label to text. Equal values give equal text. 1, 1.0 and "1" give "1". True and "true" give "true"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (float, decimal.Decimal)) and math.isfinite(value) and value == int(value):

@@ -209,7 +209,7 @@ def _table(
 
 
 def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row | RequestError:
-    """Rename the columns of a row to llmctl's own names; return an error if a value has the wrong type.
+    """Rename the columns of a row to llmctl's own names. If a value has the wrong type, return an error.
 
     Args:
         row: Values by column name in the stream.

@@ -39,8 +39,8 @@ class Source:
 
     columns: tuple[str, ...] = ()
     names: Names = {}
-    """Class names of each column that contains class numbers, in the order of the numbers; {} if the data declares
-    none."""
+    """Class names of each column that contains class numbers, in the order of the numbers. {} if the data declares no
+    names."""
 
     def has(self, column: str) -> bool:
         """Return True if at least one row may have the column."""
@@ -184,7 +184,7 @@ def _named(cfg: SourceConfig) -> list[epath.Path]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Define one kind of data source: how to open it, which files it reads, and how to download it.
+    """Define one kind of data source by three functions: open the data, list the input files, and download the data.
 
     The registry `SOURCES` contains such objects.
 

@@ -218,7 +218,8 @@ def load(
     labels: bool = True,
     conversations: bool = False,
 ) -> Splits:
-    """Read all rows of the data, filter them, map labels to classes, remove blank rows and duplicates, and split them.
+    """Read all rows of the data, filter the rows, map labels to classes, remove blank rows and duplicates, and split
+    the rows.
 
     Args:
         cfg: Settings of the data.

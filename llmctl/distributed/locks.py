@@ -106,14 +106,14 @@ def lock(path: Path, what: str, *, shared: bool = False, own_folder: bool = Fals
     If a command runs in several processes, only process 0 takes the lock.
 
     The kernel releases the lock if the process dies. The last process that releases the lock removes the file. This
-    process also removes the file's folder if it created that folder and the folder is empty.
+    process also removes the file's folder if the folder is empty and was created by this process.
 
     Args:
         path: Path of the lock file.
         what: Name of the locked object, for the error message.
         shared: Whether several processes may take the lock with shared=True at the same time.
-        own_folder: Whether only llmctl uses the file's folder. If so, the folder is removed when it is empty, even if
-            another process created it.
+        own_folder: Whether only llmctl uses the file's folder. If true, an empty folder is removed, even if another
+            process created the folder.
 
     Raises:
         RequestError: If another process has the lock. If the file or its folder is a link. If the file cannot be

@@ -93,7 +93,8 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
 
 
 def _distilled(recipe: Recipe, step: Step) -> str:
-    """Return the task that the student of a stage `distill` learns; empty if no stage of the recipe sets a task."""
+    """Return the task that the student of a stage `distill` learns. If no stage of the recipe sets a task, return
+    ""."""
     from llmctl.evaluate.tasks.registry import TASKS
 
     task = _learned(recipe, next(iter(step.others.values()), None))
@@ -101,7 +102,7 @@ def _distilled(recipe: Recipe, step: Step) -> str:
 
 
 def _learned(recipe: Recipe, read: str | Path | None) -> str:
-    """Return the task that an artifact was trained for; empty if no stage of the recipe sets a task."""
+    """Return the task that an artifact was trained for. If no stage of the recipe sets a task, return ""."""
     steps: dict[Any, Step] = {s.name: s for s in recipe.steps}
     while isinstance(read, str) and read in steps:
         if hasattr(steps[read].config, "task"):

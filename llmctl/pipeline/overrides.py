@@ -1,7 +1,7 @@
 """Apply `--set` assignments, such as `stage.2.sparsity=0.6` or `train.epochs=2`, to a recipe or to one stage.
 
 Some settings exclude each other, such as `train.steps` and `train.epochs`. An assignment to one setting removes the
-settings that it excludes.
+settings that this setting excludes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _class(table: Any) -> type[StageConfig] | None:
 
 
 def _replace(values: dict[str, Any], path: list[str], value: Any, cls: type[Config] | None) -> None:
-    """Set the value at a path in the settings of a config class, and remove the settings that exclude it."""
+    """Set the value at a path in the settings of a config class, and remove the settings that exclude this setting."""
     assign(values, path, value)
     _drop(values, _excluded(path, value, cls) if cls else [])
 

@@ -2,9 +2,14 @@
 
 Each stage writes an artifact, a folder with a model or with the results of an evaluation.
 
-The recipe is validated before any stage runs. If a setting has values in several places, the value from the last place
-in this list is used: the default in the config class, the recipe's shared settings, the stage's table, `--set`, the
-flags of a stage's command.
+The recipe is validated before any stage runs. A setting may have values in several places. The last value
+in this order is used:
+
+1. the default in the config class
+2. the recipe's shared settings
+3. the stage's table
+4. `--set`
+5. the flags of a stage's command
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def inputs(config: Any) -> list[Any]:
 
 
 def sections(config: Any) -> Iterator[Any]:
-    """Yield a config and all of its sections, including nested ones."""
+    """Yield a config and all of its sections, including nested sections."""
     if isinstance(config, (list, tuple)):
         for part in config:
             yield from sections(part)

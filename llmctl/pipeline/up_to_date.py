@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def why(step: Step, key: str, due: set[str]) -> str:
-    """Return why the stage has to run, as a clause for messages; empty if its artifact is up to date.
+    """Return why the stage has to run, as a clause for messages. If its artifact is up to date, return "".
 
     Args:
       step: the stage.
@@ -56,7 +56,7 @@ def is_done(step: Step, key: str) -> bool:
 
 
 def remark(step: Step) -> str:
-    """Return a remark in parentheses on an artifact that is up to date; empty if there is nothing to remark.
+    """Return a remark in parentheses on an artifact that is up to date. If there is no remark, return "".
 
     There is a remark if metrics or lineage differ from their checksums. There is also a remark if an earlier version of
     llmctl wrote the artifact.
@@ -69,7 +69,8 @@ def remark(step: Step) -> str:
 
 
 def key_at(folder: Path) -> str:
-    """Return the hash of settings and inputs that the artifact in a folder stores; empty if the hash cannot be read."""
+    """Return the hash of settings and inputs that the artifact in a folder stores. If the hash cannot be read, return
+    ""."""
     try:
         return artifact.read_manifest(folder).key
     except LlmctlError:
@@ -82,7 +83,8 @@ def _bases(step: Step) -> tuple[Path, ...]:
 
 
 def _damage(step: Step, manifest: Manifest) -> str:
-    """Return why an artifact must be created again, as a clause for messages; empty if a quick check finds no damage.
+    """Return why an artifact must be created again, as a clause for messages. If a quick check finds no damage, return
+    "".
 
     Arrays are checked later, when they are loaded. An adapter must be created again if its base is gone or was
     replaced. If only the metrics or the lineage of a model differ, the artifact is kept, and `remark` reports the

@@ -162,7 +162,7 @@ def adapters(model: ModelConfig) -> float:
 
 
 def scores(setup: Setup) -> float:
-    """Return the bytes of the attention scores on one device; 0 if attention is fused.
+    """Return the bytes of the attention scores on one device. If attention is fused, return 0.
 
     Plain attention holds three float32 arrays: the probabilities, their gradient and a copy. In ring attention, a
     device computes its queries against the keys of one device at a time.

@@ -143,7 +143,7 @@ def _request(text: str) -> Request:
 
 
 def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """Return the mesh config. If it is the default config, set its `data` axis to the number `devices`.
+    """Return the mesh config. If the config is the default, set its `data` axis to the number `devices`.
 
     Otherwise, the default mesh would use all CPU devices in a plan, but only the first CPU device in a run.
     """

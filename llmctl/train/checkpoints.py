@@ -130,7 +130,7 @@ class Checkpoints:
     def _read(self, step: int, abstract: Any) -> Any:
         """Return this process's shards of the checkpoint of `step`, as (state, metadata).
 
-        Orbax's manager is not used, because it would wait for processes that failed to read.
+        Orbax's manager is not used, because the manager would wait for processes that failed to read.
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         return ocp.CompositeCheckpointHandler().restore(epath.Path(self.folder / "steps" / str(step)), args=args)

@@ -163,9 +163,9 @@ class _Loop:
         self.batches = DeviceBatches(mesh, train.batch_size)
 
     def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """Return the metadata of a restored checkpoint, corrected if it names best parameters that are missing on disk.
+        """Return the metadata of a restored checkpoint, corrected if the best parameters are missing on disk.
 
-        The best parameters are missing if the run was killed while it wrote them. If the best step is the step of the
+        The best parameters are missing if the run was killed during their save. If the best step is the step of the
         checkpoint, the parameters are saved again. Otherwise the best metric is removed from `meta`. The resumed run
         may not reach the same value again, because rounding differs on another mesh.
         """
@@ -232,8 +232,8 @@ class _Loop:
     def raise_if_bad(self, state: State) -> None:
         """Raise WorkError if too many consecutive steps were bad.
 
-        A step is bad if its loss is not finite, its batch has no label, or it is an outlier. The training state counts
-        the bad steps. It therefore suffices to call this function before log lines and checkpoints.
+        A step is bad if its loss is not finite, its batch has no label, or the step is an outlier. The training state
+        counts the bad steps. It therefore suffices to call this function before log lines and checkpoints.
         """
         if int(state["skipped"]) >= TOO_MANY_BAD:
             raise WorkError(

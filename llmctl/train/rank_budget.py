@@ -1,9 +1,9 @@
 """Allocate ranks to matrices by importance while training (AdaLoRA; Zhang et al., 2023, arXiv:2303.10512).
 
 A triplet is a singular value with its two singular vectors. The importance of a triplet is the importance of its
-singular value, plus the mean importance of the entries of each vector. The importance of an entry is its sensitivity
-|w*g| times the uncertainty of the sensitivity. Sensitivity and uncertainty are moving averages over the training steps.
-As in the authors' code, w is the weight after the optimizer's step.
+singular value, plus the mean importance of each vector's entries. The importance of an entry is its sensitivity |w*g|
+times the uncertainty of the sensitivity. Sensitivity and uncertainty are moving averages over the training steps. As in
+the authors' code, w is the weight after the optimizer's step.
 
 Shapes: L layers, I inputs, O outputs, R initial rank.
 """

@@ -65,7 +65,7 @@ class Reporter:
     `every` seconds, and at the last step. Bar and lines are written to stderr, because stdout is for results.
 
     Args:
-      work_dir: folder of the log; it is created if it is missing.
+      work_dir: folder of the log. If the folder is missing, it is created.
       total_steps: steps of the complete run, including the steps before `start`.
       title: title of the bar, usually the name of the command.
       tensorboard: whether to write events to `<work_dir>/tensorboard` too.
@@ -73,7 +73,7 @@ class Reporter:
       lasting: folder for files that remain after `work_dir` is removed: TensorBoard events in `tensorboard/<title>`,
           W&B's files in `wandb`. By default, these files are in `work_dir`, and the events are in `tensorboard`.
       wandb: W&B project to log to (extra `wandb`); empty disables W&B. A resumed run continues the same W&B run.
-      writes: whether this process writes and prints; by default only process 0 does.
+      writes: whether this process writes and prints. By default, only process 0 writes and prints.
       every: seconds between plain lines.
       console: console of the bar and of plain lines; stderr by default.
       clock: function that returns the time in seconds.

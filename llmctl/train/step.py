@@ -28,11 +28,11 @@ from llmctl.train.job import EXTRA, Batch, Job, Params, State, Sums, split
 from llmctl.train.training_state import fresh, state_shardings
 
 Fixed = tuple[Params, tuple[Any, ...]]
-"""Inputs that no step changes: (arrays that are not trained, other arrays that the loss reads, such as a teacher's)."""
+"""Pair (model arrays that are not trained, other arrays that the loss reads). No step changes these arrays."""
 
 Inputs = tuple[Params, tuple[Any, ...], Any]
-"""Inputs of the loss in addition to the trained arrays: (arrays that are not trained, other arrays that no step
-changes, arrays that are kept between steps or None).
+"""Triple (model arrays that are not trained, other constant arrays, arrays that are kept between steps or None).
+The loss reads these arrays in addition to the trained arrays.
 """
 
 TOO_MANY_BAD = 20

@@ -28,7 +28,7 @@ class Phase:
     """Describe a phase of a mixture: consecutive rows during which no source is exhausted.
 
     A mixture is divided into blocks of `BLOCK` rows. Each source has the same number of rows in all blocks of a phase.
-    When a source is exhausted (all rows of its allowed epochs are used), the next phase begins without this source.
+    A source is exhausted when all rows of its allowed epochs are used. The next phase then begins without this source.
     """
 
     start: int

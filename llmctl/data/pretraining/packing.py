@@ -80,13 +80,14 @@ class Layout:
 class PackedRows:
     """Build endless rows of packed documents: `rows[i]` exists for any i >= 0, and `len(rows)` is one epoch.
 
-    A document is `bos` (if the tokenizer adds it), its tokens, and `eos`. With `shuffle=False`, documents stay in
-    order, and the last row is padded, not dropped. Validation then reads every token exactly once.
+    A document is its tokens, followed by `eos`. If the tokenizer adds `bos`, the document begins with `bos`. With
+    `shuffle=False`, documents stay in order, and the last row is padded, not dropped. Validation then reads every token
+    exactly once.
 
     Packing methods:
     - segments: the shuffled documents of an epoch are concatenated, and the result is split every T tokens. Each
-      document in a row has its own segment id, and attention stays within it. If the end of a row splits a document,
-      the document continues in the next row as a new segment. The last, incomplete row is dropped.
+      document in a row has its own segment id, and attention stays within this document. If the end of a row splits a
+      document, the document continues in the next row as a new segment. The last, incomplete row is dropped.
     - concat: rows are split as for `segments`, but a whole row has one segment id. Attention and loss therefore extend
       across documents.
     - fit: documents are split into pieces of at most T tokens. From the longest to the shortest, each piece is placed
@@ -204,8 +205,7 @@ class PackedRows:
 
         Args:
             doc: Index of the document.
-            offset: Index of the token in the document, which includes `bos` at its start (if added) and `eos` at its
-                end.
+            offset: Index of the token in the document, including `bos` and `eos`.
             where: Whether there is a token; otherwise the result is the padding token.
         """
         bos = self._tokenizer.add_bos

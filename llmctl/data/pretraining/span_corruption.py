@@ -111,8 +111,8 @@ def corrupted(
         seed: Seed of the random choices.
 
     Returns:
-        The arrays encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]; tokens, targets, segments and
-        positions, int32 [B, T]; and weights, float32 [B, T].
+        The arrays encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]. The arrays tokens, targets,
+        segments and positions, int32 [B, T]. The array weights, float32 [B, T].
 
     Raises:
         RequestError: If the tokenizer has too few sentinels.

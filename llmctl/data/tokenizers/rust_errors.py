@@ -1,6 +1,6 @@
 """Convert errors of the Rust library `tokenizers` to RequestError.
 
-If the library panics, it raises a BaseException that does not derive from Exception, and prints a report to standard
+If the library panics, it raises a BaseException that is no Exception. The library also prints a report to standard
 error. Other errors are of the class Exception.
 """
 

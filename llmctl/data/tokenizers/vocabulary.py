@@ -64,7 +64,7 @@ class Vocabulary:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that begin a word: tokens that begin with a space or punctuation."""
+        """Return a mask bool [V] of tokens that begin with a space or punctuation. These tokens begin a word."""
         return np.array([not p or not _of_word(p[0]) for p in self._pieces])
 
     @cached_property

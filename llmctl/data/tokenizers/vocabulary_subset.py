@@ -1,7 +1,7 @@
 """Remove tokens from a tokenizer's vocabulary, so that texts without these tokens are tokenized as before.
 
-BPE builds a token by merging shorter tokens. If a token is kept, all tokens from which it is built are therefore kept
-too. Every kind of tokenizer keeps its special tokens, added tokens and bytes.
+BPE builds a token by merging shorter tokens. If a token is kept, all tokens from which BPE builds this token are
+therefore kept too. Every kind of tokenizer keeps its special tokens, added tokens and bytes.
 
 Example:
     vocabulary = of(tokenizer)

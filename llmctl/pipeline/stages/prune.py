@@ -109,7 +109,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 def _prune_structure(
     config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh, ctx: Context, log: Reporter
 ) -> Pruned:
-    """Remove layers, hidden channels, heads and neurons. If a budget is set, first choose the sizes that meet it."""
+    """Remove layers, hidden channels, heads and neurons. If a budget is set, first choose the sizes that meet the
+    budget."""
     from llmctl.compress.calibration.layer_files import Saved
     from llmctl.compress.calibration.measurements import Measurements
     from llmctl.compress.structured_pruning import sizes, structured_walk, vocabulary

@@ -235,8 +235,8 @@ def _branches(i: Instruction) -> list[str]:
 def _kind(i: Instruction) -> str:
     """Return the kind of the collective that starts at `i`; empty if no collective starts there.
 
-    A TPU program repeats an asynchronous collective in every fusion that overlaps it. The result is empty for
-    repetitions, so that the collective is counted once.
+    A TPU program repeats an asynchronous collective in every fusion that overlaps the collective. The result is empty
+    for repetitions, so that the collective is counted once.
     """
     kind = i.opcode.removesuffix("-start")
     config = i.attributes.partition('"async_collective_fusion_config":')[2].partition("}")[0]
@@ -246,8 +246,8 @@ def _kind(i: Instruction) -> str:
 
 
 def _between_slices(i: Instruction) -> str:
-    """Return the kind of collective that a send instruction between TPU slices belongs to; empty for other
-    instructions.
+    """Return the kind of collective that a send instruction between TPU slices belongs to. For other instructions,
+    return "".
 
     In a collective between slices, each device sends its data to a host, and the hosts compute the result.
     """

@@ -118,9 +118,9 @@ and the queries.
 def attention(computation: Computation, i: Instruction) -> float:
     """Return the FLOPs of a splash attention kernel from its shapes. Only blocks inside the mask run.
 
-    Queries are [B, H, T, K] and keys [B, G, S, K]; B is absent if it is 1. For a causal mask or a
-    sliding window, the first argument [., rows, columns] lists the blocks that the kernel computes. Each row of blocks
-    is assumed to have at most `columns` blocks, of which the last is on the diagonal.
+    Queries are [B, H, T, K] and keys [B, G, S, K]. The axis B is absent if B is 1. For a causal mask or a sliding
+    window, the first argument [., rows, columns] lists the blocks that the kernel computes. Each row of blocks is
+    assumed to have at most `columns` blocks, of which the last is on the diagonal.
     """
     products = next((n for part, n in PRODUCTS.items() if f"_{part}_" in i.name), 0)
     if "splash" not in i.name or not products:

@@ -9,8 +9,9 @@ Each array has a level, which counts layers from the output to the input:
 - level 2: the second to last layer, and so on
 - highest level: the embeddings
 
-Learning rates can decay with the level, and layers can be unfrozen one after another; both are from ULMFiT (Howard and
-Ruder, 2018, arXiv:1801.06146). A decay factor per layer is as in ELECTRA (Clark et al., 2020, arXiv:2003.10555).
+Learning rates can decay with the level, and layers can be unfrozen one after another. Both methods are from ULMFiT
+(Howard and Ruder, 2018, arXiv:1801.06146). A decay factor per layer is as in ELECTRA (Clark et al., 2020,
+arXiv:2003.10555).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ The loss is built in this order:
 1. The batch gets noise on embeddings, and class weights.
 2. The task's loss is computed, or the loss of two passes (R-Drop).
 3. The adversarial method computes this loss on perturbed rows.
-4. Mixout replaces some weights by their values before finetuning, before the loss reads them.
-5. A penalty on the distance from the weights before finetuning is added (L2-SP).
+4. Before the loss reads the weights, Mixout replaces some weights by their values before finetuning. 5. A penalty on
+the distance from the weights before finetuning is added (L2-SP).
 """
 
 from __future__ import annotations
