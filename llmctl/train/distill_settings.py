@@ -41,7 +41,7 @@ class SignalsConfig(Config):
 
     @property
     def inner(self) -> list[str]:
-        """Return the names of the signals of inner layers whose weight is not zero."""
+        """Return the names of the inner-layer signals with a nonzero weight."""
         return [name for name in INNER if getattr(self, name)]
 
     @model_validator(mode="after")

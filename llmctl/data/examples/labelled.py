@@ -57,7 +57,7 @@ class ClassificationRows(ExampleRows):
     int32 [B], a number float32 [B], or a set of classes uint8 [B, C].
 
     A row is the text with the tokenizer's special tokens around it, followed by padding. By default, `eos` comes after
-    the text. If the tokenizer adds `bos`, it comes before the text. If the text is too long, its end (`tail`) or its
+    the text. If the tokenizer adds `bos`, `bos` comes before the text. If the text is too long, its end (`tail`) or its
     middle (`head_tail`) is removed. The special tokens are never removed.
 
     If the data has a column "pair", the row continues with the text of this column and another `eos`. The batch then
@@ -177,8 +177,8 @@ def completion_batch(
 class SequencePairRows(ExampleRows):
     """Build encoder-decoder rows: the encoder reads the prompt, and the decoder predicts the completion and `eos`.
 
-    The encoder reads the prompt and `eos`. If the tokenizer adds `bos`, it comes before the prompt. The first input of
-    the decoder is the padding token. If a prompt or completion is too long, its end is truncated, but not its `eos`.
+    The encoder reads the prompt and `eos`. If the tokenizer adds `bos`, `bos` comes before the prompt. The first input
+    of the decoder is the padding token. If a prompt or completion is too long, its end is truncated, but not its `eos`.
     """
 
     def __init__(

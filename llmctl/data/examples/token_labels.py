@@ -60,7 +60,7 @@ class TagRows(ExampleRows):
         return len(self._seen[i])
 
     def seen_of(self, i: int) -> np.ndarray:
-        """Return for each word of example i whether truncation has kept the word in its row, bool [W]."""
+        """Return, for each word of example i, whether truncation keeps the word, bool [W]."""
         return self._seen[i]
 
     def _build(self, example_B: np.ndarray) -> Batch:

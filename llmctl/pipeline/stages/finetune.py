@@ -118,7 +118,7 @@ class Config(StageConfig):
     """Settings for generating answers to validation prompts, if the task is seq2seq. BLEU, chrF, ROUGE and exact match
     of the answers are computed. train.best_by = "bleu" keeps the parameters with the best BLEU."""
     calibrate: bool = False
-    """If the task is classify, divide the logits by a temperature after training. The temperature minimizes the loss on
+    """Divide the logits by a temperature after training, if the task is classify. The temperature minimizes the loss on
     the validation examples. Predicted probabilities are then closer to the accuracy. The head's parameters are scaled;
     predicted classes do not change."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
