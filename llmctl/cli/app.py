@@ -258,7 +258,7 @@ def _be_quiet() -> None:
 def _stop(*_: Any) -> None:
     """Handle a signal: record the signal, and raise KeyboardInterrupt.
 
-    The record is needed because libraries turn KeyboardInterrupt into other errors.
+    The record is needed because libraries convert KeyboardInterrupt to other errors.
     """
     _stop_requested.set()
     raise KeyboardInterrupt

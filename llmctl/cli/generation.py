@@ -163,7 +163,7 @@ def chat(
 ) -> None:
     """Answer each list of new messages with the selected model, and print the answers while they are generated.
 
-    The model sees the whole conversation so far, and may call `tools`.
+    The model reads the complete conversation so far, and may call `tools`.
     """
     talks: dict[str, chats.Conversation] = {}
     messages: list[Any] = [{"role": "system", "content": system}] if system else []

@@ -20,7 +20,7 @@ def run(path: Path, say: Callable[[str], None], bases: Sequence[Path] = ()) -> l
 
     Args:
       path: an artifact, the folder of a run, or prepared data.
-      say: function that prints one line per artifact before it is read.
+      say: function that prints one line per artifact before the artifact is read.
       bases: folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
 
     Returns:

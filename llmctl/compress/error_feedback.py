@@ -40,8 +40,8 @@ class Factor(NamedTuple):
     live_I: jax.Array
     """Whether each input differs from 0 for at least one token."""
     attempts: jax.Array
-    """Number of damping values that failed; ATTEMPTS if all failed. In that case R is diagonal, and the weights do not
-    compensate for one another.
+    """Number of damping values that failed; ATTEMPTS if all values failed. If all failed, R is diagonal, and the
+    weights do not compensate for one another.
     """
 
 

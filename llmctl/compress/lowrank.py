@@ -24,7 +24,7 @@ def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = Fa
       requantizes: whether the caller quantizes the result. Only then may adapters of quantized matrices be merged.
 
     Raises:
-      RequestError: If merging would turn integers into floats, or change the zeros of a pruned matrix.
+      RequestError: If merging would convert integers to floats, or change the zeros of a pruned matrix.
     """
     pairs = {path: weights.as_node(w) for path, w in weights.adapted(base.params).items()}
     if not pairs:

@@ -92,8 +92,8 @@ def check(model: ModelConfig) -> tuple[Bridge, Head]:
 def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
     """Return a warning if a model cannot be exported; otherwise an empty string.
 
-    A stage that changes a model passes the model before the change as `before`. If `before` cannot be exported either,
-    the result is also an empty string.
+    A stage that changes a model passes the model before the change as `before`. If `before` also cannot be exported,
+    the result is an empty string.
 
     Stages print the warning before they start, so that hours of training are not spent on a model that export refuses.
 

@@ -2,7 +2,7 @@
 
 `llmctl.convert.sparse_tensors` defines the formats of pruned layers that are not quantized.
 
-The formats, and the tensors of a layer:
+Each format stores these tensors per layer:
 
 - int-quantized (W8A8): `weight` [out, in] int8 and `weight_scale` [out, groups].
 - pack-quantized, for layers whose activations are not quantized: `weight_packed` [out, in * bits / 32] int32,

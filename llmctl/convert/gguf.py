@@ -112,7 +112,7 @@ def _biases(back: dict[str, Tensor]) -> dict[str, bool]:
 
     llama.cpp uses the biases that are in the file. In transformers, either all or none of queries, keys, values and
     output have biases. The same holds for the matrices of the feed-forward layer. If a file has only some of these
-    biases, the others are added to `back` as zeros. `back` has the tensors by their names in transformers.
+    biases, the missing biases are added to `back` as zeros. `back` has the tensors by their names in transformers.
     """
     ends = {
         "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),

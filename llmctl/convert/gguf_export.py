@@ -51,7 +51,7 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     """Write an artifact's model and vocabulary to a GGUF file.
 
     Returns:
-        A description of how this model behaves differently in llama.cpp and in llmctl, or "" if there is no difference.
+        A description of the differences between this model in llama.cpp and in llmctl; "" if there are none.
 
     Raises:
         RequestError: If the type `kind` is unknown, or if GGUF cannot express the family or one of its settings.

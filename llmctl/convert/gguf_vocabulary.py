@@ -155,7 +155,7 @@ def write(writer: Any, folder: Path, rows: int) -> str:
         rows: Number of rows of the model's embedding table. The vocabulary is padded to this size.
 
     Returns:
-        A description of how llama.cpp tokenizes differently from llmctl, or "" if there is no difference.
+        A description of the differences between tokenization in llama.cpp and in llmctl; "" if there are none.
 
     Raises:
         RequestError: If GGUF cannot express the tokenizer.

@@ -31,7 +31,7 @@ def written(module: str, w: weights.Packed, slot: name_map.Slot) -> dict[str, Te
     Args:
         module: Name of the layer.
         w: The weight.
-        slot: Layer of the weight.
+        slot: Location of the layer in the weight.
     """
     inputs, outputs = slot.shape
 
@@ -55,7 +55,7 @@ def dense(where: str, name: str, packed: Tensor, scale: Tensor, whole: Tensor | 
         name: Name of the dense tensor.
         packed: Packed codes.
         scale: Scales of blocks.
-        whole: Number by which all scales are divided; None if the folder lacks it.
+        whole: Number by which all scales are divided; None if the folder has no such number.
 
     Raises:
         RequestError: If the shapes do not fit.

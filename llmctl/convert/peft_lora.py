@@ -165,8 +165,8 @@ def node(w: Any, layers: Mapping[int, Pair]) -> weights.LowRank:
 def write(w: Any) -> dict[str, np.ndarray]:
     """Return the tensors of one layer's adapter in PEFT's format, by the ending of their names.
 
-    If column r of the first matrix and row r of the second matrix are zero, this column and this row are omitted. If
-    everything is zero, return {}.
+    Column r of the first matrix and row r of the second matrix are omitted if both are zero. If everything is zero,
+    return {}.
     """
     a, b = np.asarray(w.a, np.float32), np.asarray(w.b, np.float32)
     magnitude = {MAGNITUDE: np.asarray(w.magnitude, np.float32)[0]} if w.kind == "dora" else {}

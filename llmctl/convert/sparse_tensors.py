@@ -150,7 +150,7 @@ def _summary(t: Tensor) -> tuple[int, int, bool]:
 
 
 def _nonzero(w_OI: np.ndarray) -> np.ndarray:
-    """Return whether any bit of each weight is set. The number -0.0 therefore counts as nonzero."""
+    """Return, for each weight, whether any bit is set. The number -0.0 therefore counts as nonzero."""
     return np.ascontiguousarray(w_OI).view(f"u{w_OI.dtype.itemsize}") != 0
 
 

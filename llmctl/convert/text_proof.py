@@ -157,15 +157,16 @@ def read_rows(
         cfg: Config of the written model.
         folder: Folder of the written model.
         theirs: Whether transformers reads the written tokenizer; if false, the library `tokenizers` reads it.
-        say: Function that is called with one line if the written tokenizer gives other ids than the artifact's. The ids
-            of the written tokenizer are then returned.
+        say: Function that is called with one line if the written tokenizer gives other ids than the artifact's
+            tokenizer. The ids of the written tokenizer are then returned.
 
     Returns:
         (token ids, maximum number of tokens T, beginning of the comparison's description). If a tokenizer was written,
         the description begins with "from text, ". If token ids are random, the beginning is "".
 
     Raises:
-        WorkError: If the written tokenizer gives other ids than the artifact's, and the model reads complete texts.
+        WorkError: If the written tokenizer gives other ids than the artifact's tokenizer, and the model reads complete
+            texts.
     """
     rows, T = texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
     if not (folder / "tokenizer.json").is_file():
@@ -186,10 +187,10 @@ def read_rows(
 
 
 def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str:
-    """Describe the first text that transformers, with the files in `source`, tokenizes differently from llmctl.
+    """Describe the first text that transformers and llmctl tokenize differently.
 
-    llmctl uses the tokenizer in `folder`. Return "" if all texts have the same token ids. Also return "" if
-    transformers is not installed, or if the model does not read complete texts.
+    transformers reads the files in `source`. llmctl uses the tokenizer in `folder`. Return "" if all texts have the
+    same token ids. Also return "" if transformers is not installed, or if the model does not read complete texts.
     """
     if not reads_texts(cfg) or importlib.util.find_spec("transformers") is None:
         return ""

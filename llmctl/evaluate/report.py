@@ -76,7 +76,7 @@ def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 def headline(result: Result) -> str:
     """Return one line with the task and its quality metrics.
 
-    The 95 % interval and the baseline of a metric, if they are known, follow its value.
+    The value of a metric is followed by the 95 % interval and the baseline, if they are known.
     """
     found = {k: v for k, v in result["metrics"].items() if v is not None}
     parts = []

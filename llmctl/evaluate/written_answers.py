@@ -73,7 +73,7 @@ class Writer:
         Args:
             params: Parameters of the model.
             prompts: Texts.
-            check_stop: Function that is called before each batch; it may raise an exception to stop.
+            check_stop: Function that is called before each batch. The function may raise an exception to stop.
 
         Raises:
             RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token, or if the parameters
@@ -109,7 +109,7 @@ class Writer:
 
         Args:
             rows: Prompts, as the method `rows` returns them. Each answer is stored in its prompt's row.
-            check_stop: Function that is called before each batch; it may raise an exception to stop.
+            check_stop: Function that is called before each batch. The function may raise an exception to stop.
 
         Raises:
             ValueError: If `hold` was not called.

@@ -1,14 +1,14 @@
 """Initialize BERT-style encoders so that equal tokens attend to each other in the first layer.
 
-To predict whether one passage follows another, a network must find words that occur in both. With random queries and
-keys, attention is at first a uniform mean over all tokens. The smallest BERTs do not learn to find equal tokens within
-millions of training tokens.
+To predict whether one passage follows another, a network must find words that occur in both passages. With random
+queries and keys, attention is at first a uniform mean over all tokens. The smallest BERTs do not learn to find equal
+tokens within millions of training tokens.
 
-Here the key projection of the first layer is initialized as a copy of the query projection. Both are scaled up, and
-their outputs do not depend on the segment type (first or second passage). Token embeddings are larger than position
-embeddings. From the first step, a token therefore attends to equal tokens in both passages. The output of attention
-then shows whether the token occurs in one passage or in both. Initialization with the structure of trained networks is
-called mimetic (Trockman and Kolter, 2023, arXiv:2305.09828).
+Here the key projection of the first layer is initialized as a copy of the query projection. Both projections are scaled
+up. The outputs of both projections do not depend on the segment type (first or second passage). Token embeddings are
+larger than position embeddings. From the first step, a token therefore attends to equal tokens in both passages. The
+output of attention then shows whether the token occurs in one passage or in both. Initialization with the structure of
+trained networks is called mimetic (Trockman and Kolter, 2023, arXiv:2305.09828).
 
 Shapes: L layers, D model width, H query heads, G key heads, R = H / G, K head width, U segment types minus one.
 """

@@ -181,7 +181,7 @@ def _rope(keys: Keys, given: Mapping[str, Any], theta: float) -> Fields:
 def rope_to_keys(cfg: Any, local: bool = False) -> Fields:
     """Convert the rotary settings of a ModelConfig to keys of config.json; inverse of `rope_from_keys`.
 
-    Both the older and the newer keys are returned, so that every release of transformers finds one of them.
+    Both the older and the newer keys are returned, so that every release of transformers can read the rotary settings.
     """
     scaling = dict(cfg.rope_scaling)
     old = {"rope_scaling": scaling} if scaling else {}

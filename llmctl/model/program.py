@@ -95,7 +95,7 @@ class Program:
     model: ModelConfig
     mesh: Mesh
     trace: Callable[[], Any] = field(repr=False)
-    """Function that traces the jitted function with abstract arguments; its result can be lowered for any platform."""
+    """Function that traces the jitted function with abstract arguments. The result can be lowered for any platform."""
     flops: float = 0.0
     """FLOPs of the model per call of the program, over all devices, as counted by `llmctl.model.flops`."""
     tokens: int = 0

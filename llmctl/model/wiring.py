@@ -62,7 +62,9 @@ class Units:
 
 @dataclass(frozen=True)
 class Residual:
-    """Describe the residual stream of the encoder or the decoder: which modules write to it, and which read it."""
+    """Describe the residual stream of the encoder or the decoder: the modules that write to the stream, and the modules
+    that read the stream.
+    """
 
     stack: str
     writers: tuple[str, ...]
@@ -194,8 +196,9 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Describe the residual stream of a stack, "encoder" or "decoder": the modules that write to the stream or read
-    it."""
+    """Describe the residual stream of a stack, "encoder" or "decoder": the modules that write to the stream or read the
+    stream.
+    """
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

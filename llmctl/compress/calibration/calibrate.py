@@ -73,7 +73,8 @@ class Visit:
     and if `walk` got no gradients.
     """
     notes: dict[str, Any] = field(default_factory=dict)
-    """JSON data that the method may add about the layer. The data is copied to the layer's report and saved with it."""
+    """JSON data that the method may add about the layer. The data is copied to the layer's report and saved with the
+    report."""
     inputs: Sequence[functional.Carry] = ()
     """Inputs of the layer, per batch. Empty for the output head."""
     batches: Sequence[Batch] = ()
@@ -81,8 +82,8 @@ class Visit:
 
 
 Change = Callable[[Visit], Layer]
-"""Compression method: function (Visit) -> changed parameters of the visited layer. After the change, a weight must have
-the same type (dense, quantized, …) in all layers of the encoder or decoder.
+"""Compression method: function (Visit) -> changed parameters of the visited layer. A changed weight must have the same
+type (dense, quantized, …) in all layers of a stack.
 """
 
 
@@ -134,8 +135,8 @@ def walk(
     Args:
       cfg: config of the model.
       params: parameters of the model. If `change` is given, the parameters of the layers are donated.
-      batches: inputs of the model: tokens, segments, positions [B, T]. For an encoder-decoder, the same arrays with the
-          prefix `encoder_` too. Padding (segment 0) is not counted.
+      batches: inputs of the model: tokens, segments, positions [B, T]. An encoder-decoder also has the same arrays with
+          the prefix `encoder_`. Padding (segment 0) is not counted.
       collect: function that selects the statistic to collect for each matrix (see `Collect`).
       change: compression method, a function that returns the changed layer. If None, the walk only measures.
       gradients: gradients of the unchanged model, summed over batches (`gradients.accumulate`).
@@ -195,7 +196,7 @@ class _Walk:
     def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
-        The list `carries` has one entry per batch: the inputs of the first layer. This method replaces the inputs by
+        The list `carries` has one entry per batch: the inputs of the first layer. This method replaces these inputs by
         the outputs of the last layer.
         """
         observe, advance = passes(self.cfg, stack, self.dtype)

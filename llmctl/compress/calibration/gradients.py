@@ -73,8 +73,8 @@ def summed(
     """Run `step` on every batch, and return the gradient sums over all batches.
 
     Args:
-      step: compiled function (inner, params, totals, batch) -> (totals, total weight of the batch's tokens). It adds
-          the sums of one batch to `totals`.
+      step: compiled function (inner, params, totals, batch) -> (totals, total weight of the batch's tokens). The
+          function adds the sums of one batch to `totals`.
       inner: the arrays with respect to which `step` differentiates, by path.
       params: parameters of the model.
       totals: initial sums, which are donated.

@@ -43,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the names of the layer's parameters differ from the names in the stack. If the weights whose
-              types change differ from the weights whose types changed in the first replaced layer.
+          ValueError: If the names of the layer's parameters differ from the names in the stack. If other weights change
+              their types than in the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():

@@ -1,4 +1,4 @@
-"""Define the settings of calibration. They select the examples that a compression method reads.
+"""Define the settings of calibration. The settings select the examples that a compression method reads.
 
 The module does not import JAX.
 """
@@ -36,8 +36,8 @@ class CalibrationConfig(Config):
     split: Split = "train"
     """Split of the data that is used for calibration."""
     examples: int = Field(default=256, ge=1)
-    """Number of calibration examples, selected by hash. By default, up to 256. If set, the data must have at least this
-    number of examples."""
+    """Number of calibration examples, selected by hash. By default, up to 256. If the number is set, the data must have
+    at least this many examples."""
     seq_len: int = Field(default=0, ge=0)
     """Number of tokens per sequence; 0 uses the training length."""
     truncate: Literal["", Truncate] = ""

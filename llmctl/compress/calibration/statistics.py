@@ -59,7 +59,7 @@ class Moments:
 @partial(jax.tree_util.register_dataclass, data_fields=["products", "count"], meta_fields=[])
 @dataclass(frozen=True)
 class Gram:
-    """Sum the Gram matrices X^T X [H, K, K] of a matrix's inputs, in H blocks of K inputs, and count the tokens.
+    """Sum the Gram matrices X^T X [H, K, K] for H blocks of a matrix's inputs, and count the tokens.
 
     With a single block of all inputs, the Gram matrix is the Hessian of the layer's squared error. With one block per
     head, the Gram matrices give the scores by which heads are pruned.
@@ -188,7 +188,7 @@ Stats = Mapping[str, Any]
 class LayerStats(Mapping[str, Any]):
     """Map the path of each matrix of a layer to the statistic of its inputs.
 
-    Matrices that read the same inputs share one statistic, such as the query, key and value projections.
+    Matrices that read the same inputs, such as the query, key and value projections, share one statistic.
 
     >>> shared = LayerStats({"attn/k": Totals.start(2)}, (("attn/k", "attn/k"), ("attn/q", "attn/k")))
     >>> shared["attn/q"] is shared["attn/k"], len(jax.tree.leaves(shared))

@@ -62,7 +62,7 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
     """Return the sparsity of each layer, lower for layers whose error grows more with the sparsity.
 
     The error of a layer is measured at three sparsities, and interpolated linearly between them. Each layer thus has a
-    lower and an upper range of sparsity, in which the error per zero is constant. All layers start at the lowest
+    lower and an upper range of sparsity. In each range, the error per zero is constant. All layers start at the lowest
     sparsity. Zeros are then added to the range with the least error per zero. If this range is full, the range with the
     next larger error follows. Among ranges with equal error per zero, lower ranges come first, and layers get zeros in
     proportion to their sizes. Layers with equal errors therefore get equal sparsities.
@@ -94,7 +94,7 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
 
 
 def whole_counts(targets: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
-    """Return integers near `targets` that lie between `least` and `most` and add up to `total`.
+    """Return integers near `targets`, between `least` and `most`, that add up to `total`.
 
     >>> whole_counts(np.array([1.5, 1.5, 4.0]), np.array([0, 3, 0]), np.array([9, 9, 9]), 8).tolist()
     [1, 3, 4]

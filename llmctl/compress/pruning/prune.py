@@ -267,7 +267,7 @@ def sparsity(params: dict[str, Any], pattern: Pattern | None = None) -> float:
 
     Args:
       params: parameters of the model.
-      pattern: if it is a block pattern, return the fraction of blocks that are zero.
+      pattern: sparsity pattern. For a block pattern, blocks are counted in place of entries.
     """
     zeros = entries = 0
     for m in weights.matrices(params, "block"):

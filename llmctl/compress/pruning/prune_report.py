@@ -76,7 +76,7 @@ def table(layers: Sequence[Record]) -> Table:
 
 
 def layer_table(title: str, columns: dict[str, list[str]]) -> Table:
-    """Return a table with one row per layer. `columns` has the cells of each column by its title.
+    """Return a table with one row per layer. `columns` has the cells of each column by the column's title.
 
     Columns that contain only empty strings are omitted.
     """

@@ -1,7 +1,7 @@
 """Define pruning scores: the importance of each weight of a matrix. Score and sparsity pattern are independent.
 
-A new score is one function here and its name in `SCORES`. Another package provides one as the entry point `score.NAME`.
-The module imports JAX only inside the functions, so that settings can check names without loading JAX.
+A new score is one function here and its name in `SCORES`. Another package provides a score by the entry point
+`score.NAME`. The module imports JAX only inside the functions, so that settings can check names without loading JAX.
 
 Shapes: I inputs, O outputs of one layer's matrix.
 """

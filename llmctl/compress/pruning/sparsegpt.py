@@ -52,7 +52,7 @@ def prune(
       w_IO: the matrix.
       gram_II: Gram matrix of the inputs, float32.
       count: number of weights or blocks to prune, except in an N:M pattern.
-      damping: fraction of the Hessian's mean diagonal entry that is added to its diagonal.
+      damping: number that is added to the Hessian's diagonal, as a fraction of the mean diagonal entry.
       pattern: sparsity pattern.
       block: number of inputs that are processed together. In an N:M pattern, the number is rounded up to a multiple of
           M. In a block pattern, the number is rounded up to a multiple of `pattern.block_inputs`.

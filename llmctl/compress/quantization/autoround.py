@@ -149,7 +149,8 @@ class Tuner:
 
 
 def _parts(w_IO: jax.Array, tuned: Tuned, grid: IntegerGrid, group: int) -> tuple[jax.Array, Any, jax.Array]:
-    """Return the levels of a matrix [I, O], the scales of its groups [G, O], and the factor of the matrix.
+    """Return the levels of a matrix [I, O], the scales of its groups [G, O], and the matrix's factor (see
+    `Grid.whole`).
 
     Gradients pass through rounding unchanged, but not through clipped levels. Weights that are 0 stay 0.
     """

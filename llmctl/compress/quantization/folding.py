@@ -1,8 +1,8 @@
 """Fold scales of a matrix's inputs into the norm or matrix before it. The outputs of the layer do not change.
 
-The inputs x of a matrix W are divided by the scales, and the rows of W are multiplied by them: (x / s) (s W) = x W. The
-division is folded into the parameters of the module that produces x. SmoothQuant and AWQ choose scales that reduce the
-error of quantization.
+The inputs x of a matrix W are divided by the scales, and the rows of W are multiplied by the scales: (x / s) (s W) = x
+W. The division is folded into the parameters of the module that produces x. SmoothQuant and AWQ choose scales that
+reduce the error of quantization.
 
 Shapes: I inputs of the matrices.
 """

@@ -100,16 +100,17 @@ def guessed_front(params: Params, found: Targets) -> list[Mixture]:
 
 
 def with_formats(method: Quantization, found: Targets, mixture: Mixture) -> Quantization:
-    """Return the quantization with one rule per matrix, which gives the matrix the format of the mixture."""
+    """Return the quantization with one rule per matrix. Each rule gives a matrix its format in the mixture."""
     chosen = {weights.module_path(path): name for path, name in zip(found, mixture.formats, strict=True)}
     unquantized = [rule for rule in method.rules if rule[1] == NONE]
     return replace(method, rules=tuple(sorted([*chosen.items(), *unquantized])))
 
 
 def usable(increase: float) -> float:
-    """Return an increase of the loss for the allocation: 0 if the loss decreased, infinity if the loss is NaN.
+    """Return the increase of the loss that the allocation uses.
 
-    A matrix whose rounding decreases the loss by chance thus cannot outweigh other matrices.
+    The result is 0 if the loss decreased, infinity if the loss is NaN, otherwise `increase` itself. A matrix whose
+    rounding decreases the loss by chance therefore cannot outweigh other matrices.
     """
     return np.inf if np.isnan(increase) else max(0.0, increase)
 
@@ -240,7 +241,7 @@ def choose(
       params: parameters of the model. They do not change.
       mesh: the devices.
       saved: losses that an interrupted run measured.
-      log: log of the measured losses. `log.total` becomes the number of losses and `walk_steps` together.
+      log: log of the measured losses. `log.total` is set to the number of losses plus `walk_steps`.
       walk_steps: number of steps that are logged after the search.
 
     Raises:

@@ -53,7 +53,7 @@ def quantize(
     Args:
       w_IO: the matrix.
       gram_II: Gram matrix of the inputs, float32.
-      damping: fraction of the Hessian's mean diagonal entry that is added to its diagonal.
+      damping: number that is added to the Hessian's diagonal, as a fraction of the mean diagonal entry.
       grid: levels of the format.
       group: number of inputs per scale, which must divide the number of inputs; 0 for one scale per output.
       act_order: whether to round inputs with larger sums of squares first, while many inputs remain to compensate.

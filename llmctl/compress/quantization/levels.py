@@ -1,4 +1,4 @@
-"""Define the values that each quantization format can represent, so that calibrated methods can round to them.
+"""Define the values that each quantization format can represent, so that calibrated methods can round to these values.
 
 A grid is a set of levels, such as the integers from -7 to 7. A quantized weight is a level times the scale of its
 group. Grids serve methods that choose their own scales, or that round one input at a time. Plain rounding without data
@@ -59,7 +59,9 @@ class Grid(abc.ABC):
         return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), node)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the float32 factor that all scales of the matrix contain (nvfp4). It is 1 for other formats."""
+        """Return the float32 factor that all scales of the matrix contain (nvfp4). The factor is 1 for other
+        formats.
+        """
         return jnp.float32(1)
 
     def fit(self, low: jax.Array, high: jax.Array, dtype: Any, whole: jax.Array) -> Any:
@@ -235,7 +237,8 @@ class NormalFloats(Grid):
     def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
         """Return the nearest level to each weight, float32.
 
-        Weights are multiplied by the reciprocal of the scale, as in bitsandbytes, so that both give identical bits.
+        Weights are multiplied by the reciprocal of the scale, as in bitsandbytes, so that the results are identical to
+        those of bitsandbytes.
         """
         return self.nearest(w * (1 / scale))
 

@@ -1,6 +1,6 @@
 """Define quantization schemes: functions from an array of weights to a quantized weight (a pytree with few bits).
 
-A new scheme is one function here and its name in `SCHEMES`. Another package provides one as the entry point
+A new scheme is one function here and its name in `SCHEMES`. Another package provides a scheme by the entry point
 `scheme.NAME`. The module imports JAX only inside the functions.
 """
 

@@ -29,7 +29,8 @@ CALIBRATION = frozenset(CalibrationConfig.model_fields)
 RTN = "rtn"
 """Name of the method without calibration data."""
 BUDGETS = ("average_bits", "max_perplexity_increase")
-"""Names of the settings that let the loss on calibration data choose the format of each matrix."""
+"""Names of the settings that set a budget. With a budget, the format of each matrix is chosen by the loss on
+calibration data."""
 
 
 def known_scheme(name: str) -> str:
@@ -248,7 +249,7 @@ class QuantizeConfig(CalibrationConfig):
 
     @property
     def budget(self) -> str:
-        """Return the name of the setting in `BUDGETS` that is set; empty if the formats are not chosen by a budget."""
+        """Return the name of the budget in `BUDGETS` that is set; empty if there is no budget."""
         return next((name for name in BUDGETS if getattr(self, name)), "")
 
     @property

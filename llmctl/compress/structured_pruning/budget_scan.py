@@ -153,7 +153,7 @@ def measure(scan: Scan, method: StructuredMethod, progress: Progress = None) -> 
 
     Args:
       scan: the model and the data, without importance.
-      method: the importance.
+      method: kind of the importance.
       progress: function that is called with the report of each layer.
 
     Returns:

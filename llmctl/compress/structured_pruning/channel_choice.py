@@ -55,7 +55,7 @@ def prune_channels(
       params: parameters of the model. With repair, the parameters of the layers are donated.
       batches: calibration batches.
       keep: number of channels to keep.
-      method: importance and repair.
+      method: kind of the importance, and whether to repair.
       progress: function that is called with the report of each finished layer, in both passes.
       dtype: dtype of the computation.
       saved: folder in which repaired layers are saved.
@@ -243,7 +243,7 @@ def _ratio(
 ) -> float:
     """Return the root mean square of a norm's kept channels, before scale and bias of the norm are applied.
 
-    `measured` has the statistics of y * `after`, for the outputs y of the norm.
+    `measured` has the statistics of the norm's outputs, multiplied by `after`.
     """
     gram: Any = measured.parts[GRAM]
     sums: Any = measured.parts[TOTALS].sums

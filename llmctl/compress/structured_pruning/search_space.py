@@ -26,7 +26,7 @@ QUERIES = "queries"
 """Name of a further size: the number of query heads per key/value head."""
 
 Size = Callable[[ModelConfig], float]
-"""Function that computes the parameters, bytes or FLOPs per token of a model."""
+"""Function that computes the size of a model from its config: parameters, bytes, or FLOPs per token."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Space:
           check: function that raises a RequestError if the model cannot be pruned to a config.
           each: whether to check every value. Otherwise, only the smallest value of each size is checked. If this value
               is not allowed, the size is not reduced.
-          tries: number of steps to try between the numbers of neurons: `multiple`, 2 * `multiple`, and so on.
+          tries: number of steps to try for the number of neurons. The steps are `multiple`, 2 * `multiple`, and so on.
 
         Raises:
           RequestError: If no number of neurons is allowed.
@@ -141,8 +141,9 @@ class Space:
     def uniform(self, wanted: float, size: Size) -> ModelConfig:
         """Return the config that meets the budget by keeping about the same fraction of every size.
 
-        For each percentage, the layers, heads and hidden width are reduced to this percentage. The neurons fill the
-        rest of the budget. The result is the config whose kept fraction of neurons is nearest to the percentage.
+        For each percentage, the layers, heads and hidden width are reduced to this percentage. The number of neurons is
+        then the largest that the budget allows. The result is the config whose kept fraction of neurons is nearest to
+        the percentage.
         """
         best, distance = self.smallest(), np.inf
         for percent in range(1, 101):
@@ -160,7 +161,7 @@ class Space:
 
 
 def count(cfg: ModelConfig, name: str) -> int:
-    """Return the number of layers, key/value heads, neurons, channels, or query heads per key/value head."""
+    """Return the size `name` of a config, such as the number of layers or of query heads per key/value head."""
     return cfg.heads // cfg.kv_heads if name == QUERIES else getattr(cfg, PARTS[name])
 
 
@@ -183,7 +184,7 @@ def with_sizes(
 
 
 def hidden_sizes(cfg: ModelConfig, multiple: int) -> list[int]:
-    """Return the hidden widths that a search considers, descending from the model's width to a quarter of it.
+    """Return the hidden widths that a search considers, descending from the model's width to a quarter of this width.
 
     The step is a sixteenth of the width. Reduced widths are multiples of `multiple`.
     """

@@ -1,4 +1,5 @@
-"""Define the settings of structured pruning: the parts to remove, the amounts, and the importance that selects them.
+"""Define the settings of structured pruning: the parts to remove, the amounts, and the importance that selects the
+parts.
 
 The module does not import JAX.
 """

@@ -91,10 +91,10 @@ def _with_rows(cfg: ModelConfig, rows: int) -> ModelConfig:
 
 
 def check_sizes(cfg: ModelConfig, params: Params, model: ModelConfig, mesh: Mesh) -> None:
-    """Check that the model can be pruned to the sizes of `model`, and that the mesh can shard them.
+    """Check that the model can be pruned to the sizes of `model`, and that the mesh can shard the pruned model.
 
     Raises:
-      RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard them.
+      RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard the pruned model.
     """
     functional.shardings(model, functional.abstract(model), mesh)  # raises if the mesh cannot split the sizes
     shrink.check_cuttable(cfg, params, model)

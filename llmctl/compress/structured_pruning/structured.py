@@ -59,9 +59,9 @@ def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
 def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[bool]) -> list[int]:
     """Return the indices of the `keep` layers with the highest total block influence, ascending.
 
-    `kinds_L` tells whether each layer has local (true) or global attention. The config fixes the kind at each index, so
-    the i-th kept layer must have the kind `kinds_L[i]`. If all layers have one kind, the layers with the highest
-    influence are kept. The selection is exact, by dynamic programming.
+    `kinds_L` is true for layers with local attention, and false for layers with global attention. The config fixes the
+    kind at each index, so the i-th kept layer must have the kind `kinds_L[i]`. If all layers have one kind, the layers
+    with the highest influence are kept. The selection is exact, by dynamic programming.
     """
     layers = len(influence_L)
     total = np.full((layers + 1, keep + 1), -np.inf)
@@ -97,8 +97,7 @@ def prune_layers(
     ShortGPT (arXiv:2403.03853) introduced this method.
 
     Returns:
-      The config, the parameters, the indices of the kept layers of the encoder and of the decoder, and the influence
-      of all layers.
+      The config, the parameters, the indices of the kept layers by stack, and the influence of all layers by stack.
     """
     _, influence = measure(
         "layers", measurements, cfg, params, batches, nothing, lambda _: {}, progress=progress, dtype=dtype

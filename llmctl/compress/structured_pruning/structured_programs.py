@@ -42,8 +42,7 @@ def structured_pruning(
 ) -> list[Program]:
     """Return the programs that remove layers, channels, heads and neurons, so that the model has the config `target`.
 
-    Programs are omitted for sizes that do not change. `known` tells whether a search measured the
-    importance.
+    Programs are omitted for sizes that do not change. `known` is true if a search measured the importance.
     """
     found: list[Program] = []
     gradients = method.gradients and not known

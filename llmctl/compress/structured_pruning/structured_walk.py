@@ -147,8 +147,8 @@ def choose_sizes(
       mesh: the devices.
       rows: number of tokens in the vocabulary after pruning.
       saved: folder of finished layers and of measurements.
-      log: log of the layers and losses that were measured. `log.total` becomes the number of steps of the search and of
-          the pruning together.
+      log: log of the layers and losses that were measured. `log.total` is set to the number of steps of the search and
+          of the pruning together.
       show: function that prints the table of candidates.
 
     Returns:
@@ -202,7 +202,7 @@ def _most_steps(space: Space, method: StructuredMethod) -> int:
 
 
 def pruning_steps(model: ModelConfig, target: ModelConfig, method: StructuredMethod, *, known: bool = False) -> int:
-    """Return how many layers `prune_structure` logs. `known` tells whether a search measured the importance."""
+    """Return how many layers `prune_structure` logs. `known` is true if a search measured the importance."""
     before, after = (cfg.layers + cfg.encoder_layers for cfg in (model, target))
     steps = before if structured.fewer_layers(model, target) and not known else 0
     if model.d_model != target.d_model:

@@ -48,7 +48,7 @@ def marks(labels: Sequence[str]) -> np.ndarray | None:
     """Convert entity tags to numbers.
 
     Returns:
-        int32 [C, 2], one row per label: the index of its letter in "OBIES", and the number of its entity type. None if
+        int32 [C, 2], one row per label: the index of the letter in "OBIES", and the number of the entity type. None if
         the labels are not entity tags.
     """
     if not is_scheme(labels):

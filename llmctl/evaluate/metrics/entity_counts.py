@@ -38,7 +38,9 @@ def sums(
     real_BW = jnp.take_along_axis(word_BT, order_BW, axis=1)
 
     def found(label_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return arrays [B, W]: whether an entity begins at the word, its type, and the word after its end."""
+        """Return arrays [B, W]: whether an entity begins at the word, the entity's type, and the word after the
+        entity's end.
+        """
         label_BW = jnp.take_along_axis(label_BT, order_BW, axis=1)
         letter_BW, kind_BW = (jnp.where(real_BW, jnp.asarray(mark_C2[:, k])[label_BW], 0) for k in (0, 1))
         before_BW, kind_before_BW = (jnp.pad(a, ((0, 0), (1, 0)))[:, :-1] for a in (letter_BW, kind_BW))

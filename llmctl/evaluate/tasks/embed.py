@@ -174,7 +174,7 @@ def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
     are used, so that each text is compared with the complete batch (arXiv:1807.03748, arXiv:1705.00652).
 
     Args:
-        z_ND: Unit vectors [2B, D] of the first and the second text of each row in turn.
+        z_ND: Unit vectors [2B, D] of the first and the second text of each row, alternately.
         batch: The batch.
     """
     # not z_ND[::2]: XLA's partitioner compiles the gradient of such a slice wrongly

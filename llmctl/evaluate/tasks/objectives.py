@@ -1,4 +1,4 @@
-"""Define pretraining objectives as tasks, so that language models are measured on what they were trained for.
+"""Define pretraining objectives as tasks, so that language models are measured on their training objective.
 
 Each row depends only on the held-out text and a fixed seed. All artifacts with the same tokenizer and sequence length
 therefore get the same rows. Each score is reported together with the score of a baseline without context.

@@ -51,7 +51,7 @@ OF_LM = ("causal", "masked", "next_sentence", "spans", "prefix", "completions")
 
 
 def finetuned() -> list[str]:
-    """Return the names of the tasks that finetuning accepts: all except those in `OF_LM`."""
+    """Return the names of the tasks that finetuning accepts: all tasks except the tasks in `OF_LM`."""
     return [name for name in TASKS if name not in OF_LM]
 
 

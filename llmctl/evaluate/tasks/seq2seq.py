@@ -48,7 +48,7 @@ class SequenceToSequence(Completions):
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
         """Return a function (parameters, check_stop) -> metrics of generated answers, for validation during training.
 
-        The function answers at most `generation.examples` validation prompts. Before each batch, it calls
+        The function answers at most `generation.examples` validation prompts. Before each batch, the function calls
         `check_stop()`, so that training can stop.
 
         Raises:

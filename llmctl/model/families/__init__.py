@@ -1,4 +1,4 @@
-"""Define model families: their settings for the Transformer, and the tensor names of their Hugging Face checkpoints.
+"""Define model families: settings of the Transformer, and tensor names of Hugging Face checkpoints.
 
 Each module of this folder defines the family with the module's name, by three variables:
 

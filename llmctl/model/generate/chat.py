@@ -77,7 +77,7 @@ class Conversation:
             max_new: Maximum number of new tokens.
             sampling: Sampling rules; greedy if None.
             seed: Seed of the sampling.
-            stops: Strings that end the answer and are not part of it.
+            stops: Strings that end the answer and are not part of the answer.
 
         Yields:
             The next piece of text.

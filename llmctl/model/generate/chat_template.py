@@ -167,9 +167,9 @@ class Template:
         """Return the token ids of a complete conversation, and whether the assistant writes each token.
 
         The assistant writes all tokens that contain a character of an answer, and the token that ends the answer. The
-        header before the answer and white space after the end token are not included. Messages with the entry
-        "weight": 0 are not included either. If the template marks answers without their end tokens, the special token
-        right after an answer counts as its end token. The template gets the date `DAY`.
+        header before the answer and white space after the end token are not included. Messages with the entry "weight":
+        0 are also not included. If the template marks answers without their end tokens, the special token right after
+        an answer counts as its end token. The template gets the date `DAY`.
 
         Raises:
             RequestError: If the template fails or rejects the messages. If the answers cannot be found in the text. If

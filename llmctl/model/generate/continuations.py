@@ -45,7 +45,7 @@ class Continuation:
     end."""
 
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
-        """Append new tokens, and return the text that they add to `self.text`.
+        """Append new tokens, and return the text that is added to `self.text`.
 
         NOTHING, which generation returns after the end of a row, is not appended.
         """

@@ -215,8 +215,8 @@ class Decoder:
 
         Args:
             served: Parameters, converted for decoding (`served.served`).
-            batch: Arrays of the batch. They include `slot`, the first cache slot to write, and `cached_segments`
-                [B, S], which is 0 for cache slots of padding.
+            batch: Arrays of the batch. `slot` is the first cache slot to write. `cached_segments` [B, S] is 0 for cache
+                slots of padding.
             cache: Key-value cache of each layer.
             last: Index of the token whose hidden state is returned.
 
@@ -235,7 +235,8 @@ class Decoder:
     def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
-        """Select the next token of each row from the hidden state of its last token, and return the new decoding state.
+        """Select the next token of each row from the hidden state of the row's last token, and return the new decoding
+        state.
 
         Rows that have ended get the token id NOTHING.
         """

@@ -32,7 +32,7 @@ class Shared:
         self._made: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
 
     def get(self, purpose: str, arrays: Iterable[Any], make: Callable[[], Any]) -> Any:
-        """Return the result that is stored for this purpose and these arrays, or call `make` and store its result.
+        """Return the stored result for a purpose and arrays. If there is none, call `make` and store the result.
 
         Arrays are compared by identity.
         """

@@ -152,7 +152,7 @@ def merge_adapters(params: Params) -> Params:
 
 
 def merge_bias_adapters(params: Params) -> Params:
-    """Merge those adapters that also scale the bias of their layer, and return the parameter tree.
+    """Merge the adapters that also scale the bias of a layer, and return the parameter tree.
 
     Each stored bias is then multiplied by the adapter's factor. Other adapters are not changed.
     """

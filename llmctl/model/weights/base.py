@@ -2,8 +2,8 @@
 
 Examples are a quantized matrix, which consists of integers and scales, and a matrix with a LoRA adapter.
 
-A node is a frozen dataclass that derives from `Node`. The arrays of a node are called its parts, and its other fields
-are called its settings:
+A node is a frozen dataclass that derives from `Node`. The arrays of a node are called parts, and the other fields are
+called settings:
 
     >>> @node_type
     ... class Ternary(Node):
@@ -149,8 +149,7 @@ class Node(abc.ABC):
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
         """Return the bias of the dense layer that has this matrix, in `dtype`.
 
-        If the weight has an adapter that scales the bias, the result is the scaled stored bias `b`; otherwise `b`
-        itself.
+        `b` is the stored bias. If an adapter of the weight scales the bias, the result is the scaled bias.
         """
         return b.astype(dtype)
 

@@ -32,7 +32,7 @@ LEVELS = np.array(
 BOUNDS = (LEVELS[1:] + LEVELS[:-1]) / 2
 """Midpoints between neighboring levels, float32 [15]. A value equal to a midpoint gets the lower code."""
 OFFSET = 8
-"""Difference between a code (0 to 15) and the int4 that stores it (-8 to 7)."""
+"""Difference between a code (0 to 15) and the int4 that stores the code (-8 to 7)."""
 ZERO = 7 - OFFSET
 """Int4 number that stores the value 0."""
 

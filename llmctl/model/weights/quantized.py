@@ -24,7 +24,7 @@ ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 class Quantized(Node):
     """Store a weight as integers or 8-bit floats, with scales.
 
-    An element of the weight is (number - zero point) * scale, or number * scale if there are no zero points.
+    An element of the weight is (number - zero point) * scale. Without zero points, an element is number * scale.
 
     If `activations` is "int8" or "fp8_e4m3", the inputs are also quantized before each product, with one scale per
     token (W8A8). "fp8_e4m3" stands for 8-bit floats.
