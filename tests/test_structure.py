@@ -32,6 +32,7 @@ JAX_FREE = (
     *("cli", "pipeline", "__main__", "artifacts.workspace", "artifacts.atomic", "artifacts.artifact"),
     *("config", "distributed.backend", "distributed.processes", "model.config", "model.families"),
     *("data.config", "data.source", "data.sources", "train.run_log", "train.adapters"),
+    *("train.distill_settings", "train.finetune_settings"),
     *(f"train.robust.{name}" for name in ("settings", "registry", "adversary", "fgm", "pgd", "freelb", "smart")),
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry"),
     *(

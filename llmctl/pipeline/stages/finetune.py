@@ -5,7 +5,6 @@ The stage trains all parameters, only the last layers, or adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.config.errors import RequestError
 from llmctl.config.registry import Choices
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.evaluate.tasks.registry import TASKS, finetuned
 from llmctl.evaluate.tasks.settings import ChatConfig, GenerationConfig, PreferenceConfig
 from llmctl.pipeline.stage import StageConfig, required
-from llmctl.train import sparsify_settings
-from llmctl.train.adapters.registry import METHODS, stray
+from llmctl.train import finetune_settings
+from llmctl.train.adapters.registry import METHODS
 from llmctl.train.adapters.settings import (
     AdaLoraConfig,
     HoulsbyConfig,
@@ -44,11 +42,6 @@ if TYPE_CHECKING:
     from llmctl.data.tokenizers.loading import Tokenizer
     from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
-    from llmctl.train.learner import Learner
-
-
-WRITTEN = ("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "exact_match")
-"""Names of the metrics that compare generated answers with the completions of validation examples."""
 
 
 class Config(StageConfig):
@@ -141,69 +134,8 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:
-        if error := stray(self.method, self.model_fields_set):
-            raise ValueError(error)
-        if self.store == "adapter" and METHODS[self.method].changes_base:
-            raise ValueError(f"store: method {self.method!r} trains the base itself, so there is no adapter to store")
-        if self.store == "adapter" and "merge" in self.model_fields_set and self.merge:
-            raise ValueError("store = 'adapter' and merge = true exclude each other: leave one of them out")
-        for section, task in (("chat", "chat"), ("generation", "seq2seq"), ("preference", "preference")):
-            if section in self.model_fields_set and self.task != task:
-                raise ValueError(f"{section}: not for task {self.task!r}, say task = {task!r}")
-        if self.task == "seq2seq" and not self.generation.examples and self.train.best_by in WRITTEN:
-            raise ValueError(
-                f"train.best_by: {self.train.best_by} needs generated answers, and generation.examples is 0"
-            )
-        if self.seed + self.seeds > 2**63:
-            raise ValueError(f"seeds: the last of {self.seeds} seeds from {self.seed} on is above 2 ** 63 - 1")
-        if self.freeze_layers and self.trained.last_layers:
-            raise ValueError("freeze_layers and trained.last_layers exclude each other: leave one of them out")
-        if self.optim.spike and self.trained.unfreeze_every:
-            raise ValueError(
-                "optim.spike: not with trained.unfreeze_every, because each unfrozen layer raises the gradient norm "
-                "and its steps would be skipped; leave one of them out"
-            )
-        sparsify_settings.check(self)
-        self._check_sparsify()
-        self._check_fake_quantize()
+        finetune_settings.check(self)
         return self
-
-    def _check_fake_quantize(self) -> None:
-        """Raise a ValueError if a matrix to round is not trained, or is not read by the loss."""
-        if not self.fake_quantize.active:
-            return
-        if not METHODS[self.method].changes_base:
-            raise ValueError(
-                f"fake_quantize: not for method {self.method!r}, which freezes the matrices; use method = 'full', or "
-                "the stage quantize"
-            )
-        if self.calibrate:
-            raise ValueError("calibrate: not with fake_quantize, because quantizing the result changes probabilities")
-        if self.regularize.mixout:
-            raise ValueError(
-                "regularize.mixout: not with fake_quantize, because it mixes in the parent's weights, which are not "
-                "rounded"
-            )
-
-    def _check_sparsify(self) -> None:
-        """Raise a ValueError if weights to prune are not trained, or are not read by the loss."""
-        if not self.sparsify.active:
-            return
-        if not METHODS[self.method].changes_base:
-            raise ValueError(
-                f"sparsify: not for method {self.method!r}, which freezes the matrices; use method = 'full', or the "
-                "stage prune"
-            )
-        frozen = {
-            "freeze_layers": self.freeze_layers,
-            **{f"trained.{k}": getattr(self.trained, k) for k in ("patterns", "last_layers", "unfreeze_every")},
-        }
-        if given := [name for name, value in frozen.items() if value]:
-            raise ValueError(f"{given[0]}: not with sparsify, which needs all matrices to be trained in every step")
-        if self.regularize.mixout:
-            raise ValueError(
-                "regularize.mixout: not with sparsify, because it mixes in the parent's weights, which are not zero"
-            )
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -242,7 +174,7 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
     from llmctl.model import weights
     from llmctl.model.generate.continuations import end_ids
     from llmctl.pipeline import console
-    from llmctl.train import learner, task_head
+    from llmctl.train import finetuning, learner, task_head
     from llmctl.train.robust.regularize import class_counts
     from llmctl.train.robust.robust_job import check_classes
 
@@ -261,7 +193,7 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
     check_classes(config.regularize, task)
     task.check_training(text.splits["train"])
     counts = class_counts(text.splits["train"]) if config.regularize.class_weights == "balanced" else []
-    learns = make_learner(config, base, labels, devices, counts)
+    learns = finetuning.make_learner(config, base, labels, devices, counts)
     for line in task_head.notices(config, base, labels, learns.model):
         console.say(f"{config.title}: {line}")
 
@@ -307,7 +239,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import synthetic
     from llmctl.model import functional, weights
-    from llmctl.train import programs
+    from llmctl.train import finetuning, programs
 
     base = required(config, base)
     seq_len = config.train.seq_len
@@ -315,7 +247,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     names = base.manifest.labels if set(weighed) <= set(base.manifest.labels) else [*weighed, "other"]
     text = synthetic.SyntheticText(config.data, TASKS[config.task].columns, seq_len, names)
     labels = _labels(config, text)
-    learns = programs.abstractly(mesh, lambda b: make_learner(config, b or base, labels, mesh), base)
+    learns = programs.abstractly(mesh, lambda b: finetuning.make_learner(config, b or base, labels, mesh), base)
     rows = _rows(config, learns.model, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     merges = METHODS[config.method].merges(config)
     params = abstract_artifact.masters(learns.params, learns.job_fields["trains"])
@@ -362,60 +294,3 @@ def _labels(config: Config, text: Text) -> list[str]:
 def _generation(config: Config) -> dict[str, Any]:
     """Return the settings for generation in validation; empty if the task generates no answers."""
     return config.generation.model_dump() if TASKS[config.task].generates else {}
-
-
-def make_learner(config: Config, base: Artifact, labels: list[str], mesh: Mesh, counts: Sequence[int] = ()) -> Learner:
-    """Return the initial parameters and options of the training, as a Learner.
-
-    The parameters are the parent's, with a new task head and the adapters of the finetuning method.
-
-    Args:
-      config: settings of the stage.
-      base: the parent.
-      labels: names of the classes.
-      mesh: the devices.
-      counts: number of training examples of each class; empty if the examples are not counted.
-
-    Raises:
-      RequestError: If the settings do not fit the parent or the mesh.
-    """
-    import jax
-
-    from llmctl.evaluate.tasks.losses import Options
-    from llmctl.model import weights
-    from llmctl.train import fake_quantize, learner, loop, sparsify, task_head
-    from llmctl.train.adapters import selection
-    from llmctl.train.robust import robust_job
-
-    task, method = TASKS[config.task], METHODS[config.method]
-    if weights.adapted(base.params):
-        raise RequestError(f"{base.path}: has unmerged low-rank pairs; finetune its parent with merge = true first")
-    method.check(config, base)
-    settings = getattr(config, task.section) if task.section else None
-    options = Options(label_smoothing=config.train.label_smoothing, settings=settings)
-    task.check_method(method.adapts, options)
-    loop.check(base.model, config.train, mesh)
-    model, params = task_head.with_head(config, base, labels, mesh)
-    model = method.network(config, model)
-    sparsify.check(config.sparsify, params, base)
-    fake_quantize.check(config.fake_quantize, params)
-    params = method.attach(config, model, params, jax.random.fold_in(jax.random.key(config.seed), 1), mesh)
-    if config.calibrate and not (task.calibrates and all(map(weights.is_plain, params["head"]["out"].values()))):
-        raise RequestError("calibrate: needs task = 'classify' and a head of plain arrays; leave it out")
-    fields = {
-        **selection.job_fields(config, method, model, params),
-        "holds_zeros": base.zeros.__contains__,
-        **learner.selection_fields(task, labels),
-    }
-    if task.reads_adapters(settings):
-        beside = {n for n in weights.arrays(params) if fields["trains"](n)} - weights.adapter_names(params)
-        if beside:
-            raise RequestError(
-                f"{task.section}: compares with the model without adapters, so nothing else may be trained, here "
-                f"{min(beside)}; use method = 'lora', 'dora', 'adalora' or 'ia3', without lora.modules_to_save"
-            )
-    made = learner.Learner(
-        model, params, task, config.dropout, temperature=config.temperature, settings=settings, labels=labels,
-        job_fields=fields, step_fields=partial(selection.during, config, method, model),
-    )  # fmt: skip
-    return robust_job.attached(config, made, counts)
