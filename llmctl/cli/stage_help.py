@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
 
 FILES = "Artifacts and recipe"
-"""Heading of the flags for inputs, outputs and printing. Every stage's command has these flags. They are not fields of
-the config.
+"""Heading of the flags for inputs, outputs and printing. Every stage's command has these flags. These flags are not
+fields of the config.
 """
 WHERE = "Where it runs"
 """Heading of the flags for devices and processes. `MeshConfig` has the same heading."""

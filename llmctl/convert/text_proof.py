@@ -42,7 +42,7 @@ TEXTS = (
 LENGTH = 24
 """Maximum number of tokens per row."""
 COPY = 1.5
-"""Memory that transformers needs to load a model, as a multiple of the size of its float32 weights."""
+"""Memory that transformers needs to load a model, as a multiple of the size of the model's float32 weights."""
 
 OUR_READER = "llmctl reads the written weights"
 

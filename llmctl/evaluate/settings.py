@@ -24,11 +24,12 @@ class MeasureConfig(Config):
     examples: int = Field(default=0, ge=0)
     """Maximum number of examples, sampled by their hash; 0 uses all."""
     seq_len: int = Field(default=0, ge=0)
-    """Tokens per text for tasks with a head, or context length for perplexity; 0 uses the value of training."""
+    """Number of tokens per text for tasks with a head, or context length for perplexity; 0 uses the value of
+    training."""
     truncate: Literal["", "tail", "head_tail"] = ""
     """Truncation of long texts for tasks with a head; empty uses the value of training."""
     stride: int = Field(default=0, ge=0)
-    """New tokens per window for perplexity; 0 uses the context, so that windows do not overlap."""
+    """Number of new tokens per window for perplexity; 0 uses the context, so that windows do not overlap."""
     batch_size: int = Field(default=32, ge=1)
     """Number of sequences per batch, also for the throughput measurement."""
     dtype: Dtype = "float32"

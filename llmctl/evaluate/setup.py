@@ -178,7 +178,9 @@ def answers(
 
 
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
-    """Return a batch with the first `setup.batch_size` rows, for timing. If there are fewer rows, they are repeated."""
+    """Return a batch with the first `setup.batch_size` rows, for timing. If there are fewer rows, the rows are
+    repeated.
+    """
     batch = rows.batch(np.arange(setup.batch_size) % len(rows))
     return {k: a for k, a in batch.items() if not reads or k in reads}
 

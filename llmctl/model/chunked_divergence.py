@@ -38,7 +38,7 @@ def symmetric_divergence(
 ) -> jax.Array:
     """Compute the symmetric divergence (KL(p || q) + KL(q || p)) / 2 of two output distributions p and q, in nats.
 
-    The result is the weighted sum over tokens. It is differentiable with respect to `x_BTD` and `other_BTD`.
+    The result is the weighted sum over tokens. This sum is differentiable with respect to `x_BTD` and `other_BTD`.
 
     Args:
         project: Output projection.

@@ -81,7 +81,8 @@ def run(layer: Layer, params: Tree, own: tuple[Tree, ...], x_BTD: jax.Array, sha
     """Run the stack of layers as a pipeline on the current mesh.
 
     `shard_map` makes the mesh axes `pipeline` and `data` manual; XLA shards over the other axes. Gradients of a stage's
-    parameters therefore accumulate locally. They are summed over the replicas once, after the last iteration.
+    parameters therefore accumulate locally. These gradients are summed over the replicas once, after the last
+    iteration.
 
     Args:
         layer: Function that applies one layer (see `Layer`).

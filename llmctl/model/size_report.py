@@ -1,4 +1,4 @@
-"""Compute the sizes of a model from its config. `llmctl show --config` prints them as one JSON object."""
+"""Compute the sizes of a model from its config. `llmctl show --config` prints the sizes as one JSON object."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Run calibration data through a model, layer by layer, to measure and change each layer (calibration walk).
 
-The walk first computes the embeddings of all batches. It then visits the layers in order, in three steps per layer:
+The walk first computes the embeddings of all batches. The walk then visits the layers in order, in three steps per
+layer:
 
 1. The batches pass through the unchanged layer. Statistics of the inputs of every matrix are collected.
 2. The compression method, if there is one, changes the layer.

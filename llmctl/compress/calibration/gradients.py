@@ -32,8 +32,7 @@ SUMS = {"sum": lambda g: g, "absolute": jnp.abs, "square": jnp.square}
 """Functions of g, the gradient of one batch's total loss. Each function's values are summed over the batches."""
 
 Gradients = dict[str, dict[str, jax.Array]]
-"""Sums over batches of g, |g| or g^2, as float32 arrays of the matrix's shape. The first key is the path of the matrix,
-and the second key is a name in `SUMS`."""
+"""Sums over batches of g, |g| or g^2: path of a matrix -> name in `SUMS` -> float32 array of the matrix's shape."""
 
 
 def accumulate(

@@ -22,7 +22,8 @@ SparseGPT.
 class CalibrationConfig(Config):
     """Set the calibration data of a compression command.
 
-    The config of each compression command inherits these fields. A recipe writes them in the command's `[[stage]]`.
+    The config of each compression command inherits these fields. A recipe sets these fields in the command's
+    `[[stage]]`.
 
     >>> CalibrationConfig(examples=128, seq_len=512).batch_size
     16

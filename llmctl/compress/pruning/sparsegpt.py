@@ -1,4 +1,4 @@
-"""Prune a matrix by SparseGPT: choose zeros by the Hessian, and let the kept weights compensate for them.
+"""Prune a matrix by SparseGPT: choose zeros by the Hessian, and let the kept weights compensate for the zeros.
 
 SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774) processes the inputs in blocks
 (`llmctl.compress.error_feedback`). Within a block, the weights with the lowest w^2 / [H^-1]_jj are pruned. Each pruned

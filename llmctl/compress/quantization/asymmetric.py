@@ -1,7 +1,7 @@
 """Define integers with a scale and a zero point per group, for weights that are not symmetric around 0.
 
 A weight is (integer - zero point) * scale. The levels cover the range from the lowest to the highest weight of a group.
-They always include 0, so zeros of a pruned matrix stay zeros.
+The levels always include 0, so zeros of a pruned matrix stay zeros.
 
 Shapes: I inputs, O outputs, G groups of inputs.
 """

@@ -64,7 +64,8 @@ def folds(cfg: ModelConfig, stack: str) -> list[Fold]:
 
 
 def fold(cfg: ModelConfig, layer: Layer, at: Fold, scale_I: jax.Array) -> Layer:
-    """Divide the outputs of `at.producer` by scales, multiply the rows of `at.readers` by them, and return the layer.
+    """Divide the outputs of `at.producer` by scales, multiply the rows of `at.readers` by the same scales, and return
+    the layer.
 
     Args:
       cfg: config of the model.

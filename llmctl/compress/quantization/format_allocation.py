@@ -77,7 +77,7 @@ def pareto_front(options: Sequence[Sequence[Option]]) -> list[Mixture]:
 
 
 def best_within(front: Sequence[Mixture], bits: float) -> Mixture | None:
-    """Return the mixture of a Pareto front with the lowest predicted increase that has at most `bits` bits.
+    """Return the mixture with the lowest predicted increase and at most `bits` bits, from a Pareto front.
 
     If all mixtures have more bits, return None.
     """

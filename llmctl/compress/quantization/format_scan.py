@@ -48,7 +48,7 @@ def targets(params: Params, method: Quantization, candidates: Sequence[str]) -> 
 
     Args:
       params: parameters of the model; they may be abstract.
-      method: what is quantized, and the rules.
+      method: the quantization, with its rules.
       candidates: names of the formats to choose from.
 
     Raises:

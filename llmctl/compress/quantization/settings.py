@@ -95,8 +95,8 @@ class QuantizeConfig(CalibrationConfig):
     A search chooses formats with few bits within this limit. The search rounds all matrices to nearest. 0: no
     limit."""
     candidates: list[Annotated[str, AfterValidator(known_scheme), SCHEMES]] = []
-    """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3; int8
-    and int4 if activations are quantized."""
+    """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3. If
+    activations are quantized, int8 and int4."""
     embeddings: bool = False
     """Also quantize the token embeddings, with one scale per token. If embeddings are tied, the output projection is
     quantized too."""

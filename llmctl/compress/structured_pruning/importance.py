@@ -32,7 +32,7 @@ SCORE, GRAM, TOTALS = "score", "gram", "totals"
 
 
 def statistic(method: StructuredMethod, inputs: int, units: int) -> Statistic | None:
-    """Return the empty statistic that calibration collects of a matrix's inputs; None if the method needs no statistic.
+    """Return an empty statistic for a matrix's inputs; None if the method needs no statistic.
 
     Args:
       method: the method.

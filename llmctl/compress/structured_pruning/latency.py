@@ -35,7 +35,7 @@ def measure(models: Mapping[str, Shapes], seq_len: int, dtype: Any = jnp.float32
 
     - "prefill": the time for one text of `seq_len` tokens. If the model generates text, the first new token is
       included. If the model's maximum length is shorter, the text has the maximum length.
-    - "decode": the time per further token. It is omitted if the model does not generate text.
+    - "decode": the time per further token. This entry is omitted if the model does not generate text.
     """
     with meshes.use(meshes.make(MeshConfig(), jax.local_devices()[:1])):
         runs = {name: _runner(cfg, _zeros(params), seq_len, dtype) for name, (cfg, params) in models.items()}

@@ -20,7 +20,7 @@ class StructuredMethod:
     """
 
     importance: ImportanceName = "contribution"
-    """Importance of a head, neuron or channel; the lowest are removed
+    """Importance of a head, neuron or channel; the parts with the lowest importance are removed
     (`llmctl.compress.structured_pruning.importance`)."""
     repair: bool = False
     """Whether matrices whose inputs were removed are recomputed by least squares on the calibration data."""

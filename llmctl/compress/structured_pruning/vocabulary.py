@@ -43,7 +43,8 @@ Params = dict[str, Any]
 Encode = Callable[[Tokenizer, list[Any]], list[list[int]]]
 """Function (tokenizer, texts or conversations) -> token ids of each text or conversation."""
 MESSAGES = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
-"""Conversation to format by the tokenizer's chat template. The tokens of the formatted conversation are never removed.
+"""Example conversation that is formatted by the tokenizer's chat template. The tokens of the formatted conversation are
+never removed.
 """
 
 

@@ -13,9 +13,11 @@ def scores(label_N: np.ndarray, predicted_N: np.ndarray) -> dict[str, float]:
         predicted_N: Predicted values [N].
 
     Returns:
-        rmse: Root mean squared error in the label's unit. mae: Mean absolute error in the label's unit. pearson,
-        spearman: Correlations of true and predicted values; 0 if the true or the predicted values are constant.
-        baseline_rmse: Root mean squared error of the best constant prediction. examples: Number of examples N.
+        rmse: Root mean squared error in the label's unit.
+        mae: Mean absolute error in the label's unit.
+        pearson, spearman: Correlations of true and predicted values; 0 if true or predicted values are constant.
+        baseline_rmse: Root mean squared error of the best constant prediction.
+        examples: Number of examples N.
     """
     y, p = np.asarray(label_N, np.float64), np.asarray(predicted_N, np.float64)
     return {

@@ -1,7 +1,7 @@
 """Predict new rows: build model inputs without labels, and format the outputs.
 
 A *prediction* is the model's output for one row: class probabilities, a number or a vector. An *answer* is a prediction
-as JSON data. If the task allows it, the predictions of several artifacts are averaged.
+as JSON data. If the task allows averaging, the predictions of several artifacts are averaged.
 
 Shapes: B rows, T tokens per row, N new rows, C classes, W words.
 """

@@ -61,7 +61,7 @@ class RowMethods(TaskRecord):
 
     @property
     def reads_labels(self) -> bool:
-        """Return True if the task's rows have labels. Language-modelling tasks have none."""
+        """Return True if the task's rows have labels. Rows of language-modelling tasks have no labels."""
         return not HEAD_KINDS[self.head].vocabulary
 
     def check_data(self, data: DataConfig, labels: Sequence[str]) -> None:

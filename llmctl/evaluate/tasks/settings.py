@@ -50,7 +50,7 @@ class ChatConfig(Config):
     def inputs(self) -> list[str]:
         """Return [path of the template's file], or [] if the setting names no file.
 
-        The stage runs again if the content of one of these files changes.
+        The stage runs again if the content of the file changes.
 
         Raises:
             RequestError: If the file does not exist.

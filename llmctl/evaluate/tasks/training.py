@@ -57,7 +57,7 @@ class TrainingMethods(Losses):
         return 0
 
     def reads_adapters(self, settings: Any) -> bool:
-        """Return True if the loss compares the model with and without its adapters. The adapters can then not be
+        """Return True if the loss compares the model with and without its adapters. If so, the adapters must not be
         merged.
 
         Args:
