@@ -8,7 +8,7 @@ Each format stores these tensors per layer:
 - pack-quantized, for layers whose activations are not quantized: `weight_packed` [out, in * bits / 32] int32,
   `weight_scale` and `weight_shape`. Each int32 contains several values, the first value in the lowest bits. An offset
   makes the values unsigned. If the values are not symmetric around 0, `weight_zero_point` [out * bits / 32, groups]
-  int32 has the zero points, packed along outputs.
+  int32 has the zero points. The zero points are packed along outputs.
 - float-quantized: `weight` [out, in] float8_e4m3fn and `weight_scale` [out, 1].
 - nvfp4-pack-quantized: see `llmctl.convert.nvfp4_tensors`.
 """

@@ -291,7 +291,7 @@ def _from_gguf(model_type: str, config: Mapping[str, Any], name: str, t: Tensor)
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
     """Convert the rows of a query or key projection [H*K, …] from transformers' order to llama.cpp's.
 
-    For rotary positions, transformers pairs row i of a head with row i + K / 2, and llama.cpp pairs adjacent rows.
+    For rotary positions, transformers pairs row i of a head with row i + K / 2. llama.cpp pairs adjacent rows.
     """
     return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 

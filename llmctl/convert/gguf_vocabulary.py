@@ -31,7 +31,7 @@ ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Metadata keys of the end tokens, at which generation stops. These tokens end a text, a turn, or a message to a
 tool."""
 TURNS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
-"""Control tokens that may end a turn. If the metadata names no such token, the first token of this list that is in the
+"""Control tokens that may end a turn. If the metadata names no such token, the first token of this list in the
 vocabulary is used, as in llama.cpp."""
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 

@@ -119,7 +119,7 @@ def _transpose_product(p: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _scores(softcap: float, q: jax.Array, k: Any, mask_BTS: jax.Array, bias_HTS: jax.Array | None) -> Any:
-    """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap (or None without a cap)."""
+    """Compute masked scores [B, G, R, T, S] in float32, and the derivative of the soft cap; None without a cap."""
     B, G, N, _ = q.shape
     T, S = mask_BTS.shape[1:]
     found = k.key_product(q) if isinstance(k, Compressed) else _product(q, k, 3, 3, jnp.float32)

@@ -56,7 +56,7 @@ def widened(cache: Any, slots: int) -> Any:
 def remember(
     module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any, mask_BTS: jax.Array
 ) -> Cached:
-    """Write the keys or values [B, T, G, K] of T new tokens into the cache of a module, from position `slot` on.
+    """Write the keys or values [B, T, G, K] of T new tokens into a module's cache, from position `slot` on.
 
     Args:
         module: Attention module, whose collection "cache" is written.

@@ -306,8 +306,8 @@ def hidden(
         params: Parameters of the model.
         batch: Tokens, positions and segments [B, T]. An encoder-decoder has the same arrays for the encoder. Several
             texts may be packed into one sequence. Each text is a segment, numbered from 1; 0 is padding. An optional
-            `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning), and
-            `encoder_embedding_offset` to the encoder's token embeddings.
+            `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning).
+            `encoder_embedding_offset` is added to the encoder's token embeddings.
         train: Whether dropout is applied.
         rng: Random key; required if `train` is set and the config has dropout.
         dtype: Dtype of the computation.

@@ -62,8 +62,8 @@ class Units:
 
 @dataclass(frozen=True)
 class Residual:
-    """Describe the residual stream of the encoder or the decoder: the modules that write to the stream, and the modules
-    that read the stream.
+    """Describe the residual stream of the encoder or the decoder: the modules that write to the stream or read the
+    stream.
     """
 
     stack: str

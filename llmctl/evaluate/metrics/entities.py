@@ -39,7 +39,7 @@ def is_scheme(tags: Iterable[str]) -> bool:
 
 
 def parsed(tag: str) -> tuple[str, str]:
-    """Return the letter (one of "OBIES") and the entity type of a tag in any scheme; the type of "O" is ""."""
+    """Return the letter (one of "OBIES") and the entity type of a tag in any scheme. The type of "O" is ""."""
     letter, _, kind = tag.partition("-")
     return LETTER.get(letter, letter), "" if tag == "O" else kind or UNTYPED
 

@@ -173,8 +173,7 @@ class Template:
 
         Raises:
             RequestError: If the template fails or rejects the messages. If the answers cannot be found in the text. If
-                a message has the weight 0, and a template with `{% generation %}` blocks does not render one block per
-                answer.
+                a message has the weight 0, and a template with `{% generation %}` does not render one block per answer.
         """
         self._day = DAY
         try:

@@ -1,7 +1,7 @@
 """Store a weight as codes of 2, 3 or 4 bits, packed into bytes, with one scale per block of inputs.
 
-A value is level * scale * factor: the level of its code, the scale of its block, and one factor per matrix.
-The formats:
+A value is level * scale * factor. Each code has a level, each block has a scale, and each matrix has a factor. The
+formats:
 
 - int2, int3: integers from -2 to 1 and from -4 to 3, and scales in the dtype of the matrix. Blocks may have zero
   points, which are subtracted from the integers.
