@@ -212,6 +212,11 @@ class DataConfig(SourceConfig):
         """Return the sources of the mixture, or a list with this single source if there is no mixture."""
         return list(self.mixture) or [self]
 
+    @property
+    def titles(self) -> str:
+        """Return the names of all sources, for error messages."""
+        return ", ".join(part.title for part in self.parts())
+
     def held_out(self) -> dict[Split, SourceConfig]:
         """Return the source of each held-out split that is not a fraction of the main data.
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast, get_args, overload
+from typing import get_args, overload
 
 import numpy as np
 
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
-from llmctl.data import columns, label_values
+from llmctl.data import class_indices, columns, label_values
 from llmctl.data.config import DataConfig, Split
 from llmctl.data.dedup import BLANK, FILTERED, KEPT, RANGE, UNLABELED, Scan, scan
 from llmctl.data.source import Chain, Row, Source
@@ -196,7 +195,7 @@ class Splits:
             how = "too few texts" if split == "train" else f"data.{split} = {getattr(self.config, split)}"
             files = any(part.source == "text" and part.documents == "file" for part in self.config.parts())
             raise RequestError(
-                f"{_named(self.config)}: the {split} split is empty ({how}, {self.rows} rows)"
+                f"{self.config.titles}: the {split} split is empty ({how}, {self.rows} rows)"
                 + '; data.documents = "paragraph" or "line" makes more rows of a file' * files
             )
         return self.examples[split]
@@ -244,29 +243,12 @@ def load(
     filtered, blank, unlabeled = (int((state_R == dropped).sum()) for dropped in (FILTERED, BLANK, UNLABELED))
     if not len(index_N):
         raise RequestError(
-            f"{_named(cfg)}: no text in it ({len(state_R)} rows, {filtered} filtered out, {blank} blank"
+            f"{cfg.titles}: no text in it ({len(state_R)} rows, {filtered} filtered out, {blank} blank"
             f"{f', {unlabeled} without a label' * bool(unlabeled)})"
         )
-    of_rows = [label for f in found for label in f.labels]
-    tags = {tag: where for f in reversed(found) for tag, where in f.tags.items()}
-    if of_rows and tags:
-        raise RequestError(f"{_named(cfg)}: has a label a row and a tag a word; choose one kind with data.columns")
-    if tags and cfg.label_type == "set":
-        raise RequestError(f'{_named(cfg)}: has a tag a word; data.label_type = "set" is for the labels of a row')
-    names = [c for v in views for c in v.classes]
     source = Chain(views)
-    classes, class_of, labels_N = (), {}, None
-    if cfg.label_type == "number" and of_rows:
-        labels_N = np.array(of_rows, np.float32)
-    elif of_rows or tags:
-        sets = cast(list[tuple[str, ...]], of_rows) if cfg.label_type == "set" else []
-        flat = [c for row in sets for c in row] if sets else cast(list[str], of_rows or list(tags))
-        classes, class_of = _classes(cfg, set(flat), names)
-        if not cfg.classes and (odd := label_values.no_class(set(classes) - set(names))):
-            k = next(k for k, c in enumerate(flat) if class_of[c] == odd)
-            row = int(np.repeat(np.arange(len(sets)), list(map(len, sets)))[k]) if sets else k
-            raise label_values.no_class_error(odd, tags[flat[k]] if tags else source.where(int(index_N[row])))
-        labels_N = None if tags else _indices(classes, [class_of[c] for c in flat], list(map(len, sets)))
+    declared = [c for v in views for c in v.classes]
+    classes, class_of, labels_N = class_indices.of_rows(cfg, found, declared, lambda k: source.where(int(index_N[k])))
     ends = np.cumsum([len(v) for v in views])
     everything = Examples(
         source=source,
@@ -299,55 +281,3 @@ def load(
     if cfg.examples_per_class:
         split["train"] = split["train"].few_shot(cfg.examples_per_class, cfg.examples_seed)
     return Splits(cfg, split, len(state_R), filtered, blank, len(index_N) - len(everything), unlabeled)
-
-
-def _classes(cfg: DataConfig, found: set[str], names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the class names, and a dict {label as spelled in the data: class name}.
-
-    Classes have the order of `data.classes`. If `data.classes` is empty, the classes in `names` come first, in the
-    order of `names`. All other classes follow in sorted order.
-
-    Args:
-        cfg: Settings of the data.
-        found: Labels as spelled in the data.
-        names: Class names that the data declares.
-    """
-    class_of = label_values.one_spelling(sorted(found), cfg.classes or names)
-    found = set(class_of.values())
-    if len(cfg.classes or found) > 1000 and cfg.label_type != "set":
-        many = len(cfg.classes or found)
-        raise RequestError(f'{_named(cfg)}: {many} different labels; numbers? (data.label_type = "number")')
-    if cfg.classes:
-        return tuple(cfg.classes), class_of
-    numeric = all(re.fullmatch(r"-?\d+", c) for c in found)
-    place = {c: k for k, c in enumerate(dict.fromkeys(names))}
-    if names and (bare := sorted(c for c in found - place.keys() if re.fullmatch(r"-?\d+", c))):
-        raise RequestError(
-            f"{_named(cfg)}: one source declares class names ({', '.join(place)}), another has the labels "
-            f"{', '.join(bare)}; list the names, or the numbers for all sources, in data.classes"
-        )
-    label_values.check_kinds(_named(cfg), found - place.keys())
-    first = sorted(found & place.keys(), key=place.__getitem__)
-    rest = sorted(found - place.keys(), key=(lambda c: (int(c), c)) if numeric else None)
-    return (*first, *rest), class_of
-
-
-def _indices(classes: tuple[str, ...], labels: list[str], sizes: list[int]) -> np.ndarray:
-    """Return the class index of each label, int32 [N]. For sets of labels, return zeros and ones, uint8 [N, C].
-
-    Args:
-        classes: Class names.
-        labels: Class name of each row; for sets, the names of all rows concatenated.
-        sizes: Number of labels per row; empty if rows have one label each.
-    """
-    number = {c: k for k, c in enumerate(classes)}
-    found = np.array([number[c] for c in labels], np.int32)
-    if not sizes:
-        return found
-    hot_NC = np.zeros((len(sizes), len(classes)), np.uint8)
-    hot_NC[np.repeat(np.arange(len(sizes)), sizes), found] = 1
-    return hot_NC
-
-
-def _named(cfg: DataConfig) -> str:
-    return ", ".join(p.title for p in cfg.parts())
