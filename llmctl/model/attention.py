@@ -53,6 +53,7 @@ class Shared(NamedTuple):
     rotary: tuple[jax.Array, jax.Array] | None = None
     local_rotary: tuple[jax.Array, jax.Array] | None = None
     bias_HTS: jax.Array | None = None
+    """Additive bias of the attention scores, [H, T, S], or [B, H, T, S] if rows have different cache positions."""
     bias_HTP: jax.Array | None = None
     """Additive bias of the attention scores for the P keys of a trained prefix (prefix tuning); None without one."""
     memory_BSD: jax.Array | None = None
@@ -61,7 +62,8 @@ class Shared(NamedTuple):
     bias_table_UH: jax.Array | None = None
     """Table of the relative position bias [U, H]; only for ring attention, which computes the bias block by block."""
     slot: jax.Array | int | None = None
-    """Position in the key-value cache at which the first token is written; None without a cache."""
+    """Position in the key-value cache at which the first token is written, a scalar or one per row [B]. None without a
+    cache."""
     causal_BT: jax.Array | None = None
     """Segment number of each token, which fused kernels need; None if attention is not causal, or if there is a
     cache."""
@@ -80,18 +82,22 @@ def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
 
 
 def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.Array | None) -> jax.Array:
-    """Return the position of each key minus the position of each query, int [T, S].
+    """Return the position of each key minus the position of each query, int [T, S], or [B, T, S] for slots [B].
 
     Args:
         mask_BTS: Attention mask; only the shape is used.
-        slot: Position of the first query in the key-value cache; None without a cache.
+        slot: Position of the first query in the key-value cache; a scalar, or one position per row [B]. None without a
+            cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens, otherwise
             None.
     """
     T, S = mask_BTS.shape[1:]
     if order_BT is not None:  # all rows have the same order
         return order_BT[0][None, :] - order_BT[0][:, None]
-    return jnp.arange(S)[None, :] - jnp.arange(T)[:, None] - (0 if slot is None else slot)
+    distance_TS = jnp.arange(S)[None, :] - jnp.arange(T)[:, None]
+    if slot is None:
+        return distance_TS
+    return distance_TS - (jnp.reshape(slot, (-1, 1, 1)) if jnp.ndim(slot) else slot)
 
 
 def share(
@@ -112,7 +118,8 @@ def share(
         positions_BT: Position of each token in its segment.
         causal: Whether tokens attend to earlier tokens only.
         cached_BS: Segment of the token at each position of the key-value cache; None without a cache.
-        slot: Cache position of the first of the T tokens, which are stored one after the other. None without a cache.
+        slot: Cache position of the first of the T tokens, which are stored one after the other; a scalar, or one
+            position per row [B]. None without a cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
     """
     mask = local = None

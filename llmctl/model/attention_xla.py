@@ -129,7 +129,7 @@ def _scores(softcap: float, q: jax.Array, k: Any, mask_BTS: jax.Array, bias_HTS:
         bent = jnp.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - jnp.square(bent)
     if bias_HTS is not None:
-        scores = scores + bias_HTS.reshape(1, G, N // T, T, S)
+        scores = scores + bias_HTS.reshape(-1, G, N // T, T, S)
     return jnp.where(mask_BTS[:, None, None], scores, MASKED), slope
 
 

@@ -62,7 +62,7 @@ def remember(
         module: Attention module, whose collection "cache" is written.
         name: "k" or "v".
         new_BTGK: New keys or values.
-        slot: Cache position at which the first token is written.
+        slot: Cache position at which the first token is written; a scalar, or one position per row [B].
         dtype: Dtype of a new cache.
         mask_BTS: Attention mask. If `slot` is 0, the diagonal of the first T columns marks the tokens that are not
             padding.
@@ -73,13 +73,18 @@ def remember(
     B, T, G, K = new_BTGK.shape
     kept: nn.Variable[Any] = module.variable("cache", f"past_{name}", lambda: jnp.zeros(cache_shape(B, G, T, K), dtype))
     old = kept.value
-    if isinstance(old, Compressed) and old.center is not None and T >= CENTER_TOKENS:
+    if jnp.ndim(slot) and B == 1:
+        slot = jnp.reshape(slot, ())
+    if isinstance(old, Compressed) and old.center is not None and T >= CENTER_TOKENS and not jnp.ndim(slot):
         real_BT = jnp.diagonal(mask_BTS[:, :, :T], axis1=1, axis2=2)
         old = replace(old, center=jnp.where(slot == 0, _center(new_BTGK, real_BT), old.center))
     new = _like(old, _laid_out(new_BTGK))
 
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+    def write_at(old: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.vmap(write_at)(old, new, slot) if jnp.ndim(slot) else write_at(old, new, slot)
 
     if isinstance(old, Compressed) and isinstance(new, Compressed):
         kept.value = replace(new, codes=write(old.codes, new.codes), scale=write(old.scale, new.scale))

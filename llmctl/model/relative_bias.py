@@ -48,14 +48,15 @@ def add(
         table_UH: Bias table.
         cfg: Config of the model.
         causal: Whether tokens attend to earlier tokens only.
-        slot: Position of the first token in the key-value cache; None without a cache.
+        slot: Position of the first token in the key-value cache, a scalar or one position per row [B]. None without a
+            cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
     """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)
 
     def bias(distance_TS: jax.Array) -> jax.Array:
-        return jnp.transpose(table_UH.astype(jnp.float32)[bucket_of(cfg, not causal, distance_TS)], (2, 0, 1))
+        return jnp.moveaxis(table_UH.astype(jnp.float32)[bucket_of(cfg, not causal, distance_TS)], -1, -3)
 
     distance_TS = distances(shared.mask_BTS, slot, order_BT)
     shared = shared._replace(bias_HTS=bias(distance_TS))
@@ -63,7 +64,7 @@ def add(
         return shared
     # The first key of the text is in column 0, and the prefix is before it: prefix tuning of models with relative
     # positions refuses packed rows, and decoders, whose prompts are padded on the left.
-    return shared._replace(bias_HTP=bias(distance_TS[:, :1] + jnp.arange(-cfg.prefix_tokens, 0)))
+    return shared._replace(bias_HTP=bias(distance_TS[..., :1] + jnp.arange(-cfg.prefix_tokens, 0)))
 
 
 def bucket_of(cfg: ModelConfig, bidirectional: bool, distance: jax.Array) -> jax.Array:

@@ -21,8 +21,10 @@ import numpy as np
 
 from llmctl.config.errors import RequestError
 from llmctl.model import functional
-from llmctl.model.generate.decode import Decoder, Served, State
+from llmctl.model.generate.cached_model import State
+from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING, Prompts, padded_ends
+from llmctl.model.generate.served import Served
 from llmctl.model.kv_cache import cache_shape
 
 STOPS = ("no", "yes", "never")

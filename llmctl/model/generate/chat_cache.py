@@ -20,9 +20,11 @@ import numpy as np
 
 from llmctl.model import kv_cache
 from llmctl.model.config import ModelConfig
-from llmctl.model.generate.decode import Decoder, Served, State
+from llmctl.model.generate.cached_model import State
+from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING, ROUND, padded_ends, round_up
 from llmctl.model.generate.sampling import Sampling, row_keys
+from llmctl.model.generate.served import Served
 
 
 class Session:

@@ -82,6 +82,22 @@ def truncate_logits(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
     return logits_BV
 
 
+def adjust_logits(logits_BV: jax.Array, seen_BV: jax.Array | None, rules: Sampling) -> jax.Array:
+    """Apply the repetition penalty and, if tokens are sampled, the temperature and the truncation to logits.
+
+    The softmax of the result is the distribution from which `choose` samples. Without sampling, its maximum is the
+    selected token.
+
+    Args:
+        logits_BV: Logits.
+        seen_BV: Whether each token occurred before; used only with a repetition penalty.
+        rules: Sampling rules.
+    """
+    if rules.repetition_penalty != 1.0 and seen_BV is not None:
+        logits_BV = penalize(logits_BV, seen_BV, rules.repetition_penalty)
+    return truncate_logits(logits_BV / rules.temperature, rules) if rules.temperature else logits_BV
+
+
 def choose(
     logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B: jax.Array, step: jax.Array | int, rules: Sampling
 ) -> jax.Array:
@@ -97,11 +113,9 @@ def choose(
     Returns:
         Token ids int32 [B].
     """
-    if rules.repetition_penalty != 1.0 and seen_BV is not None:
-        logits_BV = penalize(logits_BV, seen_BV, rules.repetition_penalty)
+    logits_BV = adjust_logits(logits_BV, seen_BV, rules)
     if rules.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = truncate_logits(logits_BV / rules.temperature, rules)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
