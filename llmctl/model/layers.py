@@ -112,9 +112,8 @@ class Norm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Apply a feed-forward layer: down(act(up(x))), or down(act(gate(x)) * up(x)) if gated.
-
-    (Shazeer, 2020, arXiv:2002.05202)
+    """Apply a feed-forward layer: down(act(up(x))), or down(act(gate(x)) * up(x)) if gated (Shazeer, 2020,
+    arXiv:2002.05202).
     """
 
     config: ModelConfig

@@ -1,6 +1,5 @@
-"""Run layers as a pipeline: each device has a stage of consecutive layers, and microbatches pass through all stages.
-
-(GPipe; Huang et al., 2018, arXiv:1811.06965)
+"""Run layers as a pipeline: each device has a stage of consecutive layers, and microbatches pass through all stages
+(GPipe; Huang et al., 2018, arXiv:1811.06965).
 
 The pipeline is one compiled program, in which the stages are distributed over the mesh axis `pipeline`. In each
 iteration, every stage runs its layers on a different microbatch and sends the result to the next stage. M microbatches

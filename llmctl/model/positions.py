@@ -49,9 +49,8 @@ def scale_frequencies(frequency: jax.Array, cfg: ModelConfig) -> tuple[jax.Array
 
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-    """Return sine and cosine position encodings, interleaved, float32 [B, T, D].
-
-    (Vaswani et al., 2017, arXiv:1706.03762, section 3.5)
+    """Return sine and cosine position encodings, interleaved, float32 [B, T, D] (Vaswani et al., 2017,
+    arXiv:1706.03762, section 3.5).
     """
     rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions_BT.astype(jnp.float32)[..., None] * rate

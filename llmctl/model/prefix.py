@@ -1,6 +1,5 @@
-"""Define the trained prefix of prefix tuning: additional keys and values, to which all tokens attend.
-
-(Li and Liang, 2021, arXiv:2101.00190)
+"""Define the trained prefix of prefix tuning: additional keys and values, to which all tokens attend (Li and Liang,
+2021, arXiv:2101.00190).
 
 Each decoder layer has P trained keys and values for self-attention. If a model has no decoder, each encoder layer has P
 trained keys and values. Every token attends to all trained keys, even in layers with a sliding window. The trained keys

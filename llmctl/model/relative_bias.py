@@ -1,6 +1,5 @@
-"""Compute T5's relative position bias: one learned number per head and bucket of distances, added to the scores.
-
-(Raffel et al., 2019, arXiv:1910.10683)
+"""Compute T5's relative position bias: one learned number per head and bucket of distances, added to the scores (Raffel
+et al., 2019, arXiv:1910.10683).
 
 Shapes: T queries, S keys, H query heads, U buckets.
 """

@@ -1,6 +1,5 @@
-"""Compute attention over sequences that are sharded over devices. Keys and values are sent around a ring of devices.
-
-(Liu et al., 2023, arXiv:2310.01889)
+"""Compute attention over sequences that are sharded over devices. Keys and values are sent around a ring of devices
+(Liu et al., 2023, arXiv:2310.01889).
 
 Each device has one early and one late chunk of the sequence (the zig-zag order of
 `llmctl.distributed.context_parallel`). Causal attention then takes the same work on every device at every step. Fully

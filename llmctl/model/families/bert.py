@@ -1,6 +1,5 @@
-"""Define BERT: a post-norm encoder with token types, for masked language modelling and next-sentence prediction.
-
-(Devlin et al., 2018, arXiv:1810.04805)
+"""Define BERT: a post-norm encoder with token types, for masked language modelling and next-sentence prediction (Devlin
+et al., 2018, arXiv:1810.04805).
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Define Gemma 2: a decoder with norms around each sublayer, soft caps, and alternating local and global attention.
-
-(Gemma Team, 2024, arXiv:2408.00118)
+"""Define Gemma 2: a decoder with norms around each sublayer, soft caps, and alternating local and global attention
+(Gemma Team, 2024, arXiv:2408.00118).
 """
 
 from __future__ import annotations

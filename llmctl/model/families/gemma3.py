@@ -1,6 +1,5 @@
-"""Define Gemma 3 (text model): Gemma 2 with query and key norms in place of soft caps.
-
-(Gemma Team, 2025, arXiv:2503.19786)
+"""Define Gemma 3 (text model): Gemma 2 with query and key norms in place of soft caps (Gemma Team, 2025,
+arXiv:2503.19786).
 
 Five local layers (sliding-window attention) precede each global layer. Local and global layers have separate rotary
 bases.

@@ -1,6 +1,5 @@
-"""Define Llama: a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
-
-(Touvron et al., 2023, arXiv:2302.13971 and arXiv:2307.09288)
+"""Define Llama: a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU (Touvron et al.,
+2023, arXiv:2302.13971 and arXiv:2307.09288).
 
 SmolLM2 uses the Llama architecture. Mistral, Qwen and Gemma are derived from Llama: their modules define the
 differences.

@@ -1,6 +1,5 @@
-"""Define the original Transformer: a post-norm encoder-decoder with sinusoidal positions.
-
-(Vaswani et al., 2017, arXiv:1706.03762)
+"""Define the original Transformer: a post-norm encoder-decoder with sinusoidal positions (Vaswani et al., 2017,
+arXiv:1706.03762).
 
 Encoder input, decoder input and output projection share one embedding table.
 """

@@ -1,6 +1,5 @@
-"""Define T5: an encoder-decoder with relative position biases and RMSNorm, without other biases.
-
-(Raffel et al., 2019, arXiv:1910.10683)
+"""Define T5: an encoder-decoder with relative position biases and RMSNorm, without other biases (Raffel et al., 2019,
+arXiv:1910.10683).
 
 Version 1.0 has ReLU and a tied output projection, whose input is scaled by d_model ** -0.5. Version 1.1 has gated GELU
 and an untied output projection (Shazeer, 2020, arXiv:2002.05202).

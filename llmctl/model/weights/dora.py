@@ -1,6 +1,5 @@
-"""Define DoRA, which splits a weight into magnitude and direction, and trains a low-rank update of the direction.
-
-(Liu et al., 2024, arXiv:2402.09353)
+"""Define DoRA, which splits a weight into magnitude and direction, and trains a low-rank update of the direction (Liu
+et al., 2024, arXiv:2402.09353).
 
 Shapes: I inputs, O outputs, R rank.
 """

@@ -1,6 +1,5 @@
-"""Store a weight in NF4: 4-bit codes of 16 quantiles of the normal distribution, with one scale per block of inputs.
-
-(QLoRA; Dettmers et al., 2023, arXiv:2305.14314)
+"""Store a weight in NF4: 4-bit codes of 16 quantiles of the normal distribution, with one scale per block of inputs
+(QLoRA; Dettmers et al., 2023, arXiv:2305.14314).
 
 A value is LEVELS[code] * scale. The scale of a block is the largest absolute value in the block. Levels and codes are
 the same as in the library bitsandbytes. The scales stay in float32; the paper's second quantization of the scales is

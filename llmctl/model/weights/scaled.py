@@ -1,6 +1,5 @@
-"""Define (IA)^3, an adapter that multiplies the inputs or the outputs of a frozen weight by trained factors.
-
-(Liu et al., 2022, arXiv:2205.05638)
+"""Define (IA)^3, an adapter that multiplies the inputs or the outputs of a frozen weight by trained factors (Liu et
+al., 2022, arXiv:2205.05638).
 
 Shapes: I inputs, O outputs.
 """
