@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llmctl.config.base import format_toml, hint
 from llmctl.config.errors import RequestError
-from llmctl.data import chats
+from llmctl.data import chats, column_choice
 from llmctl.data.cells import CHATS, CellReader
 from llmctl.data.config import (
     CHAT_COLUMNS,
     COLUMNS,
     LABEL_COLUMNS,
     TEXT_COLUMNS,
-    TOGETHER,
     DataConfig,
     SourceConfig,
-    sentence_pair,
 )
 from llmctl.data.label_values import Labels, Unlabeled, canonical, plain
 from llmctl.data.source import Row, Source, open_source
 from llmctl.data.template_columns import TemplateColumns
-
-NO_CHATS = (
-    'none of its columns holds conversations; name one in data.columns, such as { messages = "dialog" } (lists of '
-    '{"role", "content"} or {"from", "value"})'
-)
 
 
 class View(Source):
@@ -68,30 +61,9 @@ class View(Source):
         self._cfg, self._source = cfg, open_source(cfg)
         self.where = self._source.where
         known = self._source.columns
-        for wanted in [*cfg.columns.values(), *cfg.filter]:
-            if len(self._source) and not self._source.has(wanted):
-                raise RequestError(
-                    f"{cfg.title}: no column {wanted!r}{hint(wanted, list(known)) or _other_source(cfg)} "
-                    f"(columns: {', '.join(known)})"
-                )
-        for ours in cfg.columns:
-            if ours not in COLUMNS:
-                raise RequestError(
-                    f"data.columns: unknown column {ours!r}{hint(ours, list(COLUMNS))} (ours: {', '.join(COLUMNS)})"
-                )
+        given = column_choice.of_source(cfg, self._source, conversations)
         hidden = set(COLUMNS) - CHAT_COLUMNS if conversations else CHAT_COLUMNS | (set() if labels else LABEL_COLUMNS)
         self._absent = set() if cfg.columns else set(COLUMNS) - set(known) - hidden
-        given = cfg.columns or {c: c for c in _default_columns(known)}
-        if not cfg.columns and not {*given} & {*TEXT_COLUMNS, "tokens"}:
-            given |= sentence_pair(known)
-        if conversations:
-            if cfg.template:
-                raise RequestError(
-                    f"{cfg.title}: data.template makes text columns, and a chat template renders conversations; "
-                    "leave data.template out"
-                )
-            given = dict(zip(("messages",), _conversations(self._source), strict=False)) | given
-            given = {"tools": "tools"} | given if "tools" in known else given
         # In the order of COLUMNS, whatever the config's order, because the first text column decides the split.
         self._map = {c: given[c] for c in COLUMNS if c in given and c not in hidden}
         self._texts = [c for c in self._map if c in TEXT_COLUMNS]
@@ -113,7 +85,7 @@ class View(Source):
         made = self._template.columns(self.texts)
         self.columns = (*self._joined, *self._map, *made)
         if len(self._source) and not (self.texts or "messages" in self._map):
-            wrong = NO_CHATS if conversations else _without_text(self._source[0])
+            wrong = column_choice.NO_CHATS if conversations else column_choice.without_text(self._source[0])
             if cfg.template:
                 wrong = "data.template needs a text column whose text decides each row's split; " + wrong
             raise RequestError(f"{cfg.title}: {wrong} (columns: {', '.join(known)})")
@@ -154,7 +126,7 @@ class View(Source):
             if not self._allows(column, raw[column], allowed):
                 return None
         late = self._absent & raw.keys()
-        if late and (late := [c for c in _default_columns({*self._source.columns, *raw}) if c in late]):
+        if late and (late := [c for c in column_choice.default_columns({*self._source.columns, *raw}) if c in late]):
             raise RequestError(
                 f"{self.where(i)}: column {late[0]!r} is in none of the first rows; name the columns to read in "
                 f"data.columns, such as {format_toml({c: c for c in (*self._map, late[0])})}"
@@ -272,28 +244,6 @@ class View(Source):
         return value
 
 
-def _without_text(row: Row) -> str:
-    """Return advice for an error about data without a text column.
-
-    The advice names a column of `row` that may contain the text.
-    """
-    if found := next((column for column, value in row.items() if chats.is_chat(value)), None):
-        return f"column {found!r} holds {CHATS}"
-    if text := next((column for column, value in row.items() if isinstance(value, str)), None):
-        return f'none of its columns is a text column; set data.columns, such as {{text = "{text}"}}'
-    return "none of its columns holds text"
-
-
-def _conversations(source: Source) -> list[str]:
-    """Return a list with the name of the source's column of conversations. If there is no such column, return [].
-
-    The column is recognized by its name, or by its value in the first row.
-    """
-    named = [c for c in chats.NAMES if c in source.columns]
-    held = [c for c, value in source[0].items() if chats.is_chat(value)] if len(source) and not named else []
-    return (named or held)[:1]
-
-
 def views(cfg: DataConfig, labels: bool = True, conversations: bool = False) -> list[View]:
     """Open every source of a data config, and map its columns.
 
@@ -318,13 +268,9 @@ def holds_conversations(cfg: DataConfig) -> bool:
     Raises:
         RequestError: If a source cannot be opened.
     """
-    return all(part.columns.get("messages") or _conversations(open_source(part)) for part in cfg.sources())
-
-
-def _default_columns(known: Collection[str]) -> list[str]:
-    """Return the columns to read from a source with the columns `known`, if `data.columns` is empty."""
-    partial = set().union(*(group for group in TOGETHER if not group <= set(known)))
-    return [c for c in COLUMNS if c in known and c not in partial]
+    return all(
+        part.columns.get("messages") or column_choice.conversations_of(open_source(part)) for part in cfg.sources()
+    )
 
 
 def _name(names: Sequence[str], value: Any) -> Any:
@@ -334,9 +280,3 @@ def _name(names: Sequence[str], value: Any) -> Any:
     if not names or isinstance(value, bool) or not isinstance(value, int) or value >= len(names):
         return value
     return names[value] if value >= 0 else None
-
-
-def _other_source(cfg: SourceConfig) -> str:
-    """Return a hint if a file with the suffix .csv, .jsonl or .parquet is read as plain text. Otherwise, return ""."""
-    kinds = [kind for kind in ("csv", "jsonl", "parquet") if f".{kind}" in cfg.path]
-    return f'; set data.source = "{kinds[0]}" to read its columns' if kinds and cfg.source == "text" else ""
