@@ -19,8 +19,9 @@ from llmctl.config.errors import RequestError
 
 SEQUENCE_ARRAYS = frozenset(
     {"tokens", "targets", "weights", "segments", "positions", "types", "among", "first", "last"}
+    | {"teacher_ids", "teacher_log_p", "teacher_rest", "teacher_token_outputs"}
 )
-"""Names of batch arrays [B, T] whose second axis is the sequence (B rows of T tokens).
+"""Names of batch arrays [B, T, ...] whose second axis is the sequence (B rows of T tokens).
 
 A batch may contain these names with a prefix. The prefix `encoder_` marks inputs of the encoder in an encoder-decoder
 model. The prefix `pair_` marks the second text of a pair.

@@ -1,6 +1,7 @@
 """Compute divergences between two token distributions in chunks, so that logits [B, T, V] are never stored.
 
-`distillation` compares a student with a teacher. `symmetric_divergence` compares two forward passes of one model.
+`distillation` compares a student with a teacher, and `listed_distillation` with the stored probabilities of a teacher.
+`symmetric_divergence` compares two forward passes of one model.
 
 Shapes: B batch, T sequence, D model width, E total width of two models.
 """
@@ -17,12 +18,11 @@ from llmctl.model.chunked_loss import (
     Tree,
     chunk_logits,
     chunked,
-    first_best,
     hits,
     per_token,
     target_log_probability,
 )
-from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
+from llmctl.model.divergences import Divergence, Listed, SoftLoss, mean_logits
 
 Side = tuple[Project, Tree, jax.Array]
 """One of the compared models: (output projection, parameters of the projection, hidden states [B, T, width])."""
@@ -88,25 +88,57 @@ def distillation(
         logits = chunk_logits(project, head, x)
         given = [chunk_logits(*side) for side in zip(projects, heads, taught, strict=True)]
         apart = measure.between(mean_logits(given, measure.temperature), logits)
-        nll = -target_log_probability(logits, targets)[0]
-        correct = hits(logits, targets) * weights
-        sums = {"nll": nll * weights, measure.metric: apart * weights, "correct": correct, "weight": weights}
-        return jnp.sum(how.combined(apart, nll) * weights), jax.tree.map(jnp.sum, sums)
+        return _token_sums(logits, apart, targets, weights, how)
 
     return chunked(fn, vocab, head, heads, x_BTD, (taught, targets_BT, weights_BT))
 
 
-def best_tokens(sides: Sequence[Side], vocab: int) -> jax.Array:
-    """Return the token with the highest mean probability over the models at every position, [B, T].
+def listed_tokens(teachers: Sequence[Side], vocab: int, k: int, temperature: float) -> Listed:
+    """Return the k most probable tokens at every position, [B, T, k], from the mean probabilities of the teachers.
 
     Args:
-        sides: Output projection and hidden states of each model.
+        teachers: Output projection and hidden states of each teacher.
         vocab: Size of the vocabulary.
+        k: Number of tokens that are listed.
+        temperature: Divisor of the logits.
     """
-    projects, heads, (x_BTD, *others) = zip(*sides, strict=True)
+    projects, heads, (x_BTD, *others) = zip(*teachers, strict=True)
 
-    def best(heads: Tree, x: jax.Array, others: Tree) -> jax.Array:
+    def best(heads: Tree, x: jax.Array, others: Tree) -> Listed:
         each = [chunk_logits(*side) for side in zip(projects, heads, (x, *others), strict=True)]
-        return first_best(mean_logits(each, 1.0))
+        return Listed.of(mean_logits(each, temperature), k, temperature)
 
     return per_token(best, heads, x_BTD, tuple(others), vocab)
+
+
+def listed_distillation(
+    student: Side, teacher: Listed, targets_BT: jax.Array, weights_BT: jax.Array, vocab: int, how: SoftLoss
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Compute the distillation loss of token predictions from the teacher's listed tokens (see `distillation`).
+
+    Args:
+        student: Output projection and hidden states of the student.
+        teacher: Most probable tokens of the teacher at every position.
+        targets_BT: Target tokens.
+        weights_BT: Weights of the targets.
+        vocab: Size of the vocabulary.
+        how: Divergence and weights.
+    """
+    project, head, x_BTD = student
+
+    def fn(head: Tree, _: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
+        listed, targets, weights = aligned
+        logits = chunk_logits(project, head, x)
+        return _token_sums(logits, how.divergence.from_listed(listed, logits), targets, weights, how)
+
+    return chunked(fn, vocab, head, (), x_BTD, (teacher, targets_BT, weights_BT))
+
+
+def _token_sums(
+    logits: jax.Array, divergence: jax.Array, targets: jax.Array, weights: jax.Array, how: SoftLoss
+) -> tuple[jax.Array, Tree]:
+    """Return the distillation loss of a chunk and its sums, from the student's logits and the divergence per token."""
+    nll = -target_log_probability(logits, targets)[0]
+    correct = hits(logits, targets) * weights
+    sums = {"nll": nll * weights, how.divergence.metric: divergence * weights, "correct": correct, "weight": weights}
+    return jnp.sum(how.combined(divergence, nll) * weights), jax.tree.map(jnp.sum, sums)

@@ -297,23 +297,23 @@ def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Ar
 
 
 def per_token(
-    fn: Callable[[Tree, jax.Array, Tree], jax.Array], head: Tree, x_BTD: jax.Array, aligned: Tree, vocab: int
-) -> jax.Array:
-    """Compute one value per token, [B, T], in chunks. The result is not differentiable.
+    fn: Callable[[Tree, jax.Array, Tree], Any], head: Tree, x_BTD: jax.Array, aligned: Tree, vocab: int
+) -> Any:
+    """Compute values per token, an array [B, T, ...] or a tree of such arrays, in chunks. They are not differentiable.
 
     Args:
-        fn: Function (head parameters, hidden states of a chunk, arrays of a chunk) -> values [B, c].
+        fn: Function (head parameters, hidden states of a chunk, arrays of a chunk) -> arrays [B, c, ...].
         head: Parameters of the output head.
         x_BTD: Hidden states.
         aligned: Tree of further arrays [B, T, ...].
         vocab: Size of the vocabulary, which determines the length of a chunk.
     """
 
-    def values(head: Tree, _: Tree, x_btD: jax.Array, aligned: Tree) -> tuple[None, jax.Array]:
-        def body(_: None, piece: Tree) -> tuple[None, jax.Array]:
+    def values(head: Tree, _: Tree, x_btD: jax.Array, aligned: Tree) -> tuple[None, Tree]:
+        def body(_: None, piece: Tree) -> tuple[None, Tree]:
             return None, fn(head, *piece)
 
         found = jax.lax.scan(body, None, _split((x_btD, aligned), _chunk_of(x_btD, vocab)))[1]
-        return None, found.swapaxes(0, 1).reshape(x_btD.shape[:2])
+        return None, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(*x_btD.shape[:2], *a.shape[3:]), found)
 
     return _on_rows(values, head, (), x_BTD, aligned)[1]

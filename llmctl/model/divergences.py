@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,16 @@ class Divergence:
         rest = (jax.nn.logsumexp(jnp.where(top, EXCLUDED_LOGIT, a), axis=-1) for a in (log_p, log_q))
         return self.temperature**2 * (listed + self._terms(*rest))
 
+    def from_listed(self, teacher: Listed, student_V: jax.Array) -> jax.Array:
+        """Return the divergence in nats, [...], from a teacher's listed classes and the student's logits [..., V].
+
+        The classes that are not listed are compared by the sum of their probabilities, as with `top_k`. The teacher's
+        probabilities must be those at `temperature`.
+        """
+        log_q = jax.nn.log_softmax(student_V / self.temperature, axis=-1)
+        listed = jnp.sum(self._terms(teacher.log_p, _at(log_q, teacher.ids)), axis=-1)
+        return self.temperature**2 * (listed + self._terms(teacher.rest, _rest(log_q, teacher.ids)))
+
     def _terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         """Return the terms whose sum over classes is the divergence, from log probabilities."""
         if self.kind == "forward":
@@ -74,6 +84,30 @@ class Divergence:
         log_m = jnp.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
         from_p = jnp.exp(log_p) * (log_p - log_m)
         return from_p if self.kind == "skew" else share * from_p + (1 - share) * jnp.exp(log_q) * (log_q - log_m)
+
+
+class Listed(NamedTuple):
+    """Store the k most probable classes of a distribution, and the probability of all other classes together."""
+
+    ids: jax.Array
+    """Classes in ascending order, int32 [..., k]."""
+    log_p: jax.Array
+    """Log probabilities of these classes, float32 [..., k]."""
+    rest: jax.Array
+    """Logarithm of the sum of all other probabilities, float32 [...]; about -1e30 if there are no other classes."""
+
+    @classmethod
+    def of(cls, logits_V: jax.Array, k: int, temperature: float) -> Listed:
+        """Return the k most probable classes of logits [..., V] at a temperature, or all V classes if V is smaller.
+
+        If logits are equal, the class with the lower index comes first, as in `top_classes`.
+
+        >>> Listed.of(jnp.log(jnp.array([0.5, 0.125, 0.375])), 2, 1.0).ids.tolist()
+        [0, 2]
+        """
+        log_p = jax.nn.log_softmax(logits_V / temperature, axis=-1)
+        ids = jnp.sort(_best(logits_V, min(k, logits_V.shape[-1])), axis=-1)
+        return cls(ids, _at(log_p, ids), _rest(log_p, ids))
 
 
 @dataclass(frozen=True)
@@ -96,12 +130,8 @@ def top_classes(logits_V: jax.Array, k: int) -> jax.Array:
 
     If logits are equal, the class with the lower index comes first, as in `jax.lax.top_k`.
     """
-    # The classes are divided into the n parts that devices hold, so that devices exchange k logits per part.
-    V, n = logits_V.shape[-1], meshes.axis_size("tensor")
-    n = n if V % n == 0 else 1
-    parts = logits_V.reshape(*logits_V.shape[:-1], n, V // n)
-    if logits_V.ndim == 3:  # tokens of a vocabulary
-        parts = meshes.constrain(parts, "batch", "seq", "act_vocab", None)
+    parts, V = _parts(logits_V), logits_V.shape[-1]
+    n = parts.shape[-2]
     # XLA gathers the operand of a top_k that is sharded, but not that of a sort.
     best = jax.lax.top_k(parts, min(k, V // n))[0] if n == 1 else jnp.sort(parts, descending=True)[..., :k]
     best = best.reshape(*logits_V.shape[:-1], -1)
@@ -111,6 +141,53 @@ def top_classes(logits_V: jax.Array, k: int) -> jax.Array:
     count_n = jnp.sum(equal, axis=-1, keepdims=True)
     order = jnp.cumsum(equal, axis=-1) + jnp.cumsum(count_n, axis=-2) - count_n
     return (above | ((equal > 0) & (order <= room))).reshape(logits_V.shape)
+
+
+def _parts(a_V: jax.Array) -> jax.Array:
+    """Divide the last axis into the n parts that devices hold, [..., n, V / n].
+
+    Devices then select classes of their own part, and exchange only a few numbers per part.
+    """
+    V, n = a_V.shape[-1], meshes.axis_size("tensor")
+    n = n if V % n == 0 else 1
+    parts = a_V.reshape(*a_V.shape[:-1], n, V // n)
+    # With three axes, the last one is the vocabulary of the model, which the mesh shards.
+    return meshes.constrain(parts, "batch", "seq", "act_vocab", None) if a_V.ndim == 3 else parts
+
+
+def _best(logits_V: jax.Array, k: int) -> jax.Array:
+    """Return the indices of the k highest logits, int32 [..., k]. If logits are equal, the lower index comes first."""
+    parts = _parts(logits_V)
+    n, width = parts.shape[-2:]
+    if n == 1:
+        return jax.lax.top_k(logits_V, k)[1]
+    # XLA gathers the operand of a top_k that is sharded, but not that of a sort.
+    own = jnp.argsort(parts, axis=-1, descending=True, stable=True)[..., :k]
+    values = jnp.take_along_axis(parts, own, axis=-1).reshape(*logits_V.shape[:-1], -1)
+    ids = (own + width * jnp.arange(n)[:, None]).reshape(values.shape)
+    return jnp.take_along_axis(ids, jax.lax.top_k(values, k)[1], axis=-1)
+
+
+def _local(ids: jax.Array, n: int, width: int) -> jax.Array:
+    """Return the indices of classes in each of the n parts, [..., n, k]; `width` stands for classes of other parts."""
+    local = ids[..., None, :] - width * jnp.arange(n)[:, None]
+    return jnp.where((local >= 0) & (local < width), local, width)
+
+
+def _at(a_V: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the values of the classes `ids` [..., k], from values of all classes [..., V]."""
+    parts = _parts(a_V)
+    local = _local(ids, *parts.shape[-2:])
+    found = jnp.take_along_axis(parts, local, axis=-1, mode="fill", fill_value=0.0)
+    return jnp.sum(found, axis=-2)
+
+
+def _rest(log_p: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the logarithm of the sum of probabilities, [...], of all classes except `ids` [..., k]."""
+    parts = _parts(log_p)
+    local = _local(ids, *parts.shape[-2:])
+    others = jnp.put_along_axis(parts, local, EXCLUDED_LOGIT, axis=-1, inplace=False, mode="drop")
+    return jax.nn.logsumexp(others, axis=(-2, -1))
 
 
 def mean_logits(logits: Sequence[jax.Array], temperature: float) -> jax.Array:

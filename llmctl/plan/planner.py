@@ -185,6 +185,7 @@ def one(program: Program, topology: Topology, tokens: int) -> Found:
         "tokens_per_step": program.tokens,
         "flops_per_step": program.flops,
         "artifact_bytes": program.artifact_bytes,
+        "cache_bytes": program.cache_bytes,
     }
     if topology.platform == "cuda":
         modelled.lower(program, "cuda")

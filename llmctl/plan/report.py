@@ -143,6 +143,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("compiler's own time", duration(estimated), "loop bodies counted once; not to be relied on"))
     if found.get("artifact_bytes"):
         rows.append(("artifact", size(found["artifact_bytes"]), "its arrays on disk, before compression"))
+    if found.get("cache_bytes"):
+        rows.append(("cache of outputs", size(found["cache_bytes"]), "at most, on disk, before compression"))
     if found["chip_hours"] is not None:
         rows.append(("chip-hours", f"{found['chip_hours']:,.3g}", f"at least, for {found['token_budget']:,} tokens"))
     if found["compile_seconds"]:

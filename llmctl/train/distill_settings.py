@@ -127,6 +127,11 @@ def check(config: Any) -> None:
     for name in ("temperature", "divergence", "beta", "skew", "top_k"):
         if name in given and signals.active and not signals.logits:
             raise ValueError(f"{name}: no signal reads it; set signals.logits")
+    if config.cache:
+        if signals.inner:
+            raise ValueError(f"cache: stores outputs, and signals.{signals.inner[0]} compares layers; leave one out")
+        if signals.active and not signals.logits:
+            raise ValueError("cache: no signal reads the teacher's outputs; set signals.logits")
     if config.teacher and config.teachers:
         raise ValueError("teacher and teachers exclude each other; name all of them in teachers")
     if len(set(config.teachers or [])) != len(config.teachers or []):

@@ -60,7 +60,8 @@ def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | 
 
     Args:
       config: config of the stage `distill`.
-      teachers: the teachers, whose probabilities are averaged.
+      teachers: the teachers, whose probabilities are averaged. If `config.cache` is set, their arrays are not read,
+        and batches have the outputs that the cache stores.
       student: artifact from which the student starts; None initializes a new model of the sizes in `config.model`. If
         `config.student` is set, this artifact is the teacher, and the student copies some of its layers.
       mesh: the devices.
@@ -79,10 +80,13 @@ def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | 
     for reads in (model, *(t.model for t in teachers)):
         loop.check(reads, train, mesh)
     task.check_label_type(config.data)
+    if config.cache and model.head_kind.vocabulary and task.head == "lm" and not config.top_k:
+        raise RequestError("cache: stores the most probable tokens only; set top_k, such as 64")
+    read = [] if config.cache else [t.model for t in teachers]
     soft, inner = soft_loss(config, model), signals(config, model, teacher.model, mesh)
     loss = task.soft_loss_of(
         model.model_copy(update={"dropout": config.dropout}),
-        [t.model for t in teachers],
+        read,
         soft,
         signals=inner,
         dtype=jnp.dtype(train.dtype),
@@ -104,10 +108,10 @@ def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | 
         task,
         config.dropout,
         loss,
-        beside=[t.model for t in teachers],
+        beside=read,
         labels=teacher.manifest.labels,
         job_fields={
-            "constants": tuple(t.params for t in teachers),
+            **({} if config.cache else {"constants": tuple(t.params for t in teachers)}),
             **({"holds_zeros": student.zeros.__contains__} if student else {}),
             **learner.selection_fields(task, teacher.manifest.labels),
         },
@@ -143,10 +147,14 @@ def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
     if model.head_kind.scalar and (config.divergence != "forward" or config.top_k):
         name = "top_k" if config.top_k else "divergence"
         raise RequestError(f"{name}: the teacher predicts numbers, which are compared by their squared difference")
-    divergence = Divergence(config.divergence, config.temperature, config.beta, config.skew, config.top_k)
     if config.signals.active:
-        return SoftLoss(divergence, soft=config.signals.logits, hard=config.signals.hard)
-    return SoftLoss(divergence, soft=1 - config.hard, hard=config.hard)
+        return SoftLoss(divergence(config), soft=config.signals.logits, hard=config.signals.hard)
+    return SoftLoss(divergence(config), soft=1 - config.hard, hard=config.hard)
+
+
+def divergence(config: Any) -> Divergence:
+    """Return the divergence that the settings of the stage `distill` define."""
+    return Divergence(config.divergence, config.temperature, config.beta, config.skew, config.top_k)
 
 
 def signals(config: Any, model: ModelConfig, teacher: ModelConfig, mesh: Mesh) -> Signals | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def compared(
-    config: Any, learner: Learner, teachers: Sequence[Artifact], params: dict[str, Any], held_out: Validation
+    config: Any,
+    learner: Learner,
+    teachers: Sequence[Artifact],
+    params: dict[str, Any],
+    held_out: Validation,
+    stored: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Return metrics that compare the student with its teachers on the validation rows of training.
 
@@ -40,30 +45,50 @@ def compared(
       teachers: the teachers.
       params: parameters of the student, before rounding.
       held_out: validation of the student.
+      stored: metrics of the teachers, if a cache has them. The validation rows then have the outputs of the teachers,
+        and the arrays of `teachers` are not read.
     """
-    task, train, dtype = learner.task, config.train, jnp.dtype(config.train.dtype)
-    configs = [learner.model, *(t.model for t in teachers)]
+    task, dtype = learner.task, jnp.dtype(config.train.dtype)
+    read = teachers if stored is None else ()
+    configs = [learner.model, *(t.model for t in read)]
     if config.fake_quantize.active:
         params = jax.jit(partial(fake_quantize.rounded, config.fake_quantize))(params)
-
-    def validation(loss: Any) -> Validation:
-        return Validation(loss, held_out.rows, train.batch_size, train.eval_batches, held_out.mesh)
 
     def same(models: dict[str, Any], batch: dict[str, Any]) -> tuple[None, Sums]:
         batch, each = task.model_inputs(batch), zip(configs, models["all"], strict=True)
         networks = [(cfg, own, functional.hidden(cfg, own, batch, dtype=dtype)) for cfg, own in each]
+        if stored is not None:
+            return None, task.taught_agreement(networks[0], batch, dtype)
         return None, task.agreement(networks[0], networks[1:], batch, dtype)
 
-    found = validation(same)({"all": [params, *(t.params for t in teachers)]})
+    found = _validation(config, same, held_out)({"all": [params, *(t.params for t in read)]})
     metrics = {f"validation_{name}": value for name, value in found.items()}
-    name, student = task.best(learner.labels), held_out(params)
-    name = name if METRICS[name].better == "maximize" else "accuracy"
+    name, student = metric(learner), held_out(params)
     if name not in student:
         return metrics
-    judges = [task.loss_of(t.model, dtype=dtype, labels=learner.labels) for t in teachers]
-    best = max(validation(judge)(t.params)[name] for judge, t in zip(judges, teachers, strict=True))
+    best = (judged(config, learner, teachers, held_out) if stored is None else stored)[name]
     metrics[f"teacher_{name}"] = best
     return metrics | ({"validation_retained": student[name] / best} if best > 0 else {})
+
+
+def metric(learner: Learner) -> str:
+    """Return the name of the metric by which a student is compared with its teachers. Higher values are better."""
+    name = learner.task.best(learner.labels)
+    return name if METRICS[name].better == "maximize" else "accuracy"
+
+
+def judged(config: Any, learner: Learner, teachers: Sequence[Artifact], held_out: Validation) -> dict[str, float]:
+    """Return {name: value for the best teacher} of the metric `metric`; {} if the task does not define it."""
+    task, name, dtype = learner.task, metric(learner), jnp.dtype(config.train.dtype)
+    judges = [task.loss_of(t.model, dtype=dtype, labels=learner.labels) for t in teachers]
+    each = [_validation(config, judge, held_out)(t.params) for judge, t in zip(judges, teachers, strict=True)]
+    return {name: max(found[name] for found in each)} if name in each[0] else {}
+
+
+def _validation(config: Any, loss: Any, held_out: Validation) -> Validation:
+    """Return a validation of another loss on the same rows."""
+    train = config.train
+    return Validation(loss, held_out.rows, train.batch_size, train.eval_batches, held_out.mesh)
 
 
 def sentence(metrics: dict[str, Any]) -> str:

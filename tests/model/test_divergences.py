@@ -1,14 +1,19 @@
 """Divergences versus plain formulas in float64: values, and gradients by central differences."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from central_differences import slope
 
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
 from llmctl.model import chunked_loss
-from llmctl.model.chunked_divergence import distillation
-from llmctl.model.divergences import Divergence, SoftLoss, mean_logits, top_classes
+from llmctl.model.chunked_divergence import distillation, listed_distillation, listed_tokens
+from llmctl.model.divergences import Divergence, Listed, SoftLoss, mean_logits, top_classes
 from llmctl.model.losses import soft_class_sums
 
 N, C = 4, 9
@@ -30,7 +35,7 @@ def reference(how, teacher, student):
     """Return the divergence of logits [N, C], written as a sum of KL divergences of probabilities."""
     p, q = (softmax(z / how.temperature) for z in (teacher, student))
     if how.top_k:
-        order = np.argsort(-p, -1)[:, : how.top_k]
+        order = np.argsort(-p, -1, kind="stable")[:, : how.top_k]
         p, q = (np.take_along_axis(a, order, -1) for a in (p, q))
         p, q = (np.concatenate([a, 1 - a.sum(-1, keepdims=True)], -1) for a in (p, q))
     m, s = how.beta * p + (1 - how.beta) * q, how.skew * p + (1 - how.skew) * q
@@ -51,15 +56,20 @@ def test_classes_and_tokens_equal_the_plain_formula(how, monkeypatch):
     def classes(student):
         return soft_class_sums(jnp.asarray(TEACHER), student, LABELS, WEIGHTS, loss)[0]
 
-    def tokens(student):  # two rows of two tokens, whose hidden states are the logits; one token per chunk
+    def tokens(
+        student, stored=False
+    ):  # two rows of two tokens, whose hidden states are the logits; one token per chunk
         x, given = (jnp.asarray(a).reshape(2, 2, C) for a in (student, TEACHER))
         sides = [(lambda head, x: x @ head, jnp.eye(C), a) for a in (x, given)]
         targets, weights = LABELS.reshape(2, 2), jnp.asarray(WEIGHTS).reshape(2, 2)
+        if stored:  # the teacher's most probable tokens are computed first, as a cache of its outputs does
+            kept = listed_tokens([sides[1]], C, how.top_k or C, how.temperature)
+            return listed_distillation(sides[0], kept, targets, weights, C, loss)[0]
         return distillation(sides[0], [sides[1]], targets, weights, C, loss)[0]
 
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 2 * C)
     want, gradient = plain(STUDENT), slope(plain, STUDENT)
-    for fn in (classes, tokens):
+    for fn in (classes, tokens, partial(tokens, stored=True)):
         found, got = jax.jit(jax.value_and_grad(fn))(jnp.asarray(STUDENT, jnp.float32))
         np.testing.assert_allclose(found, want, rtol=1e-5)
         np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-5)
@@ -95,6 +105,32 @@ def test_excluded_classes_and_equal_logits():
     assert np.isfinite(gradient(jnp.asarray(STUDENT))).all()
     top = top_classes(jnp.array([[1.0, 2, 2, 2], [0, 0, 0, 0]]), 2)
     np.testing.assert_array_equal(top, [[0, 1, 1, 0], [1, 1, 0, 0]])
+
+
+def test_listed_classes_of_a_sharded_vocabulary():
+    """Devices list tokens of their own part and gather only these; of equal logits, the first ones are listed."""
+    logits = np.round(np.random.default_rng(3).normal(size=(2, 3, 64)) * 2)  # many are equal
+    student = np.random.default_rng(4).normal(size=(2, 3, 64))
+    order = np.argsort(-logits, -1, kind="stable")[..., :5]
+    mesh, how = meshes.make(MeshConfig(data=2, tensor=4)), Divergence("js", 2.0, 0.3, top_k=5)
+
+    def both(teacher, student):
+        listed = Listed.of(teacher, 5, 2.0)
+        return listed, how.from_listed(listed, student)
+
+    with meshes.use(mesh):
+        sharded = meshes.sharding(("batch", "seq", "act_vocab"), mesh)
+        run = jax.jit(both, in_shardings=(sharded, sharded))
+        listed, found = run(logits, student)
+        text = run.lower(logits, student).compile().as_text()
+    gathers = [line for line in text.splitlines() if " all-gather(" in line]
+    assert gathers and not any(re.search(r"\[1,3,64|\[1,3,4,16", line) for line in gathers)
+    np.testing.assert_array_equal(listed.ids, np.sort(order, -1))
+    p = softmax(logits / 2)
+    kept = np.take_along_axis(p, np.sort(order, -1), -1)
+    np.testing.assert_allclose(listed.log_p, np.log(kept), rtol=1e-5)
+    np.testing.assert_allclose(listed.rest, np.log(1 - kept.sum(-1)), rtol=1e-5)
+    np.testing.assert_allclose(found.ravel(), reference(how, logits.reshape(6, 64), student.reshape(6, 64)), rtol=1e-5)
 
 
 def test_the_mean_of_teachers_is_that_of_their_probabilities():

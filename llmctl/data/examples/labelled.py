@@ -44,7 +44,11 @@ class ExampleRows:
 
     def batch(self, rows_B: np.ndarray) -> Batch:
         """Return the rows with the numbers `rows_B` (any >= 0) as arrays [B, ...]: the stacked rows `self[i]`."""
-        return self._build(self._epochs(rows_B))
+        return self._build(self.examples(rows_B))
+
+    def examples(self, rows_B: np.ndarray) -> np.ndarray:
+        """Return the index of the example that each row contains, int64 [B]."""
+        return self._epochs(rows_B)
 
     def _build(self, example_B: np.ndarray) -> Batch:
         raise NotImplementedError

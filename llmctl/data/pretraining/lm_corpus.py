@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmctl.config import checksums
 from llmctl.config.errors import RequestError
 from llmctl.data import splits
 from llmctl.data.config import TEXT_COLUMNS, DataConfig, Packing, TokenizerConfig
@@ -63,6 +64,16 @@ class Text:
     def columns(self) -> tuple[str, ...]:
         """Return the names of the text columns. Data from `llmctl prepare` has only the column `text`."""
         return ("text",) if self._prepared else self.splits.examples["train"].columns
+
+    def digest(self, split: str) -> str:
+        """Return a hash of the texts of a split, in order.
+
+        Raises:
+            RequestError: If the split of raw text is empty.
+        """
+        if not self._prepared:
+            return self.splits[split].digest
+        return checksums.of_json([[found.key, split] for _, found in self._prepared])
 
     def describe(self) -> list[str]:
         """Return a list with one log line: the number of rows in each split. For prepared text, the list is empty."""

@@ -33,7 +33,7 @@ from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.divergences import SoftLoss, mean_logits
+from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
 from llmctl.model.losses import Loss, Sums, class_sums, only, row_weight, soft_class_sums
 
 
@@ -108,31 +108,34 @@ class Choice(Task):
 
         return loss
 
-    def soft_loss(
-        self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
-    ) -> tuple[jax.Array, Sums]:
+    def teacher_arrays(
+        self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
+    ) -> dict[str, jax.Array]:
+        """Return {"teacher_outputs": [B, K]}, the logits of the choices for the mean probabilities of the teachers."""
+        scores = [choice_scores(*teacher, batch, dtype) for teacher in teachers]
+        allowed_BK = allowed(batch, scores[0])
+        each = [only(score_R.reshape(allowed_BK.shape), allowed_BK) for score_R in scores]
+        return {"teacher_outputs": mean_logits(each, divergence.temperature)}
+
+    def taught_loss(self, student: Network, batch: Batch, dtype: Any, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss over the choices, and the metrics summed over the batch.
 
         The loss is the weighted sum of cross-entropy and divergence from the teachers.
         """
-        scores = [choice_scores(*teacher, batch, dtype) for teacher in teachers]
-        label_B, allowed_BK = batch["label"], allowed(batch, scores[0])
-        taught_BK = mean_logits(
-            [only(taught_R.reshape(allowed_BK.shape), allowed_BK) for taught_R in scores], how.divergence.temperature
-        )
+        label_B, taught_BK = batch["label"], batch["teacher_outputs"]
 
         def compute(score_R: jax.Array) -> tuple[jax.Array, Sums]:
-            score_BK, weight_B = score_R.reshape(allowed_BK.shape), row_weight(batch, label_B)
-            return soft_class_sums(taught_BK, score_BK, label_B, weight_B, how, allowed_BK)
+            allowed_BK, weight_B = allowed(batch, score_R), row_weight(batch, label_B)
+            return soft_class_sums(taught_BK, score_R.reshape(allowed_BK.shape), label_B, weight_B, how, allowed_BK)
 
         return loss_of_scores(*student, batch, dtype, compute)
 
-    def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
+    def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
         """Return how often student and teachers prefer the same choice: the sums "agreement" and "weight"."""
-        *taught, y_R = (choice_scores(*network, batch, dtype) for network in (*teachers, student))
-        allowed_BK = allowed(batch, y_R)
-        *taught, y_BK = (only(score_R.reshape(allowed_BK.shape), allowed_BK) for score_R in (*taught, y_R))
-        same_B = jnp.argmax(y_BK, axis=-1) == jnp.argmax(mean_logits(taught, 1.0), axis=-1)
+        score_R = choice_scores(*student, batch, dtype)
+        allowed_BK = allowed(batch, score_R)
+        y_BK = only(score_R.reshape(allowed_BK.shape), allowed_BK)
+        same_B = jnp.argmax(y_BK, axis=-1) == jnp.argmax(batch["teacher_outputs"], axis=-1)
         weight_B = row_weight(batch, batch["label"])
         return {"agreement": jnp.sum(same_B * weight_B), "weight": jnp.sum(weight_B)}
 

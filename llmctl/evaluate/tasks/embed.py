@@ -27,12 +27,12 @@ from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
-from llmctl.evaluate.tasks.losses import Options
+from llmctl.evaluate.tasks.losses import Network, Options
 from llmctl.evaluate.tasks.predictions import short
 from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
-from llmctl.model.divergences import SoftLoss
+from llmctl.model.divergences import Divergence, SoftLoss
 from llmctl.model.losses import (
     COSINE_TEMPERATURE,
     Sums,
@@ -102,6 +102,19 @@ class Embed(Task):
         The similarity of two concatenated vectors is the mean of the teachers' similarities.
         """
         return jnp.concatenate(outputs, axis=-1) / len(outputs) ** 0.5 if len(outputs) > 1 else outputs[0]
+
+    def teacher_arrays(
+        self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
+    ) -> dict[str, jax.Array]:
+        """Return the mean vectors of the teachers, both texts of each row together, {"teacher_outputs": [B, 2, D]}."""
+        found = super().teacher_arrays(teachers, batch, dtype, divergence)
+        return {name: y.reshape(-1, 2, y.shape[-1]) for name, y in found.items()}
+
+    def taught_loss(self, student: Network, batch: Batch, dtype: Any, how: SoftLoss) -> tuple[jax.Array, Sums]:
+        """Return the distillation loss and the summed metrics, from a batch with the result of `teacher_arrays`."""
+        vectors = batch["teacher_outputs"]
+        flat = {"teacher_outputs": vectors.reshape(-1, vectors.shape[-1])}
+        return super().taught_loss(student, batch | flat, dtype, how)
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:
         """Return the distillation loss of unit vectors [2B, D].

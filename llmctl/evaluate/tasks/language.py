@@ -18,9 +18,9 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.perplexity import row_nll
 from llmctl.evaluate.setup import Held, Measured, Setup, programs
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.losses import TokenLosses
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.evaluate.tasks.token_losses import TokenLosses
 from llmctl.model import chunked_loss
 from llmctl.model.config import ModelConfig
 

@@ -1,9 +1,9 @@
 """Compute the loss and the metrics of a task, both summed over a batch.
 
-`Losses` runs the network and reads the outputs of the task head. `TokenLosses` reads the logits of predicted tokens
-instead; all language-modelling tasks inherit `TokenLosses`.
+`Losses` runs the network and reads the outputs of the task head. `llmctl.evaluate.tasks.token_losses` reads the logits
+of predicted tokens instead.
 
-Shapes: B rows, T tokens per row, P predicted positions per row, D model width, C classes.
+Shapes: B rows, T tokens per row, D model width, C classes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import jax.numpy as jnp
 
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.record import TaskRecord
-from llmctl.model import chunked_divergence, chunked_loss, functional
+from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
+from llmctl.model.head_kinds import HEAD_KINDS
 from llmctl.model.layer_signals import Signals
-from llmctl.model.losses import COSINE_TEMPERATURE, Loss, Sums, class_sums, row_weight, soft_class_sums
+from llmctl.model.losses import COSINE_TEMPERATURE, Loss, Sums
 
 Network = tuple[ModelConfig, functional.Params, jax.Array]
 """One of the two networks that a loss compares: (config, parameters, hidden states [B, T, D])."""
+
+
+MOST_PROBABLE = Divergence(top_k=1)
+"""Divergence for which `Losses.teacher_arrays` returns what `Losses.agreement` needs."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Losses(TaskRecord):
 
         Args:
             cfg: Config of the student.
-            teacher_cfgs: Config of each teacher.
+            teacher_cfgs: Config of each teacher. If there is none, batches have the result of `teacher_arrays`.
             how: Divergence from the teachers, and the weights of the divergence and of the loss on the labels.
             signals: Further losses that compare inner layers of the student and its only teacher; None means none.
             dtype: Dtype of the computation.
@@ -117,6 +122,8 @@ class Losses(TaskRecord):
                 for own, teacher in zip(teacher_cfgs, teachers, strict=True)
             ]
             x_BTD = functional.hidden(cfg, params, batch, train=True, rng=key, dtype=dtype, remat=remat)
+            if not taught:
+                return self.taught_loss((cfg, params, x_BTD), batch, dtype, how)
             return self.soft_loss((cfg, params, x_BTD), taught, batch, dtype, how)
 
         def inner_loss(
@@ -143,9 +150,30 @@ class Losses(TaskRecord):
         self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
     ) -> tuple[jax.Array, Sums]:
         """Return the distillation loss and the summed metrics, from the hidden states of all networks."""
-        *taught, y = (functional.outputs(cfg, params, x, batch, dtype) for cfg, params, x in (*teachers, student))
-        mean = self.mean_output(taught, batch, how.divergence.temperature)
-        return self.soft_score(mean, y, batch, how)
+        taught = self.teacher_arrays(teachers, batch, dtype, how.divergence)
+        return self.taught_loss(student, batch | taught, dtype, how)
+
+    def teacher_arrays(
+        self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
+    ) -> dict[str, jax.Array]:
+        """Return what the loss reads of the teachers, as arrays that a cache can store and a batch can contain.
+
+        By default, this is the mean output of the task heads, {"teacher_outputs": [B, ...]}, or
+        {"teacher_token_outputs": [B, T, ...]} if the head has one output per token.
+
+        Args:
+            teachers: Configs, parameters and hidden states of the teachers.
+            batch: Batch that the teachers read.
+            dtype: Dtype of the computation.
+            divergence: Divergence that reads the arrays.
+        """
+        outputs = [functional.outputs(cfg, params, x, batch, dtype) for cfg, params, x in teachers]
+        mean = self.mean_output(outputs, batch, divergence.temperature)
+        return {f"teacher_{'token_' * HEAD_KINDS[self.head].per_token}outputs": mean}
+
+    def taught_loss(self, student: Network, batch: Batch, dtype: Any, how: SoftLoss) -> tuple[jax.Array, Sums]:
+        """Return the distillation loss and the summed metrics, from a batch with the result of `teacher_arrays`."""
+        return self.soft_score(_taught(batch), functional.outputs(*student, batch, dtype), batch, how)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
         """Return one output of the task head that stands for the mean prediction of several teachers.
@@ -174,11 +202,15 @@ class Losses(TaskRecord):
 
         The predictions of several teachers are averaged. The result is {} if the outputs are numbers or vectors.
         """
-        *taught, y = (functional.outputs(*network, batch, dtype) for network in (*teachers, student))
-        labels = self.decided(self.mean_output(taught, batch, 1.0), batch)
+        taught = self.teacher_arrays(teachers, batch, dtype, MOST_PROBABLE)
+        return self.taught_agreement(student, batch | taught, dtype)
+
+    def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
+        """Return the same as `agreement`, from a batch with the result of `teacher_arrays` for `MOST_PROBABLE`."""
+        labels = self.decided(_taught(batch), batch)
         if not labels:
             return {}
-        _, sums = self.score(y, batch | labels, Options())
+        _, sums = self.score(functional.outputs(*student, batch, dtype), batch | labels, Options())
         return {"agreement": sums["exact_match" if "exact_match" in sums else "accuracy"], "weight": sums["weight"]}
 
     def decided(self, y: jax.Array, batch: Batch) -> Batch:
@@ -200,103 +232,6 @@ class Losses(TaskRecord):
         raise NotImplementedError
 
 
-class TokenLosses(Losses):
-    """Compute cross-entropy over tokens, and over next-sentence labels if the model predicts them."""
-
-    def loss(
-        self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
-    ) -> tuple[jax.Array, Sums]:
-        """Return the summed cross-entropy at the predicted positions, and the metrics summed over the batch.
-
-        Logits are computed in chunks to save memory.
-        """
-        smoothing, z = options.label_smoothing, options.z_loss
-        head = functional.head_params(cfg, params)
-        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-        total, sums = chunked_loss.cross_entropy(
-            project(cfg, options.dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
-        )
-        found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
-        if not (cfg.next_sentence and "next_label" in batch):
-            return total, found
-        logits_B2 = functional.outputs(cfg, params, x_BTD, batch, options.dtype)
-        label_B = batch["next_label"]
-        follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
-        # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a row.
-        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
-
-    def soft_loss(
-        self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
-    ) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss, and the metrics summed over the batch.
-
-        The loss is a weighted sum of divergence and cross-entropy, summed over tokens. If all networks predict
-        next-sentence labels, the loss also sums over these labels.
-        """
-        cfg, params, x_BTD = student
-        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-
-        def side(cfg: ModelConfig, params: functional.Params, x: jax.Array) -> chunked_divergence.Side:
-            return project(cfg, dtype), functional.head_params(cfg, params), x
-
-        taught = [side(own, given, predicted(batch, x)[0]) for own, given, x in teachers]
-        total, sums = chunked_divergence.distillation(
-            side(cfg, params, x_BPD), taught, targets_BP, weights_BP, cfg.vocab_size, how
-        )
-        measure = how.divergence
-        found = {"loss": sums["nll"], measure.metric: sums[measure.metric]}
-        found |= {"accuracy": sums["correct"], "weight": sums["weight"]}
-        if not (all(own.next_sentence for own, *_ in (student, *teachers)) and "next_label" in batch):
-            return total, found
-        *soft, y_B2 = (functional.outputs(*network, batch, dtype) for network in (*teachers, student))
-        label_B = batch["next_label"]
-        follows, sums = soft_class_sums(
-            mean_logits(soft, measure.temperature), y_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), how
-        )
-        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
-
-    def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
-        """Return how often student and teachers predict the same token: the sums "agreement" and "weight".
-
-        Only predicted positions count.
-        """
-
-        def best(networks: Sequence[Network]) -> jax.Array:
-            sides = [
-                (project(cfg, dtype), functional.head_params(cfg, params), predicted(batch, x)[0])
-                for cfg, params, x in networks
-            ]
-            return chunked_divergence.best_tokens(sides, student[0].vocab_size)
-
-        weights_BP = predicted(batch, student[2])[2]
-        same_BP = best([student]) == best(teachers)
-        return {"agreement": jnp.sum(same_BP * weights_BP), "weight": jnp.sum(weights_BP)}
-
-    def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
-        """Return the symmetric divergence at the predicted positions, computed in chunks (see `Task.divergence`)."""
-        (cfg, params, x_BTD), (other_cfg, other_params, other_BTD) = one, other
-        x_BPD, _, weights_BP = predicted(batch, x_BTD)
-        heads = functional.head_params(cfg, params), functional.head_params(other_cfg, other_params)
-        other_BPD = predicted(batch, other_BTD)[0]
-        return chunked_divergence.symmetric_divergence(
-            project(cfg, dtype), heads, x_BPD, other_BPD, weights_BP, cfg.vocab_size
-        )
-
-
-def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
-    """Return the function (result of `functional.head_params`, hidden states) -> logits, for the chunked losses."""
-    return lambda head, x: functional.head_logits(cfg, head, x, dtype)
-
-
-def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (hidden states, targets, weights) at the predicted positions.
-
-    If the batch has `places` [B, P], only these positions are predicted. The output projection then runs over P instead
-    of T tokens per row. In a small encoder, this projection costs more than all layers.
-    """
-    targets_BT, weights_BT = batch["targets"], batch["weights"]
-    if "places" not in batch:
-        return x_BTD, targets_BT, weights_BT
-    at_BP = batch["places"]
-    x_BPD = jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
-    return x_BPD, jnp.take_along_axis(targets_BT, at_BP, axis=1), jnp.take_along_axis(weights_BT, at_BP, axis=1)
+def _taught(batch: Batch) -> jax.Array:
+    """Return the mean output of the teachers' task heads, which `Losses.teacher_arrays` added to the batch."""
+    return batch["teacher_outputs"] if "teacher_outputs" in batch else batch["teacher_token_outputs"]

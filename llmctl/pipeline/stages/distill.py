@@ -41,8 +41,9 @@ class Config(StageConfig):
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher", "teachers")
     added: ClassVar[frozenset[str]] = frozenset(
         {"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k", "signals", "layer_map", "hidden_distance"}
-        | {"relation_heads", "student", "teachers"}
+        | {"relation_heads", "student", "teachers", "cache"}
     )
+    unkeyed: ClassVar[frozenset[str]] = StageConfig.unkeyed | {"cache"}
 
     kind: Literal["distill"] = "distill"
     teacher: str = ""
@@ -86,6 +87,9 @@ class Config(StageConfig):
     student: StudentConfig = StudentConfig()
     """Layers of the teacher to copy into a shallower student. The student then starts from neither `from` nor `model`.
     """
+    cache: str = ""
+    """Folder of the teacher's outputs on the training rows. Missing outputs are computed once and stored. The student
+    then trains without the teacher in memory, and so do later students. Language models need `top_k`."""
     truncate: Truncate = "tail"
     """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -124,11 +128,19 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.distributed import mesh
     from llmctl.evaluate.tasks.registry import distilled
     from llmctl.pipeline import console
-    from llmctl.train import distillation, learner, teacher_comparison
+    from llmctl.train import distillation, learner, teacher_cache, teacher_comparison
 
     devices = mesh.make(config.mesh)
+
+    def say(line: str) -> None:
+        console.say(f"{config.title}: {line}")
+
     # Loaded apart from the student, even if one is the other's base, because the student's arrays are donated.
-    teachers = distillation.load_teachers(list(ctx.siblings.values()), devices, config.bases)
+    def load() -> list[Artifact]:
+        return distillation.load_teachers(list(ctx.siblings.values()), devices, config.bases)
+
+    cached = config.cache and not config.student.active
+    teachers = [artifact.abstract(path, devices) for path in ctx.siblings.values()] if cached else load()
     teacher = teachers[0]
     student = teacher if config.student.active else None
     if parent and config.model is None and not student:
@@ -137,21 +149,26 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     tokens = loading.load(teacher.tokenizer_dir)
     text = Text(config.data, learns.task.reads_labels, learns.task.reads_conversations)
     for line in text.describe():
-        console.say(f"{config.title}: {line}")
+        say(line)
     if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
         advice = numbers_hint(text.classes, teacher.manifest.labels)
         raise RequestError(
             f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}{advice}"
         )
 
-    cache = ctx.work / "corpus"
+    corpus = ctx.work / "corpus"
     needed = training_rows(config.train)
-    learn = _rows(config, learns, text, "train", tokens, cache, shuffle=True, needed=needed)
-    unseen = _rows(config, learns, text, "validation", tokens, cache, shuffle=False)
+    learn = _rows(config, learns, text, "train", tokens, corpus, shuffle=True, needed=needed)
+    unseen = _rows(config, learns, text, "validation", tokens, corpus, shuffle=False)
+    judged = None
+    if config.cache:
+        cache = teacher_cache.TeacherCache(config, learns, teachers, devices, tokens, text)
+        learn, unseen = cache.filled(learn, unseen, load if cached else lambda: teachers, say)
+        judged = cache.judged
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
-    beside = teacher_comparison.compared(config, learns, teachers, params, held_out)
+    beside = teacher_comparison.compared(config, learns, teachers, params, held_out, judged)
     if line := teacher_comparison.sentence(beside):
-        console.say(f"{config.title}: {line}")
+        say(line)
     origin = student or teacher
     ctx.save(
         config,
@@ -173,7 +190,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
     from llmctl.evaluate.tasks.registry import distilled
-    from llmctl.train import distillation, programs
+    from llmctl.train import distillation, programs, teacher_outputs
 
     teachers = list(others.values())
     teacher = teachers[0]
@@ -189,7 +206,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         generation=artifact.generation_settings(teacher.manifest),
         pruned=config.sparsify.pruned or (None if student else False),
     )  # fmt: skip
-    return [programs.train_step(config, learns, rows, mesh)], left
+    before = []
+    if config.cache:
+        stored, rows = teacher_outputs.program(config, learns, teachers, rows, mesh)
+        before = [stored]
+    return [*before, programs.train_step(config, learns, rows, mesh)], left
 
 
 def _rows(

@@ -1,0 +1,83 @@
+"""Add a teacher's stored outputs to training rows.
+
+Rows that contain one example each have the number of their example. The outputs of an example are therefore stored
+once, and serve all epochs, seeds and batch sizes. All other rows, such as packed texts, differ in each epoch. Their
+number is the row number in the training order, so a longer training stores further rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmctl.data.pretraining.packing import Batch
+from llmctl.data.teacher_records import Layout, Records
+
+
+def is_ordered(rows: Any) -> bool:
+    """Return whether the content of a row depends on the training order, as for packed texts."""
+    return not hasattr(rows, "examples")
+
+
+def numbers(rows: Any, rows_B: np.ndarray) -> np.ndarray:
+    """Return the numbers under which the outputs of rows are stored, int64 [B]."""
+    return rows_B if is_ordered(rows) else rows.examples(rows_B)
+
+
+def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the numbers of the first `count` rows, ascending and unique; for each number, one row that has it)."""
+    rows_N = np.arange(count)
+    if is_ordered(rows):
+        return rows_N, rows_N
+    # Later epochs repeat the examples of the first one.
+    return np.unique(numbers(rows, rows_N[: len(rows)]), return_index=True)
+
+
+class TaughtRows:
+    """Add stored outputs to rows. All other attributes are those of the rows."""
+
+    def __init__(self, rows: Any, records: Records) -> None:
+        self._rows, self._records = rows, records
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
+
+    def __getitem__(self, i: int) -> Batch:
+        return {name: values[0] for name, values in self.batch(np.array([i])).items()}
+
+    def batch(self, rows_B: np.ndarray) -> Batch:
+        """Return the rows with the numbers `rows_B` as arrays [B, ...], with the teacher's arrays."""
+        batch = self._rows.batch(rows_B)
+        return batch | self._records.read(numbers(self._rows, rows_B), batch)
+
+
+class UntaughtRows(TaughtRows):
+    """Add arrays of zeros to rows, in place of a teacher's outputs. A plan needs only their shapes."""
+
+    def __init__(self, rows: Any, layout: Layout) -> None:
+        self._rows, self._layout = rows, layout
+
+    def batch(self, rows_B: np.ndarray) -> Batch:
+        """Return the rows with the numbers `rows_B` as arrays [B, ...], with zeros as the teacher's arrays."""
+        kinds = {n: np.int32 if np.issubdtype(self._layout.stored(n), np.integer) else np.float32 for n in
+                 self._layout.shapes}  # fmt: skip
+        zeros = {n: np.zeros((len(rows_B), *s), kinds[n]) for n, s in self._layout.shapes.items()}
+        return self._rows.batch(rows_B) | zeros
+
+
+class SelectedRows:
+    """Select rows by their row numbers, in a given order."""
+
+    def __init__(self, rows: Any, which_N: np.ndarray) -> None:
+        self._rows, self._which_N = rows, which_N
+
+    def __len__(self) -> int:
+        return len(self._which_N)
+
+    def batch(self, rows_B: np.ndarray) -> Batch:
+        """Return the selected rows with the indices `rows_B` as arrays [B, ...]."""
+        return self._rows.batch(self._which_N[rows_B])

@@ -1,0 +1,182 @@
+"""Compute losses over the predicted tokens of a batch. All language-modelling tasks inherit `TokenLosses`.
+
+Shapes: B rows, T tokens per row, P predicted positions per row, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.evaluate.setup import Batch
+from llmctl.evaluate.tasks.losses import Losses, Network, Options
+from llmctl.model import chunked_divergence, chunked_loss, functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.divergences import Divergence, Listed, SoftLoss, mean_logits
+from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
+
+
+class TokenLosses(Losses):
+    """Compute cross-entropy over tokens, and over next-sentence labels if the model predicts them."""
+
+    def loss(
+        self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
+    ) -> tuple[jax.Array, Sums]:
+        """Return the summed cross-entropy at the predicted positions, and the metrics summed over the batch.
+
+        Logits are computed in chunks to save memory.
+        """
+        smoothing, z = options.label_smoothing, options.z_loss
+        head = functional.head_params(cfg, params)
+        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
+        total, sums = chunked_loss.cross_entropy(
+            project(cfg, options.dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
+        )
+        found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
+        if not (cfg.next_sentence and "next_label" in batch):
+            return total, found
+        logits_B2 = functional.outputs(cfg, params, x_BTD, batch, options.dtype)
+        label_B = batch["next_label"]
+        follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
+        # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a row.
+        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+
+    def soft_loss(
+        self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
+    ) -> tuple[jax.Array, Sums]:
+        """Return the distillation loss, and the metrics summed over the batch.
+
+        The loss is a weighted sum of divergence and cross-entropy, summed over tokens. If all networks predict
+        next-sentence labels, the loss also sums over these labels.
+        """
+        cfg, _, x_BTD = student
+        _, targets_BP, weights_BP = predicted(batch, x_BTD)
+        found = chunked_divergence.distillation(
+            _side(student, batch, dtype),
+            [_side(teacher, batch, dtype) for teacher in teachers],
+            targets_BP,
+            weights_BP,
+            cfg.vocab_size,
+            how,
+        )
+        if not self._follows([cfg, *(own for own, *_ in teachers)], batch):
+            return _named(found, how)
+        soft = [functional.outputs(*network, batch, dtype) for network in teachers]
+        taught_B2 = mean_logits(soft, how.divergence.temperature)
+        return self._with_next_sentence(_named(found, how), student, batch, taught_B2, targets_BP.shape[1], dtype, how)
+
+    def teacher_arrays(
+        self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
+    ) -> dict[str, jax.Array]:
+        """Return the `divergence.top_k` most probable tokens of the teachers at every predicted position.
+
+        The arrays are "teacher_ids" [B, T, k], "teacher_log_p" [B, T, k] and "teacher_rest" [B, T] (see `Listed`). If
+        the batch has `places`, the second axis is that of `places`, and the names begin with "places_". If all teachers
+        predict next-sentence labels, their logits are "teacher_next_sentence" [B, 2].
+        """
+        vocab, temperature = teachers[0][0].vocab_size, divergence.temperature
+        sides = [_side(teacher, batch, dtype) for teacher in teachers]
+        listed = chunked_divergence.listed_tokens(sides, vocab, divergence.top_k, temperature)
+        found = {_stored(name, batch): a for name, a in zip(Listed._fields, listed, strict=True)}
+        if self._follows([cfg for cfg, *_ in teachers], batch):
+            outputs = [functional.outputs(*network, batch, dtype) for network in teachers]
+            found["teacher_next_sentence"] = mean_logits(outputs, temperature)
+        return found
+
+    def taught_loss(self, student: Network, batch: Batch, dtype: Any, how: SoftLoss) -> tuple[jax.Array, Sums]:
+        """Return the distillation loss and the summed metrics, from a batch with the result of `teacher_arrays`."""
+        cfg, _, x_BTD = student
+        _, targets_BP, weights_BP = predicted(batch, x_BTD)
+        found = chunked_divergence.listed_distillation(
+            _side(student, batch, dtype), _listed(batch), targets_BP, weights_BP, cfg.vocab_size, how
+        )
+        taught_B2 = batch.get("teacher_next_sentence")
+        if taught_B2 is None or not self._follows([cfg], batch):
+            return _named(found, how)
+        return self._with_next_sentence(_named(found, how), student, batch, taught_B2, targets_BP.shape[1], dtype, how)
+
+    def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
+        """Return how often student and teachers predict the same token: the sums "agreement" and "weight".
+
+        Only predicted positions count.
+        """
+        own = chunked_divergence.listed_tokens([_side(student, batch, dtype)], student[0].vocab_size, 1, 1.0)
+        weights_BP = predicted(batch, student[2])[2]
+        same_BP = own.ids[..., 0] == _listed(batch).ids[..., 0]
+        return {"agreement": jnp.sum(same_BP * weights_BP), "weight": jnp.sum(weights_BP)}
+
+    def _follows(self, cfgs: Sequence[ModelConfig], batch: Batch) -> bool:
+        """Return whether the batch has next-sentence labels, and all models predict them."""
+        return "next_label" in batch and all(cfg.next_sentence for cfg in cfgs)
+
+    def _with_next_sentence(
+        self,
+        found: tuple[jax.Array, Sums],
+        student: Network,
+        batch: Batch,
+        taught_B2: jax.Array,
+        places: int,
+        dtype: Any,
+        how: SoftLoss,
+    ) -> tuple[jax.Array, Sums]:
+        """Add the distillation loss of the next-sentence labels, multiplied by `places`, and its sums."""
+        (total, sums), label_B = found, batch["next_label"]
+        weight_B = row_weight(batch, label_B) * (label_B >= 0)
+        y_B2 = functional.outputs(*student, batch, dtype)
+        follows, more = soft_class_sums(taught_B2, y_B2, label_B, weight_B, how)
+        return total + places * follows, sums | {f"next_sentence_{k}": v for k, v in more.items()}
+
+    def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
+        """Return the symmetric divergence at the predicted positions, computed in chunks (see `Task.divergence`)."""
+        (cfg, params, x_BTD), (other_cfg, other_params, other_BTD) = one, other
+        x_BPD, _, weights_BP = predicted(batch, x_BTD)
+        heads = functional.head_params(cfg, params), functional.head_params(other_cfg, other_params)
+        other_BPD = predicted(batch, other_BTD)[0]
+        return chunked_divergence.symmetric_divergence(
+            project(cfg, dtype), heads, x_BPD, other_BPD, weights_BP, cfg.vocab_size
+        )
+
+
+def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
+    """Return the function (result of `functional.head_params`, hidden states) -> logits, for the chunked losses."""
+    return lambda head, x: functional.head_logits(cfg, head, x, dtype)
+
+
+def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (hidden states, targets, weights) at the predicted positions.
+
+    If the batch has `places` [B, P], only these positions are predicted. The output projection then runs over P instead
+    of T tokens per row. In a small encoder, this projection costs more than all layers.
+    """
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
+    if "places" not in batch:
+        return x_BTD, targets_BT, weights_BT
+    at_BP = batch["places"]
+    x_BPD = jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
+    return x_BPD, jnp.take_along_axis(targets_BT, at_BP, axis=1), jnp.take_along_axis(weights_BT, at_BP, axis=1)
+
+
+def _side(network: Network, batch: Batch, dtype: Any) -> chunked_divergence.Side:
+    """Return the output projection of a network, its parameters, and the hidden states at the predicted positions."""
+    cfg, params, x_BTD = network
+    return project(cfg, dtype), functional.head_params(cfg, params), predicted(batch, x_BTD)[0]
+
+
+def _stored(field: str, batch: Batch) -> str:
+    """Return the name in a batch of a field of `Listed`. A mesh shards the second axis only if it is the sequence."""
+    return f"places_teacher_{field}" if "places" in batch else f"teacher_{field}"
+
+
+def _listed(batch: Batch) -> Listed:
+    """Return the teachers' most probable tokens, which `TokenLosses.teacher_arrays` added to the batch."""
+    return Listed(*(batch[_stored(name, batch)] for name in Listed._fields))
+
+
+def _named(found: tuple[jax.Array, Sums], how: SoftLoss) -> tuple[jax.Array, Sums]:
+    """Return a loss and its sums, with the names that a task's metrics have."""
+    total, sums = found
+    metric = how.divergence.metric
+    return total, {"loss": sums["nll"], metric: sums[metric], "accuracy": sums["correct"], "weight": sums["weight"]}
