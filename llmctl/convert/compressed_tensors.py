@@ -4,13 +4,15 @@
 
 Each format stores these tensors per layer:
 
-- int-quantized (W8A8): `weight` [out, in] int8 and `weight_scale` [out, groups].
+- int-quantized (W8A8, W4A8): `weight` [out, in] int8 and `weight_scale` [out, groups].
 - pack-quantized, for layers whose activations are not quantized: `weight_packed` [out, in * bits / 32] int32,
   `weight_scale` and `weight_shape`. Each int32 contains several values, the first value in the lowest bits. An offset
   makes the values unsigned. If the values are not symmetric around 0, `weight_zero_point` [out * bits / 32, groups]
   int32 has the zero points. The zero points are packed along outputs.
 - float-quantized: `weight` [out, in] float8_e4m3fn and `weight_scale` [out, 1].
 - nvfp4-pack-quantized: see `llmctl.convert.nvfp4_tensors`.
+
+If activations have a static scale, the layer also has `input_scale` [1] float32.
 """
 
 from __future__ import annotations
@@ -27,11 +29,10 @@ from llmctl.config.errors import RequestError
 from llmctl.convert import architectures as bridge_names
 from llmctl.convert import name_map, nvfp4_tensors, sparse_tensors
 from llmctl.convert.lazy_tensors import Tensor, Tensors, listed, of_array
+from llmctl.convert.packed_words import pack_words, packed_length, unpack_words
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 
-WORD = 32
-"""Number of bits per element of weight_packed in the format pack-quantized."""
 FLOAT8, NVFP4 = "float-quantized", "nvfp4-pack-quantized"
 INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
 
@@ -50,6 +51,8 @@ class Scheme(NamedTuple):
     """Type of quantized activations in llmctl; empty if activations are not quantized."""
     symmetric: bool = True
     """Whether the weights have no zero points."""
+    static: bool = False
+    """Whether all activations of a layer have one stored scale, in place of one scale per token."""
 
 
 def scheme_of(w: Any) -> Scheme | None:
@@ -60,14 +63,14 @@ def scheme_of(w: Any) -> Scheme | None:
     if (stored := node.quantized()) is None:
         return None
     array, groups, inputs = stored.array, stored.array.scale.shape[-2], node.shape[-2]
-    group = 0 if groups == 1 else inputs // groups
+    group, static = 0 if groups == 1 else inputs // groups, stored.input_scale is not None
     if array.qvalue.dtype == jnp.float8_e4m3fn:  # vLLM reads no groups of 8-bit floats
-        return Scheme(FLOAT8, "float", 8, 0, stored.activations) if not group else None
+        return Scheme(FLOAT8, "float", 8, 0, stored.activations, static=static) if not group else None
     if stored.integers() is None:
         return None
     bits = 4 if array.qvalue.dtype == jnp.int4 else 8
-    form = "int-quantized" if stored.activations and bits == 8 else "pack-quantized"
-    return Scheme(form, "int", bits, group, stored.activations, array.zero_point is None)
+    form = "int-quantized" if stored.activations else "pack-quantized"
+    return Scheme(form, "int", bits, group, stored.activations, array.zero_point is None, static)
 
 
 def pack(
@@ -129,7 +132,7 @@ def pack(
     if not schemes:
         raise RequestError("no linear layer is quantized; export --to hf writes it as it is")
     if len(schemes) > 1:
-        kinds = sorted(str((s.bits, s.group, s.activations, s.symmetric)) for s in schemes)
+        kinds = sorted(str((s.bits, s.group, s.activations, s.symmetric, s.static)) for s in schemes)
         raise RequestError(f"linear layers differ in bits, groups or activations ({listed(kinds)})")
     return out, _config(schemes.pop(), [*untouched, *built])
 
@@ -141,51 +144,29 @@ def _layer(module: str, w: weights.Quantized, slot: name_map.Slot, scheme: Schem
     def part(a: jax.Array) -> np.ndarray:
         return name_map.host(a, slot.layer).T
 
-    scale = Tensor((outputs, groups), np.dtype(w.array.scale.dtype), lambda: part(w.array.scale))
+    out = {f"{module}.weight_scale": Tensor((outputs, groups), w.array.scale.dtype, lambda: part(w.array.scale))}
+    if (fixed := w.input_scale) is not None:
+        out[f"{module}.input_scale"] = Tensor((1,), np.dtype(np.float32), lambda: part(fixed).reshape(1))
     if scheme.format != "pack-quantized":
-        values = Tensor((outputs, inputs), np.dtype(w.array.qvalue.dtype), lambda: part(w.array.qvalue))
-        return {f"{module}.weight": values, f"{module}.weight_scale": scale}
+        kind = np.dtype(np.int8 if scheme.type == "int" else w.array.qvalue.dtype)
+        values = Tensor((outputs, inputs), kind, lambda: part(w.array.qvalue).astype(kind))
+        return out | {f"{module}.weight": values}
     packed = Tensor(
         (outputs, packed_length(inputs, bits)),
         np.dtype(np.int32),
         lambda: pack_words(part(w.array.qvalue).astype(np.int8), bits),
     )
-    zeros, zero = {}, w.array.zero_point
+    zero = w.array.zero_point
     if zero is not None:
-        zeros[f"{module}.weight_zero_point"] = Tensor(
+        out[f"{module}.weight_zero_point"] = Tensor(
             (packed_length(outputs, bits), groups),
             np.dtype(np.int32),
             lambda: np.ascontiguousarray(pack_words(part(zero).astype(np.int8).T, bits).T),
         )
-    return zeros | {
+    return out | {
         f"{module}.weight_packed": packed,
-        f"{module}.weight_scale": scale,
         f"{module}.weight_shape": of_array(np.array([outputs, inputs], np.int64)),
     }
-
-
-def packed_length(inputs: int, bits: int) -> int:
-    """Return the number of int32 elements that store `inputs` values of `bits` bits each."""
-    return -(-inputs * bits // WORD)
-
-
-def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack signed values [out, in] into int32 [out, in * bits / 32].
-
-    The last int32 of a row is padded with zero bits.
-    """
-    per_word = WORD // bits
-    shifted = (values.astype(np.int32) + (1 << (bits - 1))).astype(np.uint32)
-    shifted = np.pad(shifted, ((0, 0), (0, -values.shape[1] % per_word))).reshape(len(values), -1, per_word)
-    words = np.bitwise_or.reduce(shifted << (bits * np.arange(per_word, dtype=np.uint32)), axis=2)
-    return words.astype(np.uint32).view(np.int32)
-
-
-def unpack_words(words: np.ndarray, inputs: int, bits: int) -> np.ndarray:
-    """Unpack int32 elements to signed int8 values [out, inputs]; inverse of `pack_words`."""
-    shifts = bits * np.arange(WORD // bits, dtype=np.uint32)
-    parts = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts) & ((1 << bits) - 1)
-    return (parts.reshape(len(words), -1)[:, :inputs].astype(np.int32) - (1 << (bits - 1))).astype(np.int8)
 
 
 def _config(scheme: Scheme, untouched: list[str]) -> dict[str, Any]:
@@ -204,6 +185,8 @@ def _config(scheme: Scheme, untouched: list[str]) -> dict[str, Any]:
     inputs = None
     if scheme.activations:
         inputs = common | {"num_bits": 8, "dynamic": True, "strategy": "token", "group_size": None, "observer": None}
+        if scheme.static:
+            inputs |= {"dynamic": False, "strategy": "tensor", "observer": "minmax", "observer_kwargs": {}}
     group = {
         "targets": ["Linear"],
         "weights": weight,

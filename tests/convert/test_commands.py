@@ -356,6 +356,51 @@ def test_transformers_loads_quantized_layers_of_tied_models(form, save, config, 
     np.testing.assert_allclose(theirs, logits(cfg, quantized, batch), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("form", "group", "kind"), [("int8", 0, "int8"), ("int4", 16, "int8"), ("fp8_e4m3", 0, "fp8_e4m3")]
+)
+def test_static_scales_of_activations_are_those_that_the_package_reads(
+    form, group, kind, save, config, params, call, tmp_path
+):
+    """The package's own layer rounds inputs with the stored scale, and computes our product."""
+    pytest.importorskip("compressed_tensors")
+    torch = pytest.importorskip("torch")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from safetensors.torch import load_file
+
+    from llmctl.compress.quantization.quantize import quantize
+
+    flat = weights.flatten(quantize(params, scheme=form, group=group)[0])
+    for m in weights.matrices(params, "block"):
+        scales = jnp.linspace(0.01, 0.03, 3, dtype=jnp.float32)[:, None, None]
+        flat[m.path] = flat[m.path].with_activations(kind, scales)
+    made = save(config, weights.unflatten(flat))
+    code, said, err = call("export", made, "--to", "compressed-tensors", "--out", tmp_path / "ct")
+    assert code == 0, err
+    assert said["parity"] < 1e-4
+    settings = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    scheme: Any = QuantizationScheme(**settings["config_groups"]["group_0"])
+    inputs = scheme.input_activations
+    assert (inputs.dynamic, inputs.strategy, inputs.num_bits) == (False, "tensor", 8)
+    module = "model.layers.2.self_attn.k_proj."
+    stored = {n.removeprefix(module): t for n, t in load_file(tmp_path / "ct" / "model.safetensors").items()}
+    assert stored["input_scale"].shape == (1,) and stored["input_scale"].dtype == torch.float32
+    x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    rounding: Any = fake_quantize
+    x_q = rounding(torch.from_numpy(x), stored["input_scale"], None, inputs)
+    parts = {n: t for n, t in stored.items() if n.startswith("weight")}
+    reader: Any = BaseCompressor.get_value_from_registry(settings["format"])
+    w = reader.decompress(parts, scheme)["weight"]
+    ours = weights.layer_of(artifact.load(made).params["decoder"]["blocks"]["attn"]["k"]["kernel"], 2)
+    got = ours.matmul(jnp.asarray(x), jnp.float32, weights.Product())
+    np.testing.assert_allclose(got, (x_q @ w.to(torch.float32).T).numpy(), atol=2e-4)
+    assert call("import", tmp_path / "ct", "--out", tmp_path / "again")[0] == 0
+    again = artifact.load(tmp_path / "again").params["decoder"]["blocks"]["attn"]["k"]["kernel"]
+    np.testing.assert_allclose(np.asarray(again[2]), np.asarray(ours.dense()), rtol=3e-7)
+
+
 @pytest.mark.parametrize("form", ["fp8_e4m3", "nvfp4"])
 def test_floats_are_those_that_the_package_reads_and_come_back(form, save, config, params, call, tmp_path):
     """Codes and scales bit for bit, and the package's own decompression; an import has the same weights."""

@@ -47,7 +47,10 @@ def quantization(
 
     def rounded(path: str, w: Any) -> Any:
         node, _ = jax.eval_shape(lambda a: rounding.measured(a, chosen[path], method.clips), w)
-        return rounding.with_activations(node, chosen[path].inputs, method.activations)
+        fixed: Any = None
+        if method.static_activations:
+            fixed = jax.ShapeDtypeStruct((*w.shape[:-2], 1, 1), jnp.float32)
+        return rounding.with_activations(node, chosen[path].inputs, method.activations, fixed)
 
     small = {path: rounded(path, w) if path in chosen else w for path, w in flat.items()}
     left = functional.laid_out(model, weights.unflatten(small), mesh)

@@ -129,13 +129,15 @@ def check(path: str, w: Weight, inputs: int, scheme: str, group: int) -> None:
         raise RequestError(f"group {group} does not divide the {size} inputs of {path}; groups near it that do: {near}")
 
 
-def with_activations(node: Node, inputs: int, activations: str) -> Node:
+def with_activations(node: Node, inputs: int, activations: str, input_scale: jax.Array | None = None) -> Node:
     """Return the quantized weight `node`, with quantized input activations if `activations` is not empty.
+
+    The activations have the scale `input_scale`, or one scale per token if this is None.
 
     An embedding table (`inputs` -1) is returned unchanged. Its rows are looked up, and the product with a tied table
     uses unquantized activations.
     """
-    return node.with_activations(activations) if activations and inputs != -1 else node
+    return node.with_activations(activations, input_scale) if activations and inputs != -1 else node
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -37,6 +37,9 @@ class Quantization:
     activations: str = ""
     """Dtype of quantized activations in products: "int8" or "fp8_e4m3" (W8A8); empty if activations are not
     quantized."""
+    static_activations: str = ""
+    """How the one scale of a matrix's inputs is chosen on calibration data: "max" or "mse"
+    (`llmctl.compress.quantization.static_inputs`). If empty, every token has its own scale."""
     method: MethodName = "rtn"
     """Method that chooses the rounded weights.
 
@@ -69,7 +72,7 @@ class Quantization:
     @property
     def calibrated(self) -> bool:
         """Return whether the method reads calibration data."""
-        return self.hessian or self.smooth or self.tunes
+        return self.hessian or self.smooth or self.tunes or bool(self.static_activations)
 
     @property
     def hessian(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
@@ -19,10 +20,12 @@ from llmctl.compress.calibration.layer_files import Saved
 from llmctl.compress.calibration.output_error import replicated, rounded_error
 from llmctl.compress.calibration.settings import CalibrationConfig
 from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Peaks, Statistic
-from llmctl.compress.quantization import folding, gptq, grids, input_scales, quantize
+from llmctl.compress.quantization import folding, gptq, grids, input_scales, quantize, static_inputs
 from llmctl.compress.quantization.autoround import Tuner
 from llmctl.compress.quantization.formats import Format
 from llmctl.compress.quantization.quantize_method import Quantization
+from llmctl.compress.quantization.static_inputs import Magnitudes
+from llmctl.distributed import host_arrays
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Matrix, Node, Weight
@@ -32,6 +35,9 @@ NOT_TUNED = "rounding to nearest: autoround tunes layers, not the output head"
 """Message for reports: AutoRound was requested, but a matrix of the output head was rounded to nearest."""
 NO_INPUTS = "rounding to nearest: no calibration inputs"
 """Message for reports: a matrix was rounded without data, because calibration collects no inputs of the matrix."""
+
+NO_SCALE = "one scale per token: no calibration inputs"
+"""Message for reports: a static scale was requested, but calibration collects no inputs of the matrix."""
 
 
 def quantize_layers(
@@ -86,15 +92,17 @@ def quantize_layers(
 def collector(method: Quantization) -> Collect:
     """Return the `Collect` function of a quantization method.
 
-    For each matrix, the function returns a `Joined` statistic with two entries. "gram" is the Gram matrix, and "peaks"
-    has the largest magnitude of each input. An entry is omitted if the method does not read it. Nothing is collected
-    for the token embedding table.
+    For each matrix, the function returns a `Joined` statistic with up to three entries. "gram" is the Gram matrix,
+    "peaks" has the largest magnitude of each input, and "magnitudes" is a histogram of each input. An entry is omitted
+    if the method does not read it. Nothing is collected for the token embedding table.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:
         parts: dict[str, Any] = {"gram": Gram.start(inputs)} if method.hessian else {}
-        if method.smooth:
+        if method.smooth or method.static_activations:
             parts["peaks"] = Peaks.start(inputs)
+        if method.static_activations == "mse":
+            parts["magnitudes"] = Magnitudes.start(inputs)
         return None if path == "embed/tokens" or not parts else Joined(parts)
 
     return collect
@@ -124,6 +132,7 @@ def quantize_layer(
       - `shape`
       - `error`, the relative error of the outputs on the calibration inputs, if there is a Gram matrix
       - `weight_error`, the relative error of the weights, after AWQ or SmoothQuant have scaled the rows
+      - `input_scale`, the static scale of the inputs
       - `exponent`, the exponent of AWQ's scales
       - `unscaled`, true if scales were requested and cannot be folded
       - `fallback`, a message, if the requested method or a damping value failed
@@ -147,7 +156,11 @@ def quantize_layer(
             node, found = _quantized(replicated(m.weight), gram_II, form, method)
         error = round(float(_weight_error(m.weight, node)), 6)
         notes[m.module] = {"shape": list(m.weight.shape), **found, "weight_error": error, **notes_of.get(m.module, {})}
-        return quantize.with_activations(node, -2, method.activations)
+        fixed = None
+        if method.static_activations:
+            fixed, more = _input_scale(parts, scales.get(m.module), method)
+            notes[m.module] |= more
+        return quantize.with_activations(node, -2, method.activations, fixed)
 
     return weights.map_layer(layer, change), notes
 
@@ -213,6 +226,31 @@ def _quantized(
     if gram_II is not None:
         found["error"] = rounded_error(gram_II, w, weights.dense(node))
     return node, found
+
+
+def _input_scale(
+    parts: dict[str, Any], divisor_I: jax.Array | None, method: Quantization
+) -> tuple[jax.Array | None, dict[str, Any]]:
+    """Return the static scale of a matrix's inputs, [1, 1], and JSON data with this scale.
+
+    If calibration collects no inputs of the matrix, the scale is None, and the data names the fallback.
+
+    Args:
+      parts: statistics of the inputs, by name (see `collector`).
+      divisor_I: numbers by which AWQ or SmoothQuant divide the inputs; None if they do not.
+      method: how the matrix is quantized.
+    """
+    if "peaks" not in parts:
+        return None, {"fallback": NO_SCALE}
+    peak_I = host_arrays.read(parts["peaks"].peaks)
+    divisors = None if divisor_I is None else host_arrays.read(divisor_I)
+    if divisors is not None:
+        peak_I = peak_I / divisors
+    scale = static_inputs.largest(peak_I, method.activations)
+    if method.static_activations == "mse":
+        counts_IB = host_arrays.read(parts["magnitudes"].counts)
+        scale = static_inputs.least_squares(peak_I, counts_IB, divisors, method.activations)
+    return replicated(jnp.full((1, 1), scale, jnp.float32)), {"input_scale": scale}
 
 
 def full_path(stack: str, module: str) -> str:

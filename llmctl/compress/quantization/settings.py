@@ -68,6 +68,7 @@ class QuantizeConfig(CalibrationConfig):
     added: ClassVar[frozenset[str]] = CALIBRATION | {
         *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha", "rules", "symmetric"),
         *("rotate", "tuning_steps", "average_bits", "max_perplexity_increase", "candidates"),
+        "static_activations",
     }
 
     bits: int = 8
@@ -105,6 +106,10 @@ class QuantizeConfig(CalibrationConfig):
     activations: Literal["", "int8", "fp8_e4m3"] = ""
     """Also quantize the inputs of quantized matrices, with one scale per token (W8A8). int8: for formats int8 and int4.
     fp8_e4m3: for format fp8_e4m3."""
+    static_activations: Literal["", "max", "mse"] = ""
+    """Use one scale for all inputs of a matrix, measured on calibration data and stored, in place of one scale per
+    token. max: the scale of the largest input. mse: the scale with the least squared error, which may clip inputs. Only
+    with `activations`."""
     method: MethodName = RTN
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
@@ -144,7 +149,7 @@ class QuantizeConfig(CalibrationConfig):
         A finished stage is therefore not repeated if only such settings change, such as a recipe's shared data.
         """
         unread = ()
-        reads = ("smooth", *BUDGETS)
+        reads = ("smooth", "static_activations", *BUDGETS)
         if isinstance(given, dict) and given.get("method", RTN) == RTN and not any(map(given.get, reads)):
             unread = tuple(key for key in given if key in CALIBRATION)
             given = {key: value for key, value in given.items() if key not in CALIBRATION}
@@ -232,13 +237,17 @@ class QuantizeConfig(CalibrationConfig):
             raise ValueError("symmetric = false: not with quantized activations, whose products have no zero points")
         if "alpha" in told and not self.smooth:
             raise ValueError("alpha: only with smooth = true")
+        if self.static_activations and not self.activations:
+            raise ValueError("static_activations: only with quantized activations; set activations = 'int8'")
         if self.smooth and not self.activations:
             raise ValueError("smooth: only with quantized activations; set activations = 'int8'")
         if self.smooth and method.scales_inputs:
             raise ValueError(f"smooth: not with method {self.method!r}, which scales the same inputs")
         for other in formats if method.calibrated or self.clip else ():
             if not has_grid(other):
-                what = f"method {self.method!r}" if self.method != RTN else "smooth" if self.smooth else "clip"
+                flags = ("smooth", "static_activations")
+                what = next((name for name in flags if getattr(self, name)), "clip")
+                what = f"method {self.method!r}" if self.method != RTN else what
                 raise ValueError(f"{what}: not for format {other!r}, whose levels are not known; choose another")
         if "static_groups" in told and not any(inputs_per_scale(other, self.group) for other in formats):
             raise ValueError("static_groups: only with groups; set group, such as 128")
@@ -266,7 +275,6 @@ class QuantizeConfig(CalibrationConfig):
     def quantization(self) -> Quantization:
         """Return the description of the quantization that `llmctl.compress` reads."""
         names = ("group", "symmetric", "embeddings", "head", "activations", "method", "clip", "smooth", "alpha")
-        given = {
-            name: getattr(self, name) for name in (*names, "damping", "act_order", "static_groups", "tuning_steps")
-        }
+        more = ("static_activations", "damping", "act_order", "static_groups", "tuning_steps")
+        given = {name: getattr(self, name) for name in (*names, *more)}
         return Quantization(self.scheme_name, rules=tuple(sorted(self.rules.items())), **given)

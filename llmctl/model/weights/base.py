@@ -242,10 +242,11 @@ class Node(abc.ABC):
         """
         return None
 
-    def with_activations(self, kind: str) -> Any:
+    def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Any:
         """Return the same weight with inputs quantized to `kind`, such as int8.
 
-        The inputs are quantized before each product, with one scale per token.
+        The inputs are quantized before each product, with the scale `input_scale`, or with one scale per token if this
+        is None.
 
         Raises:
             RequestError: If this kind of weight does not support quantized activations.

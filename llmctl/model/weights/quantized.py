@@ -18,6 +18,9 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 
 ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 """Map from names in settings to the dtype of quantized activations."""
+LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
+"""Largest magnitude of activations in units of a static scale, by name of the type. With 127.5, which the integers
+could hold, the last bit of a division would decide how the largest input is rounded."""
 
 
 @node_type
@@ -26,14 +29,16 @@ class Quantized(Node):
 
     An element of the weight is (number - zero point) * scale. Without zero points, an element is number * scale.
 
-    If `activations` is "int8" or "fp8_e4m3", the inputs are also quantized before each product, with one scale per
-    token (W8A8). "fp8_e4m3" stands for 8-bit floats.
+    If `activations` is "int8" or "fp8_e4m3", the inputs are also quantized before each product (W8A8). "fp8_e4m3"
+    stands for 8-bit floats. The scale of the inputs is `input_scale` or, if this is None, one scale per token.
     """
 
     kind: ClassVar[str] = "quantized"
 
     array: qwix.QArray
     activations: str = setting(default="")
+    input_scale: jax.Array | None = None
+    """Scale of all inputs of the matrix, [..., 1, 1] float32 (static quantization)."""
 
     shape = property(lambda self: self.array.qvalue.shape)
     dtype = property(lambda self: self.array.scale.dtype)
@@ -48,16 +53,26 @@ class Quantized(Node):
     def multiply(self, x_NI: jax.Array, dtype: Any, options: Product) -> jax.Array:
         """Return x_NI @ weight, [N, O], in `dtype`."""
         if self.activations:
-            # One scale per token; grouped weights need the same groups on the activation.
-            groups, last = self.array.scale.shape[0], x_NI.ndim - 1
-            tiles = {last: x_NI.shape[last] // groups} if groups > 1 else None
-            x_q = qwix.quantize(
-                x_NI, ACTIVATIONS[self.activations], channelwise_axes=list(range(last)), tiled_axes=tiles
-            )
-            return qwix.dot_general(x_q, self.array, (((last,), (0,)), ((), ()))).astype(dtype)
+            last = x_NI.ndim - 1
+            return qwix.dot_general(self._rounded(x_NI), self.array, (((last,), (0,)), ((), ()))).astype(dtype)
         if self.array.scale.shape[0] == 1:  # per output channel: scaling the product is cheaper than scaling the weight
             return jnp.matmul(x_NI, self._unit(dtype)) * self.array.scale.astype(dtype)
         return jnp.matmul(x_NI, self.dense(dtype))
+
+    def _rounded(self, x_NI: jax.Array) -> qwix.QArray:
+        """Return the inputs x_NI as 8-bit numbers with scales."""
+        kind = ACTIVATIONS[self.activations]
+        if self.input_scale is not None:
+            scale = self.input_scale.reshape((1,) * x_NI.ndim)
+            unit_NI = x_NI.astype(jnp.float32) / scale
+            if self.activations == "int8":
+                unit_NI = jnp.round(unit_NI)
+            unit_NI = jnp.clip(unit_NI, -LARGEST[self.activations], LARGEST[self.activations])
+            return qwix.QArray(unit_NI.astype(kind), scale, qtype=jnp.dtype(kind))
+        # One scale per token; grouped weights need the same groups on the activation.
+        groups, last = self.array.scale.shape[0], x_NI.ndim - 1
+        tiles = {last: x_NI.shape[last] // groups} if groups > 1 else None
+        return qwix.quantize(x_NI, kind, channelwise_axes=list(range(last)), tiled_axes=tiles)
 
     def _unit(self, dtype: Any) -> jax.Array:
         """Return the weight without its scales, in `dtype`. Call this method only if there is one scale per output."""
@@ -89,15 +104,17 @@ class Quantized(Node):
         return self.dense() if on_cpu and not self.activations else self
 
     def parts(self) -> dict[str, Any]:
-        """Return the integers ("qvalue"), their scales ("scale") and, if there are any, their zero points ("zero")."""
+        """Return the integers ("qvalue"), their scales ("scale") and, if there are any, their zero points ("zero") and
+        the scale of the inputs ("input_scale")."""
         found = {"qvalue": self.array.qvalue, "scale": self.array.scale, "zero": self.array.zero_point}
+        found["input_scale"] = self.input_scale
         return {name: part for name, part in found.items() if part is not None}
 
     @classmethod
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
         """Build a quantized weight from its settings and its stored arrays."""
         array = qwix.QArray(parts["qvalue"], parts["scale"], parts.get("zero"), qtype=parts["qvalue"].dtype)
-        return cls(array, settings["activations"])
+        return cls(array, settings["activations"], parts.get("input_scale"))
 
     def quantized(self) -> Quantized:
         """Return this weight."""
@@ -107,11 +124,11 @@ class Quantized(Node):
         """Return this weight, or None if the weight stores floats. Export formats store integers and scales."""
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
-    def with_activations(self, kind: str) -> Quantized:
+    def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Quantized:
         """Return the same weight with inputs quantized to `kind`.
 
-        The inputs are quantized before each product, with one scale per token. `kind` must be "int8" for a weight of
-        integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
+        The inputs are quantized before each product, with the scale `input_scale`, or with one scale per token if this
+        is None. `kind` must be "int8" for a weight of integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
 
         Raises:
             RequestError: If `kind` does not fit the stored numbers, or if the weight has zero points.
@@ -119,11 +136,11 @@ class Quantized(Node):
         own = self.integers() is not None if kind == "int8" else self.format_name == ACTIVATIONS[kind]
         if not own or self.array.zero_point is not None:
             return super().with_activations(kind)
-        return replace(self, activations=kind)
+        return replace(self, activations=kind, input_scale=input_scale)
 
     def without_activations(self) -> Quantized:
         """Return the same weight with inputs that are not quantized."""
-        return replace(self, activations="")
+        return replace(self, activations="", input_scale=None)
 
     def masked(self, mask: jax.Array) -> Quantized:
         """Return the weight with zeros at the False entries of the mask.

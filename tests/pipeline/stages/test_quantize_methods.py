@@ -44,14 +44,20 @@ def test_layers_are_reported(artifacts, tmp_path, reviews, parent, capsys):
 
 
 def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews):
-    settings = {**GPTQ, "data": reviews, "group": 8, "rules": {"attn/*": "int8", "mlp/up": "none"}}
+    settings = {**GPTQ, "data": reviews, "group": 8, "rules": {"attn/*": "int8", "mlp/up": "none"}, "head": True}
+    settings |= {"activations": "int8", "static_activations": "mse"}
     one = run(artifacts, tmp_path / "one", "lm", **settings)
     many = run(artifacts, tmp_path / "many", "lm", **settings, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     assert {m.name: m.node.format_name for m in weights.matrices(one.params, "block") if m.node.is_integer} == {
         "q": "int8", "k": "int8", "v": "int8", "o": "int8", "gate": "int4", "down": "int4",
     }  # fmt: skip
-    for a, b in zip(*(weights.matrices(m.params, "block") for m in (one, many)), strict=True):
+    layers = one.manifest.metrics["quantized_layers"]
+    for a, b in zip(*(weights.matrices(m.params, "block", "head") for m in (one, many)), strict=True):
         np.testing.assert_array_equal(np.asarray(a.node.values(), int), np.asarray(b.node.values(), int))
+        if a.node.is_integer:
+            np.testing.assert_allclose(a.weight.input_scale, b.weight.input_scale, rtol=1e-5)
+            reported = [r["matrices"][a.module]["input_scale"] for r in layers if a.module in r["matrices"]]
+            np.testing.assert_allclose(a.weight.input_scale.reshape(-1), reported, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -65,10 +71,13 @@ def test_eight_devices_tune_nearly_as_one(artifacts, tmp_path, reviews):
     np.testing.assert_allclose(errors[1], errors[0], rtol=0.15)
 
 
-@pytest.mark.parametrize("method", [{"method": "gptq"}, {"method": "autoround", "tuning_steps": 6}], ids=str)
+@pytest.mark.parametrize("method", [
+    {"method": "gptq"}, {"method": "autoround", "tuning_steps": 6},
+    {"method": "rtn", "activations": "int8", "static_activations": "max", "rules": {"mlp/*": "int8"}},
+], ids=str)  # fmt: skip
 def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monkeypatch, method):
     """Of three layers the first is done when the stage is killed; the others get the same bits when it runs again."""
-    settings = {**GPTQ, **method, "data": reviews, "rules": {"mlp/*": "int2"}}
+    settings = {**GPTQ, "rules": {"mlp/*": "int2"}, **method, "data": reviews}
     whole = run(artifacts, tmp_path / "whole", "lm", **settings)
     quantize_layer, done = quantize_walk.quantize_layer, []
 
@@ -165,6 +174,7 @@ def test_a_rotated_model_is_saved_with_its_own_output_projection(artifacts, tmp_
 @pytest.mark.parametrize(("settings", "title"), [
     ({"rotate": True, "symmetric": False, "group": 8, "rules": {"up": "nf4"}}, "rotation of decoder/blocks/attn/o"),
     ({"method": "autoround", "tuning_steps": 2, "examples": 20}, "gradient step of a layer's rounding"),
+    ({"activations": "int8", "static_activations": "mse", "examples": 20}, "rounding of"),
 ])  # fmt: skip
 def test_plans_trace_the_programs_and_know_the_result(artifacts, tmp_path, reviews, settings, title):
     mesh = meshes.make(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -214,6 +224,7 @@ def test_data_is_no_part_of_the_key_without_calibration(reviews):
     ({"symmetric": False, "activations": "int8"}, "symmetric = false: not with quantized activations"),
     ({"rules": {"": "int4"}}, "a pattern is empty"),
     ({"rules": {"mlp/*": "nf4"}, "activations": "int8"}, "activations: not for format 'nf4'"),
+    ({"static_activations": "max"}, "static_activations: only with quantized activations"),
     ({"activations": "fp8_e4m3"}, "activations: not for format 'int8'; choose fp8_e4m3"),
 ])  # fmt: skip
 def test_settings_that_contradict_one_another(settings, message):
