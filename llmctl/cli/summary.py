@@ -11,9 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmctl.artifacts import artifact
-from llmctl.config.base import read_toml, validate
+from llmctl.config.base import read_toml
 from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
+from llmctl.config.validation import validate
 from llmctl.evaluate.metrics.base import VALIDATION, Metric, columns, find
 from llmctl.model import config as model_config
 from llmctl.model.config import ModelConfig

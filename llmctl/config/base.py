@@ -1,8 +1,7 @@
-"""Define `Config`, the base class of all settings, and read and validate settings from TOML.
+"""Define `Config`, the base class of all settings, and read and write settings as TOML.
 
-A setting is a field of a settings class. Its name, type, default and help text are defined only there. An error message
-is one line with the file, the dotted path of the setting, and the problem. If a setting is unknown, the message
-suggests a setting with a similar name.
+A setting is a field of a settings class. Its name, type, default and help text are defined only there.
+`llmctl.config.validation` validates settings.
 """
 
 from __future__ import annotations
@@ -12,18 +11,13 @@ import difflib
 import json
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from llmctl.config.errors import RequestError
 from llmctl.config.limits import RECIPE
 from llmctl.config.text_input import parse_toml
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-C = TypeVar("C", bound="Config")
 
 FLOAT32_MAX = 2.0**128 - 2.0**104
 """Largest finite float32. Larger settings are rejected, because compiled programs convert settings to float32."""
@@ -71,7 +65,7 @@ class Config(BaseModel):
         if isinstance(value, float) and abs(value) > FLOAT32_MAX:
             raise ValueError(f"must be at most {FLOAT32_MAX:.3g}, the largest number in float32, got {value:g}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"must be a whole number of 64 bits, got {_shown(value)}")
+            raise ValueError(f"must be a whole number of 64 bits, got {shown(value)}")
         if isinstance(value, str) and "\0" in value:
             raise ValueError("must hold no zero byte")
         return value
@@ -97,33 +91,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise RequestError(f"{path}: not valid TOML: {e}") from None
     except OSError as e:
         raise RequestError(f"{path}: cannot be read: {e.strerror}") from None
-
-
-def validate(cls: type[C], values: dict[str, Any], place: Callable[[str], str]) -> C:
-    """Validate settings, and return them as an instance of `cls`.
-
-    Types are strict ("3" is no integer, and true is not 1). Unknown keys are errors.
-
-    Args:
-        cls: Settings class.
-        values: Nested dicts and lists, as read from TOML.
-        place: Function that returns the beginning of an error message, such as `demo.toml: stage.2.train.steps (prune)`
-            or `--train.steps`. Its argument is the dotted path of the invalid value inside `values`, such as
-            `train.steps`. If the error concerns all values, the path is empty.
-
-    Raises:
-        RequestError: If a value is invalid or a key is unknown. The message is one line.
-    """
-    try:
-        # The JSON mode is strict, but it accepts a list for a tuple and a string for a path.
-        return cls.model_validate_json(json.dumps(_filled(cls, values), default=str), strict=True)
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-        # A misspelt key often causes a second error elsewhere, so report the key first.
-        first = next((x for x in errors if x["type"] == "extra_forbidden"), errors[0])
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        place_of_first = place(".".join(str(part) for part in first["loc"]))
-        raise RequestError(f"{place_of_first}: {_explain(cls, first)}{more}") from None
 
 
 def parse_value(text: str) -> Any:
@@ -203,7 +170,7 @@ def section(cls: type[Config], key: str) -> type[Config] | None:
     """
     for name, field in cls.model_fields.items():
         if key in (name, field.alias):
-            return _config_in(field.annotation)
+            return config_in(field.annotation)
     return None
 
 
@@ -245,94 +212,16 @@ def keyed(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
-    """Complete nested settings that the user set only in part, with the defaults that `cls` declares for them.
-
-    If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
-    number of steps is 300.
-
-    Nested settings with `deciding` fields, such as a preset, are an exception. The deciding fields determine the
-    defaults of the other fields. Only the deciding fields are completed, and only if the user set no deciding field.
-    """
-    out = dict(values)
-    for name, field in cls.model_fields.items():
-        key = field.alias or name
-        inner, default = section(cls, key), field.get_default(call_default_factory=True)
-        if not inner or not isinstance(out.get(key), dict):
-            continue
-        below: dict[str, Any] = {}
-        if isinstance(default, inner) and not any(k in out[key] for k in inner.deciding):
-            told = set(inner.deciding) or default.model_fields_set
-            below = default.model_dump(mode="json", by_alias=True, include=told & default.model_fields_set)
-        out[key] = _filled(inner, merge(below, out[key], inner))
-    return out
-
-
-def _config_in(annotation: Any) -> type[Config] | None:
+def config_in(annotation: Any) -> type[Config] | None:
+    """Return the settings class in a type such as `MeshConfig | None`, or None if there is no settings class."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType):
-        return next((c for a in get_args(annotation) if (c := _config_in(a))), None)
+        return next((c for a in get_args(annotation) if (c := config_in(a))), None)
     return None
 
 
-def _class_at(cls: type[Config], path: tuple[Any, ...]) -> type[Config] | None:
-    """Return the settings class of the value at `path` inside `cls`, or None if the value has another type.
-
-    Args:
-        cls: Class of the outermost settings.
-        path: Location of the value as pydantic reports it: keys, list indices and names of union members. Only the keys
-            are used.
-    """
-    at: type[Config] | None = cls
-    for part in path:
-        if not isinstance(part, str) or at is None:
-            continue
-        found = next((f.annotation for n, f in at.model_fields.items() if part in (n, f.alias)), None)
-        if found is None:
-            continue  # the name of a union's branch
-        at = _config_in(found) or next((c for a in get_args(found) if (c := _config_in(a))), None)
-    return at
-
-
-def _explain(cls: type[Config], error: Any) -> str:
-    loc, kind, given, ctx = error["loc"], error["type"], error["input"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        at = _class_at(cls, loc[:-1])
-        known = field_names(at) if at else []
-        return f"unknown key{hint(str(loc[-1]), known) or (': known are ' + ', '.join(known) if known else '')}"
-    if kind == "missing":
-        return "is required"
-    if kind == "value_error":
-        return str(ctx.get("error", error["msg"]))
-    if kind == "literal_error":
-        at, allowed = _class_at(cls, loc[:-1]), []
-        field = next((f for n, f in (at or cls).model_fields.items() if loc[-1] in (n, f.alias)), None)
-        if field and get_origin(field.annotation) is Literal:
-            allowed = [a for a in get_args(field.annotation) if isinstance(a, str)]
-        return f"must be {ctx['expected']}, got {_shown(given)}{hint(str(given), allowed)}"
-    expected = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "finite_number": "a finite number",
-        "string_type": "a string",
-        "bool_type": "true or false",
-        "list_type": "a list",
-        "tuple_type": "a list",
-        "dict_type": "a table",
-        "model_type": "a table",
-        "path_type": "a path",
-        "greater_than": f"> {ctx.get('gt')}",
-        "greater_than_equal": f">= {ctx.get('ge')}",
-        "less_than": f"< {ctx.get('lt')}",
-        "less_than_equal": f"<= {ctx.get('le')}",
-    }.get(kind)
-    if expected:
-        return f"must be {expected}, got {_shown(given)}"
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {_shown(given)}"
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Format a value as JSON for an error message, in at most 60 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

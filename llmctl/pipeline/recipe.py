@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import atomic
-from llmctl.config.base import Config, hint, merge, read_toml, section, validate
+from llmctl.config.base import Config, hint, merge, read_toml, section
 from llmctl.config.errors import RequestError
+from llmctl.config.validation import validate
 from llmctl.distributed import locks
 from llmctl.pipeline import overrides, stage
 

@@ -65,7 +65,7 @@ def compiled(point: Point) -> dict[str, Any]:
     """Compile a point, and return the compiler's figures."""
     from jax.experimental import topologies as devices
 
-    from llmctl.config.base import validate
+    from llmctl.config.validation import validate
     from llmctl.distributed import mesh as meshes
     from llmctl.pipeline.stages import pretrain
     from llmctl.plan import topologies

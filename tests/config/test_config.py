@@ -5,8 +5,9 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from llmctl.config.base import Config, assign, keyed, merge, parse_value, read_toml, section, validate
+from llmctl.config.base import Config, assign, keyed, merge, parse_value, read_toml, section
 from llmctl.config.errors import RequestError
+from llmctl.config.validation import validate
 
 
 class Optim(Config):

@@ -11,9 +11,10 @@ from tiny_training import TRAIN, Rows, digest, fit, job_of, losses
 from llmctl.compress.quantization.quantize import quantize
 from llmctl.compress.quantization.schemes import NAMES
 from llmctl.compress.quantization.settings import QuantizeConfig
-from llmctl.config.base import keyed, validate
+from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
+from llmctl.config.validation import validate
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig

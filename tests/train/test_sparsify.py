@@ -8,9 +8,10 @@ from tiny_training import TRAIN, Rows, digest, fit, job_of, losses
 
 from llmctl.compress.pruning import masks
 from llmctl.compress.pruning.pattern import Pattern
-from llmctl.config.base import keyed, validate
+from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError, WorkError
 from llmctl.config.settings import MeshConfig
+from llmctl.config.validation import validate
 from llmctl.distributed import mesh as meshes
 from llmctl.model import weights
 from llmctl.pipeline.stages import distill, finetune, pretrain
