@@ -18,6 +18,7 @@ from llmctl.model.generate.continuations import Speed, begin, continue_rows, end
 from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.decoders import Decoders
 from llmctl.model.generate.fill_mask import Filler
+from llmctl.model.generate.speculative import SpeculativeDecoder
 from llmctl.pipeline import console
 
 SELECT = "/adapter"
@@ -36,6 +37,14 @@ class NamedModel:
     """Ids of the end-of-sequence tokens, after which an answer ends."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Name the draft of speculative decoding, and the number of tokens that it proposes per step."""
+
+    path: Path
+    tokens: int
+
+
 class NamedModels:
     """Store the models that generate answers, the decoders of the models, and the selected model."""
 
@@ -49,9 +58,21 @@ class NamedModels:
         self.answering = found[1:] or found
         self.selected = self.answering[0]
         self._decoders, self.filler = decoders, filler
+        self.speculative: SpeculativeDecoder | None = None
+        self.draft: dict[str, Any] = {}
+        """Name and digest of the draft, and the number of tokens that the draft proposes per step."""
 
-    def decoder(self, named_model: NamedModel) -> Decoder:
-        """Return the decoder, with the parameters of `named_model`."""
+    def add_draft(self, manifest: artifact.Manifest, tokens: int) -> None:
+        """Generate by speculative decoding, with the draft of the decoders. There must be a single model."""
+        assert self._decoders is not None and self._decoders.draft is not None
+        decoder = self._decoders.use(self.selected.name)
+        self.speculative = SpeculativeDecoder(decoder, self._decoders.draft, tokens)
+        self.draft = {"artifact": manifest.name, "digest": manifest.digest, "tokens": tokens}
+
+    def decoder(self, named_model: NamedModel) -> Decoder | SpeculativeDecoder:
+        """Return the decoder, with the parameters of `named_model`, and with the draft if there is one."""
+        if self.speculative:
+            return self.speculative
         assert self._decoders is not None
         return self._decoders.use(named_model.name)
 
@@ -71,7 +92,12 @@ class NamedModels:
 
 
 def load_models(
-    base: Path, adapters: Sequence[Path], bases: Sequence[Path], dtype: str, kv_cache: str = ""
+    base: Path,
+    adapters: Sequence[Path],
+    bases: Sequence[Path],
+    dtype: str,
+    kv_cache: str = "",
+    draft: Draft | None = None,
 ) -> NamedModels:
     """Load a model, or a base with adapters that share its arrays.
 
@@ -81,11 +107,16 @@ def load_models(
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         dtype: Dtype of the computation.
         kv_cache: Format of cached keys and values; empty for `dtype`.
+        draft: Draft for speculative decoding. An adapter shares the arrays of a base that is loaded as well.
     """
     paths = [base, *adapters] if len(adapters) > 1 else adapters or [base]
     short = [path.resolve().name for path in paths]
     names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
-    loaded = dict(zip(names, artifact.load_each(paths, bases=bases), strict=True))
+    drafts = [draft.path] if draft else []
+    if draft and (origin := artifact.read_manifest(draft.path).base) and origin.is_of(artifact.read_manifest(base)):
+        bases = [*bases, base]
+    every = list(artifact.load_each([*paths, *drafts], bases=bases))
+    loaded = dict(zip(names, every, strict=False))
     found = []
     for name, there in loaded.items():
         words = tokenizers.load(there.tokenizer_dir)
@@ -96,7 +127,12 @@ def load_models(
     if first.model.architecture == "encoder":
         return NamedModels(found, None, Filler(first.model, first.params, found[0].words, dtype))
     models = {name: (there.model, there.params) for name, there in loaded.items()}
-    return NamedModels(found, Decoders(models, dtype, found[0].words.pad_id, kv_cache), None)
+    drafted = (every[-1].model, every[-1].params) if draft else None
+    decoders = Decoders(models, dtype, found[0].words.pad_id, kv_cache, drafted)
+    named_models = NamedModels(found, decoders, None)
+    if draft:
+        named_models.add_draft(every[-1].manifest, draft.tokens)
+    return named_models
 
 
 def continue_texts(
@@ -129,7 +165,7 @@ def continue_texts(
             if live:
                 _write(label + ("" if interactive or encoded else batch[0]))
             rows = begin(words, batch, list(stops), encoded=encoded)
-            if width.width > 1:
+            if width.width > 1 and isinstance(decoder, Decoder):
                 search = searches.setdefault(id(decoder), BeamSearch(decoder, width))
                 search_rows(search, words, rows, max_new, ends=named_model.ends, speed=speed)
                 if live:
@@ -215,11 +251,18 @@ def _identity(named_models: NamedModels) -> dict[str, Any]:
 
 
 def _report(named_models: NamedModels, json: bool, result: dict[str, Any], speed: Speed) -> None:
-    rate = speed.tokens_per_second
+    rate, fast = speed.tokens_per_second, named_models.speculative
+    counts = fast.acceptance if fast else None
     if json:
+        if counts:
+            about = {"acceptance": counts.rate, "tokens_per_step": counts.tokens_per_step}
+            result |= {"draft": named_models.draft | about}
         console.result({**_identity(named_models), **result, "tokens_per_second": rate})
-    else:
-        console.say(f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else ""))
+        return
+    line = f"{speed.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate else "")
+    if counts and counts.rate is not None:
+        line += f", {counts.rate:.1%} of the draft's tokens accepted, {counts.tokens_per_step:.2f} tokens per step"
+    console.say(line)
 
 
 def _write(text: str) -> None:

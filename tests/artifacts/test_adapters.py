@@ -11,7 +11,9 @@ import pytest
 
 from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.adapters import find_base
+from llmctl.artifacts.drafts import check_draft
 from llmctl.cli import app
+from llmctl.cli.generation import Draft, load_models
 from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -240,3 +242,53 @@ def test_generate_answers_with_every_adapter_or_the_selected_one(run, capsys, mo
     ):
         code, out, err = call(*argv, "--prompt", "ab")
         assert code == 2 and line in err and len(err.splitlines()) == 1 and not out, err
+
+
+def test_a_draft_may_be_quantized_or_an_adapter_and_changes_no_text(run, capsys):
+    """An adapter shares the arrays of its base, also if the base is the target; the report has the acceptance."""
+
+    def call(*argv):
+        code = app.run(["generate", *map(str, argv), "--prompt", "ab", "--prompt", "cde", "--json"])
+        out, err = capsys.readouterr()
+        return (json.loads(out) if code == 0 else code), err
+
+    def texts(found):
+        return [r["text"] for r in found["results"]]
+
+    alone, flags = call(run / "base", "--max-new", "12")[0], ("--max-new", "12", "--draft-tokens", "3")
+    for draft in ("integers", "one", "base"):
+        found = call(run / "base", "--draft", run / draft, *flags)[0]
+        about = found["draft"]
+        assert texts(found) == texts(alone) and (about["artifact"], about["tokens"]) == (draft, 3)
+        assert 0 < about["acceptance"] <= 1 <= about["tokens_per_step"] <= 4
+        assert draft != "base" or about["acceptance"] == 1
+    adapted = call(run / "base", "--adapter", run / "two", "--max-new", "12")[0]
+    found = call(run / "base", "--adapter", run / "two", "--draft", run / "base", *flags)[0]
+    assert texts(found) == texts(adapted) != texts(alone)
+    named_models = load_models(run / "base", [], [], "float32", draft=Draft(run / "one", 3))
+    target, draft = named_models.speculative.target, named_models.speculative.draft
+    arrays = {a.unsafe_buffer_pointer(): a for a in jax.tree.leaves((target.weights, draft.weights))}
+    pair = 2 * sum(map(sum, ((32, 32), (64, 32)))) * 2 * 4
+    assert bytes_of([*arrays.values()]) == bytes_of(target.weights) + pair
+
+    both = ["--adapter", run / "one", "--adapter", run / "two"]
+    for argv, line in (
+        ([run / "base", *both, "--draft", run / "base"], "proposes tokens for one model"),
+        ([run / "base", "--beams", "2", "--draft", run / "base"], "--beams search many"),
+        ([run / "base", "--draft-tokens", "2"], "is for a draft"),
+    ):
+        code, err = call(*argv)
+        assert code == 2 and line in err and len(err.splitlines()) == 1, err
+
+
+def test_a_draft_needs_the_tokenizer_and_the_architecture_of_its_target(run):
+    manifest = artifact.read_manifest(run / "base")
+    check_draft("draft", manifest, manifest, "target")
+    changes = {
+        "another tokenizer than target": {"tokenizer": "0"},
+        "a draft continues texts as its target": {"model": manifest.model.model_copy(update={"head": "classify"})},
+        "another number of trained prompt tokens": {"model": manifest.model.model_copy(update={"prompt_tokens": 2})},
+    }
+    for line, change in changes.items():
+        with pytest.raises(RequestError, match=line):
+            check_draft("draft", manifest.model_copy(update=change), manifest, "target")

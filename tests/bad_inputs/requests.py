@@ -173,6 +173,9 @@ def flags() -> Iterator[Case]:
         ("--kv-cache", "int7"),
         ("--batch-size", "0"),
         ("--batch-size", str(2**64)),
+        ("--draft", "IN/missing"),
+        ("--draft-tokens", "2"),
+        ("--draft-tokens", "0"),
         ("--system", "a"),
         ("--chat", ""),
         ("--stop", LOST),
@@ -195,6 +198,9 @@ def flags() -> Iterator[Case]:
         ["generate", "IN/masked", "--prompt", "a", "--temperature", "1"],
         ("masked",),
     )
+    yield Case("generate: beams and a draft", [*generate, "--draft", "IN/art", "--beams", "2"], ("art",))
+    classifier = [*generate, "--draft", "IN/classifier"]
+    yield Case("generate: a draft that is a classifier", classifier, ("art", "classifier"))
     yield Case("generate: an empty prompt", [*generate[:2], "--prompt", ""], ("art",))
     yield Case("generate: a prompt that is too long", [*generate[:2], "--prompt", "a" * 100], ("art",))
     for value in ("nan", "inf", "-1", "0", "x", "1e-9"):

@@ -68,6 +68,17 @@ def generate(
             metavar="FORMAT", help="Format of cached keys and values: int8, fp8_e4m3 or int4; by default the dtype."
         ),
     ] = "",
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Small artifact with the same tokenizer that proposes tokens, which ARTIFACT verifies (speculative "
+            "decoding). The text is that of ARTIFACT alone.",
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, max=64, help="With --draft: number of proposed tokens per step; 4 by default.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue text, chat, or fill masks. Prompts come from flags, a file, or lines of standard input.
@@ -85,11 +96,13 @@ def generate(
     texts = None if chat else _texts(prompt or [], file)
 
     from llmctl.artifacts import adapters
+    from llmctl.artifacts.drafts import check_draft
     from llmctl.artifacts.manifest_file import read_manifest
     from llmctl.cli import generation
     from llmctl.model.generate.beam import Beams
     from llmctl.model.generate.chat import read_conversation
     from llmctl.model.generate.sampling import Sampling
+    from llmctl.model.generate.speculative import DRAFT_TOKENS
 
     try:
         rules = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -124,7 +137,17 @@ def generate(
         )
     if model.architecture == "encoder" and kv_cache:
         raise RequestError(f"--kv-cache {kv_cache}: {artifact_dir} fills masks, and caches no keys; leave it out")
-    named_models = generation.load_models(artifact_dir, adapter or [], bases, dtype, kv_cache)
+    if draft:
+        if len(adapter or ()) > 1:
+            raise RequestError(f"--draft {draft}: proposes tokens for one model; name one --adapter")
+        if beams > 1:
+            raise RequestError(f"--draft {draft}: speeds up one continuation, and --beams search many; leave out one")
+        answers = (adapter or [artifact_dir])[0]
+        check_draft(f"--draft {draft}", read_manifest(draft), manifests[answers], str(answers))
+    elif draft_tokens:
+        raise RequestError(f"--draft-tokens {draft_tokens}: is for a draft; name one with --draft")
+    drafted = generation.Draft(draft, draft_tokens or DRAFT_TOKENS) if draft else None
+    named_models = generation.load_models(artifact_dir, adapter or [], bases, dtype, kv_cache, drafted)
     if model.architecture == "encoder":
         generation.fill(named_models, texts or _stdin(), top_k or 5, json)
         return

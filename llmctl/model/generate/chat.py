@@ -20,6 +20,7 @@ from llmctl.model.generate.chat_template import Message, Template
 from llmctl.model.generate.continuations import Continuation, Speed, continue_rows
 from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.sampling import Sampling
+from llmctl.model.generate.speculative import SpeculativeDecoder
 
 
 def read_conversation(file: Path) -> tuple[list[Message], list[Any] | None]:
@@ -61,8 +62,10 @@ class Conversation:
     The session generates the answers, and caches the keys and values of the conversation.
     """
 
-    def __init__(self, template: Template, decoder: Decoder, end_ids: Sequence[int]) -> None:
-        self.template, self.session, self.end_ids = template, Session(decoder), end_ids
+    def __init__(self, template: Template, decoder: Decoder | SpeculativeDecoder, end_ids: Sequence[int]) -> None:
+        """Begin an empty conversation. A decoder with a draft reads the whole conversation again for every answer."""
+        self.template, self.end_ids = template, end_ids
+        self.session = Session(decoder) if isinstance(decoder, Decoder) else decoder
         self.messages: list[Message] = []
         self.tools: list[Any] | None = None
         """Descriptions of the tools that the assistant may call."""

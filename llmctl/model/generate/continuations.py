@@ -17,6 +17,7 @@ from llmctl.model.generate.chat_cache import Session
 from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING
 from llmctl.model.generate.sampling import Sampling
+from llmctl.model.generate.speculative import SpeculativeDecoder
 
 GENERATION = "generation_config.json"
 """Name of the file in a tokenizer folder that lists end tokens, in addition to the tokenizer's own end token."""
@@ -143,7 +144,7 @@ def begin(
 
 
 def continue_rows(
-    decoder: Decoder | Session,
+    decoder: Decoder | SpeculativeDecoder | Session,
     tokenizer: Tokenizer,
     rows: Sequence[Continuation],
     max_new: int,
@@ -160,7 +161,7 @@ def continue_rows(
     Text that later tokens may change is yielded later (see `Continuation.text`).
 
     Args:
-        decoder: Decoder, or Session for a single row.
+        decoder: Decoder, with or without a draft, or Session for a single row.
         tokenizer: Tokenizer of the model.
         rows: Continuations from `begin`; they are updated.
         max_new: Maximum number of new tokens.
@@ -234,7 +235,7 @@ def _prompts(rows: Sequence[Continuation]) -> list[list[int]]:
     return [r.source_ids or r.prompt_ids for r in rows]
 
 
-def _max_new(decoder: Decoder | Session, rows: Sequence[Continuation]) -> int:
+def _max_new(decoder: Decoder | SpeculativeDecoder | Session, rows: Sequence[Continuation]) -> int:
     """Return the number of new tokens that fit into the model's maximum sequence length after the longest prompt.
 
     In an encoder-decoder, only a start token comes before the new tokens, because the encoder reads the prompt.

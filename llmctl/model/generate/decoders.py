@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from llmctl.model import functional
@@ -17,7 +19,7 @@ class Decoders:
     """Store one decoder per model config, and the parameters of each model by name.
 
     Models with the same config use the same compiled programs. Arrays that models have in common, such as the base of
-    several adapters, are stored once. Adapters are therefore merged only if there is a single model.
+    several adapters, are stored once. Adapters are therefore merged only if no other model has their base.
 
     Example:
         >>> import jax
@@ -34,6 +36,7 @@ class Decoders:
         dtype: Any = jnp.float32,
         start: int = 0,
         kv_cache: str = "",
+        draft: tuple[ModelConfig, functional.Params] | None = None,
     ) -> None:
         """Convert the parameters of the models.
 
@@ -42,21 +45,31 @@ class Decoders:
             dtype: Dtype of the computation and of the caches.
             start: First token of the decoder of an encoder-decoder.
             kv_cache: Format of cached keys and values, if they are quantized (`Decoder`).
+            draft: Config and parameters of a draft model for speculative decoding, which gets its own decoder.
 
         Raises:
             ValueError: If a model does not generate text.
             RequestError: If a model's keys cannot be stored in the format `kv_cache`.
         """
         self._held: dict[str, tuple[Decoder, ModelConfig, Served]] = {}
-        shared = Shared() if len(models) > 1 else None
+        shared = Shared() if _have_common_arrays([*models.values(), *([draft] if draft else [])]) else None
         by_config: dict[str, Decoder] = {}
         for name, (model, params) in models.items():
             decoder = by_config.setdefault(model.model_dump_json(), Decoder(model, {}, dtype, start, kv_cache=kv_cache))
             decoder.set_params(params, shared)
             self._held[name] = decoder, decoder.model, decoder.weights
+        self.draft = Decoder(draft[0], {}, dtype, start, kv_cache=kv_cache) if draft else None
+        if draft and self.draft:
+            self.draft.set_params(draft[1], shared)
 
     def use(self, name: str) -> Decoder:
         """Return the decoder of a model, with the parameters of this model."""
         decoder, model, held = self._held[name]
         decoder.model, decoder.weights = model, held
         return decoder
+
+
+def _have_common_arrays(models: Iterable[tuple[ModelConfig, functional.Params]]) -> bool:
+    """Return whether an array is a parameter of two of the models."""
+    arrays = [{id(a) for a in jax.tree.leaves(params)} for _, params in models]
+    return any(one & other for one, other in combinations(arrays, 2))

@@ -1,0 +1,31 @@
+"""Check that an artifact can be the draft of another artifact in speculative decoding."""
+
+from __future__ import annotations
+
+from llmctl.artifacts.manifest import Manifest
+from llmctl.config.base import with_article
+from llmctl.config.errors import RequestError
+
+
+def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str) -> None:
+    """Check that a draft predicts the next token of the same texts as its target.
+
+    Args:
+        where: Name of the draft in messages.
+        draft: Manifest of the draft.
+        target: Manifest of the target.
+        target_name: Name of the target in messages.
+
+    Raises:
+        RequestError: If the two differ in tokenizer, architecture or trained prompt, or do not generate text.
+    """
+    if draft.model.architecture != target.model.architecture or not draft.model.head_kind.vocabulary:
+        kind = f"{with_article(draft.model.architecture)} with the head {draft.model.head!r}"
+        other = with_article(target.model.architecture)
+        raise RequestError(f"{where}: is {kind}, and {target_name} is {other}; a draft continues texts as its target")
+    if target.model.architecture == "encoder":
+        raise RequestError(f"{where}: {target_name} is an encoder, and continues no text")
+    if draft.tokenizer != target.tokenizer:
+        raise RequestError(f"{where}: has another tokenizer than {target_name}; a draft needs its target's")
+    if draft.model.prompt_tokens != target.model.prompt_tokens:
+        raise RequestError(f"{where}: has another number of trained prompt tokens than {target_name}")
