@@ -22,7 +22,7 @@ EXCLUDED_LOGIT = -1e30
 """Logit of an excluded class. The logit is finite, so that the difference of two excluded classes' logits is
 defined."""
 
-Kind = Literal["forward", "reverse", "js", "skew"]
+Kind = Literal["forward", "reverse", "js", "skew", "total_variation"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ class Divergence:
     kind: Kind = "forward"
     """Kind of divergence. forward: KL(p || q). reverse: KL(q || p). js: beta * KL(p || m) + (1 - beta) * KL(q || m),
     with m = beta * p + (1 - beta) * q (Agarwal et al., 2023, arXiv:2306.13649). skew: KL(p || skew * p + (1 - skew) *
-    q) (Ko et al., 2024, arXiv:2402.03898)."""
+    q) (Ko et al., 2024, arXiv:2402.03898). total_variation: sum of |p - q| / 2. In speculative decoding, a token of a
+    draft q is accepted by a target p with probability 1 - total_variation (Zhou et al., 2023, arXiv:2310.08461)."""
     temperature: float = 1.0
     """Divisor of the logits. The divergence is multiplied by the square of the temperature (Hinton et al., 2015,
-    arXiv:1503.02531)."""
+    arXiv:1503.02531). `total_variation` is not multiplied, so that its values are probabilities."""
     beta: float = 0.5
     """Weight of the teacher's distribution in `js`."""
     skew: float = 0.1
@@ -53,16 +54,20 @@ class Divergence:
         """Return the name of the training metric: "kl" for a KL divergence from p to q, else "divergence"."""
         return "kl" if self.kind == "forward" else "divergence"
 
+    @property
+    def _factor(self) -> float:
+        return 1.0 if self.kind == "total_variation" else self.temperature**2
+
     def between(self, teacher_V: jax.Array, student_V: jax.Array) -> jax.Array:
         """Return the divergence in nats, [...], from logits [..., V]."""
         log_p, log_q = (jax.nn.log_softmax(z / self.temperature, axis=-1) for z in (teacher_V, student_V))
         if not self.top_k or self.top_k >= teacher_V.shape[-1]:
-            return self.temperature**2 * jnp.sum(self._terms(log_p, log_q), axis=-1)
+            return self._factor * jnp.sum(self._terms(log_p, log_q), axis=-1)
         top = top_classes(teacher_V, self.top_k)
         # Arrays keep their shape [..., V], so a vocabulary that is sharded over devices stays sharded.
         listed = jnp.sum(jnp.where(top, self._terms(log_p, log_q), 0.0), axis=-1)
         rest = (jax.nn.logsumexp(jnp.where(top, EXCLUDED_LOGIT, a), axis=-1) for a in (log_p, log_q))
-        return self.temperature**2 * (listed + self._terms(*rest))
+        return self._factor * (listed + self._terms(*rest))
 
     def from_listed(self, teacher: Listed, student_V: jax.Array) -> jax.Array:
         """Return the divergence in nats, [...], from a teacher's listed classes and the student's logits [..., V].
@@ -72,7 +77,7 @@ class Divergence:
         """
         log_q = jax.nn.log_softmax(student_V / self.temperature, axis=-1)
         listed = jnp.sum(self._terms(teacher.log_p, _at(log_q, teacher.ids)), axis=-1)
-        return self.temperature**2 * (listed + self._terms(teacher.rest, _rest(log_q, teacher.ids)))
+        return self._factor * (listed + self._terms(teacher.rest, _rest(log_q, teacher.ids)))
 
     def _terms(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         """Return the terms whose sum over classes is the divergence, from log probabilities."""
@@ -80,6 +85,8 @@ class Divergence:
             return jnp.exp(log_p) * (log_p - log_q)
         if self.kind == "reverse":
             return jnp.exp(log_q) * (log_q - log_p)
+        if self.kind == "total_variation":
+            return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2
         share = self.skew if self.kind == "skew" else self.beta
         log_m = jnp.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
         from_p = jnp.exp(log_p) * (log_p - log_m)

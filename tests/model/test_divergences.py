@@ -19,7 +19,8 @@ from llmctl.model.losses import soft_class_sums
 N, C = 4, 9
 TEACHER, STUDENT = (np.random.default_rng(seed).normal(size=(N, C)) * 2 for seed in (0, 1))
 WEIGHTS, LABELS = np.array([1.0, 0.5, 0.0, 2.0]), np.array([0, 3, 8, 5])
-KINDS = [Divergence(kind, 2.0, 0.3, 0.2, k) for kind in ("forward", "reverse", "js", "skew") for k in (0, 3)]
+NAMES = ("forward", "reverse", "js", "skew", "total_variation")
+KINDS = [Divergence(kind, 2.0, 0.3, 0.2, k) for kind in NAMES for k in (0, 3)]
 
 
 def softmax(z):
@@ -38,6 +39,8 @@ def reference(how, teacher, student):
         order = np.argsort(-p, -1, kind="stable")[:, : how.top_k]
         p, q = (np.take_along_axis(a, order, -1) for a in (p, q))
         p, q = (np.concatenate([a, 1 - a.sum(-1, keepdims=True)], -1) for a in (p, q))
+    if how.kind == "total_variation":
+        return np.sum(np.maximum(p - q, 0), -1)
     m, s = how.beta * p + (1 - how.beta) * q, how.skew * p + (1 - how.skew) * q
     js = how.beta * kl(p, m) + (1 - how.beta) * kl(q, m)
     return how.temperature**2 * {"forward": kl(p, q), "reverse": kl(q, p), "js": js, "skew": kl(p, s)}[how.kind]

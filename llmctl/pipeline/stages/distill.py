@@ -61,10 +61,11 @@ class Config(StageConfig):
     """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer."""
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
-    divergence: Literal["forward", "reverse", "js", "skew"] = "forward"
+    divergence: Literal["forward", "reverse", "js", "skew", "total_variation"] = "forward"
     """Divergence of the student's distribution q from the teacher's p. forward: KL(p || q). The student learns all
     outputs that are likely under p. reverse: KL(q || p). The student avoids outputs that are unlikely under p. js:
-    generalized Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q)."""
+    generalized Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q).
+    total_variation: sum of |p - q| / 2, which makes a student a good draft (`generate --draft`)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in divergence js. Near 0, js approaches beta * forward. Near 1, js approaches (1 - beta) *
     reverse."""
