@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.config.base import Config, assign, excluded, hint, parse_value, section
 from llmctl.config.errors import RequestError
 from llmctl.config.text_input import DEPTH
-from llmctl.pipeline import stage
+from llmctl.pipeline import shared_settings, stage
 
 if TYPE_CHECKING:
     from llmctl.pipeline.stage import StageConfig
@@ -34,10 +34,10 @@ def assign_to(doc: dict[str, Any], text: str) -> None:
         assign(doc, path, value)
         for table in tables:
             cls = _class(table)
-            if cls and path[0] in shareable(cls):
+            if cls and path[0] in shared_settings.shareable(cls):
                 void = _excluded(path, value, cls)
                 _drop(doc, void)
-                if not {".".join(p) for p in (path, *void)}.isdisjoint(paths(table)):
+                if not {".".join(p) for p in (path, *void)}.isdisjoint(shared_settings.paths(table)):
                     _replace(table, path, value, cls)
         return
     if len(path) < 3 or not isinstance(given, list):
@@ -60,22 +60,6 @@ def assign_in(values: dict[str, Any], text: str, cls: type[Config]) -> None:
     """
     path, value = _assignment(text)
     _replace(values, path, value, cls)
-
-
-def shareable(cls: type[Config]) -> list[str]:
-    """Return the keys of `cls` that a recipe may set for all of its stages."""
-    unshared = cls.unshared if issubclass(cls, stage.StageConfig) else ()
-    return [f.alias or name for name, f in cls.model_fields.items() if name not in unshared]
-
-
-def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted path of every key of nested settings."""
-    out = []
-    for key, value in values.items():
-        out.append(prefix + key)
-        if isinstance(value, dict):
-            out += paths(value, f"{prefix}{key}.")
-    return out
 
 
 def _class(table: Any) -> type[StageConfig] | None:

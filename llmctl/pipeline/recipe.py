@@ -14,18 +14,17 @@ in this order is used:
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts import atomic
-from llmctl.config.base import Config, hint, merge, read_toml, section
+from llmctl.config.base import hint, merge, read_toml
 from llmctl.config.errors import RequestError
 from llmctl.config.validation import validate
 from llmctl.distributed import locks
-from llmctl.pipeline import overrides, stage
+from llmctl.pipeline import overrides, shared_settings, stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -94,7 +93,7 @@ def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = 
     folder = Path(run or doc.get("run") or RUNS / name)
 
     classes = [stage.load(t["kind"]).Config for t in tables]
-    shared = _shared(doc, classes, str(path))
+    shared = shared_settings.of_stages(doc, classes, str(path))
 
     steps: list[Step] = []
     for i, (table, cls) in enumerate(zip(tables, classes, strict=True)):
@@ -133,7 +132,7 @@ def single(
         if len(mine) > 1 and flags.get("name") not in mine:
             raise RequestError(f"{recipe}: has {len(mine)} {kind} stages, say which with --name: {', '.join(mine)}")
         own_table = mine[flags["name"]] if len(mine) > 1 else next(iter(mine.values()), {})
-        shared = _shared(doc, [cls, *(stage.load(t["kind"]).Config for t in tables)], str(recipe))
+        shared = shared_settings.of_stages(doc, [cls, *(stage.load(t["kind"]).Config for t in tables)], str(recipe))
         values = merge(shared[0], own_table, cls)
     for text in sets:
         overrides.assign_in(values, text, cls)
@@ -178,19 +177,6 @@ def _stages(doc: dict[str, Any], file: str) -> tuple[list[dict[str, Any]], list[
     return tables, names
 
 
-def _shared(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) -> list[dict[str, Any]]:
-    """Return, for each stage, the shared settings that its config class defines.
-
-    Raises:
-      RequestError: If no stage defines a shared setting.
-    """
-    shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
-    used: set[str] = set()
-    found = [_settings_of(cls, shared, used) for cls in classes]
-    _check_all_used(shared, used, classes, [t.get("name", t["kind"]) for t in doc["stage"]], file)
-    return found
-
-
 def _check_name(name: Any, where: str) -> None:
     """Check that a name is valid as the name of a folder.
 
@@ -200,44 +186,6 @@ def _check_name(name: Any, where: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"{where}: must be letters, digits, '.', '-', '_', got {name!r}")
     locks.check_name(name, where)
-
-
-def _settings_of(cls: type[Config], shared: dict[str, Any], used: set[str], prefix: str = "") -> dict[str, Any]:
-    """Return the shared settings that the config class `cls` defines, and add their paths to `used`."""
-    out: dict[str, Any] = {}
-    for key, value in shared.items():
-        if key not in overrides.shareable(cls):
-            continue
-        inner = section(cls, key)
-        if inner and isinstance(value, dict):
-            used.add(prefix + key)
-            out[key] = _settings_of(inner, value, used, f"{prefix}{key}.")
-        else:
-            used.update(overrides.paths({key: value}, prefix))
-            out[key] = copy.deepcopy(value)
-    return out
-
-
-def _check_all_used(
-    shared: dict[str, Any], used: set[str], classes: list[type[StageConfig]], names: list[str], file: str
-) -> None:
-    """Check that each shared setting is used by at least one stage.
-
-    Raises:
-      RequestError: If no stage uses a shared setting.
-    """
-    for path in overrides.paths(shared):
-        if path in used:
-            continue
-        above, _, key = path.rpartition(".")
-        known: set[str] = {"name", "run", "stage"} if not above else set()
-        for cls in classes:
-            at: type[Config] | None = cls
-            for part in above.split(".") if above else []:
-                at = section(at, part) if at else None
-            known |= set(overrides.shareable(at)) if at else set()
-        near = f", did you mean 'stage.{path}'?" if path in names else hint(key, sorted(known))
-        raise RequestError(f"{file}: {path}: unknown key, no stage of this recipe has it{near}")
 
 
 def _place(file: str, index: int, table: dict[str, Any], shared: dict[str, Any]) -> Callable[[str], str]:
