@@ -107,7 +107,8 @@ def load_models(
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         dtype: Dtype of the computation.
         kv_cache: Format of cached keys and values; empty for `dtype`.
-        draft: Draft for speculative decoding. An adapter shares the arrays of a base that is loaded as well.
+        draft: Draft for speculative decoding. If the draft is an adapter of a loaded base, both share the arrays of the
+            base.
     """
     paths = [base, *adapters] if len(adapters) > 1 else adapters or [base]
     short = [path.resolve().name for path in paths]

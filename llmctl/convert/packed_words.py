@@ -1,6 +1,6 @@
 """Pack small signed integers into int32 elements, as the format pack-quantized of compressed-tensors stores them.
 
-An int32 contains several values, the first one in the lowest bits. An offset makes the values unsigned.
+An int32 contains several values, the first value in the lowest bits. An offset makes the values unsigned.
 """
 
 from __future__ import annotations

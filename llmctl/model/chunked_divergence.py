@@ -1,7 +1,7 @@
 """Compute divergences between two token distributions in chunks, so that logits [B, T, V] are never stored.
 
-`distillation` compares a student with a teacher, and `listed_distillation` with the stored probabilities of a teacher.
-`symmetric_divergence` compares two forward passes of one model.
+`distillation` compares a student with a teacher. `listed_distillation` compares a student with stored probabilities of
+a teacher. `symmetric_divergence` compares two forward passes of one model.
 
 Shapes: B batch, T sequence, D model width, E total width of two models.
 """

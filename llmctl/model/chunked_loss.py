@@ -299,7 +299,8 @@ def token_nll(project: Project, head: Tree, x_BTD: jax.Array, targets_BT: jax.Ar
 def per_token(
     fn: Callable[[Tree, jax.Array, Tree], Any], head: Tree, x_BTD: jax.Array, aligned: Tree, vocab: int
 ) -> Any:
-    """Compute values per token, an array [B, T, ...] or a tree of such arrays, in chunks. They are not differentiable.
+    """Compute values per token, an array [B, T, ...] or a tree of such arrays, in chunks. The values are not
+    differentiable.
 
     Args:
         fn: Function (head parameters, hidden states of a chunk, arrays of a chunk) -> arrays [B, c, ...].

@@ -36,8 +36,9 @@ class Divergence:
     kind: Kind = "forward"
     """Kind of divergence. forward: KL(p || q). reverse: KL(q || p). js: beta * KL(p || m) + (1 - beta) * KL(q || m),
     with m = beta * p + (1 - beta) * q (Agarwal et al., 2023, arXiv:2306.13649). skew: KL(p || skew * p + (1 - skew) *
-    q) (Ko et al., 2024, arXiv:2402.03898). total_variation: sum of |p - q| / 2. In speculative decoding, a token of a
-    draft q is accepted by a target p with probability 1 - total_variation (Zhou et al., 2023, arXiv:2310.08461)."""
+    q) (Ko et al., 2024, arXiv:2402.03898). total_variation: sum of |p - q| / 2. In speculative decoding, 1 -
+    total_variation is the probability that the target p accepts a token of the draft q (Zhou et al., 2023,
+    arXiv:2310.08461)."""
     temperature: float = 1.0
     """Divisor of the logits. The divergence is multiplied by the square of the temperature (Hinton et al., 2015,
     arXiv:1503.02531). `total_variation` is not multiplied, so that its values are probabilities."""
@@ -73,7 +74,7 @@ class Divergence:
         """Return the divergence in nats, [...], from a teacher's listed classes and the student's logits [..., V].
 
         The classes that are not listed are compared by the sum of their probabilities, as with `top_k`. The teacher's
-        probabilities must be those at `temperature`.
+        probabilities must have been computed at `temperature`.
         """
         log_q = jax.nn.log_softmax(student_V / self.temperature, axis=-1)
         listed = jnp.sum(self._terms(teacher.log_p, _at(log_q, teacher.ids)), axis=-1)
@@ -151,9 +152,9 @@ def top_classes(logits_V: jax.Array, k: int) -> jax.Array:
 
 
 def _parts(a_V: jax.Array) -> jax.Array:
-    """Divide the last axis into the n parts that devices hold, [..., n, V / n].
+    """Divide the last axis into the n parts that are on different devices, [..., n, V / n].
 
-    Devices then select classes of their own part, and exchange only a few numbers per part.
+    Each device then selects classes of its own part. Devices exchange only a few numbers per part.
     """
     V, n = a_V.shape[-1], meshes.axis_size("tensor")
     n = n if V % n == 0 else 1

@@ -38,7 +38,7 @@ class Quantization:
     """Dtype of quantized activations in products: "int8" or "fp8_e4m3" (W8A8); empty if activations are not
     quantized."""
     static_activations: str = ""
-    """How the one scale of a matrix's inputs is chosen on calibration data: "max" or "mse"
+    """Rule that chooses the static scale of a matrix's inputs on calibration data: "max" or "mse"
     (`llmctl.compress.quantization.static_inputs`). If empty, every token has its own scale."""
     method: MethodName = "rtn"
     """Method that chooses the rounded weights.

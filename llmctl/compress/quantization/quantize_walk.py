@@ -92,9 +92,9 @@ def quantize_layers(
 def collector(method: Quantization) -> Collect:
     """Return the `Collect` function of a quantization method.
 
-    For each matrix, the function returns a `Joined` statistic with up to three entries. "gram" is the Gram matrix,
-    "peaks" has the largest magnitude of each input, and "magnitudes" is a histogram of each input. An entry is omitted
-    if the method does not read it. Nothing is collected for the token embedding table.
+    For each matrix, the function returns a `Joined` statistic with up to three entries. "gram" is the Gram matrix.
+    "peaks" has the largest magnitude of each input. "magnitudes" has a histogram of each input's magnitudes. An entry
+    is omitted if the method does not read it. Nothing is collected for the token embedding table.
     """
 
     def collect(path: str, inputs: int) -> Statistic | None:
@@ -237,7 +237,7 @@ def _input_scale(
 
     Args:
       parts: statistics of the inputs, by name (see `collector`).
-      divisor_I: numbers by which AWQ or SmoothQuant divide the inputs; None if they do not.
+      divisor_I: numbers by which AWQ or SmoothQuant divide the inputs; None if the inputs are not divided.
       method: how the matrix is quantized.
     """
     if "peaks" not in parts:

@@ -107,9 +107,9 @@ class QuantizeConfig(CalibrationConfig):
     """Also quantize the inputs of quantized matrices, with one scale per token (W8A8). int8: for formats int8 and int4.
     fp8_e4m3: for format fp8_e4m3."""
     static_activations: Literal["", "max", "mse"] = ""
-    """Use one scale for all inputs of a matrix, measured on calibration data and stored, in place of one scale per
-    token. max: the scale of the largest input. mse: the scale with the least squared error, which may clip inputs. Only
-    with `activations`."""
+    """Use one stored scale for all inputs of a matrix, measured on calibration data, in place of one scale per token.
+    max: the scale of the largest input. mse: the scale with the least squared error, which may clip inputs. Only with
+    `activations`."""
     method: MethodName = RTN
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of

@@ -1,7 +1,7 @@
 """Choose one scale for the inputs of a matrix from calibration data (static quantization of activations).
 
-Dynamic quantization computes one scale per token in every product. A static scale is measured once, and is stored
-beside the weight. Matrices that read the same inputs share the statistics, and thus have equal scales.
+Dynamic quantization computes one scale per token in every product. A static scale is measured once, and is stored with
+the weight. Matrices that read the same inputs share the statistics. The scales of these matrices are therefore equal.
 
 Shapes: N tokens of a batch, I inputs of a matrix, B bins of a histogram.
 """
@@ -18,10 +18,11 @@ import numpy as np
 from llmctl.model.weights.quantized import ACTIVATIONS, LARGEST
 
 LOWEST, OCTAVES, PER_OCTAVE = -16, 32, 4
-"""The histogram covers magnitudes from 2^LOWEST to 2^(LOWEST + OCTAVES), with PER_OCTAVE bins per factor of 2."""
+"""Range and resolution of the histogram. The bins cover magnitudes from 2^LOWEST to 2^(LOWEST + OCTAVES), with
+PER_OCTAVE bins per factor of 2."""
 BINS = OCTAVES * PER_OCTAVE
 POINTS = 8
-"""Number of magnitudes that represent a bin. They are spread evenly over the bin."""
+"""Number of magnitudes that represent a bin. These magnitudes are spread evenly over the bin."""
 FACTORS = tuple(2.0 ** (-k / 8) for k in range(65))
 """Factors by which the search multiplies the scale of the largest magnitude: from 1 down to 1/256."""
 
@@ -77,7 +78,7 @@ def largest(peak_I: np.ndarray, kind: str) -> float:
 
 
 def least_squares(peak_I: np.ndarray, counts_IB: np.ndarray, divisor_I: np.ndarray | None, kind: str) -> float:
-    """Return the scale with the least squared error of the rounded inputs, of the scales that the search tries.
+    """Return the scale with the least squared error of the rounded inputs, among the scales that the search tries.
 
     Each bin is represented by evenly spaced magnitudes, so the error of a scale is an estimate.
 

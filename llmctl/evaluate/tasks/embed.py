@@ -106,7 +106,7 @@ class Embed(Task):
     def teacher_arrays(
         self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
     ) -> dict[str, jax.Array]:
-        """Return the mean vectors of the teachers, both texts of each row together, {"teacher_outputs": [B, 2, D]}."""
+        """Return {"teacher_outputs": [B, 2, D]}, the mean vectors of the teachers for both texts of each row."""
         found = super().teacher_arrays(teachers, batch, dtype, divergence)
         return {name: y.reshape(-1, 2, y.shape[-1]) for name, y in found.items()}
 

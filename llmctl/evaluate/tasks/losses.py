@@ -29,7 +29,7 @@ Network = tuple[ModelConfig, functional.Params, jax.Array]
 
 
 MOST_PROBABLE = Divergence(top_k=1)
-"""Divergence for which `Losses.teacher_arrays` returns what `Losses.agreement` needs."""
+"""Divergence for which `Losses.teacher_arrays` returns the arrays that `Losses.taught_agreement` reads."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,11 @@ class Losses(TaskRecord):
     def teacher_arrays(
         self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
     ) -> dict[str, jax.Array]:
-        """Return what the loss reads of the teachers, as arrays that a cache can store and a batch can contain.
+        """Return the outputs of the teachers that the loss reads, as arrays that a cache can store and a batch can
+        contain.
 
-        By default, this is the mean output of the task heads, {"teacher_outputs": [B, ...]}, or
-        {"teacher_token_outputs": [B, T, ...]} if the head has one output per token.
+        By default, the result is the mean output of the task heads, {"teacher_outputs": [B, ...]}. If the head has one
+        output per token, the name is "teacher_token_outputs".
 
         Args:
             teachers: Configs, parameters and hidden states of the teachers.
@@ -206,7 +207,9 @@ class Losses(TaskRecord):
         return self.taught_agreement(student, batch | taught, dtype)
 
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
-        """Return the same as `agreement`, from a batch with the result of `teacher_arrays` for `MOST_PROBABLE`."""
+        """Return the result of `agreement`, computed from a batch with the result of `teacher_arrays` for
+        `MOST_PROBABLE`.
+        """
         labels = self.decided(_taught(batch), batch)
         if not labels:
             return {}

@@ -74,8 +74,8 @@ class TokenLosses(Losses):
         """Return the `divergence.top_k` most probable tokens of the teachers at every predicted position.
 
         The arrays are "teacher_ids" [B, T, k], "teacher_log_p" [B, T, k] and "teacher_rest" [B, T] (see `Listed`). If
-        the batch has `places`, the second axis is that of `places`, and the names begin with "places_". If all teachers
-        predict next-sentence labels, their logits are "teacher_next_sentence" [B, 2].
+        the batch has `places`, the second axis is the axis of `places`, and the names begin with "places_". If all
+        teachers predict next-sentence labels, their logits are "teacher_next_sentence" [B, 2].
         """
         vocab, temperature = teachers[0][0].vocab_size, divergence.temperature
         sides = [_side(teacher, batch, dtype) for teacher in teachers]
@@ -166,7 +166,10 @@ def _side(network: Network, batch: Batch, dtype: Any) -> chunked_divergence.Side
 
 
 def _stored(field: str, batch: Batch) -> str:
-    """Return the name in a batch of a field of `Listed`. A mesh shards the second axis only if it is the sequence."""
+    """Return the name in a batch of a field of `Listed`.
+
+    A mesh shards the second axis only if this axis is the sequence.
+    """
     return f"places_teacher_{field}" if "places" in batch else f"teacher_{field}"
 
 

@@ -19,7 +19,7 @@ class Decoders:
     """Store one decoder per model config, and the parameters of each model by name.
 
     Models with the same config use the same compiled programs. Arrays that models have in common, such as the base of
-    several adapters, are stored once. Adapters are therefore merged only if no other model has their base.
+    several adapters, are stored once. An adapter is therefore merged only if no other model has the same base.
 
     Example:
         >>> import jax

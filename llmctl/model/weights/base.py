@@ -245,8 +245,8 @@ class Node(abc.ABC):
     def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Any:
         """Return the same weight with inputs quantized to `kind`, such as int8.
 
-        The inputs are quantized before each product, with the scale `input_scale`, or with one scale per token if this
-        is None.
+        The inputs are quantized before each product, with the scale `input_scale`. If `input_scale` is None, each token
+        has a scale.
 
         Raises:
             RequestError: If this kind of weight does not support quantized activations.

@@ -19,8 +19,8 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 """Map from names in settings to the dtype of quantized activations."""
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
-"""Largest magnitude of activations in units of a static scale, by name of the type. With 127.5, which the integers
-could hold, the last bit of a division would decide how the largest input is rounded."""
+"""Largest magnitude of activations in units of a static scale, by name of the type. With 127.5, the last bit of a
+division would decide how the largest input is rounded."""
 
 
 @node_type
@@ -30,7 +30,7 @@ class Quantized(Node):
     An element of the weight is (number - zero point) * scale. Without zero points, an element is number * scale.
 
     If `activations` is "int8" or "fp8_e4m3", the inputs are also quantized before each product (W8A8). "fp8_e4m3"
-    stands for 8-bit floats. The scale of the inputs is `input_scale` or, if this is None, one scale per token.
+    stands for 8-bit floats. The scale of the inputs is `input_scale`. If `input_scale` is None, each token has a scale.
     """
 
     kind: ClassVar[str] = "quantized"
@@ -104,8 +104,10 @@ class Quantized(Node):
         return self.dense() if on_cpu and not self.activations else self
 
     def parts(self) -> dict[str, Any]:
-        """Return the integers ("qvalue"), their scales ("scale") and, if there are any, their zero points ("zero") and
-        the scale of the inputs ("input_scale")."""
+        """Return the integers ("qvalue") and their scales ("scale").
+
+        If there are zero points ("zero") or a scale of the inputs ("input_scale"), return these arrays too.
+        """
         found = {"qvalue": self.array.qvalue, "scale": self.array.scale, "zero": self.array.zero_point}
         found["input_scale"] = self.input_scale
         return {name: part for name, part in found.items() if part is not None}
@@ -127,8 +129,8 @@ class Quantized(Node):
     def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Quantized:
         """Return the same weight with inputs quantized to `kind`.
 
-        The inputs are quantized before each product, with the scale `input_scale`, or with one scale per token if this
-        is None. `kind` must be "int8" for a weight of integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
+        The inputs are quantized before each product, with the scale `input_scale`. If `input_scale` is None, each token
+        has a scale. `kind` must be "int8" for a weight of integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
 
         Raises:
             RequestError: If `kind` does not fit the stored numbers, or if the weight has zero points.
