@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,10 @@ from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.config.settings import OptimConfig, TrainConfig
 from llmctl.data.device_batches import DeviceBatches
 from llmctl.distributed import context_parallel, processes
-from llmctl.evaluate.metrics.base import METRICS
 from llmctl.model import attention_kernels, functional, pipeline_parallel
 from llmctl.model.config import ModelConfig
 from llmctl.train import preemption, throughput
+from llmctl.train.best_parameters import BestParameters, is_minimized
 from llmctl.train.checkpoints import Checkpoints
 from llmctl.train.job import Batch, Job, Params, State, Sums, joined, split
 from llmctl.train.profiling import Profile
@@ -80,7 +79,7 @@ def fit(
       WorkError: If the run diverges or the disk is full. The same command continues from the last checkpoint.
     """
     _check_batch(train, mesh)
-    is_minimized(train.best_by or job.metric)
+    is_minimized(train.best_by or job.metric)  # reject an unknown metric before the first compilation
     runs, given = program(job, train, optim_config, mesh, seed), split(job)[0]
     job = dataclasses.replace(
         job, params=jax.eval_shape(lambda: job.params), extra=jax.eval_shape(lambda: dict(job.extra))
@@ -111,17 +110,17 @@ def fit(
         for line in [*about, *say, *facts, *([f"going on from step {meta['step']}"] if found else [])]:
             report.say(line)
         loop = _Loop(job, train, runs.step, runs.fixed, checkpoints, report, stop, mesh)
-        meta = loop.with_best(state, meta)
+        meta = loop.best.restored(_evaluated(state), meta)
         if job.flops and processes.first():
             loop.peak = throughput.peak(mesh.devices.flatten().tolist(), ctx.work / "peak.json")
         loop.profile = stack.enter_context(Profile(train.profile, report.events_folder))
         state, meta = loop.run(state, meta)
         named = _evaluated(state)
-        if loop.keeps_best and meta["best"] is not None and meta["best_step"] != meta["step"]:
+        if loop.best.keeps and meta["best"] is not None and meta["best_step"] != meta["step"]:
             named = checkpoints.restore_best(meta["best_step"], _evaluated(runs.state))
         params = joined(job, named | runs.fixed)
         metrics = {"steps": meta["step"], **{f"validation_{k}": v for k, v in job.validate(params).items()}}
-        if loop.keeps_best:
+        if loop.best.keeps:
             metrics |= {"best_step": meta["best_step"]}
         if skips := int(state["skips"]):
             metrics |= {"skipped_steps": skips}
@@ -156,27 +155,9 @@ class _Loop:
     ) -> None:
         self.job, self.train, self.step, self.fixed = job, train, step, fixed
         self.checkpoints, self.report, self.stop, self.mesh = checkpoints, report, stop, mesh
-        self.metric = train.best_by or job.metric
-        self.less = is_minimized(self.metric)
-        self.keeps_best = job.keep_best or bool(train.best_by)
+        self.best = BestParameters(job, train, checkpoints, report.say)
         self.skips = 0
         self.batches = DeviceBatches(mesh, train.batch_size)
-
-    def with_best(self, state: State, meta: dict[str, Any]) -> dict[str, Any]:
-        """Return the metadata of a restored checkpoint, corrected if the best parameters are missing on disk.
-
-        The best parameters are missing if the run was killed during their save. If the best step is the step of the
-        checkpoint, the parameters are saved again. Otherwise the best metric is removed from `meta`. The resumed run
-        may not reach the same value again, because rounding differs on another mesh.
-        """
-        best = meta["best_step"]
-        if not self.keeps_best or best is None or self.checkpoints.has_best(best):
-            return meta
-        if best == meta["step"]:
-            self.checkpoints.save_best(best, _evaluated(state))
-            return meta
-        self.report.say(f"the best parameters so far, of step {best}, are gone; the best is looked for from here on")
-        return {**meta, "best": None, "best_step": None, "bad": 0}
 
     def run(self, state: State, meta: dict[str, Any]) -> tuple[State, dict[str, Any]]:
         """Run the remaining steps, and return the training state and the checkpoint metadata after the last step.
@@ -208,7 +189,7 @@ class _Loop:
                 if done % train.log_every == 0 or last:
                     self.log(done, metrics, state, timer, batches.wait_seconds)
                 meta = {**meta, "step": done}
-                if (train.eval_every and done % train.eval_every == 0) or (last and self.keeps_best):
+                if (train.eval_every and done % train.eval_every == 0) or (last and self.best.keeps):
                     try:
                         with timer.paused():
                             meta = {**meta, "unvalidated": True} if stops else self.validate(done, state, meta)
@@ -272,22 +253,7 @@ class _Loop:
         named = _evaluated(state)
         found = self.job.validate(joined(self.job, named | self.fixed))
         self.report.log(done, {f"validation_{k}": v for k, v in found.items()})
-        if self.metric not in found:
-            raise RequestError(f"train.best_by: no metric {self.metric!r} here; there are {', '.join(sorted(found))}")
-        if done < self.job.best_from:
-            return meta
-        value = found[self.metric]
-        if meta["best"] is None or improves(value, meta["best"], self.less):
-            if self.keeps_best:
-                self.checkpoints.save_best(done, named)
-            return {**meta, "best": value, "best_step": done, "bad": 0}
-        bad = meta["bad"] + 1
-        stopped = bool(self.train.patience) and bad >= self.train.patience
-        if stopped:
-            self.report.say(
-                f"step {done}: {bad} validations without a better {self.metric} than {meta['best']:.4g}; stopping early"
-            )
-        return {**meta, "bad": bad, "stopped": stopped}
+        return self.best.updated(done, found, named, meta)
 
 
 def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> None:
@@ -303,30 +269,6 @@ def check(model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh) -> No
     _check_batch(train, mesh)
     context_parallel.check(train.seq_len, mesh.shape["context"])
     functional.check_mesh(model, mesh)
-
-
-def improves(value: float, best: float, minimized: bool) -> bool:
-    """Return whether a metric's value is better than the best value so far. Every number is better than NaN.
-
-    >>> improves(0.5, 0.7, True), improves(9.0, math.nan, True), improves(math.nan, 0.7, False)
-    (True, True, False)
-    """
-    return (math.isnan(best) and not math.isnan(value)) or (value < best if minimized else value > best)
-
-
-def is_minimized(metric: str) -> bool:
-    """Return whether the lowest value of a metric is the best.
-
-    Raises:
-      RequestError: If the metric is unknown, or has no direction of improvement.
-    """
-    try:
-        record = METRICS[METRICS.check(metric)]
-    except ValueError as e:
-        raise RequestError(f"train.best_by: {e}") from None
-    if record.better == "neither":
-        raise RequestError(f"train.best_by: {metric} has no better direction, so it cannot choose the best parameters")
-    return record.better == "minimize"
 
 
 def _check_batch(train: TrainConfig, mesh: jax.sharding.Mesh) -> None:

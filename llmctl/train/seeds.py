@@ -23,7 +23,7 @@ from llmctl.artifacts.manifest_file import read_manifest
 from llmctl.artifacts.workspace import Context
 from llmctl.config.base import keyed
 from llmctl.distributed import processes
-from llmctl.train.loop import is_minimized
+from llmctl.train.best_parameters import is_minimized
 
 if TYPE_CHECKING:
     from rich.table import Table
