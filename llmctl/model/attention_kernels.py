@@ -2,9 +2,9 @@
 
 Fused kernels never store all scores (Dao et al., 2022, arXiv:2205.14135).
 
-If no kernel supports the computation, attention runs in plain XLA (`llmctl.model.attention_xla`). The kernel is
-selected at tracing time, from the platform of the mesh and the shapes. `describe` returns the name of the kernel and
-the reason.
+If no kernel supports the computation, attention runs in plain XLA (`llmctl.model.attention_xla`). On one CPU device,
+large scores are computed in blocks (`llmctl.model.attention_blocks`). The kernel is selected at tracing time, from the
+platform of the mesh and the shapes. `describe` returns the name of the kernel and the reason.
 
 Several texts may be packed into one sequence. Each text is a segment, numbered from 1, and attention does not cross
 segments. Segment 0 is padding. In these kernels, padding attends to padding; in plain XLA, padding attends to nothing.
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.distributed import mesh as meshes
-from llmctl.model import attention_xla, relative_bias, ring_attention
+from llmctl.model import attention_blocks, attention_xla, relative_bias, ring_attention
 from llmctl.model.attention import Shared
 from llmctl.model.config import ModelConfig
 
@@ -100,7 +100,12 @@ def attend(
             return splash(q_BTHK, k_BSGK, v_BSGK, segments_BT, local, cfg, causal=causal)
         if kernel == "cudnn":
             return cudnn(q_BTHK, k_BSGK, v_BSGK, mask_BTS, cfg)
-    return attention_xla.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, None if cross else shared.bias_HTS, cfg)
+    bias_HTS = None if cross else shared.bias_HTS
+    B, T, H, _ = q_BTHK.shape
+    if uses_blocks() and attention_blocks.pays(B, H, T, mask_BTS.shape[2]):
+        only_before = shared.causal_BT is not None and not cross
+        return attention_blocks.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, bias_HTS, cfg, causal=only_before)
+    return attention_xla.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, bias_HTS, cfg)
 
 
 def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
@@ -121,7 +126,15 @@ def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
         return Choice("splash", "Pallas, on TPU" if platform == "tpu" else "Pallas, interpreted")
     if platform in ("gpu", "cuda"):
         return _on_gpu(cfg, length, dtype, device)
-    return Choice("xla", f"on {platform}")
+    return Choice("xla", f"on {platform}, large scores in blocks" if uses_blocks() else f"on {platform}")
+
+
+def uses_blocks() -> bool:
+    """Return whether plain XLA computes large attention scores in blocks (`attention_blocks`): on a single CPU device.
+
+    A mesh of several CPU devices only tests a program, and a loop over sequences would gather the sharded batch.
+    """
+    return setting.get() != "xla" and meshes.device().platform == "cpu" and meshes.size() == 1
 
 
 def _on_gpu(cfg: ModelConfig, length: int, dtype: Any, device: Any) -> Choice:

@@ -10,7 +10,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G,
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -39,9 +39,6 @@ def attend(
 ) -> jax.Array:
     """Compute attention with scores and softmax in float32.
 
-    The query heads that share a key head are folded into one matrix. All products are then batched matrix products over
-    (B, G).
-
     Args:
         q_BTHK: Queries.
         k_BSGK: Keys.
@@ -53,12 +50,40 @@ def attend(
     Returns:
         Outputs [B, T, H, K].
     """
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return cast(jax.Array, _attend(cfg.attn_softcap, q, k, v, mask_BTS, bias_HTS))
+
+    return by_head(run, q_BTHK, k_BSGK, v_BSGK, cfg)
+
+
+def by_head(
+    run: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    cfg: ModelConfig,
+) -> jax.Array:
+    """Scale the queries, call `run` on arrays whose first axes are (B, G), and restore the axes of its outputs.
+
+    The query heads that share a key head are folded into one matrix. All products are then batched matrix products over
+    (B, G).
+
+    Args:
+        run: Function of queries [B, G, N, K], keys [B, G, S, K] and values [B, G, S, K]. It returns [B, G, N, K].
+        q_BTHK: Queries.
+        k_BSGK: Keys.
+        v_BSGK: Values.
+        cfg: Config of the model.
+
+    Returns:
+        Outputs [B, T, H, K].
+    """
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BGNK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
-    k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
     q_BGNK = q_BGNK * jnp.asarray(cfg.attn_scale or K**-0.5, q_BTHK.dtype)
-    y_BGNK = cast(jax.Array, _attend(cfg.attn_softcap, q_BGNK, k_BGSK, v_BGSK, mask_BTS, bias_HTS))
+    y_BGNK = run(q_BGNK, k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3))
     return y_BGNK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
