@@ -14,7 +14,7 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
-from llmctl.evaluate import speed
+from llmctl.evaluate import acceptance, speed
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
@@ -33,6 +33,7 @@ def results(
     say: Callable[[str], None],
     keep: Callable[[dict[str, Any]], None] = lambda record: None,
     bases: Sequence[Path] = (),
+    target: Path | None = None,
 ) -> list[Result]:
     """Measure artifacts on held-out examples, and time them if `config.speed` is set.
 
@@ -45,6 +46,7 @@ def results(
         say: Function that is called with one line of text per result.
         keep: Function that is called with each record about an example, such as a wrong prediction or a generated text.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
+        target: Folder of a language model whose drafts the artifacts are (see `llmctl.evaluate.acceptance`).
 
     Returns:
         One result per artifact and task (see `llmctl.evaluate.report`).
@@ -58,6 +60,8 @@ def results(
         for task in asked[name]:
             task.check_model(manifest.model, str(chosen[name]))
             check_metrics(config.metrics, task, str(chosen[name]))
+        if target:
+            acceptance.check(manifest, artifact.read_manifest(target), str(chosen[name]))
     if _set(config) and not any(task.generates for tasks in asked.values() for task in tasks):
         given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}))
         raise RequestError(f"generation: not for task {given}; only task seq2seq generates answers")
@@ -65,12 +69,15 @@ def results(
     held = Held(examples, config.split, work)
     out: list[Result] = []
     programs: dict[str, Measured] = {}
-    loaded = artifact.load_each([*chosen.values()], mesh, bases=bases)
+    loaded = artifact.load_each([*([target] if target else []), *chosen.values()], mesh, bases=bases)
+    judge = next(loaded) if target else None
     for name, there in zip(chosen, loaded, strict=True):
         for task in asked[name]:
             measured = task.evaluate(there, held, setups[name])
             out.append(_result(name, manifests[name], measured))
             out[-1]["metrics"] |= further(config.metrics, measured)
+            if judge:
+                out[-1]["metrics"] |= acceptance.measure(task, there, judge, held, setups[name])
             for record in measured.written or ():
                 keep({"artifact": name, "task": task.name, **record})
             measured = replace(measured, answers=None, written=None)

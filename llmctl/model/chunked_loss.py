@@ -99,7 +99,11 @@ def _on_rows(fn: Callable[..., tuple[Tree, Tree]], head: Tree, constants: Tree, 
 
     whole = PartitionSpec()
     run = meshes.per_device(here, mesh, (whole, whole, rows, rows), (whole, rows), automatic=("tensor",))
-    head = jax.tree.map(lambda w: light(w) if weights.is_plain(w) else w, head, is_leaf=weights.is_weight)
+
+    def is_weight(w: Any) -> bool:  # the heads of several models are a tuple
+        return weights.is_weight(w) and not isinstance(w, tuple)
+
+    head = jax.tree.map(lambda w: light(w) if weights.is_plain(w) else w, head, is_leaf=is_weight)
     return run(head, constants, x_BTD, rest)
 
 

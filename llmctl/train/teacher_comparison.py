@@ -33,6 +33,8 @@ def compared(
     NAME is the metric that selects the best parameters. If lower values of this metric are better, NAME is "accuracy".
 
     - "validation_agreement": fraction of predictions that are equal to the prediction of the teachers' mean
+    - "validation_acceptance": probability that the only teacher accepts a token of the student in speculative decoding;
+      for decoders of text, without a cache
     - "teacher_NAME": value of the metric NAME for the best teacher
     - "validation_retained": the student's value of NAME, divided by "teacher_NAME"
 
@@ -100,6 +102,8 @@ def sentence(metrics: dict[str, Any]) -> str:
     parts = []
     if "validation_agreement" in metrics:
         parts.append(f"agrees with the teacher on {metrics['validation_agreement']:.1%} of the validation predictions")
+    if "validation_acceptance" in metrics:
+        parts.append(f"as a draft, the teacher accepts {metrics['validation_acceptance']:.1%} of its sampled tokens")
     if "validation_retained" in metrics:
         name = next(n for n in metrics if n.startswith("teacher_"))
         title = METRICS[name.removeprefix("teacher_")].title

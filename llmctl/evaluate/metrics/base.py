@@ -101,6 +101,8 @@ _OWN = (
     Metric("kl", "KL divergence", "minimize", unit="nats", table="none"),
     Metric("divergence", "divergence from the teacher", "minimize", unit="nats", table="none"),
     Metric("agreement", "agreement with the teacher", "maximize", "{:.2%}", table="none"),
+    Metric("acceptance", "acceptance as a draft", "maximize", "{:.2%}", table="file"),
+    Metric("greedy_acceptance", "greedy acceptance as a draft", "maximize", "{:.2%}", table="file"),
     Metric("retained", "share of the teacher's metric", "maximize", "{:.2%}", table="none"),
     Metric("hidden", "distance of hidden states", "minimize", table="none"),
     Metric("relations", "divergence of relations", "minimize", unit="nats", table="none"),

@@ -98,6 +98,21 @@ class TokenLosses(Losses):
             return _named(found, how)
         return self._with_next_sentence(_named(found, how), student, batch, taught_B2, targets_BP.shape[1], dtype, how)
 
+    def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
+        """Return the sums "agreement" and "weight" of `taught_agreement` and, for a single teacher, "acceptance".
+
+        The acceptance is the probability that the teacher accepts a token of the student in speculative decoding,
+        sum(min(p, q)). An encoder does not generate text, so its result has no acceptance.
+        """
+        found = super().agreement(student, teachers, batch, dtype)
+        if len(teachers) > 1 or student[0].architecture == "encoder":
+            return found
+        sides = [_side(network, batch, dtype) for network in (student, *teachers)]
+        _, targets_BP, weights_BP = predicted(batch, student[2])
+        vocab, how = student[0].vocab_size, SoftLoss(Divergence("total_variation"), 1.0, 0.0)
+        sums = chunked_divergence.distillation(sides[0], sides[1:], targets_BP, weights_BP, vocab, how)[1]
+        return found | {"acceptance": sums["weight"] - sums[how.divergence.metric]}
+
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
         """Return how often student and teachers predict the same token: the sums "agreement" and "weight".
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from llmctl.artifacts.workspace import Context
 from llmctl.config.base import keyed
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from llmctl.pipeline.stage import Programs
 
 
+T = TypeVar("T")
+
+
 class Config(MeasureConfig, StageConfig):
     """Measure accuracy, perplexity, size and speed of artifacts on the same held-out examples."""
 
@@ -34,11 +37,15 @@ class Config(MeasureConfig, StageConfig):
     produces: ClassVar[bool] = False
     # Speed depends on mesh and platform.
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "base", "allow_nonfinite", "replace"})
-    artifact_fields: ClassVar[tuple[str, ...]] = ("of",)
+    artifact_fields: ClassVar[tuple[str, ...]] = ("of", "draft_of")
+    added: ClassVar[frozenset[str]] = MeasureConfig.added | {"draft_of"}
 
     kind: Literal["eval"] = "eval"
     of: list[str] = []
     """Artifacts to measure; all models of earlier stages by default."""
+    draft_of: str = ""
+    """Language model whose drafts the artifacts are, in speculative decoding. The results then have the fraction of a
+    draft's tokens that this model accepts."""
     data: DataConfig = DataConfig()
     """Data set; the setting `split` selects the part to measure."""
     plot: bool = True
@@ -58,7 +65,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.evaluate import runner
     from llmctl.pipeline import console
 
-    chosen = dict(ctx.siblings) or ({parent.name: parent} if parent else {})
+    chosen = measured(config, ctx.siblings) or ({parent.name: parent} if parent else {})
     if not chosen:
         raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
     if config.plot:
@@ -73,8 +80,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     with mesh.use(mesh.make(config.mesh)) as devices:
         kept: list[dict[str, Any]] = []
         results = runner.results(
-            config, chosen, examples, devices, ctx.work / "corpus", console.say, kept.append, config.bases
-        )
+            config, chosen, examples, devices, ctx.work / "corpus", console.say, kept.append, config.bases,
+            ctx.siblings.get(config.draft_of),
+        )  # fmt: skip
     write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]), kept)
 
 
@@ -82,10 +90,15 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     """Return (programs that score each artifact, None). The value None means that eval writes no model."""
     from llmctl.evaluate import programs
 
-    chosen = others or ({base.path.name: base} if base else {})
+    chosen = measured(config, others) or ({base.path.name: base} if base else {})
     if not chosen:
         raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
     return [p for name in chosen for p in programs.scoring(config, config.data, name, chosen, mesh)], None
+
+
+def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:
+    """Return the artifacts to measure. The setting `draft_of` alone does not add its artifact to them."""
+    return {name: one for name, one in named.items() if name != config.draft_of or name in config.of}
 
 
 def _can_draw() -> None:

@@ -71,19 +71,21 @@ def test_agreement_counts_equal_predictions(task, one, two, batch, want, monkeyp
 
 def test_agreement_on_tokens_is_that_of_the_best_tokens_at_the_predicted_positions():
     sizes = {"layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4, "d_ff": 8, "vocab_size": 7}
-    rng, networks, best = np.random.default_rng(0), [], []
+    rng, networks, best, logits = np.random.default_rng(0), [], [], []
     places = np.array([[4, 1, 2], [0, 3, 5]])
     for seed, d_model in enumerate((8, 12)):
         cfg = ModelConfig(preset="llama-tiny", d_model=d_model, **sizes)
         params, x = functional.init(cfg, jax.random.key(seed)), rng.normal(size=(2, 6, d_model))
         networks.append((cfg, params, jnp.asarray(x, jnp.float32)))
-        logits = functional.lm_logits(cfg, params, networks[-1][2])
-        best.append(np.take_along_axis(np.asarray(logits).argmax(-1), places, 1))
+        logits.append(functional.lm_logits(cfg, params, networks[-1][2]))
+        best.append(np.take_along_axis(np.asarray(logits[-1]).argmax(-1), places, 1))
     weights = np.array([[1, 0, 1], [1, 1, 1]])
     full = np.zeros((2, 6), np.float32)
     np.put_along_axis(full, places, weights.astype(np.float32), 1)
     batch = {"targets": jnp.zeros((2, 6), int), "weights": jnp.asarray(full), "places": jnp.asarray(places)}
     found = TASKS["lm"].agreement(networks[0], networks[1:], batch, jnp.float32)
     assert float(found["agreement"]) == np.sum((best[0] == best[1]) * weights) and float(found["weight"]) == 5
+    p, q = (np.take_along_axis(np.asarray(jax.nn.softmax(a)), places[..., None], 1) for a in logits)
+    np.testing.assert_allclose(found["acceptance"], np.sum(np.minimum(p, q).sum(-1) * weights), rtol=1e-5)
     same = TASKS["lm"].agreement(networks[0], networks[:1] * 2, batch, jnp.float32)
     assert float(same["agreement"]) == 5

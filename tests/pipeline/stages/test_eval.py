@@ -158,6 +158,36 @@ def test_language_models_get_a_perplexity_with_its_protocol(run_folder, tmp_path
     assert not (tmp_path / "out" / "tradeoff.png").exists()
 
 
+@pytest.mark.parametrize("axes", [{}, {"data": 4, "fsdp": 2}], ids=str)
+def test_the_acceptance_of_a_draft_is_that_of_full_distributions(run_folder, tmp_path, data, axes):
+    """The means of sum(min(p, q)) and of equal most probable tokens, over all rows; the target is not measured."""
+    lm, run = artifact.load(run_folder / "lm"), tmp_path / "run"
+    sharper = jax.tree.map(lambda w: 1.5 * w, lm.params)
+    about = {"stage": "pretrain", "key": "k", "config": {"train": {"seq_len": 32}}, "tokenizer_dir": lm.tokenizer_dir}
+    artifact.save(run / "target", sharper, lm.model, **about)
+    settings = {"examples": 20, "speed": False, "plot": False, "mesh": MeshConfig(**axes)}
+    siblings = {"lm": run_folder / "lm", "target": run / "target"}
+    config = stage.Config(data=data, batch_size=16, draft_of="target", **settings)
+    (tmp_path / "work").mkdir()
+    stage.run(config, None, Context(tmp_path / "out", tmp_path / "work", "key", siblings))
+    (got,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    examples = splits.examples(data, "test").sample(20)
+    rows = TASKS["lm"].rows(lm.model, examples, loading.load(lm.tokenizer_dir), RowSettings(32))
+    batch = rows.batch(np.arange(len(rows)))
+
+    @jax.jit
+    def probabilities(params):
+        return jax.nn.softmax(functional.lm_logits(lm.model, params, functional.hidden(lm.model, params, batch)))
+
+    q, p = (np.asarray(probabilities(params), np.float64) for params in (lm.params, sharper))
+    weight = batch["weights"] / batch["weights"].sum()
+    assert got["artifact"] == "lm"
+    assert got["metrics"]["acceptance"] == pytest.approx(np.sum(np.minimum(p, q).sum(-1) * weight), rel=1e-4)
+    same = q.argmax(-1) == p.argmax(-1)
+    assert got["metrics"]["greedy_acceptance"] == pytest.approx(np.sum(same * weight), abs=1e-3)
+    assert 0 < got["metrics"]["acceptance"] < 0.99
+
+
 @pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 4, "context": 2}], ids=str)
 def test_eight_devices_count_what_one_counts(run_folder, tmp_path, data, axes):
     settings = {"examples": 20, "speed": False, "plot": False}
@@ -175,6 +205,8 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(run_
         ({"names": ["big"], "seq_len": 128}, "longest sequence"),
         ({"names": ["lm"], "stride": 64}, "stride"),
         ({"names": []}, "nothing to measure"),
+        ({"names": ["lm"], "draft_of": "lm"}, "nothing to measure"),
+        ({"names": ["big", "lm"], "draft_of": "lm"}, "a draft continues texts as its target"),
     ]
     for i, (case, message) in enumerate(cases):
         (tmp_path / str(i)).mkdir()

@@ -1,0 +1,65 @@
+"""Measure how often a target accepts the tokens of a draft, without generating text.
+
+A target with the distribution p accepts a token of a draft with the distribution q with probability sum(min(p, q)), for
+sampling at temperature 1 (Leviathan et al., 2023, arXiv:2211.17192). Greedy decoding accepts the token if both models
+have the same most probable token. Both figures are means over the predicted tokens of a text. During generation, the
+models read their own text, so the acceptance may differ.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.drafts import check_draft
+from llmctl.artifacts.manifest import Manifest
+from llmctl.config.errors import RequestError
+from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.evaluate.setup import Batch, Held, Setup
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.model import chunked_loss, functional
+from llmctl.model.config import ModelConfig
+from llmctl.model.losses import Sums
+
+
+def check(draft: Manifest, target: Manifest, name: str) -> None:
+    """Check that the acceptance of a draft can be measured.
+
+    Raises:
+        RequestError: If the draft does not fit the target, or the sizes of their vocabularies differ.
+    """
+    check_draft(f"draft_of: {name}", draft, target, target.name)
+    sizes = draft.model.vocab_size, target.model.vocab_size
+    if sizes[0] != sizes[1]:
+        raise RequestError(f"draft_of: {name} has {sizes[0]:,} tokens, and {target.name} has {sizes[1]:,}")
+
+
+def scorer(task: Task, models: tuple[ModelConfig, ModelConfig], dtype: str) -> Any:
+    """Return the compiled function ((draft, target) parameters, batch) -> sums "acceptance", "agreement", "weight"."""
+
+    def sums(params: tuple[functional.Params, functional.Params], batch: Batch) -> Sums:
+        batch, kind = task.model_inputs(batch), jnp.dtype(dtype)
+        draft, target = (
+            (cfg, own, functional.hidden(cfg, own, batch, dtype=kind)) for cfg, own in zip(models, params, strict=True)
+        )
+        return task.agreement(draft, [target], batch, kind)
+
+    return jax.jit(sums)
+
+
+def measure(task: Task, draft: Artifact, target: Artifact, held: Held, setup: Setup) -> dict[str, float]:
+    """Return the metrics "acceptance" (sampling) and "greedy_acceptance" on the rows of held-out examples."""
+    settings = RowSettings(setup.seq_len, truncate=setup.truncate, corpus=held.corpus)
+    rows = task.rows(draft.model, held.examples, tokenizers.load(draft.tokenizer_dir), settings)
+    step = partial(scorer(task, (draft.model, target.model), setup.dtype), (draft.params, target.params))
+    total: Sums = {}
+    with setup.batches().once(rows) as steps:
+        for _, batch in steps:
+            total = {name: total.get(name, 0.0) + value for name, value in step(batch).items()}
+    found = {name: float(value) for name, value in chunked_loss.means(total).items()}
+    return {"acceptance": found["acceptance"], "greedy_acceptance": found["agreement"]}
