@@ -1,7 +1,7 @@
 """Generate text faster by speculative decoding: a small draft model proposes tokens, and the target verifies them.
 
-The output is that of the target alone (Leviathan et al., 2023, arXiv:2211.17192). Greedy decoding selects the same
-tokens, except that a target forward pass over several tokens adds numbers in another order, which may decide between
+The output is the same as without a draft (Leviathan et al., 2023, arXiv:2211.17192). Greedy decoding selects the same
+tokens, with one exception. A forward pass over several tokens adds numbers in another order, which may decide between
 two tokens with almost equal logits. Sampling has the same distribution, but other random numbers.
 
 One compiled loop repeats three actions. The draft proposes N tokens. The target computes the logits after the last
@@ -206,8 +206,9 @@ class SpeculativeDecoder:
     ) -> tuple[jax.Array, jax.Array, list[Any]]:
         """Return the draft's tokens [B, N], the logits of their distributions [B, N, V], and the draft's cache.
 
-        If all tokens of the last step were accepted, the draft has not read the last of them. The first pass therefore
-        reads two tokens. If the draft has read the first one before, it computes the same keys again.
+        If all tokens of the last step were accepted, the draft has not read the last accepted token. The first pass
+        therefore reads two tokens. If the draft has already read the first token, the pass computes the same keys
+        again.
         """
         B, N = len(state["token"]), self.tokens
         proposed_BN = jnp.zeros((B, N), jnp.int32)
@@ -296,6 +297,9 @@ def _seen_before(seen_BV: jax.Array, proposed_BN: jax.Array) -> jax.Array:
 
 
 def _resized(logits_BV: jax.Array, vocab: int) -> jax.Array:
-    """Return the draft's logits for a vocabulary of another size, which only padding of the table may add or omit."""
+    """Return the draft's logits for a vocabulary of another size.
+
+    Only tokens that pad the embedding table may be added or omitted.
+    """
     less = vocab - logits_BV.shape[-1]
     return jnp.pad(logits_BV, ((0, 0), (0, max(0, less))), constant_values=-jnp.inf)[:, :vocab]

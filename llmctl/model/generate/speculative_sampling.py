@@ -1,9 +1,9 @@
 """Decide which of a draft model's proposed tokens a target model accepts (Leviathan et al., 2023, arXiv:2211.17192).
 
-Greedy decoding accepts the proposed tokens up to the first that is not the target's most probable token. Sampling
-accepts a token d with probability min(1, p(d) / q(d)), where p is the target's distribution and q the draft's. After a
-rejection, the next token is sampled from the positive part of p - q, normalized. The accepted and the sampled tokens
-then have the distribution p.
+Greedy decoding accepts proposed tokens until a proposed token is not the target's most probable token. Let p be the
+target's distribution, and q the draft's distribution. Sampling accepts a token d with probability min(1, p(d) / q(d)).
+After a rejection, the next token is sampled from the positive part of p - q, normalized. The accepted and the sampled
+tokens then have the distribution p.
 
 Shapes: B rows, N proposed tokens, M = N + 1 target distributions, V vocabulary.
 """
@@ -22,7 +22,7 @@ def verify_greedy(proposed_BN: jax.Array, target_BMV: jax.Array) -> tuple[jax.Ar
         target_BMV: Logits of the target. The logits at index i predict the proposed token at index i.
 
     Returns:
-        The number of accepted tokens per row, and the target's token after them, int32 [B] each.
+        The number of accepted tokens per row, and the target's token after the accepted tokens, int32 [B] each.
 
     Example:
         >>> target = jnp.log(jnp.array([[[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]]))
@@ -44,10 +44,10 @@ def verify_sampled(
         draft_BNV: Logits of the draft's distributions.
         target_BMV: Logits of the target's distributions.
         accept_B: Random keys of the decisions, one per row.
-        sample_B: Random keys of the token after the accepted ones, one per row.
+        sample_B: Random keys of the token after the accepted tokens, one per row.
 
     Returns:
-        The number of accepted tokens per row, and the token after them, int32 [B] each.
+        The number of accepted tokens per row, and the token after the accepted tokens, int32 [B] each.
     """
     q_BNV, p_BMV = jax.nn.softmax(draft_BNV, axis=-1), jax.nn.softmax(target_BMV, axis=-1)
     q_BN, p_BN = (jnp.take_along_axis(a, proposed_BN[..., None], axis=-1)[..., 0] for a in (q_BNV, p_BMV[:, :-1]))
