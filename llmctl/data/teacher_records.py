@@ -8,8 +8,8 @@ NAME-00000.json        description of this file: row numbers, size and checksum;
 
 Files are only added. If writing is interrupted, the next writer replaces the file that has no description.
 
-Arrays of predicted positions are stored only at positions with a weight above 0. Nothing that is read is trusted: sizes,
-fingerprints, ids and values are checked.
+Arrays of predicted positions are stored only at positions with a weight above 0. Nothing that is read is trusted:
+sizes, fingerprints, ids and values are checked.
 
 Shapes: B rows, P predicted positions per row, n of these with a weight above 0, k listed tokens.
 """

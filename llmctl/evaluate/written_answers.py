@@ -21,6 +21,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.generate.beam import Beams, BeamSearch
 from llmctl.model.generate.continuations import Continuation, continue_rows, search_rows
 from llmctl.model.generate.decode import Decoder
+from llmctl.model.generate.sampling import Sampling
 
 
 class Writer:
@@ -104,12 +105,23 @@ class Writer:
                 self._decoder.set_params(moved)
         return self._decoder
 
-    def fill(self, rows: Sequence[Continuation], check_stop: Callable[[], None] = lambda: None) -> None:
+    def fill(
+        self,
+        rows: Sequence[Continuation],
+        check_stop: Callable[[], None] = lambda: None,
+        *,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        first: int = 0,
+    ) -> None:
         """Generate the answer to each row, with the parameters that `hold` set.
 
         Args:
             rows: Prompts, as the method `rows` returns them. Each answer is stored in its prompt's row.
             check_stop: Function that is called before each batch. The function may raise an exception to stop.
+            sampling: Sampling rules; greedy, or a beam search, if None.
+            seed: Seed of the sampling.
+            first: Index of the first row among all rows with the same seed.
 
         Raises:
             ValueError: If `hold` was not called.
@@ -118,9 +130,9 @@ class Writer:
             raise ValueError("hold the parameters first")
         order = np.argsort([len(r.source_ids or r.prompt_ids) for r in rows], kind="stable")
         with self._alone():
-            for first in range(0, len(order), self.batch_size):
+            for begin in range(0, len(order), self.batch_size):
                 check_stop()
-                batch = [rows[i] for i in order[first : first + self.batch_size]]
+                batch = [rows[i] for i in order[begin : begin + self.batch_size]]
                 # The last batch repeats a row, so that it runs in the same programs.
                 last = batch[-1]
                 batch += [
@@ -130,7 +142,10 @@ class Writer:
                 if self._search:
                     search_rows(self._search, self.tokenizer, batch, self.max_new, ends=self.ends)
                 else:
-                    for _ in continue_rows(self._decoder, self.tokenizer, batch, self.max_new, ends=self.ends):
+                    how: dict[str, Any] = {"ends": self.ends, "sampling": sampling, "seed": seed}
+                    for _ in continue_rows(
+                        self._decoder, self.tokenizer, batch, self.max_new, first=first + begin, **how
+                    ):
                         pass
 
     def _alone(self) -> Any:

@@ -105,10 +105,12 @@ def listed_tokens(teachers: Sequence[Side], vocab: int, k: int, temperature: flo
     projects, heads, (x_BTD, *others) = zip(*teachers, strict=True)
 
     def best(heads: Tree, x: jax.Array, others: Tree) -> Listed:
-        each = [chunk_logits(*side) for side in zip(projects, heads, (x, *others), strict=True)]
+        each = [chunk_logits(*side) for side in zip(projects, heads.values(), (x, *others), strict=True)]
         return Listed.of(mean_logits(each, temperature), k, temperature)
 
-    return per_token(best, heads, x_BTD, tuple(others), vocab)
+    # Trees of parameters are dictionaries: a tuple would be taken for one weight.
+    named = {f"{i:03}": head for i, head in enumerate(heads)}
+    return per_token(best, named, x_BTD, tuple(others), vocab)
 
 
 def listed_distillation(

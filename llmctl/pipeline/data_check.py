@@ -53,6 +53,8 @@ def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
     """
     if step.config.kind == "pretrain":
         return ("prompt", "completion") if getattr(step.config, "objective", "") == "completions" else ("text",)
+    if getattr(step.config, "mode", "") == "sequence":
+        return ("prompt",)
     from llmctl.evaluate.tasks.registry import TASKS
 
     # "lm" reads text, or prompts and completions, as the data has them

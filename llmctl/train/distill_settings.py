@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from llmctl.config.base import Config
+from llmctl.config.settings import KVCache
 
 INNER = ("hidden", "relations", "embeddings")
 """Names of the signals that compare inner layers."""
@@ -93,6 +94,41 @@ class StudentConfig(Config):
         return [i * depth // self.layers if self.layer_map == "every_other" else i for i in range(self.layers)]
 
 
+class AnswersConfig(Config):
+    """Set how the teacher generates answers, for mode = "sequence"."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"folder"})
+
+    folder: str = ""
+    """Folder of the answers, which is also a data set in JSON lines. By default, it is next to the artifact, with
+    -answers at the end of its name."""
+    max_new: int = Field(default=0, ge=0)
+    """Maximum number of tokens per answer. 0 uses 64, but at most half of the teacher's maximum sequence length."""
+    beams: int = Field(default=1, ge=1)
+    """Number of beams of a beam search; 1 generates greedily, or samples if temperature is above 0."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Temperature of sampling; 0 takes the most probable token."""
+    top_k: int = Field(default=0, ge=0)
+    """Number of most probable tokens to sample from; 0 keeps all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Total probability of the most probable tokens to sample from."""
+    kv_cache: KVCache = ""
+    """Format of cached keys and values: int8, fp8_e4m3 or int4. If empty, the cache has the dtype of the
+    computation."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> AnswersConfig:
+        if self.temperature and self.temperature < 1e-6:
+            raise ValueError(f"temperature = {self.temperature:g}: set 0, or at least 1e-06")
+        if self.temperature and self.beams > 1:
+            raise ValueError("temperature and beams exclude each other: a beam search takes the most probable answer")
+        for name in ("top_k", "top_p"):
+            if name in self.model_fields_set and not self.temperature:
+                raise ValueError(f"{name}: restricts sampling; set temperature above 0")
+        return self
+
+
 def _indices(values: Any) -> bool:
     """Return whether `values` is a list of one or more whole numbers that are not negative."""
     return isinstance(values, list) and bool(values) and all(type(i) is int and i >= 0 for i in values)
@@ -127,6 +163,16 @@ def check(config: Any) -> None:
     for name in ("temperature", "divergence", "beta", "skew", "top_k"):
         if name in given and signals.active and not signals.logits:
             raise ValueError(f"{name}: no signal reads it; set signals.logits")
+    if config.mode == "sequence":
+        if "hard" in given:
+            raise ValueError('hard: mode = "sequence" trains on the answers alone; set signals to add other losses')
+        if len(config.teachers or []) > 1:
+            raise ValueError('mode = "sequence": one teacher generates the answers, and teachers names several')
+        for name in ("temperature", "divergence", "beta", "skew", "top_k", "cache"):
+            if name in given and not signals.logits:
+                raise ValueError(f'{name}: mode = "sequence" reads it only if signals.logits is set')
+    elif "answers" in given:
+        raise ValueError('answers: only mode = "sequence" generates answers')
     if config.cache:
         if signals.inner:
             raise ValueError(f"cache: stores outputs, and signals.{signals.inner[0]} compares layers; leave one out")
@@ -143,3 +189,16 @@ def check(config: Any) -> None:
             raise ValueError("student: copies layers of one teacher, and teachers names several")
     if config.student.active and config.model is not None:
         raise ValueError("student and model exclude each other: the student has the teacher's layers, or new sizes")
+
+
+def reads_teacher(config: Any) -> bool:
+    """Return whether the loss of the stage `distill` reads the teacher's outputs or layers."""
+    signals = config.signals
+    if config.mode == "sequence":
+        return bool(signals.logits or signals.inner)
+    return True
+
+
+def reads_arrays(config: Any) -> bool:
+    """Return whether the loss of the stage `distill` runs the teacher: it reads the teacher, and there is no cache."""
+    return reads_teacher(config) and not config.cache

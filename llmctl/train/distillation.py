@@ -24,6 +24,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.divergences import Divergence, SoftLoss
 from llmctl.model.layer_signals import Signals
 from llmctl.train import fake_quantize, learner, loop, sparsify
+from llmctl.train.distill_settings import reads_arrays, reads_teacher
 
 if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
@@ -77,12 +78,14 @@ def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | 
         named(distilled(teacher.manifest), teacher.model),
         config.train,
     )
-    for reads in (model, *(t.model for t in teachers)):
+    if config.mode != "teacher_forced" and (not task.completes_prompts or teacher.model.architecture == "encoder"):
+        raise RequestError(f'mode = "{config.mode}": {teacher.path} generates no answers to prompts')
+    for reads in (model, *(t.model for t in teachers if reads_teacher(config))):
         loop.check(reads, train, mesh)
     task.check_label_type(config.data)
     if config.cache and model.head_kind.vocabulary and task.head == "lm" and not config.top_k:
         raise RequestError("cache: stores the most probable tokens only; set top_k, such as 64")
-    read = [] if config.cache else [t.model for t in teachers]
+    read = [t.model for t in teachers] if reads_arrays(config) else []
     soft, inner = soft_loss(config, model), signals(config, model, teacher.model, mesh)
     loss = task.soft_loss_of(
         model.model_copy(update={"dropout": config.dropout}),
@@ -107,11 +110,11 @@ def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | 
         params,
         task,
         config.dropout,
-        loss,
+        loss if reads_teacher(config) else None,
         beside=read,
         labels=teacher.manifest.labels,
         job_fields={
-            **({} if config.cache else {"constants": tuple(t.params for t in teachers)}),
+            **({"constants": tuple(t.params for t in teachers)} if read else {}),
             **({"holds_zeros": student.zeros.__contains__} if student else {}),
             **learner.selection_fields(task, teacher.manifest.labels),
         },
@@ -257,7 +260,9 @@ def shallower(config: Any, teacher: Artifact) -> ModelConfig:
 
 
 def student_model(config: Any, teacher: Artifact, student: Artifact | None) -> ModelConfig:
-    """Return the student's config. The student must have the teacher's tokenizer and outputs.
+    """Return the student's config. The student must have the teacher's outputs.
+
+    The student must also have the teacher's tokenizer and architecture, if its loss reads the teacher.
 
     Raises:
       RequestError: If the student does not fit the teacher.
@@ -266,7 +271,7 @@ def student_model(config: Any, teacher: Artifact, student: Artifact | None) -> M
     if student is None:
         if config.model is None:
             raise RequestError("distill: no student; name an artifact with `from`, or sizes with `model`")
-        if config.model.architecture != like.architecture:
+        if config.model.architecture != like.architecture and reads_teacher(config):
             raise RequestError(
                 f"distill: the student is {with_article(config.model.architecture)}, the teacher "
                 f"{with_article(like.architecture)}; "
@@ -282,7 +287,7 @@ def student_model(config: Any, teacher: Artifact, student: Artifact | None) -> M
         answer["head_transform"] = config.model.head_transform and like.head_kind.vocabulary
         return ModelConfig.model_validate({**config.model.model_dump(), **answer, "preset": ""})
     if (student.model.architecture, student.model.head, student.model.labels) != (
-        like.architecture, like.head, like.labels,
+        like.architecture if reads_teacher(config) else student.model.architecture, like.head, like.labels,
     ):  # fmt: skip
         raise RequestError(
             f"{student.path}: is {with_article(student.model.architecture)} that answers as {student.model.head!r}, "
@@ -290,7 +295,7 @@ def student_model(config: Any, teacher: Artifact, student: Artifact | None) -> M
         )
     if student.model.prompt_tokens != teacher.model.prompt_tokens:
         raise RequestError(f"{student.path}: has another trained prompt than the teacher {teacher.path}")
-    if student.manifest.tokenizer != teacher.manifest.tokenizer:
+    if student.manifest.tokenizer != teacher.manifest.tokenizer and reads_teacher(config):
         raise RequestError(f"{student.path}: has another tokenizer than the teacher {teacher.path}")
     if not student.plain:
         raise RequestError(

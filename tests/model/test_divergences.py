@@ -13,7 +13,7 @@ from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.model import chunked_loss
 from llmctl.model.chunked_divergence import distillation, listed_distillation, listed_tokens
-from llmctl.model.divergences import Divergence, Listed, SoftLoss, mean_logits, top_classes
+from llmctl.model.divergences import Divergence, SoftLoss, mean_logits, top_classes
 from llmctl.model.losses import soft_class_sums
 
 N, C = 4, 9
@@ -112,18 +112,19 @@ def test_excluded_classes_and_equal_logits():
 
 def test_listed_classes_of_a_sharded_vocabulary():
     """Devices list tokens of their own part and gather only these; of equal logits, the first ones are listed."""
-    logits = np.round(np.random.default_rng(3).normal(size=(2, 3, 64)) * 2)  # many are equal
-    student = np.random.default_rng(4).normal(size=(2, 3, 64))
+    logits = np.round(np.random.default_rng(3).normal(size=(2, 3, 64)) * 2).astype(np.float32)  # many are equal
+    student = np.random.default_rng(4).normal(size=(2, 3, 64)).astype(np.float32)
     order = np.argsort(-logits, -1, kind="stable")[..., :5]
     mesh, how = meshes.make(MeshConfig(data=2, tensor=4)), Divergence("js", 2.0, 0.3, top_k=5)
 
     def both(teacher, student):
-        listed = Listed.of(teacher, 5, 2.0)
+        listed = listed_tokens([(lambda head, x: x @ head["w"], {"w": jnp.eye(64)}, teacher)], 64, 5, 2.0)
         return listed, how.from_listed(listed, student)
 
     with meshes.use(mesh):
         sharded = meshes.sharding(("batch", "seq", "act_vocab"), mesh)
-        run = jax.jit(both, in_shardings=(sharded, sharded))
+        whole = meshes.sharding(("batch", "seq", None), mesh)
+        run = jax.jit(both, in_shardings=(whole, sharded))
         listed, found = run(logits, student)
         text = run.lower(logits, student).compile().as_text()
     gathers = [line for line in text.splitlines() if " all-gather(" in line]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -64,6 +66,12 @@ class Text:
     def columns(self) -> tuple[str, ...]:
         """Return the names of the text columns. Data from `llmctl prepare` has only the column `text`."""
         return ("text",) if self._prepared else self.splits.examples["train"].columns
+
+    def with_examples(self, examples: dict[str, splits.Examples]) -> Text:
+        """Return the same raw text with other examples in each split."""
+        found = copy.copy(self)
+        found.__dict__["splits"] = dataclasses.replace(self.splits, examples=examples)  # a cached property
+        return found
 
     def digest(self, split: str) -> str:
         """Return a hash of the texts of a split, in order.

@@ -18,7 +18,7 @@ from llmctl.data.config import DataConfig, Truncate
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
 from llmctl.train import distill_settings, sparsify_settings
-from llmctl.train.distill_settings import SignalsConfig, StudentConfig
+from llmctl.train.distill_settings import AnswersConfig, SignalsConfig, StudentConfig, reads_arrays, reads_teacher
 from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.sparsify_settings import SparsifyConfig
 
@@ -41,7 +41,7 @@ class Config(StageConfig):
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher", "teachers")
     added: ClassVar[frozenset[str]] = frozenset(
         {"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k", "signals", "layer_map", "hidden_distance"}
-        | {"relation_heads", "student", "teachers", "cache"}
+        | {"relation_heads", "student", "teachers", "cache", "mode", "answers"}
     )
     unkeyed: ClassVar[frozenset[str]] = StageConfig.unkeyed | {"cache"}
 
@@ -55,6 +55,12 @@ class Config(StageConfig):
     share the arrays of the base."""
     model: ModelConfig | None = None
     """Sizes of a new student, which is used instead of the artifact in `from`."""
+    mode: Literal["teacher_forced", "sequence"] = "teacher_forced"
+    """Texts that the student learns. teacher_forced: the texts of the data. sequence: answers that the teacher
+    generates to the prompts of the data; without signals, the student is trained on them as on labels, and may have
+    another tokenizer."""
+    answers: AnswersConfig = AnswersConfig()
+    """Generation of the answers, for mode sequence."""
     data: DataConfig = DataConfig()
     """Training examples, with the columns that the stage finetune needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
@@ -129,7 +135,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.distributed import mesh
     from llmctl.evaluate.tasks.registry import distilled
     from llmctl.pipeline import console
-    from llmctl.train import distillation, learner, teacher_cache, teacher_comparison
+    from llmctl.train import distillation, learner, teacher_answers, teacher_cache, teacher_comparison
 
     devices = mesh.make(config.mesh)
 
@@ -140,14 +146,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     def load() -> list[Artifact]:
         return distillation.load_teachers(list(ctx.siblings.values()), devices, config.bases)
 
-    cached = config.cache and not config.student.active
-    teachers = [artifact.abstract(path, devices) for path in ctx.siblings.values()] if cached else load()
+    loaded = reads_arrays(config) or config.student.active
+    teachers = load() if loaded else [artifact.abstract(path, devices) for path in ctx.siblings.values()]
     teacher = teachers[0]
     student = teacher if config.student.active else None
     if parent and config.model is None and not student:
         student = artifact.load(parent, devices, bases=config.bases)
     learns = distillation.make_learner(config, teachers, student, devices)
-    tokens = loading.load(teacher.tokenizer_dir)
+    words = (student or teacher if config.mode == "sequence" else teacher).tokenizer_dir
+    tokens = loading.load(words)
     text = Text(config.data, learns.task.reads_labels, learns.task.reads_conversations)
     for line in text.describe():
         say(line)
@@ -157,6 +164,12 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}{advice}"
         )
 
+    spent = {}
+    if config.mode == "sequence":
+        answers = teacher_answers.TeacherAnswers(config, ctx, teacher, text, devices)
+        text = answers.added(lambda: (teachers if loaded else load())[0], say)
+        spent = answers.metrics
+
     corpus = ctx.work / "corpus"
     needed = training_rows(config.train)
     learn = _rows(config, learns, text, "train", tokens, corpus, shuffle=True, needed=needed)
@@ -164,10 +177,12 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     judged = None
     if config.cache:
         cache = teacher_cache.TeacherCache(config, learns, teachers, devices, tokens, text)
-        learn, unseen = cache.filled(learn, unseen, load if cached else lambda: teachers, say)
+        learn, unseen = cache.filled(learn, unseen, (lambda: teachers) if loaded else load, say)
         judged = cache.judged
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
-    beside = teacher_comparison.compared(config, learns, teachers, params, held_out, judged)
+    beside = {}
+    if reads_teacher(config):
+        beside = teacher_comparison.compared(config, learns, teachers, params, held_out, judged)
     if line := teacher_comparison.sentence(beside):
         say(line)
     origin = student or teacher
@@ -181,8 +196,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         fitted=learner.fitted(config, learns, params, held_out),
         generation=artifact.generation_settings(teacher.manifest),
         pruned=config.sparsify.pruned or (None if student else False),
-        metrics=metrics | beside | distillation.named_teachers(teachers),
-        tokenizer_dir=teacher.tokenizer_dir,
+        metrics=metrics | beside | spent | distillation.named_teachers(teachers),
+        tokenizer_dir=words,
     )
 
 
@@ -191,14 +206,15 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
     from llmctl.evaluate.tasks.registry import distilled
-    from llmctl.train import distillation, programs, teacher_outputs
+    from llmctl.train import distillation, programs, teacher_answers, teacher_outputs
 
     teachers = list(others.values())
     teacher = teachers[0]
     student = teacher if config.student.active else base if config.model is None else None
     learns = programs.abstractly(mesh, lambda s: distillation.make_learner(config, teachers, s, mesh), student)
     labels = teacher.manifest.labels
-    text = synthetic.SyntheticText(config.data, learns.task.columns, config.train.seq_len, labels)
+    columns = ("prompt", "completion") if config.mode == "sequence" else learns.task.columns
+    text = synthetic.SyntheticText(config.data, columns, config.train.seq_len, labels)
     rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
     task, origin = distilled(teacher.manifest), student or teacher
@@ -207,10 +223,10 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         generation=artifact.generation_settings(teacher.manifest),
         pruned=config.sparsify.pruned or (None if student else False),
     )  # fmt: skip
-    before = []
+    before = teacher_answers.programs(config, teacher, mesh) if config.mode == "sequence" else []
     if config.cache:
         stored, rows = teacher_outputs.program(config, learns, teachers, rows, mesh)
-        before = [stored]
+        before.append(stored)
     return [*before, programs.train_step(config, learns, rows, mesh)], left
 
 
