@@ -68,7 +68,7 @@ def run(
             - "artifact": an adapter with its base, for llmctl
         dtype: Dtype of the written weights. If empty, weights keep their dtype; quantized weights get the dtype of
             their scales.
-        kind: Kind of GGUF file: f32, f16, q8_0, q4_0 or q4_1.
+        kind: Kind of GGUF file: a key of `llmctl.convert.gguf_export.KINDS`, such as f16 or q8_0.
         shard_bytes: Maximum size of a weight file in bytes.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         merge: Whether to merge adapters into the matrices of an artifact. All formats except "peft" and "artifact"
@@ -254,9 +254,11 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
 def _gguf(found: artifact.Artifact, file: Path, kind: str, say: Callable[[str], None]) -> float:
     if differs := gguf_export.write(found, file, kind):
         say(f"{found.path}: {differs}")
+    stored, rounding = gguf_export.as_stored(found, kind)
+    if rounding:
+        say(f"{found.path}: {rounding}")
     again = gguf.inspect(file)
     back = name_map.read(again.model, again.wanted, again.tensors, placer(again.model))
     batch = parity.probe(found.model)
-    return parity.prove(
-        str(found.path), parity.answers(again.model, back, batch), gguf_export.expected(found, kind, batch)
-    )
+    expected = parity.answers(found.model, stored, batch)
+    return parity.prove(str(found.path), parity.answers(again.model, back, batch), expected)

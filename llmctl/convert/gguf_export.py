@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.convert import architectures, gguf_vocabulary, parity
+from llmctl.convert import architectures, gguf_blocks, gguf_vocabulary, name_map
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.architectures import GGUF, TO_GGUF
 from llmctl.convert.gguf import heads_of, interleaved, library, llama3_factors, stems
@@ -23,28 +22,32 @@ from llmctl.model import weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.families.llama import LLAMA3_ROPE
 
-KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
-BLOCK = 32
-"""Number of inputs that share a scale in the quantized types of GGUF."""
+KINDS = {
+    "f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_0": "Q5_0", "q5_1": "Q5_1", "q4_0": "Q4_0",
+    "q4_1": "Q4_1",
+}  # fmt: skip
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q6_k": 18}
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
     """Return the GGUF type in which a tensor is stored in a file of the type `kind`.
 
-    Vectors are float32. Matrices whose number of inputs is not a multiple of `BLOCK` are float16 in quantized files.
-    Embedding tables and output projections of a 4-bit file have 8 bits.
+    Vectors are float32. Matrices whose number of inputs is not a multiple of 32 are float16 in quantized files. In a
+    q6_k file, matrices whose number of inputs is not a multiple of 256 are q8_0. Embedding tables and output
+    projections of a file with 4 or 5 bits have 8 bits.
 
     Args:
         name: Name of the tensor in transformers.
         shape: Shape of the tensor.
-        kind: Type of the file: f32, f16, q8_0, q4_0 or q4_1.
+        kind: Type of the file, a key of `KINDS`.
     """
     if len(shape) < 2 or kind == "f32":
         return "f32"
-    if shape[-1] % BLOCK and kind.startswith("q"):
+    if shape[-1] % gguf_blocks.BLOCK and kind.startswith("q"):
         return "f16"
-    return "q8_0" if kind.startswith("q4") and ("embed_tokens" in name or "lm_head" in name) else kind
+    if kind == "q6_k":
+        return "q8_0" if shape[-1] % gguf_blocks.SUPER else kind
+    return "q8_0" if kind.startswith(("q4", "q5")) and ("embed_tokens" in name or "lm_head" in name) else kind
 
 
 def write(found: Artifact, file: Path, kind: str) -> str:
@@ -66,7 +69,8 @@ def write(found: Artifact, file: Path, kind: str) -> str:
     architecture = TO_GGUF[bridge.model_type]
     _refuse(cfg, architecture)
     config = folders.config_of(cfg, registry.of(found.manifest), [], {}, "float32")
-    theirs = folders.tensors_of(cfg, found.params)
+    theirs, flat = folders.tensors_of(cfg, found.params), weights.flatten(found.params)
+    layouts = name_map.tensor_layouts(cfg, *architectures.of(cfg), bare=cfg.head_kind.bare)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(found.manifest.name)
     writer.add_file_type(FILE_TYPES[kind])
@@ -77,14 +81,18 @@ def write(found: Artifact, file: Path, kind: str) -> str:
         factors = llama3_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
         writer.add_tensor("rope_freqs.weight", factors)
     for name, t in sorted(theirs.items()):
-        array = np.asarray(t.read(), np.float32)
+        chosen, slots = kind_of(name, t.shape, kind), layouts[name].slots
+        w = t.read()
+        if len(slots) == 1 and len(t.shape) == 2:
+            slot = slots[0]
+            w = flat[slot.path] if slot.layer < 0 else weights.layer_of(flat[slot.path], slot.layer)
+            data, _ = _encoded(w, chosen, -1 if slot.transposed else -2)
+        else:
+            plus = float(architecture.startswith("gemma") and name.endswith("norm.weight"))
+            data = gguf.quants.quantize(np.asarray(w, np.float32) + np.float32(plus), _type(chosen))
         if architecture == "llama" and (heads := heads_of(config, name)):
-            array = interleaved(array, heads)
-        if architecture.startswith("gemma") and name.endswith("norm.weight"):
-            array = array + 1
-        chosen = getattr(gguf.GGMLQuantizationType, KINDS[kind_of(name, t.shape, kind)])
-        data = gguf.quants.quantize(np.ascontiguousarray(array), chosen)
-        writer.add_tensor(_to_gguf(name, back), data, raw_dtype=chosen)
+            data = interleaved(data, heads)  # rows are encoded independently
+        writer.add_tensor(_to_gguf(name, back), np.ascontiguousarray(data), raw_dtype=_type(chosen))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -155,20 +163,52 @@ def _to_gguf(name: str, table: Mapping[str, str]) -> str:
     return f"{prefix}{table[found[2]]}.{found[3]}"
 
 
-def expected(found: Artifact, kind: str, batch: dict[str, jax.Array]) -> jax.Array:
-    """Return the outputs of an artifact, with its weights rounded to the GGUF type `kind`.
+def _type(kind: str) -> Any:
+    return getattr(library().GGMLQuantizationType, KINDS[kind])
 
-    The written file must reproduce these outputs.
+
+def _encoded(w: Any, kind: str, rows: int) -> tuple[np.ndarray, bool]:
+    """Return the rows of one matrix in the GGUF type `kind`, and whether the matrix keeps its integers.
+
+    Args:
+        w: The weight [I, O], or a table [V, D].
+        kind: Key of `KINDS`.
+        rows: Axis of the rows: -1 for a matrix, -2 for a table.
     """
-    quants, cfg = library().quants, found.model
-    flat = {}
+    stored = gguf_blocks.integers_of(w, rows) if kind.startswith("q") else None
+    if stored is not None and (data := gguf_blocks.kept(kind, stored)) is not None:
+        return data, True
+    dense = np.asarray(weights.dense(w), np.float32)
+    dense = np.ascontiguousarray(dense.T if rows == -1 else dense)
+    return gguf_blocks.rounded_q6_k(dense) if kind == "q6_k" else library().quants.quantize(dense, _type(kind)), False
+
+
+def as_stored(found: Artifact, kind: str) -> tuple[dict[str, Any], str]:
+    """Return the parameters that a file of the GGUF type `kind` has, as float32 arrays, and a line about the rounding.
+
+    The line has the number of matrices and their relative error (Frobenius), by GGUF type. It is empty if the file has
+    no quantized type. The parameters are decoded by the package gguf.
+    """
+    flat, lost = dict[str, Any](), dict[tuple[str, bool], list[float]]()
     for path, w in weights.flatten(found.params).items():
-        array = np.asarray(weights.dense(w), np.float32)
+        dense = np.asarray(weights.dense(w), np.float32)
         if place := weights.parse(path).place:
-            rows = array if place == "embedding" else array.swapaxes(-1, -2)  # [.., out, in]
+            rows = -2 if place == "embedding" else -1
             name = {"embed/tokens": "embed_tokens", "lm_head/kernel": "lm_head"}.get(path, path)
-            chosen = getattr(library().GGMLQuantizationType, KINDS[kind_of(name, rows.shape, kind)])
-            rows = quants.dequantize(quants.quantize(np.ascontiguousarray(rows), chosen), chosen).reshape(rows.shape)
-            array = rows if place == "embedding" else rows.swapaxes(-1, -2)
-        flat[path] = jnp.asarray(array)
-    return parity.answers(cfg, weights.unflatten(flat), batch)
+            shape = dense.shape if rows == -2 else (dense.shape[-1], dense.shape[-2])
+            chosen, layers = kind_of(name, shape, kind), []
+            for i, before in enumerate(dense if dense.ndim == 3 else dense[None]):
+                data, kept = _encoded(weights.layer_of(w, i) if dense.ndim == 3 else w, chosen, rows)
+                after = library().quants.dequantize(data, _type(chosen)).reshape(shape)
+                layers.append(after if rows == -2 else after.T)
+                square = [1.0, float(np.sum(np.square(layers[-1] - before))), float(np.sum(np.square(before)))]
+                lost[chosen, kept] = [a + b for a, b in zip(lost.get((chosen, kept), [0.0] * 3), square, strict=True)]
+            dense = np.stack(layers).reshape(dense.shape)
+        flat[path] = jnp.asarray(dense)
+    if not kind.startswith("q"):
+        return weights.unflatten(flat), ""
+    told = [
+        f"{int(count)} to {name}{', with unchanged integers' * kept} (relative error {(error / (whole or 1)) ** 0.5:.2g})"
+        for (name, kept), (count, error, whole) in sorted(lost.items())
+    ]
+    return weights.unflatten(flat), f"matrices are rounded: {'; '.join(told)}"

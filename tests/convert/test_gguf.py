@@ -59,7 +59,7 @@ def test_metadata_names_and_types_are_those_of_llama_cpp(files, config, params):
 
 
 @pytest.mark.parametrize(
-    ("kind", "worst"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 0.01), ("q4_0", 0.15), ("q4_1", 0.15)]
+    ("kind", "worst"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 0.01), ("q5_1", 0.06), ("q4_0", 0.15), ("q4_1", 0.15)]
 )
 def test_comes_back_with_the_rounding_of_its_kind_and_no_more(kind, worst, files, call, tmp_path, saved):
     code, made, err = call("import", files(kind), "--out", tmp_path / "a")

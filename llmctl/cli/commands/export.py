@@ -22,7 +22,9 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Type of the weights: float32, bfloat16 or float16; unchanged by default.")
     ] = "",
-    kind: Annotated[str, typer.Option("--type", help="GGUF type: f32, f16, q8_0, q4_0 or q4_1.")] = "f16",
+    kind: Annotated[
+        str, typer.Option("--type", help="GGUF type: f32, f16, q8_0, q6_k, q5_0, q5_1, q4_0 or q4_1.")
+    ] = "f16",
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Maximum size of a weight file in GB.")] = 5.0,
     merge: Annotated[
         bool, typer.Option("--merge", help="With --to artifact: merge the adapter into the matrices of its base.")
@@ -37,7 +39,13 @@ def export(
     atomic.check(out)
     bases = [base] if base else []
     adapters.check_bases([source], bases)
-    common = {"dtype": dtype, "kind": kind, "shard_bytes": int(shard_size * 1e9), "bases": bases, "merge": merge}
+    common = {
+        "dtype": dtype,
+        "kind": kind.lower(),
+        "shard_bytes": int(shard_size * 1e9),
+        "bases": bases,
+        "merge": merge,
+    }
     made = exporting.run(source, out, to=to, say=console.say, **common)
     if json:
         console.result(made)
