@@ -1,9 +1,9 @@
 """Measure how often a target accepts the tokens of a draft, without generating text.
 
-A target with the distribution p accepts a token of a draft with the distribution q with probability sum(min(p, q)), for
-sampling at temperature 1 (Leviathan et al., 2023, arXiv:2211.17192). Greedy decoding accepts the token if both models
-have the same most probable token. Both figures are means over the predicted tokens of a text. During generation, the
-models read their own text, so the acceptance may differ.
+Let p be the distribution of the target, and q the distribution of the draft. With sampling at temperature 1, the target
+accepts a token of the draft with probability sum(min(p, q)) (Leviathan et al., 2023, arXiv:2211.17192). Greedy decoding
+accepts the token if both models have the same most probable token. Both metrics are means over the predicted tokens of
+a text. During generation, the models read the generated text, so the acceptance may differ.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def check(draft: Manifest, target: Manifest, name: str) -> None:
     """Check that the acceptance of a draft can be measured.
 
     Raises:
-        RequestError: If the draft does not fit the target, or the sizes of their vocabularies differ.
+        RequestError: If the draft does not fit the target, or if the vocabularies of draft and target have different
+            sizes.
     """
     check_draft(f"draft_of: {name}", draft, target, target.name)
     sizes = draft.model.vocab_size, target.model.vocab_size

@@ -46,7 +46,7 @@ def results(
         say: Function that is called with one line of text per result.
         keep: Function that is called with each record about an example, such as a wrong prediction or a generated text.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
-        target: Folder of a language model whose drafts the artifacts are (see `llmctl.evaluate.acceptance`).
+        target: Folder of a language model for which the artifacts are drafts (see `llmctl.evaluate.acceptance`).
 
     Returns:
         One result per artifact and task (see `llmctl.evaluate.report`).

@@ -1,10 +1,11 @@
 """Compute attention on CPUs in blocks of scores that fit into the cache of a processor core.
 
-In plain XLA, all scores [B, H, T, S] pass through memory several times per layer. Here, one block has some heads and
-queries of one sequence, and its scores stay in the cache. If attention is causal, a block has no keys after its last
-query, which saves up to half of the products.
+In plain XLA, all scores [B, H, T, S] pass through memory several times per layer. Here, a block has some heads and
+queries of one sequence. The scores of a block stay in the cache. If attention is causal, a block has no keys after its
+last query, which saves up to half of the products.
 
-The arithmetic of a block is that of `attention_xla`. The backward pass computes the scores of each block again.
+A block is computed by the same arithmetic as in `attention_xla`. The backward pass computes the scores of each block
+again.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width, g key/value
 heads per block, M = G / g blocks of heads per sequence.
@@ -25,9 +26,10 @@ from llmctl.model.attention_xla import KEPT
 from llmctl.model.config import ModelConfig
 
 BLOCK = 1 << 16
-"""Aimed number of scores per block: 256 KiB in float32, which fits into the second-level cache of common processors."""
+"""Target number of scores per block: 256 KiB in float32, which fits into the second-level cache of common
+processors."""
 MOST_QUERY_BLOCKS = 8
-"""Maximum number of blocks of queries. Each of them is compiled on its own."""
+"""Maximum number of blocks of queries. Each block of queries is compiled separately."""
 LEAST_QUERIES = 64
 """Minimum number of queries per block. Products with fewer rows are slow."""
 
@@ -50,7 +52,7 @@ class Plan(NamedTuple):
 
 
 def pays(batch: int, heads: int, queries: int, keys: int) -> bool:
-    """Return whether blocks are faster than one product for all scores, that is, if there are several blocks."""
+    """Return whether blocks are faster than one product for all scores. Blocks are faster if there are several."""
     return queries >= LEAST_QUERIES and batch * heads * queries * keys > 4 * BLOCK
 
 
@@ -88,7 +90,7 @@ def attend(
         causal: Whether the mask forbids all keys after the query, so that these keys can be skipped.
 
     Returns:
-        Outputs [B, T, H, K]. They differ from the outputs of `attention_xla.attend` for queries without visible keys.
+        Outputs [B, T, H, K]. For queries without visible keys, the outputs differ from those of `attention_xla.attend`.
     """
     T, S = mask_BTS.shape[1:]
 
@@ -100,7 +102,7 @@ def attend(
 
 
 class _Blocks:
-    """Split the arrays of a call by sequence and heads, for `jax.lax.scan`, and put the results together."""
+    """Split the arrays of a call by sequence and heads, for `jax.lax.scan`, and join the results."""
 
     def __init__(self, plan: Plan, q_BGNK: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None) -> None:
         self.plan, self.mask_BTS = plan, mask_BTS

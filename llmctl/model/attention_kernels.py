@@ -130,7 +130,9 @@ def choose(cfg: ModelConfig, length: int, dtype: Any) -> Choice:
 
 
 def uses_blocks() -> bool:
-    """Return whether plain XLA computes large attention scores in blocks (`attention_blocks`): on a single CPU device.
+    """Return whether plain XLA computes large attention scores in blocks (`attention_blocks`).
+
+    Blocks are used only on a single CPU device.
 
     A mesh of several CPU devices only tests a program, and a loop over sequences would gather the sharded batch.
     """

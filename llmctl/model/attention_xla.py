@@ -70,7 +70,7 @@ def by_head(
     (B, G).
 
     Args:
-        run: Function of queries [B, G, N, K], keys [B, G, S, K] and values [B, G, S, K]. It returns [B, G, N, K].
+        run: Function of queries [B, G, N, K], keys [B, G, S, K] and values [B, G, S, K]. The result is [B, G, N, K].
         q_BTHK: Queries.
         k_BSGK: Keys.
         v_BSGK: Values.

@@ -99,10 +99,11 @@ class TokenLosses(Losses):
         return self._with_next_sentence(_named(found, how), student, batch, taught_B2, targets_BP.shape[1], dtype, how)
 
     def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
-        """Return the sums "agreement" and "weight" of `taught_agreement` and, for a single teacher, "acceptance".
+        """Return the sums "agreement" and "weight" of `taught_agreement`. For a single teacher, also return
+        "acceptance".
 
-        The acceptance is the probability that the teacher accepts a token of the student in speculative decoding,
-        sum(min(p, q)). An encoder does not generate text, so its result has no acceptance.
+        The acceptance, sum(min(p, q)), is the probability that the teacher accepts a token of the student in
+        speculative decoding. The result of an encoder has no acceptance, because an encoder does not generate text.
         """
         found = super().agreement(student, teachers, batch, dtype)
         if len(teachers) > 1 or student[0].architecture == "encoder":

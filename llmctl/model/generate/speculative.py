@@ -5,7 +5,7 @@ tokens, with one exception. A forward pass over several tokens adds numbers in a
 two tokens with almost equal logits. Sampling has the same distribution, but other random numbers.
 
 One compiled loop repeats three actions. The draft proposes N tokens. The target computes the logits after the last
-token and after every proposed token in one forward pass. Each row keeps the accepted tokens and one token more. Rows
+token and after every proposed token in one forward pass. Each row keeps the accepted tokens and one more token. Rows
 accept different numbers of tokens, so each row has its own position in the key-value cache (`CachedModel.extend`).
 
 Shapes: B rows, N proposed tokens, M = N + 1 verified tokens, R room for new tokens, V vocabulary, E end tokens.
