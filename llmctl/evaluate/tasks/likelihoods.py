@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.setup import Batch
-from llmctl.evaluate.tasks.token_losses import predicted, project
+from llmctl.evaluate.tasks.losses import predicted, project
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums

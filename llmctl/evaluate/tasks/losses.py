@@ -1,9 +1,9 @@
 """Compute the loss and the metrics of a task, both summed over a batch.
 
-`Losses` runs the network and reads the outputs of the task head. `llmctl.evaluate.tasks.token_losses` reads the logits
-of predicted tokens instead.
+`Losses` runs the network and reads the outputs of the task head. `TokenCrossEntropy` reads the logits of predicted
+tokens instead.
 
-Shapes: B rows, T tokens per row, D model width, C classes.
+Shapes: B rows, T tokens per row, P predicted positions per row, D model width, C classes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.record import TaskRecord
-from llmctl.model import functional
+from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.divergences import Divergence, SoftLoss, mean_logits
 from llmctl.model.head_kinds import HEAD_KINDS
 from llmctl.model.layer_signals import Signals
-from llmctl.model.losses import COSINE_TEMPERATURE, Loss, Sums
+from llmctl.model.losses import COSINE_TEMPERATURE, Loss, Sums, class_sums, row_weight
 
 Network = tuple[ModelConfig, functional.Params, jax.Array]
 """One of the two networks that a loss compares: (config, parameters, hidden states [B, T, D])."""
@@ -233,6 +233,51 @@ class Losses(TaskRecord):
             weight_C: Weight of each class.
         """
         raise NotImplementedError
+
+
+class TokenCrossEntropy(Losses):
+    """Compute cross-entropy over tokens, and over next-sentence labels if the model predicts them."""
+
+    def loss(
+        self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
+    ) -> tuple[jax.Array, Sums]:
+        """Return the summed cross-entropy at the predicted positions, and the metrics summed over the batch.
+
+        Logits are computed in chunks to save memory.
+        """
+        smoothing, z = options.label_smoothing, options.z_loss
+        head = functional.head_params(cfg, params)
+        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
+        total, sums = chunked_loss.cross_entropy(
+            project(cfg, options.dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
+        )
+        found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
+        if not (cfg.next_sentence and "next_label" in batch):
+            return total, found
+        logits_B2 = functional.outputs(cfg, params, x_BTD, batch, options.dtype)
+        label_B = batch["next_label"]
+        follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
+        # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a row.
+        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+
+
+def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
+    """Return the function (result of `functional.head_params`, hidden states) -> logits, for the chunked losses."""
+    return lambda head, x: functional.head_logits(cfg, head, x, dtype)
+
+
+def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (hidden states, targets, weights) at the predicted positions.
+
+    If the batch has `places` [B, P], only these positions are predicted. The output projection then runs over P instead
+    of T tokens per row. In a small encoder, this projection costs more than all layers.
+    """
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
+    if "places" not in batch:
+        return x_BTD, targets_BT, weights_BT
+    at_BP = batch["places"]
+    x_BPD = jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
+    return x_BPD, jnp.take_along_axis(targets_BT, at_BP, axis=1), jnp.take_along_axis(weights_BT, at_BP, axis=1)
 
 
 def _taught(batch: Batch) -> jax.Array:

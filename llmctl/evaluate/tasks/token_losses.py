@@ -1,4 +1,4 @@
-"""Compute losses over the predicted tokens of a batch. All language-modelling tasks inherit `TokenLosses`.
+"""Compare networks at the predicted tokens of a batch. All language-modelling tasks inherit `TokenLosses`.
 
 Shapes: B rows, T tokens per row, P predicted positions per row, D model width.
 """
@@ -12,37 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.evaluate.setup import Batch
-from llmctl.evaluate.tasks.losses import Losses, Network, Options
-from llmctl.model import chunked_divergence, chunked_loss, functional
+from llmctl.evaluate.tasks.losses import Network, TokenCrossEntropy, predicted, project
+from llmctl.model import chunked_divergence, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.divergences import Divergence, Listed, SoftLoss, mean_logits
-from llmctl.model.losses import Sums, class_sums, row_weight, soft_class_sums
+from llmctl.model.losses import Sums, row_weight, soft_class_sums
 
 
-class TokenLosses(Losses):
-    """Compute cross-entropy over tokens, and over next-sentence labels if the model predicts them."""
-
-    def loss(
-        self, cfg: ModelConfig, params: functional.Params, x_BTD: jax.Array, batch: Batch, options: Options
-    ) -> tuple[jax.Array, Sums]:
-        """Return the summed cross-entropy at the predicted positions, and the metrics summed over the batch.
-
-        Logits are computed in chunks to save memory.
-        """
-        smoothing, z = options.label_smoothing, options.z_loss
-        head = functional.head_params(cfg, params)
-        x_BPD, targets_BP, weights_BP = predicted(batch, x_BTD)
-        total, sums = chunked_loss.cross_entropy(
-            project(cfg, options.dtype), head, x_BPD, targets_BP, weights_BP, cfg.vocab_size, smoothing, z
-        )
-        found = {"loss": sums["nll"], "accuracy": sums["correct"], "weight": sums["weight"]}
-        if not (cfg.next_sentence and "next_label" in batch):
-            return total, found
-        logits_B2 = functional.outputs(cfg, params, x_BTD, batch, options.dtype)
-        label_B = batch["next_label"]
-        follows, sums = class_sums(logits_B2, label_B, row_weight(batch, label_B) * (label_B >= 0), smoothing, z)
-        # The step divides by the number of masked tokens: a pair counts as much as the masked tokens of a row.
-        return total + targets_BP.shape[1] * follows, found | {f"next_sentence_{k}": v for k, v in sums.items()}
+class TokenLosses(TokenCrossEntropy):
+    """Compute the loss over tokens, the distillation loss, and the divergence of two networks."""
 
     def soft_loss(
         self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any, how: SoftLoss
@@ -154,25 +132,6 @@ class TokenLosses(Losses):
         return chunked_divergence.symmetric_divergence(
             project(cfg, dtype), heads, x_BPD, other_BPD, weights_BP, cfg.vocab_size
         )
-
-
-def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
-    """Return the function (result of `functional.head_params`, hidden states) -> logits, for the chunked losses."""
-    return lambda head, x: functional.head_logits(cfg, head, x, dtype)
-
-
-def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (hidden states, targets, weights) at the predicted positions.
-
-    If the batch has `places` [B, P], only these positions are predicted. The output projection then runs over P instead
-    of T tokens per row. In a small encoder, this projection costs more than all layers.
-    """
-    targets_BT, weights_BT = batch["targets"], batch["weights"]
-    if "places" not in batch:
-        return x_BTD, targets_BT, weights_BT
-    at_BP = batch["places"]
-    x_BPD = jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
-    return x_BPD, jnp.take_along_axis(targets_BT, at_BP, axis=1), jnp.take_along_axis(weights_BT, at_BP, axis=1)
 
 
 def _side(network: Network, batch: Batch, dtype: Any) -> chunked_divergence.Side:
