@@ -1,4 +1,4 @@
-"""Encode matrices as blocks of the quantized types of GGUF, without a second rounding if the type can hold the integers.
+"""Encode matrices as blocks of the quantized types of GGUF, without a second rounding if the integers fit.
 
 A block stores integers of 32 inputs, and a scale d in float16. The values are:
 
@@ -108,7 +108,7 @@ def kept(kind: str, found: Integers) -> np.ndarray | None:
         d_N1, m_N1 = scale_N1.astype(np.float16), (first_N1 * scale_N1).astype(np.float16)
     if not _usable(d_N1):
         return None
-    parts = [d_N1.view(np.uint8)]
+    parts: list[np.ndarray] = [d_N1.view(np.uint8)]
     if kind.endswith("_1"):
         parts.append(m_N1.view(np.uint8))
     if kind == "q8_0":

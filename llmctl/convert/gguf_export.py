@@ -208,7 +208,8 @@ def as_stored(found: Artifact, kind: str) -> tuple[dict[str, Any], str]:
     if not kind.startswith("q"):
         return weights.unflatten(flat), ""
     told = [
-        f"{int(count)} to {name}{', with unchanged integers' * kept} (relative error {(error / (whole or 1)) ** 0.5:.2g})"
+        f"{int(count)} to {name}{', with unchanged integers' * kept} "
+        f"(relative error {(error / (whole or 1)) ** 0.5:.2g})"
         for (name, kept), (count, error, whole) in sorted(lost.items())
     ]
     return weights.unflatten(flat), f"matrices are rounded: {'; '.join(told)}"

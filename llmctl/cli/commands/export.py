@@ -39,14 +39,8 @@ def export(
     atomic.check(out)
     bases = [base] if base else []
     adapters.check_bases([source], bases)
-    common = {
-        "dtype": dtype,
-        "kind": kind.lower(),
-        "shard_bytes": int(shard_size * 1e9),
-        "bases": bases,
-        "merge": merge,
-    }
-    made = exporting.run(source, out, to=to, say=console.say, **common)
+    common = {"dtype": dtype, "shard_bytes": int(shard_size * 1e9), "bases": bases, "merge": merge}
+    made = exporting.run(source, out, to=to, kind=kind.lower(), say=console.say, **common)
     if json:
         console.result(made)
     else:
