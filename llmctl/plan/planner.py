@@ -12,12 +12,15 @@ from jax.sharding import Mesh
 
 from llmctl.artifacts import abstract_artifact, artifact
 from llmctl.artifacts.artifact import Artifact
+from llmctl.artifacts.drafts import check_draft
+from llmctl.artifacts.manifest import NAME as MANIFEST
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.model.array_bytes import bytes_of
-from llmctl.model.generate.programs import Request, generation
+from llmctl.model.generate.programs import Draft, Request, generation
+from llmctl.model.generate.speculative import DRAFT_TOKENS
 from llmctl.model.program import Program
 from llmctl.pipeline import stage
 from llmctl.pipeline.recipe import Recipe, Step
@@ -38,6 +41,8 @@ def plans(
     tokens: int = 0,
     generate: str = "",
     kv_cache: str = "",
+    draft: str = "",
+    draft_tokens: int = DRAFT_TOKENS,
     say: Say = lambda text: None,
 ) -> list[Found]:
     """Plan the programs of the chosen stages, and return one dictionary per program, in the order of the stages.
@@ -53,12 +58,16 @@ def plans(
           language model. If empty, no call is planned.
       kv_cache: format of cached keys and values in the call of `llmctl generate`; empty for the dtype of the
           computation.
+      draft: draft of the call of `llmctl generate`: the name of a stage, or the folder of an artifact.
+      draft_tokens: number of tokens that the draft proposes per step.
       say: function that prints progress lines.
 
     Raises:
       RequestError: If a stage does not exist, or a mesh or a batch does not divide evenly.
     """
-    built = programs_of(recipe, compiling.devices(topology), chosen, generate, topology.platform, say, kv_cache)
+    built = programs_of(
+        recipe, compiling.devices(topology), chosen, generate, topology.platform, say, kv_cache, draft, draft_tokens
+    )
     out: list[Found] = []
     for name, program in built:  # all programs are built, so wrong settings are refused before compiling
         doing = "lowering" if topology.platform == "cuda" else "compiling"
@@ -75,6 +84,8 @@ def programs_of(
     platform: str = "",
     say: Say = lambda text: None,
     kv_cache: str = "",
+    draft: str = "",
+    draft_tokens: int = DRAFT_TOKENS,
 ) -> list[tuple[str, Program]]:
     """Return the programs of the chosen stages, each with its stage's name. Nothing is compiled.
 
@@ -82,7 +93,7 @@ def programs_of(
     need another number of devices.
 
     Args:
-      recipe, chosen, generate, say, kv_cache: see `plans`.
+      recipe, chosen, generate, say, kv_cache, draft, draft_tokens: see `plans`.
       devices: the devices of the mesh.
       platform: the platform to plan for, if it is not the platform of `devices`.
 
@@ -110,21 +121,38 @@ def programs_of(
         if wanted and not found:
             say(f"{step.name}: nothing to compile; the stage {step.config.kind!r} exports no programs")
     if request:
-        built += _generation(made, request, kv_cache, devices, platform)
+        built += _generation(made, request, kv_cache, draft, draft_tokens, devices, platform)
     return built
 
 
 def _generation(
-    made: dict[str, Artifact], request: Request, kv_cache: str, devices: list[Any], platform: str
+    made: dict[str, Artifact],
+    request: Request,
+    kv_cache: str,
+    draft: str,
+    draft_tokens: int,
+    devices: list[Any],
+    platform: str,
 ) -> list[tuple[str, Program]]:
-    """Return the programs of `llmctl generate` for the last stage that would write a language model."""
-    writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary}
+    """Return the programs of `llmctl generate` for the last stage that would write a language model.
+
+    The stage that writes the draft is not that stage.
+    """
+    writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary and name != draft}
     if not writers:
         raise RequestError("--generate: none of these stages leaves a language model")
     name, mesh = list(writers)[-1], meshes.make(explicit(MeshConfig(), len(devices)), devices)
     there = writers[name]
+    drafted = None
+    if draft:
+        if draft not in made and not (Path(draft) / MANIFEST).is_file():
+            raise RequestError(f"--draft {draft}: no such stage{hint(draft, list(made))}, and no artifact")
+        other = made.get(draft) or artifact.abstract(Path(draft), mesh)
+        if other.manifest.tokenizer and there.manifest.tokenizer:  # a tokenizer that is not trained yet has no digest
+            check_draft(f"--draft {draft}", other.manifest, there.manifest, name)
+        drafted = Draft(other.model, other.params, draft_tokens)
     try:
-        found = generation(there.model, there.params, request, mesh, platform, kv_cache=kv_cache)
+        found = generation(there.model, there.params, request, mesh, platform, kv_cache=kv_cache, draft=drafted)
     except ValueError as e:
         raise RequestError(f"--generate: {there.path}: {e}") from None
     return [(f"generate by {name}", program) for program in found]

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -33,6 +33,13 @@ def plan(
     kv_cache: Annotated[
         str, typer.Option(metavar="FORMAT", help="With --generate: format of cached keys and values, such as int8.")
     ] = "",
+    draft: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="With --generate: draft of speculative decoding, a stage or an artifact."),
+    ] = "",
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, max=64, help="With --draft: number of proposed tokens per step; 4 by default.")
+    ] = None,
     search: Annotated[
         bool,
         typer.Option("--search", help="Search for the meshes, remat and accumulation with the least time or memory."),
@@ -63,6 +70,10 @@ def plan(
         raise RequestError(f"plan: --kv-cache {kv_cache}: must be {', '.join(filter(None, get_args(KVCache)))}")
     if kv_cache and not generate:
         raise RequestError("plan: --kv-cache belongs to --generate; say both")
+    if draft and not generate:
+        raise RequestError("plan: --draft belongs to --generate; say both")
+    if draft_tokens and not draft:
+        raise RequestError("plan: --draft-tokens belongs to --draft; say both")
     if chip and topology:
         raise RequestError(f"plan: --topology {topology} names its chip; --chip goes with --chips or --fit")
     if not math.isfinite(tokens):
@@ -93,7 +104,8 @@ def plan(
         console.show(searching.table(front, target))
         console.show(searching.lines(front))
         return
-    about = {"tokens": int(tokens), "generate": generate, "kv_cache": kv_cache}
+    about: dict[str, Any] = {"tokens": int(tokens), "generate": generate, "kv_cache": kv_cache, "draft": draft}
+    about |= {"draft_tokens": draft_tokens} if draft_tokens else {}
     found = planner.plans(chosen, target, stage or (), **about, say=console.say)
     if json:
         console.result(report.whole(found))

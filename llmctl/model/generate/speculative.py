@@ -29,7 +29,7 @@ from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING, Prompts, padded_ends, round_up
 from llmctl.model.generate.sampling import Sampling, adjust_logits, row_keys
 from llmctl.model.generate.served import Served
-from llmctl.model.generate.speculative_sampling import verify_greedy, verify_sampled
+from llmctl.model.generate.speculative_sampling import resized, seen_before, verify_greedy, verify_sampled
 
 DRAFT_TOKENS = 4
 """Default number of tokens that the draft proposes per step of the target."""
@@ -93,7 +93,9 @@ class SpeculativeDecoder:
             raise RequestError("a draft needs the architecture of its target: an encoder-decoder, or a decoder")
         self.target, self.draft, self.tokens = target, draft, tokens
         self.acceptance = Acceptance()
-        self._begin = jax.jit(self.first, static_argnames=("slots", "rules"))
+        self._prefill = jax.jit(target.first, static_argnames=("slots", "rules"))
+        self._read = jax.jit(self.read, static_argnames="slots")
+        self._begin = jax.jit(self.begin, donate_argnums=(0, 1))
         self._continue = jax.jit(self._loop, static_argnames="rules", donate_argnames="state")
 
     @property
@@ -121,7 +123,8 @@ class SpeculativeDecoder:
         served = self.target.weights, self.draft.weights
         stopped = np.zeros(len(prompts), bool) if stopped_B is None else stopped_B
         before = self.acceptance
-        state = self._begin(served, inputs, keys_B, ends_E, slots=slots, rules=rules)
+        begun = self._prefill(served[0], inputs, keys_B, ends_E, slots=slots, rules=rules)
+        state = self._begin(begun, self._read(served[1], inputs, slots=slots), inputs.tokens_BT)
         yield np.asarray(state["out"])[:, :1]
         for given in range(1, max_new, chunk):
             state["done"] = state["done"] | stopped
@@ -146,27 +149,28 @@ class SpeculativeDecoder:
         inputs, _ = self.target.inputs(prompts, max_new)
         return inputs, round_up(inputs.tokens_BT.shape[1] + max_new + self.tokens + 1)
 
-    def first(
-        self, served: Pair, prompts: Prompts, keys_B: jax.Array, ends_E: jax.Array, slots: int, rules: Sampling
-    ) -> State:
-        """Read the prompts with both models, select the first new token of each row, and return the state of the loop.
+    def read(self, served: Served, prompts: Prompts, slots: int) -> list[Any]:
+        """Read the prompts with the draft, and return the draft's cache."""
+        return self.draft.read(served, prompts, slots)[1]["cache"]
+
+    def begin(self, begun: State, draft: list[Any], prompts_BT: jax.Array) -> State:
+        """Return the state of the loop, from the target's state after the prefill and the draft's cache.
 
         The state has the cache slot of each row's last token. No model has read this token yet.
         """
-        B, T = prompts.tokens_BT.shape
-        state = self.target.first(served[0], prompts, keys_B, ends_E, slots, rules)
-        _, draft = self.draft.read(served[1], prompts, slots)
-        kept = {name: state[name] for name in ("done", "seen", "source") if name in state}
+        B, T = prompts_BT.shape
+        room = begun["segments"].shape[1] - T
+        kept = {name: begun[name] for name in ("done", "seen", "source") if name in begun}
         zeros = {name: jnp.int32(0) for name in ("steps", "judged", "accepted", "tokens")}
         return kept | zeros | {
-            "target": state["cache"],
-            "draft": draft["cache"],
-            "padding": state["slot"] - state["position"],
+            "target": begun["cache"],
+            "draft": draft,
+            "padding": begun["slot"] - begun["position"],
             "slot": jnp.full(B, T, jnp.int32),
-            "previous": jnp.asarray(prompts.tokens_BT)[:, -1],
-            "token": jnp.maximum(state["token"], 0),
+            "previous": prompts_BT[:, -1],
+            "token": jnp.maximum(begun["token"], 0),
             "made": jnp.ones(B, jnp.int32),
-            "out": jnp.full((B, slots - T), NOTHING, jnp.int32).at[:, 0].set(state["token"]),
+            "out": jnp.full((B, room), NOTHING, jnp.int32).at[:, 0].set(begun["token"]),
         }  # fmt: skip
 
     def _loop(
@@ -191,7 +195,7 @@ class SpeculativeDecoder:
         tokens_BM = jnp.concatenate([state["token"][:, None], proposed_BN], axis=1)
         x_BMD, state["target"] = self._extend(self.target, served[0], "target", state, tokens_BM, state["slot"])
         logits_BMV = functional.lm_logits(self.model, served[0][0], x_BMD, self.target.dtype)
-        seen = _seen_before(state["seen"], proposed_BN).reshape(B * (N + 1), -1) if "seen" in state else None
+        seen = seen_before(state["seen"], proposed_BN).reshape(B * (N + 1), -1) if "seen" in state else None
         flat = adjust_logits(logits_BMV.reshape(B * (N + 1), -1), seen, rules)
         target_BMV = flat.reshape(logits_BMV.shape)
         if rules.temperature:
@@ -217,7 +221,7 @@ class SpeculativeDecoder:
 
         def select(i: Any, x_BD: jax.Array, seen_BV: Any) -> tuple[jax.Array, jax.Array, Any]:
             logits_BV = functional.lm_logits(self.draft.model, served[0], x_BD, self.draft.dtype)
-            logits_BV = adjust_logits(_resized(logits_BV, self.model.vocab_size), seen_BV, rules)
+            logits_BV = adjust_logits(resized(logits_BV, self.model.vocab_size), seen_BV, rules)
             if rules.temperature:
                 token_B = jax.vmap(jax.random.categorical)(_folded(keys_B, i), logits_BV).astype(jnp.int32)
             else:
@@ -287,19 +291,3 @@ class SpeculativeDecoder:
 
 def _folded(keys_B: jax.Array, i: Any) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
-
-
-def _seen_before(seen_BV: jax.Array, proposed_BN: jax.Array) -> jax.Array:
-    """Return the tokens that occurred before each of the M = N + 1 predicted tokens, bool [B, M, V]."""
-    named_BNV = proposed_BN[..., None] == jnp.arange(seen_BV.shape[-1])
-    added_BNV = jnp.cumsum(named_BNV, axis=1) > 0
-    return seen_BV[:, None] | jnp.pad(added_BNV, ((0, 0), (1, 0), (0, 0)))
-
-
-def _resized(logits_BV: jax.Array, vocab: int) -> jax.Array:
-    """Return the draft's logits for a vocabulary of another size.
-
-    Only tokens that pad the embedding table may be added or omitted.
-    """
-    less = vocab - logits_BV.shape[-1]
-    return jnp.pad(logits_BV, ((0, 0), (0, max(0, less))), constant_values=-jnp.inf)[:, :vocab]

@@ -63,6 +63,22 @@ def verify_sampled(
     return accepted_B, jax.vmap(jax.random.categorical)(sample_B, jnp.log(rest_BV)).astype(jnp.int32)
 
 
+def seen_before(seen_BV: jax.Array, proposed_BN: jax.Array) -> jax.Array:
+    """Return the tokens that occurred before each of the M = N + 1 predicted tokens, bool [B, M, V]."""
+    named_BNV = proposed_BN[..., None] == jnp.arange(seen_BV.shape[-1])
+    added_BNV = jnp.cumsum(named_BNV, axis=1) > 0
+    return seen_BV[:, None] | jnp.pad(added_BNV, ((0, 0), (1, 0), (0, 0)))
+
+
+def resized(logits_BV: jax.Array, vocab: int) -> jax.Array:
+    """Return the draft's logits for a vocabulary of another size.
+
+    Only tokens that pad the embedding table may be added or omitted.
+    """
+    less = vocab - logits_BV.shape[-1]
+    return jnp.pad(logits_BV, ((0, 0), (0, max(0, less))), constant_values=-jnp.inf)[:, :vocab]
+
+
 def _leading(true_BN: jax.Array) -> jax.Array:
     """Return the number of true elements before the first false element of each row, int32 [B]."""
     return jnp.sum(jnp.cumprod(true_BN.astype(jnp.int32), axis=1), axis=1)
