@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llmctl.artifacts import artifact
 from llmctl.compress.quantization.quantize import quantize
-from llmctl.convert import compressed_tensors, gguf_export, hf_folder, safetensors
+from llmctl.convert import compressed_tensors, gguf_export, hf_export, safetensors
 from llmctl.convert.lazy_tensors import of_array
 from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.pretraining.prepare import prepare
@@ -152,20 +152,20 @@ def models_of(place: Path, words: JsonTokenizer) -> None:
 
 def folders(place: Path, cfg: ModelConfig, params: dict) -> None:
     """Write Hugging Face folders and an adapter."""
-    config = hf_folder.config_of(cfg, registry.default(cfg), [], {"eos_token_id": 2}, "float32")
-    theirs = hf_folder.tensors_of(cfg, params)
+    config = hf_export.config_of(cfg, registry.default(cfg), [], {"eos_token_id": 2}, "float32")
+    theirs = hf_export.tensors_of(cfg, params)
     beside = shutil.ignore_patterns(loading.DESCRIPTOR)
-    for name, size in (("hf", hf_folder.SHARD_BYTES), ("shards", 10_000)):
+    for name, size in (("hf", hf_export.SHARD_BYTES), ("shards", 10_000)):
         shutil.copytree(place / "words", place / name, ignore=beside)
-        hf_folder.save(place / name, config, theirs, size)
+        hf_export.save(place / name, config, theirs, size)
     small, _ = quantize(params, scheme="int8")
-    packed, settings = compressed_tensors.pack(cfg, small, hf_folder.tensors_of(cfg, small))
-    hf_folder.save(place / "packed", config | {"quantization_config": settings}, packed)
+    packed, settings = compressed_tensors.pack(cfg, small, hf_export.tensors_of(cfg, small))
+    hf_export.save(place / "packed", config | {"quantization_config": settings}, packed)
     bare = ModelConfig(
         family="bert", head="embed", next_sentence=False, pooler=False, head_transform=False, **SIZES, vocab_size=16
     )
-    config = hf_folder.config_of(bare, registry.default(bare), [], {}, "float32")
-    hf_folder.save(place / "embedder", config, hf_folder.tensors_of(bare, parameters(bare)))
+    config = hf_export.config_of(bare, registry.default(bare), [], {}, "float32")
+    hf_export.save(place / "embedder", config, hf_export.tensors_of(bare, parameters(bare)))
     (place / "embedder" / "1_Pooling").mkdir()
     (place / "embedder" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (place / "peft").mkdir()

@@ -12,8 +12,8 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.convert import hf_folder as folders
 from llmctl.convert import (
+    hf_export,
     lazy_tensors,
     parity,
     peft,
@@ -61,7 +61,7 @@ def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple
         RequestError: If the base cannot be written in the Hugging Face format.
     """
     cfg, task, labels = found.model, registry.of(found.manifest), found.manifest.labels
-    folders.config_of(cfg, task, labels, {}, "float32")
+    hf_export.config_of(cfg, task, labels, {}, "float32")
     if left := task.hf_fields(cfg, labels, found.manifest.fitted).keys() - task.hf_fields(cfg, labels, {}).keys():
         say(f"{found.path}: an adapter's files have no place for {', '.join(sorted(left))}, which stay behind")
     delta = peft.export(found, draft)
@@ -77,8 +77,8 @@ def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple
         written = tokenizer_export.export_tokenizer(found.tokenizer_dir, base, cfg, found.manifest.seq_len)
         if written and written.rows:
             theirs, params = tokenizer_export.with_rows(cfg, params, written.rows)
-        config = folders.config_of(theirs, task, labels, written.ids if written else {}, "float32")
-        folders.save(base, config, folders.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
+        config = hf_export.config_of(theirs, task, labels, written.ids if written else {}, "float32")
+        hf_export.save(base, config, hf_export.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
         if cfg.head_kind.bare:
             sentence_transformer.save(cfg, base)
         rows, T, begin = text_proof.read_rows(found, theirs, base, True, say)
@@ -116,8 +116,8 @@ def _vectors(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[
         if written and written.rows:
             theirs, params = tokenizer_export.with_rows(theirs, params, written.rows)
         ids = written.ids if written else {}
-        config = folders.config_of(theirs, registry.of(about), about.labels, ids, "float32")
-        folders.save(folder, config, folders.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
+        config = hf_export.config_of(theirs, registry.of(about), about.labels, ids, "float32")
+        hf_export.save(folder, config, hf_export.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
         rows, T, begin = text_proof.read_rows(bare, theirs, folder, True, say)
         batch = text_proof.batch_of(bare.model, rows, T)
         expected = np.asarray(parity.answers(cfg, found.params, parity.prompted(cfg, batch) if prompt else batch))

@@ -22,6 +22,7 @@ from llmctl.convert import (
     compressed_tensors,
     gguf,
     gguf_export,
+    hf_export,
     lazy_tensors,
     merging,
     name_map,
@@ -49,7 +50,7 @@ def run(
     to: str = "hf",
     dtype: str = "",
     kind: str = "f16",
-    shard_bytes: int = folders.SHARD_BYTES,
+    shard_bytes: int = hf_export.SHARD_BYTES,
     bases: Sequence[Path] = (),
     merge: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -142,10 +143,10 @@ def _folder(
     if tokenizers.reads_texts(cfg) and found.manifest.truncate == "head_tail":
         say(f"{found.path}: long texts lose their middle in llmctl, and their end in other programs")
     tokens, unread = written.ids if written else {}, ""
-    theirs = folders.tensors_of(cfg, params, kind)
+    theirs = hf_export.tensors_of(cfg, params, kind)
     main = str((kind or next(t.dtype for n, t in theirs.items() if n.endswith("weight"))).name)
     about = found.manifest
-    config = folders.config_of(cfg, registry.of(about), about.labels, tokens, main, about.fitted)
+    config = hf_export.config_of(cfg, registry.of(about), about.labels, tokens, main, about.fitted)
     if to == "compressed-tensors":
         theirs, settings = compressed_tensors.pack(cfg, params, theirs, about.pruned)
         config |= {"quantization_config": settings}
@@ -158,7 +159,7 @@ def _folder(
             unread = "transformers does not load packed zero points of compressed-tensors, as of version 0.20.1"
             say(f"{found.path}: {unread}; export --to hf writes dense weights for it")
     with bar("writing", safetensors.total(theirs.values())) as wrote:
-        folders.save(draft, config, theirs, shard_bytes, wrote)
+        hf_export.save(draft, config, theirs, shard_bytes, wrote)
     if cfg.head_kind.bare:
         sentence_transformer.save(cfg, draft)
     again = folders.inspect(draft)

@@ -12,8 +12,7 @@ import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.convert import architectures, gguf_blocks, gguf_vocabulary, name_map
-from llmctl.convert import hf_folder as folders
+from llmctl.convert import architectures, gguf_blocks, gguf_vocabulary, hf_export, name_map
 from llmctl.convert.architectures import GGUF, TO_GGUF
 from llmctl.convert.gguf import heads_of, interleaved, library, llama3_factors, stems
 from llmctl.convert.lazy_tensors import listed
@@ -68,8 +67,8 @@ def write(found: Artifact, file: Path, kind: str) -> str:
         raise RequestError(f"GGUF export knows language models of {', '.join(sorted(TO_GGUF))}, not {cfg.family!r}")
     architecture = TO_GGUF[bridge.model_type]
     _refuse(cfg, architecture)
-    config = folders.config_of(cfg, registry.of(found.manifest), [], {}, "float32")
-    theirs, flat = folders.tensors_of(cfg, found.params), weights.flatten(found.params)
+    config = hf_export.config_of(cfg, registry.of(found.manifest), [], {}, "float32")
+    theirs, flat = hf_export.tensors_of(cfg, found.params), weights.flatten(found.params)
     layouts = name_map.tensor_layouts(cfg, *architectures.of(cfg), bare=cfg.head_kind.bare)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(found.manifest.name)

@@ -92,11 +92,12 @@ def run(
 
     Example:
         >>> import tempfile
+        >>> from llmctl.convert import hf_export
         >>> from llmctl.evaluate.tasks.registry import default
         >>> work, cfg = tempfile.TemporaryDirectory(), ModelConfig(preset="llama-tiny", layers=1, vocab_size=64)
-        >>> tensors = folders.tensors_of(cfg, functional.init(cfg, jax.random.key(0)))
-        >>> config = folders.config_of(cfg, default(cfg), [], {}, "float32")
-        >>> folders.save(Path(work.name) / "hf", config, tensors)
+        >>> tensors = hf_export.tensors_of(cfg, functional.init(cfg, jax.random.key(0)))
+        >>> config = hf_export.config_of(cfg, default(cfg), [], {}, "float32")
+        >>> hf_export.save(Path(work.name) / "hf", config, tensors)
         >>> run(Path(work.name) / "hf", Path(work.name) / "artifact")["family"]
         'llama'
         >>> work.cleanup()

@@ -144,7 +144,7 @@ def main() -> None:
 
     import jax
 
-    from llmctl.convert import gguf
+    from llmctl.convert import gguf, hf_export
     from llmctl.convert import hf_folder as folders
     from llmctl.convert.importing import placer
     from llmctl.data.tokenizers import loading
@@ -157,8 +157,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         prompt = loading.load(gguf.tokenizer(file, Path(work) / "words")).prompt(TEXT)
         folder = Path(work) / "hf"
-        config = folders.config_of(found.model, default(found.model), [], {}, "float32")
-        folders.save(folder, config, folders.tensors_of(found.model, params))
+        config = hf_export.config_of(found.model, default(found.model), [], {}, "float32")
+        hf_export.save(folder, config, hf_export.tensors_of(found.model, params))
         programs = {
             "llmctl": ours(found, params, prompt, args.new, args.dtype),
             "transformers": theirs(folder, prompt, args.new, args.dtype),

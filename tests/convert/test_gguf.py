@@ -153,7 +153,7 @@ def test_a_sentencepiece_model_beside_the_same_tokenizer_json_goes_to_gguf(case,
     """Llama 2, Mistral, TinyLlama and Gemma folders: llama.cpp has no name for how their tokenizer.json splits text."""
     from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-    from llmctl.convert import hf_folder, sentencepiece_json
+    from llmctl.convert import hf_export, sentencepiece_json
     from llmctl.evaluate.tasks.registry import default
 
     made = sentencepiece_json.convert(pieces)
@@ -164,8 +164,8 @@ def test_a_sentencepiece_model_beside_the_same_tokenizer_json_goes_to_gguf(case,
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     sizes = {"d_model": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "d_ff": 32, "max_seq_len": 64}
     cfg = ModelConfig(family="llama", vocab_size=288, **sizes)
-    config = hf_folder.config_of(cfg, default(cfg), [], {}, "float32")
-    hf_folder.save(tmp_path / "hf", config, hf_folder.tensors_of(cfg, wild(cfg)))
+    config = hf_export.config_of(cfg, default(cfg), [], {}, "float32")
+    hf_export.save(tmp_path / "hf", config, hf_export.tensors_of(cfg, wild(cfg)))
     (tmp_path / "hf" / "tokenizer.json").write_text(made.to_str())
     said = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "add_bos_token": True}
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(said))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmctl.config.errors import RequestError
-from llmctl.convert import gguf, peft, safetensors
+from llmctl.convert import gguf, hf_export, peft, safetensors
 from llmctl.convert import hf_folder as folders
 from llmctl.convert.lazy_tensors import of_array
 from llmctl.evaluate.tasks.registry import default
@@ -25,7 +25,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 )
 def test_more_layers_than_tensors_are_refused(preset, layers):
     model = ModelConfig(preset=preset)
-    config = folders.config_of(model, default(model), [], {}, "float32") | {"layer_types": None}
+    config = hf_export.config_of(model, default(model), [], {}, "float32") | {"layer_types": None}
     config |= {key: layers for key in LAYERS if key in config}
     with pytest.raises(RequestError, match=r"config\.json: .*(layers|less than or equal)"):
         folders.understand(Path("model"), config, TENSORS)
@@ -33,7 +33,7 @@ def test_more_layers_than_tensors_are_refused(preset, layers):
 
 def test_classes_without_names_are_counted_up_to_a_limit():
     model = ModelConfig(preset="llama-tiny")
-    config = folders.config_of(model, default(model), [], {}, "float32") | {"num_labels": 10**12}
+    config = hf_export.config_of(model, default(model), [], {}, "float32") | {"num_labels": 10**12}
     with pytest.raises(RequestError, match="1,000,000,000,000 classes without names"):
         folders.understand(Path("model"), config, TENSORS)
 

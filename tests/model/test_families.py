@@ -13,7 +13,7 @@ import transformers as hf
 from safetensors import safe_open
 
 from llmctl.config.errors import RequestError
-from llmctl.convert import architectures
+from llmctl.convert import architectures, hf_export
 from llmctl.convert import hf_folder as folders
 from llmctl.evaluate.tasks.registry import default
 from llmctl.model import functional
@@ -276,10 +276,10 @@ def test_gemma3_classifiers_of_the_earlier_class_name_come_in(saved, tmp_path):
 @pytest.mark.parametrize("name", [*MODELS, *HEADS])
 def test_goes_back_out_with_the_same_bytes_and_transformers_loads_it(name, saved, tmp_path):
     path, found, params = saved(name)
-    config = folders.config_of(
+    config = hf_export.config_of(
         found.model, default(found.model), found.labels, {"pad_token_id": found.config.get("pad_token_id")}, "float32"
     )
-    folders.save(tmp_path, config, folders.tensors_of(found.model, params))
+    hf_export.save(tmp_path, config, hf_export.tensors_of(found.model, params))
     with safe_open(path / "model.safetensors", "np") as a, safe_open(tmp_path / "model.safetensors", "np") as b:
         assert sorted(a.keys()) == sorted(b.keys())
         for n in a.keys():  # noqa: SIM118
@@ -315,10 +315,10 @@ def test_a_t5_encoder_alone_is_an_embedding_model(tmp_path):
     batch = [row("", [tokens(a, i)], 16) for i, (a, _) in enumerate(LENGTHS)]
     ours = answers(found.model, params, {k: jnp.asarray(np.stack([b[k] for b in batch])) for k in batch[0]})[1]
 
-    folders.save(
+    hf_export.save(
         tmp_path / "b",
-        folders.config_of(found.model, default(found.model), [], {}, "float32"),
-        folders.tensors_of(found.model, params),
+        hf_export.config_of(found.model, default(found.model), [], {}, "float32"),
+        hf_export.tensors_of(found.model, params),
     )
     again, info = hf.T5EncoderModel.from_pretrained(tmp_path / "b", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -333,7 +333,7 @@ def test_a_t5_encoder_alone_is_an_embedding_model(tmp_path):
     for head in ("classify", "regress", "span"):
         cfg = found.model.model_copy(update={"head": head, "labels": 2 if head == "classify" else 0})
         with pytest.raises(RequestError, match=f"t5 models have no head '{head}' to export to"):
-            folders.config_of(cfg, default(cfg), [], {}, "float32")
+            hf_export.config_of(cfg, default(cfg), [], {}, "float32")
 
 
 def test_every_preset_has_consistent_shapes_and_a_counterpart_with_the_same_config():
@@ -343,6 +343,6 @@ def test_every_preset_has_consistent_shapes_and_a_counterpart_with_the_same_conf
         cfg = ModelConfig(preset=name)
         if not hasattr(family(cfg.family), "BRIDGE"):
             continue
-        config = json.loads(json.dumps(folders.config_of(cfg, default(cfg), [], {}, "float32")))
+        config = json.loads(json.dumps(hf_export.config_of(cfg, default(cfg), [], {}, "float32")))
         assert config["model_type"] == family(cfg.family).BRIDGE.model_type
         assert hf.AutoConfig.for_model(**config).vocab_size == cfg.vocab_size
