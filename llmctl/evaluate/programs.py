@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import DataConfig
 from llmctl.data.examples import synthetic
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate import runner
+from llmctl.evaluate import likelihood, runner
+from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
@@ -38,14 +41,50 @@ def scoring(
         chosen: All artifacts of the evaluation by name, with abstract arrays.
         mesh: The device mesh.
     """
+    programs = [_harness(config, name, chosen[name], mesh)] if config.harness else []
+    if config.harness and not config.tasks:
+        return programs
     tasks = [TASKS[task] for task in config.tasks] or [of(chosen[name].manifest)]
     setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
-    programs = []
     for task in tasks:
         programs.append(_program(config, data, name, chosen, setup, task))
         sizes = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}
         programs += task.generation_programs(chosen[name].model, chosen[name].params, setup.generation, mesh, **sizes)
     return programs
+
+
+def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> Program:
+    """Return the program that scores requests of lm-evaluation-harness in rows of the second length.
+
+    Other lengths occur too, as the texts require. A batch of any length has about the same number of tokens.
+    """
+    harness.check_model(there.model, name)
+    sizes = {"seq_len": config.seq_len, "batch_size": config.batch_size, "dtype": config.dtype}
+    setup = harness.setup(mesh, there.manifest, name, **sizes)
+    length = min(likelihood.SHORTEST * likelihood.GROWTH, setup.seq_len)
+    rows = likelihood.PackedRows([likelihood.ScoredSequence((0,) * length, [(length - 1, 0, 0)])], length)
+    setup = replace(setup, batch_size=likelihood.rows_per_batch(setup, length))
+    row = {key: rows.batch(np.zeros(1, int))[key][0] for key in rows.reads}
+    batch, step = setup.batches().abstract(row), likelihood.position_scores(there.model, setup.dtype)
+
+    def trace() -> Any:
+        with meshes.use(mesh), attention_kernels.use("auto"):
+            return step.trace(there.params, batch)
+
+    return Program(
+        f"likelihoods of {name} for lm-evaluation-harness",
+        there.model,
+        mesh,
+        trace,
+        flops=flops.row(there.model, length, 0, len(row["at"])) * setup.batch_size,
+        tokens=setup.batch_size * length,
+        rows=setup.batch_size,
+        seq_len=length,
+        dtype=setup.dtype,
+        parameters=[there.params],
+        batch=batch,
+        work=Pass(predicted=len(row["at"]) / length),
+    )
 
 
 def _program(

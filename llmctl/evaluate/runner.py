@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +16,53 @@ from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
 from llmctl.evaluate import acceptance, speed
+from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
+from llmctl.evaluate.stored import Scored, Stored, digest, identity
 from llmctl.evaluate.tasks import registry
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.settings import GenerationConfig
 
 
+@dataclass(frozen=True)
+class Work:
+    """Describe one measurement of one artifact, before it is made."""
+
+    task: Task
+    held: Held
+    setup: Setup
+    definition: str
+    """Digest of the task, its data and its settings."""
+
+
 def results(
     config: MeasureConfig,
     chosen: Mapping[str, Path],
-    examples: Examples,
+    examples: Examples | None,
     mesh: Mesh,
     work: Path,
     say: Callable[[str], None],
     keep: Callable[[dict[str, Any]], None] = lambda record: None,
     bases: Sequence[Path] = (),
     target: Path | None = None,
+    before: Stored | None = None,
 ) -> list[Result]:
-    """Measure artifacts on held-out examples, and time them if `config.speed` is set.
+    """Measure artifacts on held-out examples and on tasks of lm-evaluation-harness. Time them if `config.speed` is set.
 
     Args:
         config: Tasks, metrics, batch size and speed settings.
         chosen: Folder of each artifact, by name.
-        examples: Held-out examples.
+        examples: Held-out examples; None if only tasks of the harness are measured.
         mesh: The device mesh.
         work: Folder for tokenized examples.
         say: Function that is called with one line of text per result.
         keep: Function that is called with each record about an example, such as a wrong prediction or a generated text.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         target: Folder of a language model for which the artifacts are drafts (see `llmctl.evaluate.acceptance`).
+        before: Earlier results, which are not computed again.
 
     Returns:
         One result per artifact and task (see `llmctl.evaluate.report`).
@@ -54,43 +70,129 @@ def results(
     Raises:
         RequestError: If an artifact cannot be measured. All artifacts are checked before the first measurement.
     """
+    before = before or Stored([])
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
-    asked = {name: [registry.TASKS[t] for t in config.tasks] or [registry.of(m)] for name, m in manifests.items()}
+    asked = {name: _tasks(config, m) for name, m in manifests.items()}
     for name, manifest in manifests.items():
         for task in asked[name]:
             task.check_model(manifest.model, str(chosen[name]))
             check_metrics(config.metrics, task, str(chosen[name]))
+        if config.harness:
+            harness.check_model(manifest.model, str(chosen[name]))
         if target:
             acceptance.check(manifest, artifact.read_manifest(target), str(chosen[name]))
     if _set(config) and not any(task.generates for tasks in asked.values() for task in tasks):
         given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}))
         raise RequestError(f"generation: not for task {given}; only task seq2seq generates answers")
-    setups = {name: setup(config, mesh, chosen[name], m) for name, m in manifests.items()}
-    held = Held(examples, config.split, work)
-    out: list[Result] = []
-    programs: dict[str, Measured] = {}
-    loaded = artifact.load_each([*([target] if target else []), *chosen.values()], mesh, bases=bases)
-    judge = next(loaded) if target else None
-    for name, there in zip(chosen, loaded, strict=True):
-        for task in asked[name]:
-            measured = task.evaluate(there, held, setups[name])
-            out.append(_result(name, manifests[name], measured))
-            out[-1]["metrics"] |= further(config.metrics, measured)
-            if judge:
-                out[-1]["metrics"] |= acceptance.measure(task, there, judge, held, setups[name])
-            for record in measured.written or ():
-                keep({"artifact": name, "task": task.name, **record})
-            measured = replace(measured, answers=None, written=None)
-            if config.speed:  # this keeps the weights of all artifacts in memory, because they are timed in alternation
-                programs[str(len(programs))] = measured
-            say(f"{name}: {headline(out[-1])}")
-    if programs:
+    judged = identity(artifact.read_manifest(target)) if target else ""
+    wanted = {
+        name: _work(config, mesh, chosen[name], m, asked[name], examples, work, judged) for name, m in manifests.items()
+    }
+    done: dict[str, list[Scored]] = {name: [] for name in chosen}
+    timed: list[tuple[Measured, Result]] = []
+    with harness.Suite(config.harness, config.lm_eval, config.examples) as suite:
+        pending: dict[str, tuple[list[Work], list[str]]] = {}
+        for name, manifest in manifests.items():
+            weights = identity(manifest)
+            found = [before.find(weights, w.definition, config.speed) for w in wanted[name]]
+            more = {n: before.find(weights, d, False) for n, d in suite.definitions.items()}
+            done[name] += [_renamed(s, name) for s in (*found, *more.values()) if s]
+            left = [w for w, s in zip(wanted[name], found, strict=True) if not s]
+            pending[name] = (left, [n for n, s in more.items() if not s])
+            if done[name]:
+                say(f"{name}: {len(done[name])} results are there and are kept; --again scores them again")
+        due = [name for name, parts in pending.items() if any(parts)]
+        judges = [target] if target and any(left for left, _ in pending.values()) else []
+        loaded = artifact.load_each([*judges, *(chosen[name] for name in due)], mesh, bases=bases)
+        judge = next(loaded) if judges else None
+        for name, there in zip(due, loaded, strict=True):
+            for one in pending[name][0]:
+                measured = one.task.evaluate(there, one.held, one.setup)
+                result = _result(name, manifests[name], measured, one)
+                result["metrics"] |= further(config.metrics, measured)
+                if judge:
+                    result["metrics"] |= acceptance.measure(one.task, there, judge, one.held, one.setup)
+                records = [{"artifact": name, "task": one.task.name, **record} for record in measured.written or ()]
+                done[name].append(Scored(result, records))
+                if config.speed:  # this keeps the weights of all artifacts in memory: they are timed in alternation
+                    timed.append((replace(measured, answers=None, written=None), result))
+                else:
+                    before.add(done[name][-1])
+                say(f"{name}: {headline(result)}")
+            if tasks := pending[name][1]:
+                settings = harness.setup(
+                    mesh,
+                    manifests[name],
+                    str(chosen[name]),
+                    seq_len=config.seq_len,
+                    batch_size=config.batch_size,
+                    dtype=config.dtype,
+                )
+                for found in suite.measure(there, settings, tasks):
+                    done[name].append(_scored(name, manifests[name], found))
+                    before.add(done[name][-1])
+                    say(f"{name}: {headline(done[name][-1].result)}")
+    if timed:
         kinds = Counter(d.device_kind for d in mesh.devices.flat)
-        for result in out:
+        for _, result in timed:
             result["timed_on"] = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
         say(f"timing {', '.join(chosen)}, in turn, {config.repeats} rounds")
-        _time(programs, out, config)
-    return out
+        _time(timed, config)
+    for scored in (s for found in done.values() for s in found):
+        for record in scored.records:
+            keep(record)
+    return [scored.result for found in done.values() for scored in found]
+
+
+def _tasks(config: MeasureConfig, manifest: Manifest) -> list[Task]:
+    """Return the tasks to measure an artifact on, without those of the harness."""
+    if config.harness and not config.tasks:
+        return []
+    return [registry.TASKS[t] for t in config.tasks] or [registry.of(manifest)]
+
+
+def _work(
+    config: MeasureConfig,
+    mesh: Mesh,
+    path: Path,
+    manifest: Manifest,
+    tasks: Sequence[Task],
+    examples: Examples | None,
+    folder: Path,
+    target: str,
+) -> list[Work]:
+    """Return the measurements of one artifact on held-out examples."""
+    if not tasks:
+        return []
+    assert examples is not None
+    settings, held = setup(config, mesh, path, manifest), Held(examples, config.split, folder)
+    return [Work(task, held, settings, definition(config, task, held, settings, target)) for task in tasks]
+
+
+def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, target: str) -> str:
+    """Return the digest of a measurement: the task, the texts and labels of its examples, and its settings.
+
+    Results of equal weights and equal digests are equal.
+    """
+    labels = held.examples.labels
+    answers = hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else ""
+    settings = {k: v for k, v in vars(setup).items() if k not in ("mesh", "batch_size", "generation")}
+    settings |= {"generation": setup.generation.model_dump()} if task.generates else {}
+    return digest(task.name, held.split, held.examples.digest, answers, settings, list(config.metrics), target)
+
+
+def _renamed(scored: Scored, name: str) -> Scored:
+    """Return an earlier result of equal weights under the name that the artifact has now."""
+    records = [{**record, "artifact": name} for record in scored.records]
+    return Scored({**scored.result, "artifact": name}, records)
+
+
+def _scored(name: str, manifest: Manifest, found: harness.HarnessResult) -> Scored:
+    """Return the result of a task of the harness, and its value of each metric per document."""
+    result = _about(name, manifest) | {"task": found.task, "protocol": found.protocol, "metrics": found.metrics}
+    result |= {"definition": found.about["definition"], "record": found.task}
+    result["harness"] = {k: v for k, v in found.about.items() if k != "definition"}
+    return Scored(result, [{"artifact": name, "task": found.task, **example} for example in found.examples])
 
 
 def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
@@ -119,25 +221,26 @@ def further(names: Iterable[str], measured: Measured) -> dict[str, float]:
     return found
 
 
-def _result(name: str, manifest: Manifest, measured: Measured) -> Result:
-    about = ("stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits")
-    beside = {name: getattr(manifest, name) for name in about}
+def _about(name: str, manifest: Manifest) -> Result:
+    fields = ("stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits")
+    beside = {name: getattr(manifest, name) for name in fields}
+    return {"artifact": name, "digest": manifest.digest, "content": manifest.content, **beside}
+
+
+def _result(name: str, manifest: Manifest, measured: Measured, work: Work) -> Result:
     scored = {"task": measured.task, "protocol": measured.protocol, "metrics": dict(measured.metrics)}
-    return {"artifact": name, "digest": manifest.digest, "content": manifest.content, **scored, **beside}
+    return _about(name, manifest) | scored | {"definition": work.definition, "record": work.task.name}
 
 
-def _time(programs: Mapping[str, Measured], out: Iterable[Result], config: MeasureConfig) -> None:
-    """Time all programs, and add latency (batch 1, in seconds) and throughput to the metrics of the results `out`.
-
-    `programs` and `out` have the same order.
-    """
-    single = speed.interleave({n: p.single for n, p in programs.items()}, config.repeats)
-    batched = speed.interleave({n: p.batched for n, p in programs.items()}, config.repeats)
-    for name, result in zip(programs, out, strict=True):
+def _time(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> None:
+    """Time all programs, and add latency (batch 1, in seconds) and throughput to the metrics of their results."""
+    single = speed.interleave({str(i): p.single for i, (p, _) in enumerate(timed)}, config.repeats)
+    batched = speed.interleave({str(i): p.batched for i, (p, _) in enumerate(timed)}, config.repeats)
+    for i, (program, result) in enumerate(timed):
         result["metrics"] |= {
-            "latency_p50": single[name].p50,
-            "latency_p90": single[name].p90,
-            **{rate: batched[name].rate(units) for rate, units in programs[name].units.items()},
+            "latency_p50": single[str(i)].p50,
+            "latency_p90": single[str(i)].p90,
+            **{rate: batched[str(i)].rate(units) for rate, units in program.units.items()},
         }
 
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator
 from llmctl.config.base import Config
 from llmctl.config.settings import Dtype
 from llmctl.data.config import Split
+from llmctl.evaluate.harness.settings import HarnessConfig
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.settings import GenerationConfig
@@ -17,7 +18,8 @@ from llmctl.evaluate.tasks.settings import GenerationConfig
 class MeasureConfig(Config):
     """Configure an evaluation: data split, truncation, batches and speed measurement."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"metrics", "tasks", "generation"})
+    added: ClassVar[frozenset[str]] = frozenset({"metrics", "tasks", "generation", "harness", "lm_eval", "again"})
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"again"})
 
     split: Split = "test"
     """Split of the data to measure on."""
@@ -45,6 +47,27 @@ class MeasureConfig(Config):
     tasks: list[str] = []
     """Tasks to measure each artifact on, such as masked and next_sentence; empty uses the task of the artifact's
     training."""
+
+    harness: list[str] = []
+    """Tasks of lm-evaluation-harness (extra `eval`) for decoders: names, YAML files, or folders of YAML files. If
+    `tasks` is empty, no other task is measured and no data is needed."""
+    lm_eval: HarnessConfig = HarnessConfig()
+    """Settings of the tasks in `harness`."""
+    again: bool = False
+    """Score everything again. By default, results in the output folder are kept if the weights and the definition of
+    the task are the same."""
+
+    def inputs(self) -> list[str]:
+        """Return the paths of local task files, and of the data files that they name.
+
+        Raises:
+            RequestError: If a file is missing.
+        """
+        if not self.harness:
+            return []
+        from llmctl.evaluate.harness import task_loading
+
+        return [str(path) for path in task_loading.files(self.harness)]
 
     @field_validator("tasks")
     @classmethod

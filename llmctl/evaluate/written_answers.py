@@ -110,6 +110,7 @@ class Writer:
         rows: Sequence[Continuation],
         check_stop: Callable[[], None] = lambda: None,
         *,
+        max_new: int = 0,
         sampling: Sampling | None = None,
         seed: int = 0,
         first: int = 0,
@@ -119,6 +120,7 @@ class Writer:
         Args:
             rows: Prompts, as the method `rows` returns them. Each answer is stored in its prompt's row.
             check_stop: Function that is called before each batch. The function may raise an exception to stop.
+            max_new: Maximum number of tokens per answer; 0 uses the number of the settings.
             sampling: Sampling rules; greedy, or a beam search, if None.
             seed: Seed of the sampling.
             first: Index of the first row among all rows with the same seed.
@@ -136,15 +138,15 @@ class Writer:
                 # The last batch repeats a row, so that it runs in the same programs.
                 last = batch[-1]
                 batch += [
-                    Continuation(last.prompt, last.prompt_ids, source_ids=last.source_ids)
+                    Continuation(last.prompt, last.prompt_ids, last.stops, source_ids=last.source_ids)
                     for _ in range(self.batch_size - len(batch))
                 ]
                 if self._search:
-                    search_rows(self._search, self.tokenizer, batch, self.max_new, ends=self.ends)
+                    search_rows(self._search, self.tokenizer, batch, max_new or self.max_new, ends=self.ends)
                 else:
                     how: dict[str, Any] = {"ends": self.ends, "sampling": sampling, "seed": seed}
                     for _ in continue_rows(
-                        self._decoder, self.tokenizer, batch, self.max_new, first=first + begin, **how
+                        self._decoder, self.tokenizer, batch, max_new or self.max_new, first=first + begin, **how
                     ):
                         pass
 

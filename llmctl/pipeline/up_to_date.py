@@ -36,7 +36,7 @@ def why(step: Step, key: str, due: set[str]) -> str:
     if wrong := _damage(step, manifest):
         return f"the artifact that is there is damaged ({wrong})"
     if manifest.key == key:
-        return ""
+        return "measured again" if getattr(step.config, "again", False) else ""
     before, now = _leaves(manifest.config), _leaves(keyed(step.config))
     changed = [f"{k} {before[k]} → {v}" for k, v in now.items() if k in before and before[k] != v]
     changed += [f"{k} {'is new' if k in now else 'is gone'}" for k in sorted(before.keys() ^ now.keys())]
@@ -52,7 +52,8 @@ def is_done(step: Step, key: str) -> bool:
     The runner calls this function again before a stage runs, because another process may have written the artifact in
     the meantime.
     """
-    return key_at(step.out) == key and not _damage(step, artifact.read_manifest(step.out))
+    again = getattr(step.config, "again", False)
+    return not again and key_at(step.out) == key and not _damage(step, artifact.read_manifest(step.out))
 
 
 def remark(step: Step) -> str:

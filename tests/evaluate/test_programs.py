@@ -23,3 +23,15 @@ def test_every_task_of_an_artifact_has_a_program():
         "scoring of a on masked tokens, next sentences",
     ]
     assert ["next_label" in p.batch for p in found] == [False, True]
+
+
+def test_tasks_of_the_harness_are_planned_as_rows_of_scored_positions():
+    cfg = ModelConfig(preset="llama-tiny", vocab_size=300, layers=1, max_seq_len=64)
+    manifest = SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={})
+    chosen = {"a": SimpleNamespace(model=cfg, params=functional.abstract(cfg), manifest=manifest)}
+    config = MeasureConfig(harness=["piqa"], batch_size=2)
+    (found,) = programs.scoring(config, DataConfig(), "a", chosen, meshes.make(MeshConfig()))  # pyright: ignore[reportArgumentType]
+    assert found.title == "likelihoods of a for lm-evaluation-harness"
+    assert (found.tokens, found.rows) == (4 * 64, 4)
+    out = found.trace().out_info
+    assert {name: a.shape for name, a in out.items()} == {"log_p": (4, 32), "best": (4, 32)}

@@ -94,6 +94,8 @@ _OWN = (
     Metric("bits_per_byte", "bits/byte", "minimize", unit="bits per byte"),
     Metric("nll", "nats/token", "minimize", unit="nats per token", baseline="baseline_loss"),
     Metric("accuracy_per_token", "accuracy per token", "maximize", "{:.2%}", table="file"),
+    Metric("accuracy_per_character", "accuracy per character", "maximize", "{:.2%}", table="file"),
+    Metric("accuracy_per_byte", "accuracy per byte", "maximize", "{:.2%}", table="file"),
     Metric("margin", "margin", "maximize", "{:.3f}", table="file"),
     Metric("loss", "loss", "minimize", table="run"),
     Metric("error", "mean absolute error", "minimize", unit="the label's unit", table="none"),

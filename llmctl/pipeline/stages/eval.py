@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact, Manifest
+    from llmctl.data.splits import Examples
     from llmctl.pipeline.stage import Programs
 
 
@@ -33,10 +34,19 @@ T = TypeVar("T")
 class Config(MeasureConfig, StageConfig):
     """Measure accuracy, perplexity, size and speed of artifacts on the same held-out examples."""
 
-    common: ClassVar[tuple[str, ...] | None] = ("of", "split", "examples", "batch_size", "speed", "plot")
+    common: ClassVar[tuple[str, ...] | None] = (
+        "of",
+        "split",
+        "examples",
+        "batch_size",
+        "harness",
+        "speed",
+        "plot",
+        "again",
+    )
     produces: ClassVar[bool] = False
     # Speed depends on mesh and platform.
-    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "base", "allow_nonfinite", "replace"})
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "base", "allow_nonfinite", "replace", "again"})
     artifact_fields: ClassVar[tuple[str, ...]] = ("of", "draft_of")
     added: ClassVar[frozenset[str]] = MeasureConfig.added | {"draft_of"}
 
@@ -52,6 +62,11 @@ class Config(MeasureConfig, StageConfig):
     """Plot quality against size as tradeoff.png, and the predictions of classifiers as classes.png. Requires matplotlib
     (extra `demo`)."""
 
+    @property
+    def reads_data(self) -> bool:
+        """Return whether a task reads the data. Tasks of lm-evaluation-harness have their own."""
+        return bool(self.tasks) or not self.harness
+
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Evaluate the artifacts in the setting `of`, or only the parent, and write the results to `ctx.out`.
@@ -60,9 +75,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     predictions.jsonl has the generated texts of a task, or the wrong predictions of a classifier.
     """
     from llmctl.artifacts import artifact
-    from llmctl.data import splits
     from llmctl.distributed import mesh
-    from llmctl.evaluate import runner
+    from llmctl.evaluate import runner, stored
     from llmctl.pipeline import console
 
     chosen = measured(config, ctx.siblings) or ({parent.name: parent} if parent else {})
@@ -70,18 +84,17 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
     if config.plot:
         _can_draw()
-    tasks = [TASKS[t] for t in config.tasks] or [of(artifact.read_manifest(path)) for path in chosen.values()]
-    labels, conversations = any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
-    loaded = splits.load(config.data, labels=labels, conversations=conversations)
-    examples = loaded[config.split]
-    console.say(f"{config.title}: {loaded.describe()}")
-    if config.examples:
-        examples = examples.sample(config.examples)
+    if config.harness:
+        from llmctl.evaluate.harness import task_loading
+
+        task_loading.check_installed()
+    examples = _examples(config, chosen.values()) if config.reads_data else None
+    before = stored.Stored([]) if config.again else stored.read(ctx.out, ctx.work)
     with mesh.use(mesh.make(config.mesh)) as devices:
         kept: list[dict[str, Any]] = []
         results = runner.results(
             config, chosen, examples, devices, ctx.work / "corpus", console.say, kept.append, config.bases,
-            ctx.siblings.get(config.draft_of),
+            ctx.siblings.get(config.draft_of), before,
         )  # fmt: skip
     write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]), kept)
 
@@ -99,6 +112,20 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:
     """Return the artifacts to measure. The setting `draft_of` alone does not add its artifact to them."""
     return {name: one for name, one in named.items() if name != config.draft_of or name in config.of}
+
+
+def _examples(config: Config, paths: Iterable[Path]) -> Examples:
+    """Read the examples of the split to measure, and report the data."""
+    from llmctl.artifacts import artifact
+    from llmctl.data import splits
+    from llmctl.pipeline import console
+
+    tasks = [TASKS[t] for t in config.tasks] or [of(artifact.read_manifest(path)) for path in paths]
+    labels, conversations = any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
+    loaded = splits.load(config.data, labels=labels, conversations=conversations)
+    console.say(f"{config.title}: {loaded.describe()}")
+    examples = loaded[config.split]
+    return examples.sample(config.examples) if config.examples else examples
 
 
 def _can_draw() -> None:

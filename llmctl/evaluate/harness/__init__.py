@@ -1,0 +1,1 @@
+"""Run tasks of lm-evaluation-harness (extra `eval`) on artifacts."""

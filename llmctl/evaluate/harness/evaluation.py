@@ -1,0 +1,217 @@
+"""Measure an artifact on tasks of lm-evaluation-harness, and convert the harness's results to llmctl's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from llmctl.artifacts.artifact import Artifact, Manifest
+from llmctl.config.base import with_article
+from llmctl.config.errors import LlmctlError, RequestError, WorkError
+from llmctl.evaluate.harness import task_loading
+from llmctl.evaluate.harness.settings import HarnessConfig
+from llmctl.evaluate.metrics.classification import Z_95, wilson_interval
+from llmctl.evaluate.setup import Setup
+from llmctl.model.config import ModelConfig
+
+BOOTSTRAP = 1000
+"""Number of resamples for the standard error of a metric that is no mean."""
+NAMES: dict[str, str] = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy_per_character",
+    "acc_bytes": "accuracy_per_byte",
+    "perplexity": "document_perplexity",
+}
+"""Map from metric names of the harness to llmctl's, where they differ.
+
+The harness's perplexity is of documents, not of tokens.
+"""
+PROPORTIONS = ("acc", "acc_norm", "acc_bytes", "exact_match")
+"""Metrics whose value per document is 0 or 1, so that Wilson's interval applies."""
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """Store the metrics of one task, and how they were measured."""
+
+    task: str
+    protocol: str
+    metrics: dict[str, Any]
+    about: dict[str, Any]
+    """Digest of the task's definition, versions of the harness and of the task, and number of solved examples."""
+    examples: list[dict[str, Any]]
+    """One record per document: its number, and its value of each metric."""
+
+
+def check_model(model: ModelConfig, where: str) -> None:
+    """Check that the harness's tasks can be asked of a model.
+
+    Raises:
+        RequestError: If the model is no decoder with a language-model head.
+    """
+    if model.architecture != "decoder" or model.head != "lm":
+        kind = f"{with_article(model.architecture)} with the head {model.head!r}"
+        raise RequestError(f"{where}: tasks of lm-evaluation-harness need a decoder with the head 'lm', this is {kind}")
+
+
+def setup(mesh: Any, manifest: Manifest, path: str, *, seq_len: int, batch_size: int, dtype: str) -> Setup:
+    """Return the settings of a measurement. If `seq_len` is 0, the model reads as many tokens as it can.
+
+    Raises:
+        RequestError: If `seq_len` exceeds the model's maximum.
+    """
+    longest = manifest.model.max_seq_len
+    if seq_len > longest:
+        raise RequestError(f"{path}: seq_len {seq_len} is longer than its longest sequence ({longest})")
+    length = seq_len or longest
+    return Setup(mesh, length, length, batch_size, "tail", dtype)
+
+
+class Suite:
+    """Hold the loaded tasks of an evaluation, and measure artifacts on them.
+
+    Use the class as a context manager. Tasks are loaded once, before any artifact.
+    """
+
+    def __init__(self, names: Sequence[str], settings: HarnessConfig, limit: int) -> None:
+        """Store which tasks to load.
+
+        Args:
+            names: Names of tasks, groups or tags of the harness, YAML files, or folders of YAML files.
+            settings: Settings of the tasks.
+            limit: Number of documents per task, from the first; 0 uses all.
+        """
+        self._names, self._settings, self._limit = list(names), settings, limit
+        self._open = contextlib.ExitStack()
+        self._loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+        self.definitions: dict[str, str] = {}
+        """Digest of each task and group: its settings, its documents, and its prompts' settings."""
+
+    def __enter__(self) -> Suite:
+        """Load the tasks.
+
+        Raises:
+            RequestError: If the harness is missing, or a task cannot be loaded.
+        """
+        if self._names:
+            self._open.enter_context(task_loading.environment(self._settings))
+            self._loaded = task_loading.load(self._names, self._settings)
+            tasks = self._loaded["tasks"]
+            self.definitions = {name: definition(task, self._settings, self._limit) for name, task in tasks.items()}
+            for name, group in self._loaded.get("groups", {}).items():
+                members = [self.definitions[task.task_name] for task in group.get_all_tasks()]
+                self.definitions[name] = _digest([name, members])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the environment."""
+        self._open.close()
+
+    def measure(self, artifact: Artifact, setup: Setup, pending: Collection[str]) -> list[HarnessResult]:
+        """Measure an artifact on the tasks `pending`. If a group is pending, all tasks are measured.
+
+        Raises:
+            RequestError: If a task cannot be asked of this model.
+            WorkError: If the harness fails.
+        """
+        from lm_eval import evaluator
+
+        from llmctl.evaluate.harness.language_model import ArtifactLM
+
+        chosen = self._loaded
+        if not any(name in chosen.get("groups", {}) for name in pending):
+            chosen = {"tasks": {n: t for n, t in chosen["tasks"].items() if n in pending}, "groups": {}}
+        model, settings = ArtifactLM(artifact, setup), self._settings
+        if settings.chat_template and model.chat_template() is None:
+            raise RequestError(f"{artifact.path}: lm_eval.chat_template: its tokenizer has no chat template")
+        try:
+            found: Any = evaluator.evaluate(
+                model,
+                chosen,  # pyright: ignore[reportArgumentType]
+                limit=self._limit or None,
+                bootstrap_iters=BOOTSTRAP,
+                system_instruction=settings.system or None,
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.chat_template,
+                confirm_run_unsafe_code=settings.allow_code,
+            )
+        except LlmctlError:
+            raise
+        except Exception as e:  # a task's templates, filters and metrics may raise anything
+            raise WorkError(f"lm-evaluation-harness fails on {', '.join(pending)}: {type(e).__name__}: {e}") from None
+        said = _protocol(settings, setup, model.truncated)
+        return [_result(name, found, said, self.definitions[name]) for name in found["results"] if name in pending]
+
+
+def _protocol(settings: HarnessConfig, setup: Setup, truncated: int) -> str:
+    parts = [f"context {setup.seq_len}", setup.dtype]
+    parts += ["chat template"] if settings.chat_template else []
+    parts += ["system message"] if settings.system else []
+    parts += [f"{truncated} contexts of all tasks without their beginning"] if truncated else []
+    return ", ".join(parts)
+
+
+def _result(name: str, found: dict[str, Any], said: str, digest: str) -> HarnessResult:
+    """Convert the results of one task or group."""
+    values = found["results"][name] | found.get("groups", {}).get(name, {})
+    samples = found.get("samples", {}).get(name, [])
+    documents = found["n-samples"].get(name, {}).get("effective", values.get("sample_len", 0))
+    metrics: dict[str, Any] = {}
+    for key, value in values.items():
+        metric, _, kept = key.partition(",")
+        if not kept or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        ours = f"{NAMES.get(metric, metric)}{'' if kept == 'none' else f',{kept}'}"
+        if not math.isfinite(value):
+            metrics[ours] = None  # JSON has no infinity
+            continue
+        metrics[ours] = float(value)
+        error = values.get(f"{metric}_stderr,{kept}")
+        if isinstance(error, (int, float)) and math.isfinite(error):
+            metrics |= _interval(ours, metric, float(value), float(error), documents)
+    version, shots = found["versions"].get(name), found["n-shot"].get(name)
+    release = metadata.version("lm_eval")
+    head = [f"lm-evaluation-harness {release}", f"version {version}", f"{shots}-shot", f"{documents:,} documents"]
+    about = {
+        "definition": digest,
+        "harness_version": release,
+        "task_version": version,
+        "shots": shots,
+        "documents": documents,
+    }
+    numbers: set[str] = {k for row in samples for k in row["metrics"] if isinstance(row[k], (int, float))}
+    examples = [
+        {"document": row["doc_id"], "filter": row["filter"]} | {NAMES.get(k, k): row[k] for k in sorted(numbers)}
+        for row in samples
+    ]
+    return HarnessResult(name, ", ".join([*head, said]), metrics, about, examples)
+
+
+def _interval(ours: str, metric: str, value: float, error: float, documents: int) -> dict[str, float]:
+    """Return the standard error of a metric, and its 95 % interval."""
+    low, high = value - Z_95 * error, value + Z_95 * error
+    if metric in PROPORTIONS:
+        low, high = wilson_interval(round(value * documents), documents)
+    return {f"{ours}_stderr": error, f"{ours}_low": low, f"{ours}_high": high}
+
+
+def definition(task: Any, settings: HarnessConfig, limit: int) -> str:
+    """Return the digest of a task: its settings, its documents, and the settings of its prompts.
+
+    Results of equal weights and equal digests are equal.
+    """
+    told = {k: v for k, v in task.dump_config().items() if k not in ("metadata", "dataset_kwargs")}
+    documents = [doc for _, doc in task.doc_iterator(rank=0, limit=limit or None, world_size=1)]
+    solved = list(task.fewshot_docs() or []) if task.get_config("num_fewshot") else []
+    prompts = settings.model_dump(include={"seed", "chat_template", "system"})
+    return _digest([told, getattr(task, "VERSION", None), documents, solved, prompts])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

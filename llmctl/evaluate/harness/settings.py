@@ -1,0 +1,29 @@
+"""Define the settings of tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from llmctl.config.base import Config
+
+
+class HarnessConfig(Config):
+    """Configure tasks of lm-evaluation-harness: prompts, and what the tasks may do."""
+
+    heading: ClassVar[str] = "Tasks of lm-evaluation-harness"
+    common: ClassVar[tuple[str, ...] | None] = ("shots", "chat_template")
+
+    shots: int = Field(default=-1, ge=-1)
+    """Number of solved examples in each prompt; -1 uses the number of each task. Tasks that require 0 keep 0."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed that selects the solved examples."""
+    chat_template: bool = False
+    """Ask with the chat template of the artifact, one message per solved example and answer."""
+    system: str = ""
+    """Text of the system message, or of the beginning of each prompt if there is no chat template."""
+    allow_code: bool = False
+    """Run Python code that a local task file names (`!function`), and tasks that run generated programs."""
+    download: bool = False
+    """Download data sets that are missing. By default no network is used."""
