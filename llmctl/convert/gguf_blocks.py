@@ -1,4 +1,4 @@
-"""Encode matrices as blocks of the quantized types of GGUF, without a second rounding if the integers fit.
+"""Encode matrices as blocks of the quantized types of GGUF, without a second rounding of integers that fit.
 
 A block stores integers of 32 inputs, and a scale d in float16. The values are:
 
@@ -6,8 +6,8 @@ A block stores integers of 32 inputs, and a scale d in float16. The values are:
 - q5_1, q4_1: d * code + m, for codes from 0 and a float16 number m
 - q6_k: d * scale * integer, for integers of 6 bits, an int8 scale for 16 inputs, and one d for 256 inputs
 
-A matrix that llmctl stores as integers keeps these integers if they fit, and only its scales are rounded to float16.
-Other matrices are rounded.
+A matrix that llmctl stores as integers keeps the integers if the type can hold them. Only the scales are then rounded
+to float16. Other matrices are rounded.
 
 Shapes: R rows (outputs of a matrix, or rows of a table), I inputs, G groups of inputs, N blocks of K inputs.
 """

@@ -186,8 +186,8 @@ def _step(
         ends_at: Number of decoder tokens at the end of the generation.
         source: Number of encoder tokens.
         calls: Number of passes. Each pass reads the weights and the cache.
-        tokens: Number of tokens per row that all passes read together. If there are several passes, each predicts one
-            token. A single pass predicts a token after each of its tokens.
+        tokens: Number of tokens per row that all passes read together. If there are several passes, each pass predicts
+            one token. A single pass predicts one token after each token that the pass reads.
         rotated: Whether the cache is quantized, and keys and values are rotated.
     """
     used = flops.row(model, ends_at, source, tokens if calls == 1 else calls)
