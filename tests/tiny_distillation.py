@@ -69,3 +69,11 @@ def go(folder, teacher, parent, **settings):
 def digest(made):
     """Return the digest of an artifact's parameters."""
     return artifact.digest(weights.arrays(made.params))
+
+
+def largest_difference(one, other):
+    """Return the largest absolute difference of two artifacts' parameters."""
+    named = weights.arrays(other.params)
+    return max(
+        float(abs(a - jax.device_put(named[n], a.sharding)).max()) for n, a in weights.arrays(one.params).items()
+    )

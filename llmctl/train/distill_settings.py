@@ -95,7 +95,7 @@ class StudentConfig(Config):
 
 
 class AnswersConfig(Config):
-    """Set how the teacher generates answers, for mode = "sequence"."""
+    """Set how the teacher generates answers in mode "sequence", and the student in mode "on_policy"."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
     unkeyed: ClassVar[frozenset[str]] = frozenset({"folder"})
@@ -108,7 +108,7 @@ class AnswersConfig(Config):
     beams: int = Field(default=1, ge=1)
     """Number of beams of a beam search; 1 generates greedily, or samples if temperature is above 0."""
     temperature: float = Field(default=0.0, ge=0)
-    """Temperature of sampling; 0 takes the most probable token."""
+    """Temperature of sampling; 0 takes the most probable token. The default of mode on_policy is 1."""
     top_k: int = Field(default=0, ge=0)
     """Number of most probable tokens to sample from; 0 keeps all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -124,7 +124,7 @@ class AnswersConfig(Config):
         if self.temperature and self.beams > 1:
             raise ValueError("temperature and beams exclude each other: a beam search takes the most probable answer")
         for name in ("top_k", "top_p"):
-            if name in self.model_fields_set and not self.temperature:
+            if name in self.model_fields_set and "temperature" in self.model_fields_set and not self.temperature:
                 raise ValueError(f"{name}: restricts sampling; set temperature above 0")
         return self
 
@@ -168,11 +168,24 @@ def check(config: Any) -> None:
             raise ValueError('hard: mode = "sequence" trains on the answers alone; set signals to add other losses')
         if len(config.teachers or []) > 1:
             raise ValueError('mode = "sequence": one teacher generates the answers, and teachers names several')
+        for name in ("top_k", "top_p"):
+            if name in config.answers.model_fields_set and not config.answers.temperature:
+                raise ValueError(f"answers.{name}: restricts sampling; set answers.temperature above 0")
         for name in ("temperature", "divergence", "beta", "skew", "top_k", "cache"):
             if name in given and not signals.logits:
                 raise ValueError(f'{name}: mode = "sequence" reads it only if signals.logits is set')
-    elif "answers" in given:
-        raise ValueError('answers: only mode = "sequence" generates answers')
+    elif config.mode == "teacher_forced" and "answers" in given:
+        raise ValueError('answers: only mode = "sequence" and mode = "on_policy" generate answers')
+    if config.mode == "on_policy":
+        if config.cache:
+            raise ValueError('cache: mode = "on_policy" has other texts in every step; leave it out')
+        if ("hard" in given and config.hard) or signals.hard:
+            raise ValueError('hard: the samples of mode = "on_policy" have no labels; set it to 0')
+        for name in ("beams", "kv_cache", "folder"):
+            if name in config.answers.model_fields_set:
+                raise ValueError(f'answers.{name}: only mode = "sequence" reads it')
+    elif "on_policy_fraction" in given:
+        raise ValueError('on_policy_fraction: only mode = "on_policy" reads it')
     if config.cache:
         if signals.inner:
             raise ValueError(f"cache: stores outputs, and signals.{signals.inner[0]} compares layers; leave one out")

@@ -152,7 +152,8 @@ def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
         raise RequestError(f"{name}: the teacher predicts numbers, which are compared by their squared difference")
     if config.signals.active:
         return SoftLoss(divergence(config), soft=config.signals.logits, hard=config.signals.hard)
-    return SoftLoss(divergence(config), soft=1 - config.hard, hard=config.hard)
+    hard = 0.0 if config.mode == "on_policy" else config.hard  # samples have no labels
+    return SoftLoss(divergence(config), soft=1 - hard, hard=hard)
 
 
 def divergence(config: Any) -> Divergence:

@@ -103,6 +103,9 @@ class Job:
     penalty: Callable[[Params], jax.Array] | None = None
     """Function from the parameters to a scalar. Every step adds the scalar to the mean loss before the loss is
     differentiated. The logged loss does not include this scalar."""
+    prepare: Callable[[Params, Batch, int], Batch] | None = None
+    """Function (current arrays by name, batch, number of finished steps) -> the batch to train on, called before each
+    step. It must keep shapes, dtypes and shardings. On-policy distillation replaces completions by samples."""
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0

@@ -175,6 +175,8 @@ class _Loop:
                     self.profile.before(done + 1)
                 _, (batch, tokens) = next(batches)
                 begun = time.monotonic()
+                if self.job.prepare:
+                    batch = self.job.prepare(state["params"] | self.fixed, batch, done)
                 state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
                 if compiled:
                     timer.tokens, timer.steps = timer.tokens + tokens, timer.steps + 1

@@ -5,6 +5,7 @@ The stage supports every kind of task head.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class Config(StageConfig):
     artifact_fields: ClassVar[tuple[str, ...]] = ("teacher", "teachers")
     added: ClassVar[frozenset[str]] = frozenset(
         {"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k", "signals", "layer_map", "hidden_distance"}
-        | {"relation_heads", "student", "teachers", "cache", "mode", "answers"}
+        | {"relation_heads", "student", "teachers", "cache", "mode", "answers", "on_policy_fraction"}
     )
     unkeyed: ClassVar[frozenset[str]] = StageConfig.unkeyed | {"cache"}
 
@@ -55,12 +56,15 @@ class Config(StageConfig):
     share the arrays of the base."""
     model: ModelConfig | None = None
     """Sizes of a new student, which is used instead of the artifact in `from`."""
-    mode: Literal["teacher_forced", "sequence"] = "teacher_forced"
+    mode: Literal["teacher_forced", "sequence", "on_policy"] = "teacher_forced"
     """Texts that the student learns. teacher_forced: the texts of the data. sequence: answers that the teacher
     generates to the prompts of the data; without signals, the student is trained on them as on labels, and may have
-    another tokenizer."""
+    another tokenizer. on_policy: answers that the student generates during training, which the teacher scores."""
     answers: AnswersConfig = AnswersConfig()
-    """Generation of the answers, for mode sequence."""
+    """Generation of answers, for the modes sequence and on_policy."""
+    on_policy_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of the batches whose completions the student generates in mode on_policy. The other batches have the
+    completions of the data."""
     data: DataConfig = DataConfig()
     """Training examples, with the columns that the stage finetune needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
@@ -134,8 +138,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.evaluate.tasks.registry import distilled
+    from llmctl.model.generate.continuations import end_ids
     from llmctl.pipeline import console
     from llmctl.train import distillation, learner, teacher_answers, teacher_cache, teacher_comparison
+    from llmctl.train.student_samples import StudentSamples
 
     devices = mesh.make(config.mesh)
 
@@ -179,6 +185,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         cache = teacher_cache.TeacherCache(config, learns, teachers, devices, tokens, text)
         learn, unseen = cache.filled(learn, unseen, (lambda: teachers) if loaded else load, say)
         judged = cache.judged
+    if config.mode == "on_policy":
+        if not learns.task.reads_conversations and not {"prompt", "completion"} <= set(text.columns):
+            raise RequestError('mode = "on_policy": the data has no prompts with completions; map them in data.columns')
+        samples = StudentSamples.of(config, learns.model, devices, tokens, end_ids(words, tokens))
+        learns = dataclasses.replace(learns, adapt_job=lambda job, _: samples.attached(job))
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
     beside = {}
     if reads_teacher(config):
@@ -206,14 +217,16 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
     from llmctl.evaluate.tasks.registry import distilled
-    from llmctl.train import distillation, programs, teacher_answers, teacher_outputs
+    from llmctl.train import distillation, learner, programs, teacher_answers, teacher_outputs
+    from llmctl.train.student_samples import StudentSamples
 
     teachers = list(others.values())
     teacher = teachers[0]
     student = teacher if config.student.active else base if config.model is None else None
     learns = programs.abstractly(mesh, lambda s: distillation.make_learner(config, teachers, s, mesh), student)
     labels = teacher.manifest.labels
-    columns = ("prompt", "completion") if config.mode == "sequence" else learns.task.columns
+    prompts = config.mode != "teacher_forced" and not learns.task.reads_conversations
+    columns = ("prompt", "completion") if prompts else learns.task.columns
     text = synthetic.SyntheticText(config.data, columns, config.train.seq_len, labels)
     rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     params = abstract_artifact.masters(learns.params)
@@ -227,7 +240,12 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     if config.cache:
         stored, rows = teacher_outputs.program(config, learns, teachers, rows, mesh)
         before.append(stored)
-    return [*before, programs.train_step(config, learns, rows, mesh)], left
+    found = [*before, programs.train_step(config, learns, rows, mesh)]
+    if config.mode == "on_policy":
+        samples = StudentSamples.of(config, learns.model, mesh, synthetic.TOKENIZER, ())
+        job = learner.job(config, learns, rows, validate=None, steps=config.train.steps)
+        found.append(samples.program(job, rows))
+    return found, left
 
 
 def _rows(
