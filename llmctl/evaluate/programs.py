@@ -15,7 +15,7 @@ from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import DataConfig
 from llmctl.data.examples import synthetic
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate import likelihood, runner
+from llmctl.evaluate import acceptance, likelihood, runner
 from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Setup
@@ -28,7 +28,12 @@ from llmctl.model.program import Pass, Program
 
 
 def scoring(
-    config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], mesh: Mesh
+    config: MeasureConfig,
+    data: DataConfig,
+    name: str,
+    chosen: Mapping[str, Artifact],
+    mesh: Mesh,
+    target: Artifact | None = None,
 ) -> list[Program]:
     """Return the programs that evaluate one artifact. Each task has programs that score a batch and generate answers.
 
@@ -40,6 +45,7 @@ def scoring(
         name: Name of the artifact to score.
         chosen: All artifacts of the evaluation by name, with abstract arrays.
         mesh: The device mesh.
+        target: Language model whose draft the artifact is; None measures no acceptance.
     """
     programs = [_harness(config, name, chosen[name], mesh)] if config.harness else []
     if config.harness and not config.tasks:
@@ -48,6 +54,8 @@ def scoring(
     setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
     for task in tasks:
         programs.append(_program(config, data, name, chosen, setup, task))
+        if target:
+            programs.append(_acceptance(data, name, chosen[name], target, setup, task))
         sizes = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}
         programs += task.generation_programs(chosen[name].model, chosen[name].params, setup.generation, mesh, **sizes)
     return programs
@@ -115,6 +123,27 @@ def _program(
         beside=others,
         work=Pass(written=batch["tokens"].shape[1] if "encoder_tokens" in batch else 0),
     )
+
+
+def _acceptance(data: DataConfig, name: str, draft: Artifact, target: Artifact, setup: Setup, task: Task) -> Program:
+    """Return the program that measures how often a target accepts the tokens of a draft."""
+    step = acceptance.scorer(task, (draft.model, target.model), setup.dtype)
+    text = synthetic.SyntheticText(data, task.columns, setup.seq_len)
+    row = task.rows(draft.model, text.splits["train"], synthetic.TOKENIZER, RowSettings(setup.seq_len))[0]
+    batch = setup.batches().abstract(row)
+    tokens = sum(a.size for key, a in batch.items() if key in ("tokens", "encoder_tokens"))
+    shapes = {key: a.shape[1:] for key, a in batch.items()}
+    used, beside = (flops.of_rows(cfg, shapes) * tokens for cfg in (draft.model, target.model))
+
+    def trace() -> Any:
+        with meshes.use(setup.mesh), attention_kernels.use("auto"):
+            return step.trace((draft.params, target.params), batch)
+
+    return Program(
+        f"acceptance of {name}", draft.model, setup.mesh, trace, flops=used + beside, tokens=tokens,
+        rows=setup.batch_size, seq_len=setup.seq_len, dtype=setup.dtype, parameters=[draft.params, target.params],
+        batch=batch, work=Pass(beside=beside, written=batch["tokens"].shape[1] if "encoder_tokens" in batch else 0),
+    )  # fmt: skip
 
 
 def _batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:

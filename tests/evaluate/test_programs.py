@@ -7,7 +7,7 @@ from llmctl.data.config import DataConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import programs
 from llmctl.evaluate.settings import MeasureConfig
-from llmctl.model import functional
+from llmctl.model import flops, functional
 from llmctl.model.config import ModelConfig
 
 
@@ -35,3 +35,22 @@ def test_tasks_of_the_harness_are_planned_as_rows_of_scored_positions():
     assert (found.tokens, found.rows) == (4 * 64, 4)
     out = found.trace().out_info
     assert {name: a.shape for name, a in out.items()} == {"log_p": (4, 32), "best": (4, 32)}
+
+
+def test_a_draft_is_measured_with_its_target():
+    """The program reads both models, and its operations are those of both."""
+    sizes = {"heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "max_seq_len": 32, "vocab_size": 300}
+    models = [ModelConfig(preset="llama-tiny", d_model=d, layers=d // 8, **sizes) for d in (8, 16)]
+    draft, target = (
+        SimpleNamespace(
+            model=cfg,
+            params=functional.abstract(cfg),
+            manifest=SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={}),
+        )
+        for cfg in models
+    )
+    mesh = meshes.make(MeshConfig())
+    _, found = programs.scoring(MeasureConfig(batch_size=2), DataConfig(), "a", {"a": draft}, mesh, target)  # pyright: ignore[reportArgumentType]
+    assert found.title == "acceptance of a" and found.tokens == 64
+    assert found.flops == 64 * sum(flops.flops(cfg, 32) for cfg in models)
+    assert found.trace().out_info.keys() == {"acceptance", "agreement", "weight"}

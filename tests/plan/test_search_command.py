@@ -53,6 +53,9 @@ def test_the_model_sees_what_a_stage_holds(small):
         (("--fit", "--generate", "1x8x8"), "leave out --generate"),
         (("--topology", "cpu:8", "--chip", "v5p"), "names its chip"),
         (("--topology", "cpu:8", "--tokens", "-1"), "--tokens"),
+        (("--topology", "cpu:8", "--draft", "finetune"), "--draft belongs to --generate"),
+        (("--topology", "cpu:8", "--draft-tokens", "2"), "--draft-tokens belongs to --draft"),
+        (("--topology", "cpu:8", "--generate", "1x8x8", "--draft", "nothing"), "no such stage"),
         (("--topology", "cpu:8", "--tokens", "inf"), "must be a finite number"),
     ],
 )

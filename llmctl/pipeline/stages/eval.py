@@ -106,7 +106,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     chosen = measured(config, others) or ({base.path.name: base} if base else {})
     if not chosen:
         raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
-    return [p for name in chosen for p in programs.scoring(config, config.data, name, chosen, mesh)], None
+    target = others.get(config.draft_of)
+    return [p for name in chosen for p in programs.scoring(config, config.data, name, chosen, mesh, target)], None
 
 
 def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:

@@ -132,6 +132,10 @@ def test_turns_from_standard_input_and_from_a_file_are_answered(talker, tmp_path
     file.write_text(json.dumps(said[:4]))
     assert app.run(["generate", str(talker), "--chat", "--max-new", "6", "--file", str(file)]) == 0
     assert capsys.readouterr().out == said[4]["content"] + "\n"
+    assert (
+        app.run(["generate", str(talker), "--chat", "--max-new", "6", "--file", str(file), "--draft", str(talker)]) == 0
+    )
+    assert capsys.readouterr().out == said[4]["content"] + "\n"
 
 
 def test_a_turn_reads_what_is_new(talker, words):
