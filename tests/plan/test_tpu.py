@@ -5,14 +5,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+import qwix
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import SingleDeviceSharding
 
 from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
 from llmctl.model import attention_kernels, functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.weights import quantized
+from llmctl.model.weights.base import Product
 from llmctl.plan import analytic_counts, analytic_setup, topologies
+from llmctl.plan.compile import devices
 from llmctl.plan.hlo import counts as hlo
 from llmctl.train import step, training_state
 
@@ -86,3 +91,27 @@ def test_parameters_travel_while_layers_compute(found):
 def test_eight_bits_run_in_eight_bits(found):
     train, counts = found
     assert ("int8" in counts.flops_by_type) == bool(train.matmuls)
+
+
+@pytest.mark.parametrize(
+    "stored, group, activations, share",
+    [("int8", None, "", 0.51), ("int8", None, "int8", 0.51), ("int4", None, "", 0.26), ("int4", 128, "", 0.28)],
+)
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_decoding_reads_integers_from_memory(uncached, tokens, stored, group, activations, share):
+    """Products of decoding, compiled for a v5e: bytes from HBM against bfloat16, and integers as operands for W8A8."""
+    inputs, outputs = 2048, 8192
+    x = jax.ShapeDtypeStruct((tokens, inputs), jnp.bfloat16)
+    dense = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
+    tiles = {0: group} if group else None
+    array = jax.eval_shape(lambda w: qwix.quantize(w, stored, channelwise_axes=[1], tiled_axes=tiles), dense)
+    weight = quantized.Quantized(array, activations)
+
+    def counts(fn, *operands):
+        there = SingleDeviceSharding(devices(topologies.find("v5e:1x1"))[0])
+        operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), operands)
+        return hlo.count(jax.jit(fn).lower(*operands).compile().as_text(), {})
+
+    found = counts(lambda x, w: w.matmul(x, jnp.bfloat16, Product()), x, weight)
+    assert 0.9 * share < found.bytes / counts(jnp.matmul, x, dense).bytes < share
+    assert ("int8" in found.flops_by_type) == (activations == "int8" and tokens > 1)

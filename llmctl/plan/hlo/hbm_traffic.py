@@ -75,7 +75,12 @@ def _fusion(module: Module, computation: Computation, i: Instruction) -> float:
 
 
 def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction) -> float:
-    """Return the number of bytes that a fusion reads from one of its parameters."""
+    """Return the number of bytes that a fusion reads from one of its parameters.
+
+    `parameter` may also be an instruction that only copies, converts or reshapes a parameter.
+    """
+    if parameter is inner.root:  # all of the parameter is written to the result
+        return sum(a.bytes for a in parameter.arrays)
     total = 0.0
     for user in inner.users[parameter.name]:
         if user.opcode in _SAME:
@@ -87,10 +92,20 @@ def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction)
         elif user.opcode == "fusion":
             nested = module.computations[user.called["calls"][0]]
             places = [n for n, o in enumerate(user.operands) if o == parameter.name]
-            total += sum(_parameter_bytes(module, nested, nested.parameters[n]) for n in places)
+            for given in (nested.parameters[n] for n in places):
+                passed = _passes(nested, given)
+                total += _parameter_bytes(module, *((inner, user) if passed else (nested, given)))
         else:
             return sum(a.bytes for a in parameter.arrays)
     return total
+
+
+def _passes(inner: Computation, parameter: Instruction) -> bool:
+    """Return whether the result of a fusion is a parameter that the fusion only copies, converts or reshapes."""
+    found = inner.root
+    while found.opcode in _SAME and found.operands:
+        found = inner.operand(found, 0)
+    return found is parameter
 
 
 def _result_bytes(inner: Computation, i: Instruction) -> float:

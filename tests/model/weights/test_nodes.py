@@ -21,6 +21,7 @@ from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
+from llmctl.model.weights.quantized import Quantized
 from llmctl.pipeline.stages import quantize as quantize_stage
 from llmctl.train.adapters import lora
 from llmctl.train.adapters.settings import LoraConfig
@@ -223,3 +224,14 @@ def test_a_new_adapter_says_its_parts_and_dense_and_no_more():
     np.testing.assert_array_equal(weights.matmul(jnp.eye(4), one, jnp.float32), weights.dense(one))
     with pytest.raises(RequestError, match="merge it into its base before pruning"):
         weights.as_node(w).masked(jnp.ones((1, 4, 2), bool))
+
+
+def test_products_by_group_equal_the_dense_product():
+    """Few tokens are multiplied group by group; more tokens by the dequantized weight."""
+    x = jax.random.normal(jax.random.key(0), (70, 256))
+    stored = qwix.quantize(
+        jax.random.normal(jax.random.key(1), (256, 48)), "int4", channelwise_axes=[1], tiled_axes={0: 64}
+    )
+    weight, dense = Quantized(stored), qwix.dequantize(stored)
+    for tokens in (1, 9, 70):
+        np.testing.assert_allclose(weights.matmul(x[:tokens], weight, jnp.float32), x[:tokens] @ dense, atol=1e-4)

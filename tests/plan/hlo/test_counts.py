@@ -236,6 +236,18 @@ def test_bytes_of_slices_updates_and_the_chips_own_memory():
   %n.1 = s32[] parameter(2)
   ROOT %o.1 = f32[64,8]{1,0} dynamic-update-slice(%p.1, %u.1, %n.1, %n.1)
 }
+
+%moved (p.2: f32[64,8]) -> f32[64,8] {
+  %p.2 = f32[64,8]{1,0} parameter(0)
+  ROOT %c.2 = f32[64,8]{0,1} copy(%p.2)
+}
+
+%product (p.3: f32[64,8]) -> f32[64] {
+  %p.3 = f32[64,8]{1,0} parameter(0)
+  %m.3 = f32[64,8]{0,1} fusion(%p.3), kind=kLoop, calls=%moved
+  %z.3 = f32[] constant(0)
+  ROOT %r.3 = f32[64]{0} reduce(%m.3, %z.3), dimensions={1}, to_apply=%part
+}
 """
     body = """
 %a = f32[64,8]{1,0} parameter(0)
@@ -243,11 +255,14 @@ def test_bytes_of_slices_updates_and_the_chips_own_memory():
 %one = f32[1,8]{1,0:S(1)} fusion(%a, %n), kind=kLoop, calls=%part
 %two = f32[64,8]{1,0} fusion(%a, %one, %n), kind=kLoop, calls=%put
 %far = f32[64,8]{1,0:S(5)} copy(%a)
+%moves = f32[64,8]{0,1} fusion(%a), kind=kLoop, calls=%moved
+%product = f32[64]{0} fusion(%a), kind=kLoop, calls=%product
 ROOT %sum = f32[64,8]{1,0} add(%a, %two)"""
     parsed = parser.parse(module(body, more))
     main = parsed.computations["main"]
     row, whole = 8 * 4, 64 * 8 * 4
     expected = {"one": row, "two": row, "far": whole, "sum": 3 * whole}
+    expected |= {"moves": 2 * whole, "product": whole + 64 * 4}  # a copy within a fusion reads what it copies
     assert {n: hbm_traffic.of(parsed, main, main.by_name[n]) for n in expected} == expected
 
 
