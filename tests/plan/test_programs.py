@@ -13,7 +13,7 @@ from llmctl.artifacts import artifact
 from llmctl.cli import app
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.tasks.registry import TASKS
-from llmctl.model import functional
+from llmctl.model import flops, functional
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline import recipe, registry, stages
 from llmctl.plan import planner
@@ -118,6 +118,24 @@ batch_size = 4
     assert loss.steps == (1 + 1 + 1 + 5 + 4 + 7) * 2 and loss.trace().jaxpr.eqns
     assert ("prune", "statistics of a layer") in found
     assert found["eval", "scoring of prune"].model.vocab_size == 260
+
+
+@pytest.mark.parametrize(("phase", "title"), [("decode", "decoding step"), ("prefill", "prefill")])
+def test_the_timed_program_of_a_latency_budget_is_planned(phase, title, tmp_path):
+    """Nothing is measured, so the next stage gets a model with the same fraction of the FLOPs."""
+    text = f"""
+[[stage]]
+kind = "prune"
+budget = {{ latency = 0.7, latency_of = "{phase}", batch_size = 3, context = 8 }}
+examples = 8
+
+[[stage]]
+kind = "eval"
+"""
+    found = built(text, tmp_path, ["prune", "eval"])
+    timed, after = found["prune", title], found["eval", "scoring of prune"].model
+    assert timed.rows == 3 and timed.trace().jaxpr.eqns
+    assert 0.6 < flops.flops(after, 16) / flops.flops(timed.model, 16) <= 0.7
 
 
 def test_the_passes_of_robust_training_are_planned(tmp_path):

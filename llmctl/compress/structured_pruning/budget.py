@@ -1,4 +1,4 @@
-"""Choose sizes of a model that meet a budget of parameters, bytes or FLOPs, and estimate the loss of each choice.
+"""Choose sizes of a model that meet a budget, such as a number of parameters, and estimate the loss of each choice.
 
 All combinations of layers, heads and hidden width are enumerated. Each combination gets the largest number of neurons
 that the budget allows (`llmctl.compress.structured_pruning.search_space`).
@@ -25,6 +25,11 @@ from llmctl.model.config import ModelConfig
 TOLERANCE = 0.01
 """Largest difference between the size of a candidate and the budget, as a fraction of the budget."""
 
+Kind = Literal["parameters", "bytes", "flops", "latency"]
+KINDS: tuple[Kind, ...] = ("parameters", "bytes", "flops", "latency")
+UNITS = {"latency": " µs"}
+"""Unit of a kind of budget, for messages. The other kinds are counts."""
+
 Curves = Mapping[str, Mapping[int, float]]
 """Measured increase of the loss if only one size is reduced: {name in `PARTS`: {kept count: increase}}."""
 
@@ -36,6 +41,7 @@ class BudgetConfig(Config):
     ('parameters', 0.5)
     """
 
+    added: ClassVar[frozenset[str]] = frozenset({"latency", "latency_of", "batch_size", "context"})
     common: ClassVar[tuple[str, ...] | None] = ()
 
     parameters: float = Field(default=0.0, ge=0)
@@ -44,17 +50,27 @@ class BudgetConfig(Config):
     """Size of the weights to keep, in bytes of memory: a fraction (below 1) or a number (1 or more)."""
     flops: float = Field(default=0.0, ge=0)
     """FLOPs to keep, per token of a forward pass: a fraction (below 1) or a number (1 or more)."""
+    latency: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the latency to keep. The latency is measured on one device of the run, before and after pruning."""
+    latency_of: Literal["decode", "prefill"] = "decode"
+    """Latency to reduce. decode: time per new token. prefill: time to read a prompt."""
+    batch_size: int = Field(default=1, ge=1)
+    """Number of texts that run together when the latency is measured."""
+    context: int = Field(default=0, ge=0)
+    """Number of tokens per text when the latency is measured; 0 uses the length of the calibration data."""
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:
-        if len(given := [name for name, amount in self if amount]) > 1:
+        if len(given := [name for name in KINDS if getattr(self, name)]) > 1:
             raise ValueError(f"{' and '.join(given)}: say one of them")
+        if (stray := sorted({"latency_of", "batch_size", "context"} & self.model_fields_set)) and not self.latency:
+            raise ValueError(f"{', '.join(stray)}: for budget.latency; set it to the fraction to keep")
         return self
 
     @property
-    def asked(self) -> tuple[Literal["parameters", "bytes", "flops"], float] | None:
+    def asked(self) -> tuple[Kind, float] | None:
         """Return the kind of the budget and its amount; None if there is no budget."""
-        return next(((name, amount) for name, amount in self if amount), None)  # type: ignore[return-value]
+        return next(((name, amount) for name in KINDS if (amount := getattr(self, name))), None)
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Candidate:
 
     model: ModelConfig
     size: float
-    """Parameters, bytes or FLOPs per token: the quantity that the budget limits."""
+    """Parameters, bytes, FLOPs per token or microseconds: the quantity that the budget limits."""
     estimate: float
     """Estimated increase of the loss."""
     measured: float | None = None
@@ -82,16 +98,22 @@ def size_of(kind: str, seq_len: int) -> Size:
     """Return a function that computes the size of a model from its config.
 
     Args:
-      kind: "parameters" or "flops".
+      kind: "parameters" or "flops", which is also used for "latency" while nothing has been measured.
       seq_len: number of tokens per sequence, which the FLOPs of attention depend on.
     """
-    if kind == "flops":
-        return lambda cfg: flops.flops(cfg, seq_len)
-    return lambda cfg: flops.parameters(cfg)["total"]
+    if kind == "parameters":
+        return lambda cfg: flops.parameters(cfg)["total"]
+    return lambda cfg: flops.flops(cfg, seq_len)
 
 
 def limit(space: Space, asked: tuple[str, float], size: Size, whole: float = 0.0) -> float:
-    """Return the budget as a number of parameters, bytes or FLOPs.
+    """Return the budget as a number of parameters, bytes, FLOPs or microseconds.
+
+    Args:
+      space: the sizes that the search considers.
+      asked: kind and amount of the budget.
+      size: function that computes the size of a model.
+      whole: size of the unpruned model, if `size` does not give it.
 
     Raises:
       RequestError: If the model already fits the budget, or if even the smallest choice of sizes does not fit.
@@ -100,12 +122,14 @@ def limit(space: Space, asked: tuple[str, float], size: Size, whole: float = 0.0
     smallest = space.smallest()
     whole, least = whole or size(space.cfg), size(smallest)
     wanted = amount * whole if amount < 1 else amount
+    unit = UNITS.get(kind, "")
     if wanted >= whole:
         raise RequestError(f"budget.{kind}: {wanted:,.0f}, but the artifact has only {whole:,.0f}; nothing to remove")
     if wanted < least:
         neurons = "neuron and" if smallest.d_ff == 1 else f"{smallest.d_ff:,} neurons and one"
         raise RequestError(
-            f"budget.{kind}: {wanted:,.0f} is less than one head, {neurons} layer allow, which is {least:,.0f}"
+            f"budget.{kind}: {wanted:,.0f}{unit} is less than one head, {neurons} layer allow, which is "
+            f"{least:,.0f}{unit}"
         )
     return wanted
 

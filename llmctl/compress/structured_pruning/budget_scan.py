@@ -32,7 +32,7 @@ from llmctl.compress.calibration.calibration_loss import loss_program, mean_loss
 from llmctl.compress.calibration.measurements import Measurements
 from llmctl.compress.calibration.statistics import Statistic
 from llmctl.compress.structured_pruning import budget, channel_choice, importance
-from llmctl.compress.structured_pruning.budget import Candidate
+from llmctl.compress.structured_pruning.budget import UNITS, Candidate
 from llmctl.compress.structured_pruning.channel_cut import cut_channels
 from llmctl.compress.structured_pruning.gates import Gates, accumulate
 from llmctl.compress.structured_pruning.measured_walk import UNSAVED, Progress, measure_once
@@ -262,7 +262,8 @@ def choose(
 def table(found: Sequence[Candidate], kind: str) -> Table:
     """Return a table of the candidates for the terminal: sizes, estimated loss and measured loss."""
     out = Table(title="candidates", title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("layers", "heads", "kv heads", "neurons", "hidden", kind, "estimated loss", "measured loss"):
+    size = kind + UNITS.get(kind, "")
+    for title in ("layers", "heads", "kv heads", "neurons", "hidden", size, "estimated loss", "measured loss"):
         out.add_column(title, justify="right")
     for c in found:
         sizes = (c.model.layers, c.model.heads, c.model.kv_heads, c.model.d_ff, c.model.d_model)

@@ -26,7 +26,8 @@ QUERIES = "queries"
 """Name of a further size: the number of query heads per key/value head."""
 
 Size = Callable[[ModelConfig], float]
-"""Function that computes the size of a model from its config: parameters, bytes, or FLOPs per token."""
+"""Function that computes the parameters, bytes, FLOPs per token or latency of a model. The result never decreases if a
+size grows."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,21 @@ class Space:
         def of(ffn: int) -> ModelConfig:
             return with_sizes(self.cfg, layers=layers, heads=heads, ffn=ffn, hidden=hidden, queries=queries)
 
-        multiple, whole = self.multiple, self.cfg.d_ff
-        least = min(multiple, whole)
-        base, slope = size(of(least)), size(of(least + 1)) - size(of(least))  # all sizes are linear in the neurons
-        if base > wanted:
+        step = min(self.multiple, self.cfg.d_ff)
+        low, high = 1, self.cfg.d_ff // step
+        found = {n: size(of(n * step)) for n in {low, high}}
+        if found[low] > wanted:
             return None
-        most = whole // multiple * multiple if whole >= multiple else whole
-        ffn = min(most, (least + int((wanted - base) / slope)) // multiple * multiple)
-        return of(max(least, ffn))
+        if found[high] <= wanted:
+            return of(high * step)
+        interpolates = True  # finds the number at once if the size is linear in the neurons, as all but latencies are
+        while high - low > 1:
+            share = (wanted - found[low]) / (found[high] - found[low]) if interpolates else 1 / 2
+            middle = min(high - 1, max(low + 1, low + int(share * (high - low))))
+            found[middle] = size(of(middle * step))
+            low, high = (middle, high) if found[middle] <= wanted else (low, middle)
+            interpolates = not interpolates
+        return of(low * step)
 
     def uniform(self, wanted: float, size: Size) -> ModelConfig:
         """Return the config that meets the budget by keeping about the same fraction of every size.

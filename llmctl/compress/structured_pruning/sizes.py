@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.compress.calibration import calibration_data
-from llmctl.compress.structured_pruning import budget, channel_cut, shrink, stored_bytes
+from llmctl.compress.structured_pruning import budget, channel_cut, latency, shrink, stored_bytes
 from llmctl.compress.structured_pruning.search_space import Size, Space
 from llmctl.compress.structured_pruning.settings import StructuredSettings
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
@@ -24,7 +24,8 @@ def target(
 ) -> ModelConfig:
     """Return the model's config after structured pruning.
 
-    If a budget is set, the sizes are estimated from uniform pruning ratios.
+    If a budget is set, the sizes are estimated from uniform pruning ratios. For a budget of latency, they keep the
+    same fraction of the FLOPs, because nothing is measured.
 
     Raises:
       RequestError: If a size is impossible. If the model cannot be pruned to the sizes. If the mesh cannot shard the
@@ -49,7 +50,7 @@ def search(
     config: StructuredSettings,
     base: Artifact,
     params: Params,
-    asked: tuple[str, float],
+    asked: tuple[budget.Kind, float],
     method: StructuredMethod,
     mesh: Mesh,
     rows: int,
@@ -58,7 +59,8 @@ def search(
 
     Sizes are allowed if the mesh can shard the pruned model, and if every weight can be reduced. For example, the
     hidden width cannot be reduced if a weight is quantized in groups along the channels. Nothing is measured. `rows` is
-    the number of tokens in the vocabulary after pruning.
+    the number of tokens in the vocabulary after pruning. For a budget of latency, the function and the limit are those
+    of the FLOPs; `llmctl.compress.structured_pruning.latency_table` measures the latency.
 
     Raises:
       RequestError: If no sizes meet the budget, or the method does not fit the model.
@@ -75,14 +77,30 @@ def search(
         tries=mesh.shape["tensor"],
     )
     if asked[0] == "bytes":
-        size = stored_bytes.counter(cfg, params)
+        count = stored_bytes.counter(cfg, params)
     else:
-        size = budget.size_of(asked[0], calibration_data.sequence_length(config, base))
-    return (
-        space,
-        lambda model: size(_with_rows(model, rows)),
-        budget.limit(space, asked, lambda model: size(_with_rows(model, rows)), size(cfg)),
-    )
+        count = budget.size_of(asked[0], calibration_data.sequence_length(config, base))
+
+    def size(model: ModelConfig) -> float:
+        return count(_with_rows(model, rows))
+
+    if asked[0] == "latency":
+        timing(config, base)
+        return space, size, max(size(space.smallest()), asked[1] * count(cfg))
+    return space, size, budget.limit(space, asked, size, count(cfg))
+
+
+def timing(config: StructuredSettings, base: Artifact) -> latency.Timing:
+    """Return what a budget of latency measures.
+
+    Raises:
+      RequestError: If the model has no such phase, or the context is too long.
+    """
+    own, longest = config.budget, base.model.max_seq_len
+    if own.context > longest:
+        raise RequestError(f"budget.context: {own.context:,} tokens, but {base.path} reads {longest:,} at most")
+    context = own.context or calibration_data.sequence_length(config, base)
+    return latency.timing(base.model, own.latency_of, own.batch_size, context)
 
 
 def _with_rows(cfg: ModelConfig, rows: int) -> ModelConfig:

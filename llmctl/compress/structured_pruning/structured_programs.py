@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,12 +23,14 @@ from llmctl.compress.structured_pruning import (
     shrink,
     structured,
 )
+from llmctl.compress.structured_pruning.latency import NEW, Timing, generates
 from llmctl.compress.structured_pruning.search_space import Space
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
 from llmctl.distributed import mesh as meshes
 from llmctl.model import flops as cost
 from llmctl.model import functional, weights, wiring
 from llmctl.model.config import ModelConfig
+from llmctl.model.generate.programs import Request, generation
 from llmctl.model.program import Cost, Program, Tree
 
 
@@ -79,6 +83,30 @@ def search(model: ModelConfig, params: Tree, space: Space, method: StructuredMet
     else:
         found += _channels(model, params, method, walk)
     return [*found, _loss(model, params, budget_scan.loss_steps(space), walk)]
+
+
+def timed(model: ModelConfig, params: Tree, timing: Timing, mesh: Mesh, dtype: str) -> list[Program]:
+    """Return the program whose latency a budget limits, for the unpruned model.
+
+    A run measures it, and the same program with few layers of other sizes.
+    """
+    if generates(model):
+        request = Request(timing.rows, timing.context, NEW + 1)
+        prefill, decode = generation(model, params, request, mesh, dtype=dtype)
+        return [replace(decode if timing.phase == "decode" else prefill, steps=0)]
+    batch = functional.example_batch(model, timing.rows, timing.context)
+    batch = {k: a.update(sharding=meshes.replicated(mesh)) for k, a in jax.eval_shape(lambda: batch).items()}
+
+    def trace() -> Any:
+        with meshes.use(mesh):
+            return jax.jit(partial(functional.hidden, model, dtype=jnp.dtype(dtype))).trace(params, batch)
+
+    body = model.model_copy(update={"vocab_size": 0})
+    flops = timing.rows * cost.row(body, timing.context)
+    return [Program(
+        "prefill", model, mesh, trace, flops=flops, tokens=timing.rows * timing.context, rows=timing.rows,
+        seq_len=timing.context, dtype=dtype, parameters=params, batch=batch,
+    )]  # fmt: skip
 
 
 def _channels(model: ModelConfig, params: Tree, method: StructuredMethod, walk: Walk) -> list[Program]:

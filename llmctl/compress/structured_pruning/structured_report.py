@@ -15,6 +15,9 @@ from llmctl.model.config import ModelConfig
 
 Record = dict[str, Any]
 
+MISSED = 0.1
+"""Largest difference between the measured latency and its target, as a fraction of the target."""
+
 
 def layers(before: ModelConfig, after: ModelConfig, found: Mapping[str, Any]) -> list[Record]:
     """Return one dictionary of JSON data per layer of the unpruned model.
@@ -98,3 +101,34 @@ def sizes_table(before: Record, after: Record) -> Table:
         texts = (f"{1e3 * n:.3g} ms" if timed else f"{n:,}" for n in (old, new))
         out.add_row(name.removesuffix("_seconds").replace("_", " "), *texts, f"{new / old:.3f}")
     return out
+
+
+def latencies(timed: Mapping[str, Any], again: Mapping[str, Mapping[str, float]], target: float) -> Record:
+    """Return the measured latency of the pruned model as JSON data, beside the prediction.
+
+    Args:
+      timed: metrics of the search for a budget of latency.
+      again: latencies of the unpruned and the pruned model, which ran in alternation: {"before": {phase: seconds}, …}.
+      target: fraction of the latency to keep.
+
+    Returns:
+      {"before_seconds", "after_seconds", "ratio", "target", "met"}. `met` is false if the ratio differs from the target
+      by more than `MISSED`.
+    """
+    before, after = (again[name][timed["of"]] for name in ("before", "after"))
+    ratio = after / before
+    found = {"before_seconds": before, "after_seconds": after, "ratio": ratio, "target": target}
+    return found | {"met": abs(ratio / target - 1) <= MISSED}
+
+
+def latency_line(timed: Mapping[str, Any]) -> str:
+    """Return a line about the measured latency of the pruned model. If the target is missed, the line is a warning."""
+    before, after, predicted = (1e3 * timed[f"{name}_seconds"] for name in ("before", "after", "predicted"))
+    line = (
+        f"latency ({timed['of']}, {timed['batch_size']:,} x {timed['context']:,} tokens): {before:.3g} → {after:.3g} "
+        f"ms, predicted {predicted:.3g} ms; {timed['ratio']:.3f} of the time before, asked {timed['target']:g}"
+    )
+    if timed["met"]:
+        return line
+    side = "above" if timed["ratio"] > timed["target"] else "below"
+    return f"warning: {line}, so the latency is more than {MISSED:.0%} {side} the target"

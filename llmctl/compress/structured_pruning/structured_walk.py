@@ -13,10 +13,18 @@ from llmctl.compress.calibration import calibration_data
 from llmctl.compress.calibration.calibrate import LayerReport
 from llmctl.compress.calibration.layer_files import Saved
 from llmctl.compress.calibration.measurements import Measurements
-from llmctl.compress.structured_pruning import budget_scan, channel_choice, gates, sizes, structured
-from llmctl.compress.structured_pruning.budget import TOLERANCE
+from llmctl.compress.structured_pruning import (
+    budget,
+    budget_scan,
+    channel_choice,
+    gates,
+    latency_table,
+    sizes,
+    structured,
+)
+from llmctl.compress.structured_pruning.budget import TOLERANCE, UNITS, Kind
 from llmctl.compress.structured_pruning.budget_scan import Scan
-from llmctl.compress.structured_pruning.search_space import Space, with_sizes
+from llmctl.compress.structured_pruning.search_space import Size, Space, with_sizes
 from llmctl.compress.structured_pruning.settings import StructuredSettings
 from llmctl.compress.structured_pruning.shrink import drop_layers
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
@@ -125,7 +133,7 @@ def choose_sizes(
     config: StructuredSettings,
     base: Artifact,
     params: Params,
-    asked: tuple[str, float],
+    asked: tuple[Kind, float],
     method: StructuredMethod,
     mesh: Mesh,
     *,
@@ -158,6 +166,9 @@ def choose_sizes(
       RequestError: If no sizes meet the budget, or the calibration data cannot be read.
     """
     space, size, wanted = sizes.search(config, base, params, asked, method, mesh, rows)
+    timed = dict[str, Any]()
+    if asked[0] == "latency":
+        size, wanted, timed = _latencies(config, base, params, space, rows, Measurements(saved.folder), log)
     before, done = search_steps(space, method), _most_steps(space, method)
     log.total = before + done
     batches = calibration_data.load(config, base, mesh, labels=True)
@@ -177,12 +188,37 @@ def choose_sizes(
     best = ModelConfig.model_validate(found[0].model.model_dump())
     log.total = before + pruning_steps(base.model, best, method, known=True)
     if (reached := size(best)) < (1 - TOLERANCE) * wanted:
-        log.say(f"no sizes are within {TOLERANCE:.0%} of the budget of {wanted:,.0f}; the nearest have {reached:,.0f}")
+        unit = UNITS.get(asked[0], "")
+        log.say(
+            f"no sizes are within {TOLERANCE:.0%} of the budget of {wanted:,.0f}{unit}; the nearest have "
+            f"{reached:,.0f}{unit}"
+        )
     show(budget_scan.table(found, asked[0]))
     losses = {name: {str(n): round(loss, 5) for n, loss in curve.items()} for name, curve in curves.items()}
     about = {"kind": asked[0], "limit": wanted, "size": reached}
     about |= {"candidates": [c.record for c in found], "losses": losses}
+    if timed:
+        about["latency"] = timed | {"predicted_seconds": reached / 1e6}
     return scan, best, about
+
+
+def _latencies(
+    config: StructuredSettings, base: Artifact, params: Params, space: Space, rows: int, saved: Measurements, log: Log
+) -> tuple[Size, float, dict[str, Any]]:
+    """Measure latencies, and return a function that predicts the latency of a model, the limit, and metrics.
+
+    Raises:
+      RequestError: If no sizes meet the budget.
+    """
+    timing = sizes.timing(config, base)
+    table, parent = latency_table.measure(base.model, params, rows, space, timing, config.dtype, saved)
+    predicted = parent / table.factor
+    log.say(
+        f"latency ({timing}): {parent:,.0f} µs before pruning; the table of single layers predicts {predicted:,.0f} µs"
+    )
+    wanted = budget.limit(space, ("latency", config.budget.latency), table, parent)
+    about = {"of": timing.phase, "batch_size": timing.rows, "context": timing.context}
+    return table, wanted, about | {"table_seconds": predicted / 1e6, "unpruned_seconds": parent / 1e6}
 
 
 def search_steps(space: Space, method: StructuredMethod, *candidates: int) -> int:

@@ -148,12 +148,16 @@ def _report(
 
     `before` and `after` are the config and the parameters of the unpruned and of the pruned model.
     """
-    from llmctl.compress.structured_pruning import importance_plot, latency, structured_report
+    from llmctl.compress.structured_pruning import importance_plot, latency, sizes, structured_report
     from llmctl.pipeline import console
 
     models = {"before": before, "after": after}
     seq_len = config.seq_len or base.manifest.seq_len or min(base.model.max_seq_len, 2048)
-    times = latency.measure(models, seq_len, config.dtype) if config.latency else {}
+    times = latency.measure(models, latency.phases(before[0], seq_len), config.dtype) if config.latency else {}
+    if timed := found.get("budget", {}).get("latency"):
+        again = latency.measure(models, [sizes.timing(config, base)], config.dtype)
+        timed |= structured_report.latencies(timed, again, config.budget.latency)
+        console.say(f"{config.title}: {structured_report.latency_line(timed)}")
     found["structured_layers"] = structured_report.layers(before[0], after[0], found)
     found["sizes"] = {n: structured_report.sizes(*shapes, seq_len, times.get(n)) for n, shapes in models.items()}
     console.note(structured_report.layers_table(found["structured_layers"], before[0]))
@@ -214,5 +218,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     if asked:
         space, _, _ = sizes.search(config, base, params, asked, method, mesh, rows)
         found += structured_programs.search(base.model, params, space, method, walk)
+        if asked[0] == "latency":
+            timing = sizes.timing(config, base)
+            found += structured_programs.timed(base.model, params, timing, mesh, config.dtype)
     found += structured_programs.structured_pruning(base.model, params, target, method, mesh, walk, known=bool(asked))
     return found, abstract_artifact.abstract_result(config, small, target, base=base)

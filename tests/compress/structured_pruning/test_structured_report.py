@@ -60,13 +60,29 @@ def test_curves_fall_from_one_and_the_picture_is_written(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("family", "parts"), [("llama", {"prefill", "decode"}), ("bert", {"prefill"})])
-def test_times_of_both_parts_are_measured(family, parts, monkeypatch):
-    """Abstract parameters suffice; each time is positive."""
-    monkeypatch.setattr(latency, "ROUNDS", 3)
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_times_of_all_phases_are_measured(family, monkeypatch):
+    """Abstract parameters suffice; each time is positive. Copies of the weights run in turn."""
+    monkeypatch.setattr(latency, "ROUNDS", 2)
     cfg = ModelConfig.model_validate({
         "family": family, "vocab_size": 16, "d_model": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4,
-        "d_ff": 8, "max_seq_len": 32,
+        "d_ff": 8, "max_seq_len": 32, "encoder_layers": int(family == "t5"),
     })  # fmt: skip
-    found = latency.measure({"one": (cfg, functional.abstract(cfg))}, 8)
-    assert found["one"].keys() == parts and all(t > 0 for t in found["one"].values())
+    phases = latency.phases(cfg, 8)
+    found = latency.measure({"one": (cfg, functional.abstract(cfg))}, phases)["one"]
+    assert list(found) == [t.phase for t in phases] == ["prefill"] + ["decode"] * (family != "bert")
+    assert all(t > 0 for t in found.values())
+    with latency.on_one_device():
+        run = latency.runner(cfg, [latency.zeros(functional.abstract(cfg))] * 2, phases[-1])
+        assert len(run()) == 2 and min(run()) > 0
+
+
+@pytest.mark.parametrize(("after", "met"), [(0.0054, True), (0.0056, False), (0.0044, False)])
+def test_a_missed_latency_is_said(after, met):
+    timed = {"of": "decode", "batch_size": 1, "context": 64, "predicted_seconds": 0.005}
+    again = {"before": {"decode": 0.01}, "after": {"decode": after}}
+    timed |= structured_report.latencies(timed, again, 0.5)
+    assert (timed["ratio"], timed["met"]) == (pytest.approx(after / 0.01), met)
+    line = structured_report.latency_line(timed)
+    assert line.startswith("warning: ") != met and "predicted 5 ms" in line and "asked 0.5" in line
+    assert met or ("10% above" if after > 0.005 else "10% below") in line

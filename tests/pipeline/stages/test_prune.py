@@ -13,7 +13,7 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
 from llmctl.cli import app
 from llmctl.compress.pruning import allocation, prune, sparsegpt
-from llmctl.compress.structured_pruning import budget_scan, measured_walk, sizes, structured
+from llmctl.compress.structured_pruning import budget_scan, latency, latency_table, measured_walk, sizes, structured
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
@@ -117,6 +117,45 @@ def test_a_killed_search_measures_nothing_twice(artifacts, tmp_path, reviews, mo
     log = (made.path / "log.jsonl").read_text()
     assert log.count("calibration_loss") == calls.count("loss") - 1
     assert made.manifest.digest == whole.manifest.digest and made.manifest.metrics == whole.manifest.metrics
+
+
+def test_a_budget_of_latency_is_met_by_the_table(artifacts, tmp_path, reviews, monkeypatch, capsys):
+    """The clock counts sizes. A resumed run reads the table; the pruned model then seems 30 % too slow."""
+    timed, before = [], artifact.load(artifacts / "lm").model
+
+    def seconds(cfg):
+        return 1e-6 * (cfg.vocab_size + cfg.layers * cfg.d_model * (cfg.d_ff + 2 * cfg.heads))
+
+    def runner(cfg, copies, timing, dtype, tokens):
+        timed.append(cfg)
+        return lambda: [seconds(cfg) * (1.3 if len(timed) == 2 and cfg != before else 1.0)]
+
+    monkeypatch.setattr(latency, "runner", runner)
+    monkeypatch.setattr(latency_table, "FRACTIONS", (1,))
+    settings = {"data": reviews, "examples": 16, "budget": {"latency": 0.6, "batch_size": 3}}
+    with monkeypatch.context() as killed, pytest.raises(ZeroDivisionError):
+        killed.setattr(budget_scan, "measure", lambda *args: 1 / 0)
+        run(artifacts, tmp_path, "lm", **settings)
+    del timed[:]
+    found = run(artifacts, tmp_path, "lm", **settings).manifest.metrics["budget"]
+    limit, own = 0.6 * 1e6 * seconds(before), found["latency"]
+    assert len(timed) == 2  # only the comparison at the end
+    assert found["limit"] == pytest.approx(limit) and 0.99 * limit <= found["size"] <= limit
+    assert (own["of"], own["batch_size"], own["context"]) == ("decode", 3, 32)
+    assert own["predicted_seconds"] == pytest.approx(found["size"] / 1e6) == pytest.approx(seconds(timed[1]))
+    assert own["after_seconds"] == pytest.approx(1.3 * own["predicted_seconds"]) and not own["met"]
+    said = capsys.readouterr().err
+    assert "latency (decode, 3 x 32 tokens):" in said and "warning: latency" in said and "10% above" in said
+
+
+def test_budgets_of_latency_that_no_model_has(artifacts, tmp_path, reviews):
+    for parent, budget, message in (
+        ("encoder", {"latency": 0.5}, "set budget.latency_of = 'prefill'"),
+        ("lm", {"latency": 0.5, "context": 1000}, "budget.context: 1,000 tokens, but"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            run(artifacts, tmp_path, parent, budget=budget, data=reviews)
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_progress_of_a_search_ends_at_its_total(artifacts, tmp_path, reviews, capsys, monkeypatch):

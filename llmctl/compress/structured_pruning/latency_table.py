@@ -1,0 +1,307 @@
+"""Predict the latency of pruned models from a table of measured latencies of single layers.
+
+The latency of a model is the sum of two parts:
+
+- the fixed part: embeddings, output head, and the overhead of the program. It depends on the hidden width.
+- the latency of each layer. It depends on the hidden width, the heads and the neurons.
+
+For a few hidden widths, layers are measured with all neurons and a few numbers of heads, and with all heads and a few
+numbers of neurons. Attention and the feed-forward part add up. Other sizes are interpolated. A few layers are compiled
+together, with a vocabulary of a few tokens. As many copies of their weights run in turn as the model has layers, so
+that weights come from the same level of the memory as in the model.
+
+Each measurement runs in alternation with a few layers of the unpruned model. Its result is multiplied by the ratio of
+their first measurement to the present one, so that other work of the machine slows all measurements equally.
+
+Finally, the unpruned model is measured. Predictions are multiplied by the ratio of its latency to its prediction. All
+latencies are in microseconds.
+
+Shapes: S stacks, H hidden widths, G key/value heads, Q query heads per key/value head, F neurons.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmctl.compress.calibration.measurements import Measurements
+from llmctl.compress.structured_pruning import channel_cut, latency, shrink, vocabulary
+from llmctl.compress.structured_pruning.latency import Timing
+from llmctl.compress.structured_pruning.measured_walk import measure_once
+from llmctl.compress.structured_pruning.search_space import QUERIES, Space, count, with_sizes
+from llmctl.distributed import processes
+from llmctl.model import functional, wiring
+from llmctl.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+LAYERS = 4
+"""Number of layers that are compiled together."""
+TOKENS = 8
+"""Size of the vocabulary in the measurements of layers, so that the output head takes little time."""
+FRACTIONS = (1, 1 / 2, 1 / 4)
+"""Fractions of each size at which layers are measured, beside the smallest size."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Store the sizes at which layers are measured, ascending. The last value of each size is that of the model."""
+
+    hidden: list[int]
+    groups: list[int]
+    queries: list[int]
+    neurons: list[int]
+
+    @classmethod
+    def of(cls, space: Space) -> Grid:
+        """Return the sizes for a budget search."""
+        cfg, multiple = space.cfg, space.multiple
+        neurons = list(range(multiple, cfg.d_ff, multiple)) or [cfg.d_ff]
+        counts = (space.hidden, space.heads, space.queries, neurons)
+        wholes = (cfg.d_model, cfg.kv_heads, count(cfg, QUERIES), cfg.d_ff)
+        return cls(*(_points(own, whole) for own, whole in zip(counts, wholes, strict=True)))
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Predict the latency of a model in microseconds.
+
+    The predictions never decrease with any size, because the running maximum of the measurements is interpolated.
+    """
+
+    grid: Grid
+    fixed_H: np.ndarray
+    """Fixed part."""
+    layers_SHGQF: np.ndarray
+    """Latency of one layer of each stack."""
+    stacks: tuple[str, ...]
+    """Stacks whose layers take time. While an encoder-decoder decodes, its encoder does not run."""
+    factor: float = 1.0
+    """Ratio of the unpruned model's measured latency to its prediction."""
+
+    def __call__(self, model: ModelConfig) -> float:
+        """Return the predicted latency of a model."""
+        grid = self.grid
+        points = grid.hidden, grid.groups, grid.queries, grid.neurons
+        at = model.d_model, model.kv_heads, count(model, QUERIES), model.d_ff
+        total = interpolate(points[:1], self.fixed_H, at[:1])
+        for stack, layers in zip(self.stacks, self.layers_SHGQF, strict=True):
+            total += functional.depth(model, stack) * interpolate(points, layers, at)
+        return self.factor * total
+
+
+def interpolate(points: Sequence[Sequence[int]], values: np.ndarray, at: Sequence[float]) -> float:
+    """Interpolate values on a grid linearly along each axis. Beyond the ends of an axis, the end value is returned.
+
+    >>> interpolate([[0, 2], [0, 10]], np.array([[0.0, 10.0], [2.0, 12.0]]), (1, 5))
+    6.0
+    """
+    for axis, where in zip(points, at, strict=True):  # the first axis is removed each time
+        if len(axis) == 1:
+            values = values[0]
+            continue
+        right = int(np.clip(np.searchsorted(axis, where), 1, len(axis) - 1))
+        share = np.clip((where - axis[right - 1]) / (axis[right] - axis[right - 1]), 0.0, 1.0)
+        values = (1 - share) * values[right - 1] + share * values[right]
+    return float(values)
+
+
+def measure(
+    cfg: ModelConfig, params: Params, rows: int, space: Space, timing: Timing, dtype: Any, saved: Measurements
+) -> tuple[LatencyTable, float]:
+    """Measure the table and the unpruned model.
+
+    All measurements are saved, so that an interrupted run continues with the same numbers.
+
+    Args:
+      cfg: config of the model.
+      params: parameters of the model. Only their shapes and types are read.
+      rows: number of tokens in the vocabulary after pruning.
+      space: sizes that the search allows.
+      timing: what is timed.
+      dtype: dtype of the computation.
+      saved: measurements of an interrupted run.
+
+    Returns:
+      The table, and the measured latency of the unpruned model in microseconds.
+    """
+    grid = Grid.of(space)
+    timed = _Timed(cfg, jax.eval_shape(lambda p: p, params), timing, dtype, saved)
+    queries, tokens = count(cfg, QUERIES), {rows, cfg.vocab_size}
+    fixed: dict[int, list[float]] = {n: [] for n in tokens}
+    heads, neurons = [], []
+    for hidden in grid.hidden:
+        whole = with_sizes(cfg, layers=cfg.layers, heads=cfg.kv_heads, ffn=cfg.d_ff, hidden=hidden)
+        overhead, own_S = timed.overhead(whole)
+        for n in tokens:
+            fixed[n].append(timed.one_layer(whole, n) - float(own_S.sum()))
+        for groups, each in itertools.product(grid.groups, grid.queries):
+            model = with_sizes(cfg, layers=cfg.layers, heads=groups, ffn=cfg.d_ff, hidden=hidden, queries=each)
+            heads.append(own_S if (groups, each) == (cfg.kv_heads, queries) else timed.layers(model, overhead))
+        for ffn in grid.neurons:
+            model = with_sizes(cfg, layers=cfg.layers, heads=cfg.kv_heads, ffn=ffn, hidden=hidden)
+            neurons.append(own_S if ffn == cfg.d_ff else timed.layers(model, overhead))
+    shape = len(timed.stacks), len(grid.hidden)
+    heads_SHGQ1 = np.array(heads).T.reshape(*shape, len(grid.groups), len(grid.queries), 1)
+    neurons_SH11F = np.array(neurons).T.reshape(*shape, 1, 1, len(grid.neurons))
+    layers_SHGQF = heads_SHGQ1 + neurons_SH11F - neurons_SH11F[..., -1:]
+    table = LatencyTable(grid, _rising(np.array(fixed[rows]), 1), _rising(layers_SHGQF, 4), timed.stacks)
+    parent = timed.complete()
+    predicted = table(cfg) - table.fixed_H[-1] + max(0.0, fixed[cfg.vocab_size][-1])
+    return replace(table, factor=parent / predicted), parent
+
+
+def _rising(values: np.ndarray, axes: int) -> np.ndarray:
+    """Return the running maximum along the last axes, at least 0."""
+    values = np.maximum(values, 0.0)
+    for axis in range(values.ndim - axes, values.ndim):
+        values = np.maximum.accumulate(values, axis=axis)
+    return values
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Measure the latency of models with few layers, in microseconds."""
+
+    cfg: ModelConfig
+    params: Params
+    """Abstract parameters."""
+    timing: Timing
+    dtype: Any
+    saved: Measurements
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Return the stacks whose layers take time."""
+        stacks = functional.stacks(self.cfg)
+        return tuple(stacks[-1:] if self.timing.phase == "decode" else stacks)
+
+    def overhead(self, model: ModelConfig) -> tuple[float, np.ndarray]:
+        """Return the latency of a model without layers, and of one layer of each stack, [S]."""
+        depths_SS = self._depths()
+        equations = np.pad(np.vstack([np.ones(len(depths_SS)), depths_SS]), ((0, 0), (1, 0)), constant_values=1)
+        found = np.linalg.solve(equations, [self._few(model, depths) for depths in equations[:, 1:]])
+        return float(found[0]), found[1:]
+
+    def layers(self, model: ModelConfig, overhead: float) -> np.ndarray:
+        """Return the latency of one layer of each stack, [S]."""
+        depths_SS = self._depths()
+        return np.linalg.solve(depths_SS, [self._few(model, depths) - overhead for depths in depths_SS])
+
+    def one_layer(self, model: ModelConfig, tokens: int) -> float:
+        """Return the latency of a model with one layer per stack, and a vocabulary of the size `tokens`."""
+        depths = np.ones(len(self.stacks))
+        return self._once(model, depths, tokens, lambda: self._run(model, depths, tokens, 1, latency.NEW))
+
+    def complete(self) -> float:
+        """Return the latency of the unpruned model."""
+        cfg = self.cfg
+        depths = np.array([functional.depth(cfg, stack) for stack in self.stacks])
+        return self._once(cfg, depths, cfg.vocab_size, lambda: self._compared(cfg, self.params, 1, latency.NEW))
+
+    def _depths(self) -> np.ndarray:
+        """Return [S, S] numbers of layers: `LAYERS` (or more) of one stack, and one of every other stack."""
+        several = min(2 * LAYERS, max(LAYERS, self.cfg.window_every if self.cfg.window else 0))
+        return np.ones((len(self.stacks), len(self.stacks))) + (several - 1) * np.eye(len(self.stacks))
+
+    def _few(self, model: ModelConfig, depths: np.ndarray) -> float:
+        """Return the latency of a model with few layers and a small vocabulary."""
+        tokens, copies = min(TOKENS, self.cfg.vocab_size), self._copies(depths)
+        return self._once(model, depths, tokens, lambda: self._run(model, depths, tokens, copies, 1))
+
+    def _copies(self, depths: np.ndarray) -> int:
+        """Return how many copies of a few layers have together at least as many layers as the model."""
+        every = [functional.depth(self.cfg, stack) for stack in self.stacks]
+        return max(-(-n // int(few)) for n, few in zip(every, depths, strict=True))
+
+    def _once(self, model: ModelConfig, depths: np.ndarray, tokens: int, compute: Callable[[], float]) -> float:
+        """Return a latency that an interrupted run saved, or measure and save it."""
+        sizes = (*depths.astype(int), model.kv_heads, count(model, QUERIES), model.d_ff, model.d_model, tokens)
+        return self._saved(".".join(map(str, sizes)), compute)
+
+    def _saved(self, name: str, compute: Callable[[], float]) -> float:
+        """Return a number that an interrupted run saved, or compute and save it. All processes get the same number."""
+        name = f"latency.{self.timing.phase}.{name}"
+        return measure_once(self.saved, name, lambda: max(processes.gather(compute())))
+
+    def _run(self, model: ModelConfig, depths: np.ndarray, tokens: int, copies: int, new: int) -> float:
+        return self._compared(*self._shaped(model, depths, tokens), copies, new)
+
+    def _shaped(self, model: ModelConfig, depths: np.ndarray, tokens: int) -> tuple[ModelConfig, Params]:
+        few = {stack: int(n) for stack, n in zip(self.stacks, depths, strict=True)}
+        return shaped(self.cfg, self.params, model, few, tokens)
+
+    def _compared(self, cfg: ModelConfig, params: Params, copies: int, new: int) -> float:
+        """Return the latency of a model, measured in alternation with the reference."""
+        reference, first = self._reference
+        run = self._runner(cfg, params, copies, new)
+        with latency.on_one_device():
+            own, now = latency.minima([run, reference])
+        return 1e6 * own * first / now
+
+    @cached_property
+    def _reference(self) -> tuple[latency.Run, float]:
+        """Return a function that runs a few layers of the unpruned model, and its first measurement in seconds."""
+        depths, tokens = self._depths()[-1], min(TOKENS, self.cfg.vocab_size)
+        run = self._runner(*self._shaped(self.cfg, depths, tokens), self._copies(depths), 1)
+        with latency.on_one_device():
+            return run, self._saved("reference", lambda: latency.minima([run])[0])
+
+    def _runner(self, cfg: ModelConfig, params: Params, copies: int, new: int) -> latency.Run:
+        with latency.on_one_device():
+            made = [latency.zeros(params) for _ in range(copies)]
+            return latency.runner(cfg, made, self.timing, self.dtype, new)
+
+
+def shaped(
+    cfg: ModelConfig, params: Params, target: ModelConfig, depths: Mapping[str, int], tokens: int
+) -> tuple[ModelConfig, Params]:
+    """Return the config and the abstract parameters of a model with other sizes.
+
+    Args:
+      cfg: config of the model.
+      params: parameters of the model; they may be abstract. The arrays keep their types.
+      target: config with the hidden width, the heads and the neurons.
+      depths: number of layers by stack. A stack that is not named gets one layer.
+      tokens: number of tokens in the vocabulary.
+    """
+    models: list[ModelConfig] = []
+    sizes = {field: getattr(target, field) for field in ("heads", "kv_heads", "d_ff")}
+
+    def small(p: Params) -> Params:
+        model = cfg  # the vocabulary and the channels first, because their axes are found by tracing each config
+        if tokens != cfg.vocab_size:
+            model, p = vocabulary.cut(model, p, np.arange(tokens))
+        if target.d_model != cfg.d_model:
+            model, p = channel_cut.cut_channels(model, p, np.arange(target.d_model))
+        every = {stack: functional.depth(cfg, stack) for stack in functional.stacks(cfg)}
+        model, p = shrink.drop_layers(
+            model, p, {stack: [i % n for i in range(depths.get(stack, 1))] for stack, n in every.items()}
+        )
+        narrow = model.model_copy(update=sizes)
+        kept = {
+            stack: {
+                units.name: [np.arange(after.count)] * functional.depth(model, stack)
+                for units, after in zip(wiring.units(model, stack), wiring.units(narrow, stack), strict=True)
+                if units.count != after.count
+            }
+            for stack in functional.stacks(model)
+        }
+        model, p = shrink.cut(model, p, narrow, kept)
+        models.append(model)
+        return p
+
+    made = jax.eval_shape(small, params)
+    return models[0], made
+
+
+def _points(counts: Sequence[int], whole: int) -> list[int]:
+    """Return the smallest count, the whole, and the counts that are nearest to `FRACTIONS`, ascending."""
+    near = {min(counts, key=lambda n, aim=share * whole: abs(n - aim)) for share in FRACTIONS}
+    return sorted({min(counts), *near, whole})
