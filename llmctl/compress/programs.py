@@ -28,7 +28,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.registry import of
 from llmctl.model import flops as cost
-from llmctl.model import functional, weights
+from llmctl.model import functional, layerwise, weights
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
 from llmctl.model.program import Cost, Pass, Program, Tree
@@ -90,11 +90,11 @@ class Walk:
 
         with meshes.use(mesh):
             memory = (
-                jax.eval_shape(partial(functional.encode, model, dtype=dtype), params, batch)
+                jax.eval_shape(partial(layerwise.encode, model, dtype=dtype), params, batch)
                 if model.encoder_layers
                 else None
             )
-            start = partial(functional.embed, model, dtype=dtype)
+            start = partial(layerwise.embed, model, dtype=dtype)
             carry = jax.tree.map(over_rows, jax.eval_shape(start, params, batch, memory))
             layer = layer_of(params, stack)
             new = layer if after is None else layer_of(after, stack)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llmctl.model import functional, token_relations
+from llmctl.model import functional, layerwise, token_relations
 from llmctl.model.config import ModelConfig
 from llmctl.model.layers import Dense, Norm
 from llmctl.model.transformer import Batch, Params, apply
@@ -155,7 +155,7 @@ def heads_of(
     Returns:
         {"q", "k", "v"}: arrays [B, T, W], for the total width W of the heads.
     """
-    own = functional.layer_params(params, functional.stacks(cfg)[-1], layer)
+    own = layerwise.layer_params(params, functional.stacks(cfg)[-1], layer)
     x = x_BTD if cfg.norm_position == "post" else apply(Norm(cfg, dtype), {"params": own["attn_norm"]}, x_BTD)
 
     def one(name: str, heads: int) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from central_differences import slope
 
-from llmctl.model import functional, layer_signals, token_relations
+from llmctl.model import functional, layer_signals, layerwise, token_relations
 from llmctl.model.config import ModelConfig
 from llmctl.model.layer_signals import Inner, Signals
 
@@ -96,12 +96,12 @@ def test_heads_are_those_that_the_layer_computes(preset):
     params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     batch = {n: a + 1 for n, a in functional.example_batch(cfg, 1, 5).items()}
     stack = functional.stacks(cfg)[-1]
-    memory = functional.encode(cfg, params, batch) if cfg.encoder_layers else None
-    carry = functional.embed(cfg, params, batch, memory)
-    layer = functional.layer_params(params, stack, 0)
-    carry, _ = functional.block(cfg, stack, layer, carry, 0)
-    layer = functional.layer_params(params, stack, 1)
-    _, taps = functional.block(cfg, stack, layer, carry, 1, taps=True)
+    memory = layerwise.encode(cfg, params, batch) if cfg.encoder_layers else None
+    carry = layerwise.embed(cfg, params, batch, memory)
+    layer = layerwise.layer_params(params, stack, 0)
+    carry, _ = layerwise.block(cfg, stack, layer, carry, 0)
+    layer = layerwise.layer_params(params, stack, 1)
+    _, taps = layerwise.block(cfg, stack, layer, carry, 1, taps=True)
     found = layer_signals.heads_of(cfg, params, 1, carry.x_BTD)
     for name in ("q", "k", "v"):
         want = taps[f"attn/{name}"] @ layer["attn"][name]["kernel"] + layer["attn"][name].get("bias", 0.0)

@@ -8,7 +8,7 @@ import pytest
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
-from llmctl.model import functional
+from llmctl.model import functional, layerwise
 from llmctl.model.config import ModelConfig
 
 SIZES = {"d_model": 16, "layers": 4, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "vocab_size": 32}
@@ -35,12 +35,12 @@ def some_batch(cfg, B=2, T=6):
 def walk(cfg, params, batch):
     """The outputs of all layers of the last stack, one block after the other, and the final states."""
     stack = functional.stacks(cfg)[-1]
-    memory = functional.encode(cfg, params, batch) if cfg.encoder_layers else None
-    carry, found = functional.embed(cfg, params, batch, memory), []
+    memory = layerwise.encode(cfg, params, batch) if cfg.encoder_layers else None
+    carry, found = layerwise.embed(cfg, params, batch, memory), []
     for i in range(cfg.layers):
-        carry, _ = functional.block(cfg, stack, functional.layer_params(params, stack, i), carry, i)
+        carry, _ = layerwise.block(cfg, stack, layerwise.layer_params(params, stack, i), carry, i)
         found.append(carry.x_BTD)
-    return functional.finish(cfg, params, stack, carry), jnp.stack(found)
+    return layerwise.finish(cfg, params, stack, carry), jnp.stack(found)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -50,8 +50,8 @@ def test_chosen_states_equal_the_walk_block_by_block(preset):
     want, layers = walk(cfg, params, batch)
     x, states = functional.hidden_states(cfg, params, batch, (3, -1, 1))
     np.testing.assert_allclose(states[::2], layers[jnp.array([3, 1])], atol=1e-5)
-    memory = functional.encode(cfg, params, batch) if cfg.encoder_layers else None
-    np.testing.assert_allclose(states[1], functional.embed(cfg, params, batch, memory).x_BTD, atol=1e-5)
+    memory = layerwise.encode(cfg, params, batch) if cfg.encoder_layers else None
+    np.testing.assert_allclose(states[1], layerwise.embed(cfg, params, batch, memory).x_BTD, atol=1e-5)
     np.testing.assert_allclose(x, want, atol=1e-5)
 
 

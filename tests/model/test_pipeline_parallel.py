@@ -14,7 +14,7 @@ from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.data import device_batches
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.registry import default
-from llmctl.model import functional, pipeline_parallel, quantized_matmul, weights
+from llmctl.model import functional, layerwise, pipeline_parallel, quantized_matmul, weights
 from llmctl.model.config import ModelConfig
 from llmctl.train import loop, step
 from llmctl.train.adapters import lora
@@ -211,10 +211,10 @@ def test_block_by_block_is_the_pipeline():
         whole = jax.jit(lambda p, b: functional.hidden(PLAIN, p, b))(params, batch)
 
         def walk(params, batch):
-            carry = functional.embed(PLAIN, params, batch)
+            carry = layerwise.embed(PLAIN, params, batch)
             for i in range(PLAIN.layers):
-                carry, _ = functional.block(PLAIN, "decoder", functional.layer_params(params, "decoder", i), carry, i)
-            return functional.finish(PLAIN, params, "decoder", carry)
+                carry, _ = layerwise.block(PLAIN, "decoder", layerwise.layer_params(params, "decoder", i), carry, i)
+            return layerwise.finish(PLAIN, params, "decoder", carry)
 
         np.testing.assert_allclose(whole, jax.jit(walk)(params, batch), atol=1e-5)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.model import functional, wiring
+from llmctl.model import functional, layerwise, wiring
 from llmctl.model.config import ModelConfig, families, family
 from llmctl.model.weights import flatten, unflatten
 
@@ -72,11 +72,11 @@ def tiny(name: str, **flags: Any) -> tuple[ModelConfig, dict[str, Any], dict[str
 def test_matrices_with_one_input_read_equal_activations(name, flags):
     """Of every layer's captured inputs, exactly those that the wiring calls one are equal."""
     cfg, params, batch = tiny(name, **flags)
-    memory = jax.jit(partial(functional.encode, cfg))(params, batch) if cfg.encoder_layers else None
+    memory = jax.jit(partial(layerwise.encode, cfg))(params, batch) if cfg.encoder_layers else None
     for stack in wiring.stacks(cfg):
-        start = functional.embed_encoder if stack == "encoder" and cfg.encoder_layers else functional.embed
-        carry = start(cfg, params, batch) if start is functional.embed_encoder else start(cfg, params, batch, memory)
-        _, taps = functional.block(cfg, stack, functional.layer_params(params, stack, 0), carry, taps=True)
+        start = layerwise.embed_encoder if stack == "encoder" and cfg.encoder_layers else layerwise.embed
+        carry = start(cfg, params, batch) if start is layerwise.embed_encoder else start(cfg, params, batch, memory)
+        _, taps = layerwise.block(cfg, stack, layerwise.layer_params(params, stack, 0), carry, taps=True)
         first = wiring.first_readers(cfg, stack)
         assert first.keys() == taps.keys()
         for a, b in itertools.combinations(sorted(taps), 2):

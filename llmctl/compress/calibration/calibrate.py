@@ -43,7 +43,7 @@ from llmctl.compress.calibration.layer_stack import LayerStack, shard_like
 from llmctl.compress.calibration.statistics import Collect, Stats
 from llmctl.config.errors import RequestError
 from llmctl.distributed import host_memory
-from llmctl.model import functional
+from llmctl.model import functional, layerwise
 from llmctl.model.config import ModelConfig
 
 Batch = dict[str, Any]
@@ -76,7 +76,7 @@ class Visit:
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON data that the method may add about the layer. The data is copied to the layer's report and saved with the
     report."""
-    inputs: Sequence[functional.Carry] = ()
+    inputs: Sequence[layerwise.Carry] = ()
     """Inputs of the layer, per batch. Empty for the output head."""
     batches: Sequence[Batch] = ()
     """The batches. Empty for the output head."""
@@ -170,12 +170,12 @@ def walk(
     x_BTDs: list[jax.Array] = []
     for stack in functional.stacks(cfg):
         beside = stack == "encoder" and cfg.encoder_layers > 0
-        start = jax.jit(partial(functional.embed_encoder if beside else functional.embed, cfg, dtype=dtype))
+        start = jax.jit(partial(layerwise.embed_encoder if beside else layerwise.embed, cfg, dtype=dtype))
         extra = [() if beside else (memory,) for memory in memories]
         carries = [start(params, batch, *more) for batch, more in zip(batches, extra, strict=True)]
         params = job.stack(params, stack, carries)
         if beside or head:
-            end = jax.jit(partial(functional.finish, cfg, dtype=dtype), static_argnames=("stack",))
+            end = jax.jit(partial(layerwise.finish, cfg, dtype=dtype), static_argnames=("stack",))
             memories = x_BTDs = [end(params=params, stack=stack, carry=carry) for carry in carries]
     return job.head(params, x_BTDs) if head else params, reports
 
@@ -194,7 +194,7 @@ class _Walk:
     saved: Saved | None
     dtype: Any
 
-    def stack(self, params: dict[str, Any], stack: str, carries: list[functional.Carry]) -> dict[str, Any]:
+    def stack(self, params: dict[str, Any], stack: str, carries: list[layerwise.Carry]) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
         The list `carries` has one entry per batch: the inputs of the first layer. This method replaces these inputs by

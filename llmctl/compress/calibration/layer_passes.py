@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from llmctl.compress.calibration.statistics import Collect, LayerStats
 from llmctl.distributed import mesh as meshes
-from llmctl.model import functional, wiring
+from llmctl.model import functional, layerwise, wiring
 from llmctl.model.config import ModelConfig
 
 Batch = dict[str, Any]
@@ -39,25 +39,25 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
 
     @partial(jax.jit, donate_argnames=("stats",))
     def observe(
-        layer: Layer, index: jax.Array, carry: functional.Carry, batch: Batch, stats: LayerStats
+        layer: Layer, index: jax.Array, carry: layerwise.Carry, batch: Batch, stats: LayerStats
     ) -> tuple[Any, LayerStats, Any]:
         """Run one batch through the unchanged layer. The statistics are donated, so memory holds them once.
 
         Returns:
           (output, updated statistics, [sum over tokens of 1 - cosine(input, output), number of tokens]).
         """
-        out, taps = functional.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
+        out, taps = layerwise.block(cfg, stack, layer, carry, index, taps=True, dtype=dtype)
         stats = _folded(stats, {path: (taps[path], real(batch, path)) for path in stats.of_inputs})
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
-    def advance(old: Layer, new: Layer, index: jax.Array, carry: functional.Carry, batch: Batch) -> tuple[Any, Any]:
+    def advance(old: Layer, new: Layer, index: jax.Array, carry: layerwise.Carry, batch: Batch) -> tuple[Any, Any]:
         """Run one batch through the changed layer, and return (output, two squared norms).
 
         The norms are [||changed output - unchanged output||^2, ||unchanged output - input||^2], without padding.
         """
-        before, _ = functional.block(cfg, stack, old, carry, index, dtype=dtype)
-        after, _ = functional.block(cfg, stack, new, carry, index, dtype=dtype)
+        before, _ = layerwise.block(cfg, stack, old, carry, index, dtype=dtype)
+        after, _ = layerwise.block(cfg, stack, new, carry, index, dtype=dtype)
         mask = real(batch, "")
         norms = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
         return after, jnp.stack(norms)
@@ -66,10 +66,10 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
 
 
 def empty(
-    cfg: ModelConfig, stack: str, layer: Layer, carry: functional.Carry, collect: Collect, dtype: Any
+    cfg: ModelConfig, stack: str, layer: Layer, carry: layerwise.Carry, collect: Collect, dtype: Any
 ) -> LayerStats:
     """Return the initial statistics of one layer, before any tokens are added."""
-    run = partial(functional.block, cfg, stack, taps=True, dtype=dtype)
+    run = partial(layerwise.block, cfg, stack, taps=True, dtype=dtype)
     _, taps = jax.eval_shape(lambda layer, carry: run(layer, carry, 0), layer, carry)
     return _selected(taps, collect, wiring.first_readers(cfg, stack))
 
@@ -83,7 +83,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
     @partial(jax.jit, donate_argnames=("stats",))
     def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: LayerStats) -> LayerStats:
         """Add the final hidden states of one batch to the statistics, which are donated, and return the statistics."""
-        taps = functional.head_taps(cfg, params, x_BTD, batch, dtype)
+        taps = layerwise.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
 
         def real(rows: int) -> jax.Array:  # pooled inputs have one row per sequence
@@ -120,7 +120,7 @@ def empty_of_head(
     cfg: ModelConfig, params: Layer, x_BTD: jax.Array, batch: Batch, collect: Collect, dtype: Any
 ) -> LayerStats:
     """Return the initial statistics of the output head, before any tokens are added."""
-    taps = jax.eval_shape(partial(functional.head_taps, cfg, dtype=dtype), params, x_BTD, batch)
+    taps = jax.eval_shape(partial(layerwise.head_taps, cfg, dtype=dtype), params, x_BTD, batch)
     return _selected(taps, collect, {})
 
 

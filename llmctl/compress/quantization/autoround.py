@@ -29,7 +29,7 @@ from llmctl.compress.calibration.calibrate import Visit
 from llmctl.compress.quantization import grids
 from llmctl.compress.quantization.formats import Format
 from llmctl.compress.quantization.levels import IntegerGrid
-from llmctl.model import functional, weights
+from llmctl.model import layerwise, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Node
 
@@ -81,14 +81,14 @@ class Tuner:
         self.steps = steps
         segments = "encoder_segments" if stack == "encoder" and cfg.encoder_layers else "segments"
 
-        def output(layer: Layer, index: jax.Array, carry: functional.Carry) -> jax.Array:
-            return functional.block(cfg, stack, layer, carry, index, dtype=dtype)[0].x_BTD
+        def output(layer: Layer, index: jax.Array, carry: layerwise.Carry) -> jax.Array:
+            return layerwise.block(cfg, stack, layer, carry, index, dtype=dtype)[0].x_BTD
 
         def error(
             tuned: dict[str, Tuned],
             layer: Layer,
             index: jax.Array,
-            carry: functional.Carry,
+            carry: layerwise.Carry,
             batch: Any,
             goal: jax.Array,
         ) -> jax.Array:
@@ -99,7 +99,7 @@ class Tuner:
 
         @partial(jax.jit, donate_argnames=("tuned",))
         def step(
-            tuned: dict[str, Tuned], layer: Layer, index: jax.Array, carry: functional.Carry, batch: Any,
+            tuned: dict[str, Tuned], layer: Layer, index: jax.Array, carry: layerwise.Carry, batch: Any,
             goal: jax.Array, rate: jax.Array,
         ) -> dict[str, Tuned]:  # fmt: skip
             gradient = jax.grad(error)(tuned, layer, index, carry, batch, goal)

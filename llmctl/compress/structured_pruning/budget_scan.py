@@ -49,7 +49,7 @@ from llmctl.compress.structured_pruning.structured import (
 )
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
 from llmctl.evaluate.tasks.base import Task
-from llmctl.model import functional, weights, wiring
+from llmctl.model import layerwise, weights, wiring
 from llmctl.model.config import ModelConfig
 
 Params = dict[str, Any]
@@ -169,7 +169,7 @@ def measure(scan: Scan, method: StructuredMethod, progress: Progress = None) -> 
     def reduce(reports: list[LayerReport]) -> dict[str, np.ndarray]:
         found = {}
         for r in reports:
-            layer = functional.layer_params(params, r.stack, r.layer)
+            layer = layerwise.layer_params(params, r.stack, r.layer)
             for units in wiring.units(cfg, r.stack):
                 for path in units.readers:
                     gate = gates.get(f"{r.stack}/blocks/{path}/kernel")

@@ -28,7 +28,7 @@ from llmctl.compress.structured_pruning.gates import Gates
 from llmctl.compress.structured_pruning.measured_walk import UNSAVED, Progress, measure
 from llmctl.compress.structured_pruning.shrink import Kept, columns, cut, drop_layers
 from llmctl.compress.structured_pruning.structured_method import StructuredMethod
-from llmctl.model import functional, wiring
+from llmctl.model import functional, layerwise, wiring
 from llmctl.model.config import ModelConfig
 
 UnitScores = dict[str, list[dict[str, np.ndarray]]]
@@ -209,7 +209,7 @@ def prune_widths(
     def in_common(reports: list[LayerReport]) -> dict[str, np.ndarray]:
         each: dict[str, list[np.ndarray]] = {stack: [] for stack in functional.stacks(cfg)}
         for r in reports:
-            layer = functional.layer_params(params, r.stack, r.layer)
+            layer = layerwise.layer_params(params, r.stack, r.layer)
             each[r.stack].append(score(r.stack, r.layer, layer, r.stats, "attn/o"))
         return {stack: common_scores(scores) for stack, scores in each.items()}
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from llmctl.config import limits
-from llmctl.model import compressed_cache, flops, functional, kv_cache
+from llmctl.model import compressed_cache, flops, functional, kv_cache, layerwise
 from llmctl.model.config import ModelConfig
 from llmctl.model.generate.padded_prompts import ROUND, Prompts, left_padded, right_padded, round_up
 from llmctl.model.generate.served import Served, Shared, served
@@ -127,15 +127,15 @@ class CachedModel:
             new keys and values.
         """
         rest, layers = served
-        carry = functional.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
+        carry = layerwise.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)
         kept = []
         for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
-            carry, new = functional.cached_block(self.model, "decoder", layer, carry, i, old, self.dtype)
+            carry, new = layerwise.cached_block(self.model, "decoder", layer, carry, i, old, self.dtype)
             kept.append(new)
         if last is None:
-            return functional.finish(self.model, rest, "decoder", carry, self.dtype), kept
+            return layerwise.finish(self.model, rest, "decoder", carry, self.dtype), kept
         carry = carry._replace(x_BTD=jax.lax.dynamic_slice_in_dim(carry.x_BTD, last, 1, axis=1))
-        return functional.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
+        return layerwise.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
 
     def check_cache(self, rows: int, slots: int) -> None:
         """Check that a key-value cache with at most two bytes per element fits into the memory of this machine.
@@ -181,7 +181,7 @@ class CachedModel:
         batch |= {"cached_segments": real_BS, "slot": 0}
         source = prompts.source
         if source:
-            batch |= source | {"memory": functional.encode(cfg, served[0], source, self.dtype)}
+            batch |= source | {"memory": layerwise.encode(cfg, served[0], source, self.dtype)}
         x_BD, cache = self.run(served, batch, self.empty_cache(B, slots))
         state: State = {
             "cache": cache,

@@ -10,7 +10,7 @@ from llmctl.compress.calibration.calibrate import walk
 from llmctl.compress.quantization import static_inputs
 from llmctl.compress.quantization.quantize_method import Quantization
 from llmctl.compress.quantization.quantize_walk import collector, quantize_layer
-from llmctl.model import functional, weights
+from llmctl.model import functional, layerwise, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Product, Quantized
 
@@ -73,10 +73,10 @@ def test_the_walk_measures_the_inputs_of_each_matrix(family, make_rows):
     params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(0))
     batches = [make_rows(cfg, seed) for seed in range(2)]
     stack = functional.stacks(cfg)[0]
-    embed = functional.embed_encoder if cfg.encoder_layers else functional.embed
+    embed = layerwise.embed_encoder if cfg.encoder_layers else layerwise.embed
     layer, peaks = jax.tree.map(lambda a: a[0], params[stack]["blocks"]), {}
     for batch in batches:
-        _, taps = functional.block(cfg, stack, layer, embed(cfg, params, batch), 0, taps=True)
+        _, taps = layerwise.block(cfg, stack, layer, embed(cfg, params, batch), 0, taps=True)
         real = batch["segments"].reshape(-1) > 0
         for module, x in taps.items():
             peaks.setdefault(module, []).append(np.abs(np.asarray(x))[real].max())

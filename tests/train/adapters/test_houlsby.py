@@ -15,7 +15,7 @@ from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.convert import architectures
 from llmctl.distributed import mesh as meshes
-from llmctl.model import flops, functional, weights, wiring
+from llmctl.model import flops, functional, layerwise, weights, wiring
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stages import finetune
 from llmctl.train import step
@@ -73,8 +73,8 @@ def test_a_layer_and_its_gradients_are_those_of_torch(form, position):
 
     def ours(flat, x):
         params = {"embed": {"tokens": jnp.zeros((32, 16))}}
-        carry = functional.embed(cfg, params, batch | {"tokens": batch["segments"]})
-        out = functional.block(cfg, "decoder", weights.unflatten(flat), carry._replace(x_BTD=x))[0].x_BTD
+        carry = layerwise.embed(cfg, params, batch | {"tokens": batch["segments"]})
+        out = layerwise.block(cfg, "decoder", weights.unflatten(flat), carry._replace(x_BTD=x))[0].x_BTD
         return (out * g).sum(), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(flat, x)
