@@ -9,6 +9,7 @@ Shapes: B batch, T sequence, D model width, E total width of two models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -83,14 +84,16 @@ def distillation(
     projects, heads, taught = zip(*teachers, strict=True)
     measure = how.divergence
 
+    mix = _weights_per_token(how, weights_BT)
+
     def fn(head: Tree, heads: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
-        taught, targets, weights = aligned
+        taught, targets, weights, mix = aligned
         logits = chunk_logits(project, head, x)
         given = [chunk_logits(*side) for side in zip(projects, heads, taught, strict=True)]
         apart = measure.between(mean_logits(given, measure.temperature), logits)
-        return _token_sums(logits, apart, targets, weights, how)
+        return _token_sums(logits, apart, targets, weights, replace(how, **mix))
 
-    return chunked(fn, vocab, head, heads, x_BTD, (taught, targets_BT, weights_BT))
+    return chunked(fn, vocab, head, heads, x_BTD, (taught, targets_BT, weights_BT, mix))
 
 
 def listed_tokens(teachers: Sequence[Side], vocab: int, k: int, temperature: float) -> Listed:
@@ -127,13 +130,25 @@ def listed_distillation(
         how: Divergence and weights.
     """
     project, head, x_BTD = student
+    mix = _weights_per_token(how, weights_BT)
 
     def fn(head: Tree, _: Tree, x: jax.Array, aligned: Tree) -> tuple[jax.Array, Tree]:
-        listed, targets, weights = aligned
+        listed, targets, weights, mix = aligned
         logits = chunk_logits(project, head, x)
-        return _token_sums(logits, how.divergence.from_listed(listed, logits), targets, weights, how)
+        apart = how.divergence.from_listed(listed, logits)
+        return _token_sums(logits, apart, targets, weights, replace(how, **mix))
 
-    return chunked(fn, vocab, head, (), x_BTD, (teacher, targets_BT, weights_BT))
+    return chunked(fn, vocab, head, (), x_BTD, (teacher, targets_BT, weights_BT, mix))
+
+
+def _weights_per_token(how: SoftLoss, weights_BT: jax.Array) -> dict[str, jax.Array]:
+    """Return the weights of `how` that are arrays, by name, as arrays [B, T] that a chunk can read; numbers stay."""
+    values = {"soft": how.soft, "hard": how.hard}
+    return {
+        name: jnp.broadcast_to(value, weights_BT.shape)
+        for name, value in values.items()
+        if isinstance(value, jax.Array)
+    }
 
 
 def _token_sums(

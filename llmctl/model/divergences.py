@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +123,10 @@ class SoftLoss:
     """Define the loss of a student's outputs: soft * divergence from the teacher + hard * loss on the labels."""
 
     divergence: Divergence
-    soft: float
-    """Weight of the divergence."""
-    hard: float
-    """Weight of the loss on the labels."""
+    soft: Any
+    """Weight of the divergence, a number or an array that broadcasts to the losses."""
+    hard: Any
+    """Weight of the loss on the labels, like `soft`."""
 
     def combined(self, divergence: jax.Array, label_loss: jax.Array) -> jax.Array:
         """Return the weighted sum of a divergence and a loss on the labels."""

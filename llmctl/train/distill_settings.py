@@ -5,9 +5,9 @@ The module does not import JAX, so that settings can be checked early.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmctl.config.base import Config
 from llmctl.config.settings import KVCache
@@ -16,23 +16,31 @@ INNER = ("hidden", "relations", "embeddings")
 """Names of the signals that compare inner layers."""
 
 
+Weight = Annotated[float, Field(ge=0)] | dict[str, float]
+"""Type of a signal's weight: a number, or a linear change such as {from = 1.0, to = 0.0, steps = 0.5}."""
+
+
 class SignalsConfig(Config):
-    """Set the weights of the distillation losses, which are called signals. A signal without a weight is not used."""
+    """Set the weights of the distillation losses, which are called signals. A signal without a weight is not used.
+
+    A weight is a number, or a table { from = 1.0, to = 0.0, steps = 0.5 }, which changes it linearly. `steps` is a
+    number of steps, or a fraction of all steps if it is below 1; without it, the change takes all steps.
+    """
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
-    logits: float = Field(default=0.0, ge=0)
+    logits: Weight = 0.0
     """Weight of the divergence from the teacher's outputs. If no signal has a weight, the default is 1 - hard (the
     setting `hard` of the stage)."""
-    hard: float = Field(default=0.0, ge=0)
+    hard: Weight = 0.0
     """Weight of the loss on the labels. If no signal has a weight, the default is the setting `hard` of the stage."""
-    hidden: float = Field(default=0.0, ge=0)
+    hidden: Weight = 0.0
     """Weight of the distance between the hidden states of the layer pairs in `layer_map`. If the widths differ, a
     trained projection maps the student's states to the teacher's width."""
-    relations: float = Field(default=0.0, ge=0)
+    relations: Weight = 0.0
     """Weight of the divergence between the relations of tokens, in the last layer pair of `layer_map`. Relations are
     the softmax of the scaled products of queries with queries, keys with keys, and values with values."""
-    embeddings: float = Field(default=0.0, ge=0)
+    embeddings: Weight = 0.0
     """Weight of the distance between the inputs of the first layers."""
 
     @property
@@ -41,9 +49,36 @@ class SignalsConfig(Config):
         return any(getattr(self, name) for name in type(self).model_fields)
 
     @property
+    def schedules(self) -> dict[str, dict[str, float]]:
+        """Return the tables of the weights that change, by the name of the signal."""
+        weights = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: weight for name, weight in weights.items() if isinstance(weight, dict)}
+
+    def largest(self, name: str) -> float:
+        """Return the largest weight that a signal has during training."""
+        weight = getattr(self, name)
+        return max(weight["from"], weight["to"]) if isinstance(weight, dict) else weight
+
+    @property
     def inner(self) -> list[str]:
         """Return the names of the inner-layer signals with a nonzero weight."""
         return [name for name in INNER if getattr(self, name)]
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_schedule(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            given = "{" + ", ".join(f"{k} = {v:g}" for k, v in value.items()) + "}"
+            if not {"from", "to"} <= value.keys() <= {"from", "to", "steps"}:
+                raise ValueError(f"{given}: a weight that changes has from and to, and may have steps")
+            if (
+                value["from"] < 0
+                or value["to"] < 0
+                or value.get("steps", 1) <= 0
+                or not any(value[name] for name in ("from", "to"))
+            ):
+                raise ValueError(f"{given}: from and to must not be negative, nor both 0, and steps must be above 0")
+        return value
 
     @model_validator(mode="after")
     def _has_a_weight(self) -> SignalsConfig:

@@ -24,7 +24,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.divergences import Divergence, SoftLoss
 from llmctl.model.layer_signals import Signals
 from llmctl.train import fake_quantize, learner, loop, sparsify
-from llmctl.train.distill_settings import reads_arrays, reads_teacher
+from llmctl.train.distill_settings import INNER, reads_arrays, reads_teacher
 
 if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
@@ -151,7 +151,8 @@ def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
         name = "top_k" if config.top_k else "divergence"
         raise RequestError(f"{name}: the teacher predicts numbers, which are compared by their squared difference")
     if config.signals.active:
-        return SoftLoss(divergence(config), soft=config.signals.logits, hard=config.signals.hard)
+        given = config.signals
+        return SoftLoss(divergence(config), soft=given.largest("logits"), hard=given.largest("hard"))
     hard = 0.0 if config.mode == "on_policy" else config.hard  # samples have no labels
     return SoftLoss(divergence(config), soft=1 - hard, hard=hard)
 
@@ -180,7 +181,8 @@ def signals(config: Any, model: ModelConfig, teacher: ModelConfig, mesh: Mesh) -
             f"relation_heads = {heads}: does not divide the widths of queries and keys, {widths[0]} and {widths[1]} in "
             f"the student, {widths[2]} and {widths[3]} in the teacher"
         )
-    return Signals(given.hidden, given.relations, given.embeddings, pairs, config.hidden_distance, heads)
+    largest = {name: given.largest(name) for name in INNER}
+    return Signals(**largest, pairs=pairs, distance=config.hidden_distance, relation_heads=heads)
 
 
 def layer_pairs(layer_map: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:

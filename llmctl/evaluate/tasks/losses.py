@@ -9,7 +9,7 @@ Shapes: B rows, T tokens per row, P predicted positions per row, D model width, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
@@ -123,8 +123,8 @@ class Losses(TaskRecord):
             ]
             x_BTD = functional.hidden(cfg, params, batch, train=True, rng=key, dtype=dtype, remat=remat)
             if not taught:
-                return self.taught_loss((cfg, params, x_BTD), batch, dtype, how)
-            return self.soft_loss((cfg, params, x_BTD), taught, batch, dtype, how)
+                return self.taught_loss((cfg, params, x_BTD), batch, dtype, weighted(how, batch))
+            return self.soft_loss((cfg, params, x_BTD), taught, batch, dtype, weighted(how, batch))
 
         def inner_loss(
             params: functional.Params,
@@ -138,10 +138,11 @@ class Losses(TaskRecord):
             y_BTE = jax.lax.stop_gradient(y_BTE)
             x_BTD, own = wanted.read(cfg, params, batch, "student", train=True, rng=key, dtype=dtype, remat=remat)
             networks = (cfg, params, x_BTD), [(teacher_cfg, teacher, y_BTE)]
-            total, sums = self.soft_loss(*networks, batch, dtype, how)
+            total, sums = self.soft_loss(*networks, batch, dtype, weighted(how, batch))
             # These losses are means over tokens. The step divides by the sum "weight".
             found = wanted.losses(own, theirs, batch["segments"], extra or {})
-            total += sums["weight"] * sum(wanted.weight(name) * value for name, value in found.items())
+            weights = {name: signal_weight(batch, name, wanted.weight(name)) for name in found}
+            total += sums["weight"] * sum(weights[name] * value for name, value in found.items())
             return total, sums | {name: sums["weight"] * value for name, value in found.items()}
 
         return inner_loss if signals else loss
@@ -283,3 +284,13 @@ def predicted(batch: Batch, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax
 def _taught(batch: Batch) -> jax.Array:
     """Return the mean output of the teachers' task heads, which `Losses.teacher_arrays` added to the batch."""
     return batch["teacher_outputs"] if "teacher_outputs" in batch else batch["teacher_token_outputs"]
+
+
+def signal_weight(batch: Batch, name: str, weight: float) -> Any:
+    """Return the weight of a signal in this step: the array "signal_NAME" [B] of the batch has it if it changes."""
+    return jnp.max(batch[f"signal_{name}"]) if f"signal_{name}" in batch else weight
+
+
+def weighted(how: SoftLoss, batch: Batch) -> SoftLoss:
+    """Return the loss of the outputs with the weights of this step."""
+    return replace(how, soft=signal_weight(batch, "logits", how.soft), hard=signal_weight(batch, "hard", how.hard))

@@ -141,6 +141,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.model.generate.continuations import end_ids
     from llmctl.pipeline import console
     from llmctl.train import distillation, learner, teacher_answers, teacher_cache, teacher_comparison
+    from llmctl.train.signal_schedules import ScheduledRows
     from llmctl.train.student_samples import StudentSamples
 
     devices = mesh.make(config.mesh)
@@ -185,6 +186,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         cache = teacher_cache.TeacherCache(config, learns, teachers, devices, tokens, text)
         learn, unseen = cache.filled(learn, unseen, (lambda: teachers) if loaded else load, say)
         judged = cache.judged
+    if config.signals.schedules:
+        learn = ScheduledRows(learn, config, learner.with_length(config, learn)[0].steps)
     if config.mode == "on_policy":
         if not learns.task.reads_conversations and not {"prompt", "completion"} <= set(text.columns):
             raise RequestError('mode = "on_policy": the data has no prompts with completions; map them in data.columns')
@@ -218,6 +221,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.data.examples import synthetic
     from llmctl.evaluate.tasks.registry import distilled
     from llmctl.train import distillation, learner, programs, teacher_answers, teacher_outputs
+    from llmctl.train.signal_schedules import ScheduledRows
     from llmctl.train.student_samples import StudentSamples
 
     teachers = list(others.values())
@@ -240,6 +244,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     if config.cache:
         stored, rows = teacher_outputs.program(config, learns, teachers, rows, mesh)
         before.append(stored)
+    if config.signals.schedules:
+        rows = ScheduledRows(rows, config, config.train.steps)
     found = [*before, programs.train_step(config, learns, rows, mesh)]
     if config.mode == "on_policy":
         samples = StudentSamples.of(config, learns.model, mesh, synthetic.TOKENIZER, ())

@@ -1,0 +1,66 @@
+"""Change the weights of distillation losses during training.
+
+A weight such as `signals.hidden = { from = 1.0, to = 0.0, steps = 0.5 }` changes linearly. Row i of the training rows
+is read in step i // batch_size, so the rows themselves carry the weights of their step to the compiled loss.
+
+    rows = ScheduledRows(rows, config, steps=1000)
+    rows.batch(numbers)["signal_hidden"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llmctl.data.pretraining.packing import Batch
+
+
+def weight_at(schedule: Mapping[str, float], step: np.ndarray, steps: int) -> np.ndarray:
+    """Return the weight of a signal in each step, float32.
+
+    Args:
+      schedule: "from" and "to", and "steps", the length of the change: a number of steps, or a fraction of all steps if
+        it is below 1. By default, the change takes all steps.
+      step: steps, from 0.
+      steps: number of training steps.
+
+    >>> weight_at({"from": 1.0, "to": 0.0, "steps": 0.5}, np.arange(5), 8).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    length = schedule.get("steps", steps)
+    length = length * steps if length < 1 else length
+    share = np.minimum(step / length, 1.0)
+    return (schedule["from"] + (schedule["to"] - schedule["from"]) * share).astype(np.float32)
+
+
+class ScheduledRows:
+    """Add the weights of signals to training rows, as arrays "signal_NAME" [B]. Other attributes are those of the rows.
+
+    Args:
+      rows: training rows.
+      config: config of the stage `distill`.
+      steps: number of training steps.
+    """
+
+    def __init__(self, rows: Any, config: Any, steps: int) -> None:
+        self._rows, self._size, self._steps = rows, config.train.batch_size, steps
+        self._schedules: dict[str, Mapping[str, float]] = config.signals.schedules
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
+
+    def __getitem__(self, i: int) -> Batch:
+        return {name: values[0] for name, values in self.batch(np.array([i])).items()}
+
+    def batch(self, rows_B: np.ndarray) -> Batch:
+        """Return the rows with the numbers `rows_B` as arrays [B, ...], with the weights of their steps."""
+        weights = {
+            f"signal_{name}": weight_at(schedule, rows_B // self._size, self._steps)
+            for name, schedule in self._schedules.items()
+        }
+        return self._rows.batch(rows_B) | weights
