@@ -17,7 +17,8 @@ def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str)
         target_name: Name of the target in messages.
 
     Raises:
-        RequestError: If the two differ in tokenizer, architecture or trained prompt, or do not generate text.
+        RequestError: If the two models differ in tokenizer, architecture or trained prompt. If they do not generate
+            text.
     """
     if draft.model.architecture != target.model.architecture or not draft.model.head_kind.vocabulary:
         kind = f"{with_article(draft.model.architecture)} with the head {draft.model.head!r}"

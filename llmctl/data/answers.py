@@ -1,10 +1,10 @@
-"""Store the answers that a teacher generates to prompts, as JSON lines that are also a data set of their own.
+"""Store the answers that a teacher generates to prompts, as JSON lines. The files are also a data set.
 
 A folder of answers contains:
 
-answers.json            description: what the answers depend on
-NAME-00000.jsonl        one line per prompt: {"row": number, "prompt": text, "completion": text}
-NAME-00000.json         number of lines and of tokens, and the checksum of the lines; written last
+answers.json description: the settings that determine the answers NAME-00000.jsonl one line per prompt: {"row": number,
+"prompt": text, "completion": text} NAME-00000.json number of lines and of tokens, and the checksum of the lines;
+written last
 
 If writing is interrupted, the next writer replaces the file that has no description. The setting
 `data.path = "FOLDER/train-*.jsonl"` reads the answers.
@@ -102,7 +102,8 @@ def _completion(line: bytes, row: int) -> str:
 
 
 def described(folder: Path) -> dict[str, Any] | None:
-    """Return what the answers in a folder depend on, by name; None if the folder is missing or empty.
+    """Return the settings that determine the answers in a folder, by name. If the folder is missing or empty, return
+    None.
 
     Raises:
         RequestError: If the folder has other content, or is damaged.
@@ -125,7 +126,7 @@ def described(folder: Path) -> dict[str, Any] | None:
 
 
 def describe(folder: Path, made_for: Mapping[str, Any]) -> None:
-    """Write what the answers in a folder depend on, atomically."""
+    """Write the settings that determine the answers in a folder, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = containment.own(folder / f"{DESCRIPTION}.draft")
     draft.write_text(json.dumps({"made_for": dict(made_for), "digest": checksums.of_json(dict(made_for))}, indent=1))

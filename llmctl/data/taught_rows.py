@@ -1,8 +1,8 @@
 """Add a teacher's stored outputs to training rows.
 
-Rows that contain one example each have the number of their example. The outputs of an example are therefore stored
-once, and serve all epochs, seeds and batch sizes. All other rows, such as packed texts, differ in each epoch. Their
-number is the row number in the training order, so a longer training stores further rows.
+If each row contains one example, the outputs are stored by the number of the example. The stored outputs then serve all
+epochs, seeds and batch sizes. All other rows, such as packed texts, differ in each epoch. Their outputs are stored by
+row number in the training order. A longer training therefore stores further rows.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from llmctl.data.teacher_records import Layout, Records
 
 
 def is_ordered(rows: Any) -> bool:
-    """Return whether the content of a row depends on the training order, as for packed texts."""
+    """Return whether the content of a row depends on the training order. This is true for packed texts."""
     return not hasattr(rows, "examples")
 
 
 def numbers(rows: Any, rows_B: np.ndarray) -> np.ndarray:
-    """Return the numbers under which the outputs of rows are stored, int64 [B]."""
+    """Return the numbers by which the outputs of rows are stored, int64 [B]."""
     return rows_B if is_ordered(rows) else rows.examples(rows_B)
 
 
 def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the numbers of the first `count` rows, ascending and unique; for each number, one row that has it)."""
+    """Return the numbers of the first `count` rows, ascending and unique, and one row with each number."""
     rows_N = np.arange(count)
     if is_ordered(rows):
         return rows_N, rows_N
@@ -35,7 +35,7 @@ def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TaughtRows:
-    """Add stored outputs to rows. All other attributes are those of the rows."""
+    """Add stored outputs to rows. All other attributes are the attributes of the rows."""
 
     def __init__(self, rows: Any, records: Records) -> None:
         self._rows, self._records = rows, records
@@ -56,7 +56,7 @@ class TaughtRows:
 
 
 class UntaughtRows(TaughtRows):
-    """Add arrays of zeros to rows, in place of a teacher's outputs. A plan needs only their shapes."""
+    """Add arrays of zeros to rows, in place of a teacher's outputs. A plan needs only the shapes of the outputs."""
 
     def __init__(self, rows: Any, layout: Layout) -> None:
         self._rows, self._layout = rows, layout

@@ -2,16 +2,16 @@
 
 A folder of outputs contains:
 
-cache.json             description: what the outputs depend on, and metrics of the teachers
-NAME-00000.arrayrecord one record per row: a fingerprint of the row, and the arrays of the row
-NAME-00000.json        description of this file: row numbers, size and checksum; written last
+cache.json description: the settings that determine the outputs, and metrics of the teachers NAME-00000.arrayrecord one
+record per row: a fingerprint of the row, and the arrays of the row NAME-00000.json description of this file: row
+numbers, size and checksum; written last
 
 Files are only added. If writing is interrupted, the next writer replaces the file that has no description.
 
-Arrays of predicted positions are stored only at positions with a weight above 0. Nothing that is read is trusted:
-sizes, fingerprints, ids and values are checked.
+Arrays of predicted positions are stored only at positions with a weight above 0. The sizes, fingerprints, ids and
+values that are read are checked.
 
-Shapes: B rows, P predicted positions per row, n of these with a weight above 0, k listed tokens.
+Shapes: B rows, P predicted positions per row, n positions with a weight above 0, k listed tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DESCRIPTION = "cache.json"
 FORMAT = 1
 ADVICE = "remove the folder and run the stage again"
 LABELS = frozenset({"label", "next_label", "targets", "start", "end", "row_weight", "example"})
-"""Names of batch arrays that a teacher does not read. A row's fingerprint leaves them out."""
+"""Names of batch arrays that a teacher does not read. A row's fingerprint does not include these arrays."""
 PER_POSITION = ("teacher_ids", "teacher_log_p", "teacher_rest")
 """Ends of the names of arrays [B, P, ...] that are stored only at positions with a weight above 0."""
 IDS = "teacher_ids"
@@ -55,7 +55,7 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of each array in one row, such as (P, k), by name."""
     vocab: int = 0
-    """Number of tokens; all stored ids are smaller."""
+    """Number of tokens of the vocabulary. All stored ids are smaller."""
 
     def stored(self, name: str) -> np.dtype[Any]:
         """Return the dtype of an array in a record."""
@@ -91,7 +91,7 @@ class Layout:
         """Return the arrays of a record, with zeros at positions that are not stored.
 
         Raises:
-            ValueError: If the record is not that of the row, or contains invalid values.
+            ValueError: If the record belongs to another row, or contains invalid values.
         """
         if record[:FINGERPRINT] != fingerprint(row):
             raise ValueError("it belongs to another row")
@@ -137,7 +137,8 @@ class Layout:
 
 
 def counted(row: Batch) -> np.ndarray | None:
-    """Return which predicted positions of a row have a weight above 0, bool [P]; None if the row has no weights."""
+    """Return a mask of the predicted positions with a weight above 0, bool [P]. If the row has no weights, return
+    None."""
     if "weights" not in row:
         return None
     weights = row["weights"][row["places"]] if "places" in row else row["weights"]
@@ -166,9 +167,9 @@ class Description(BaseModel):
 
     format: int
     made_for: dict[str, Any]
-    """What the outputs depend on, by name, such as "teachers" and "temperature"."""
+    """Settings and digests that determine the outputs, by name, such as "teachers" and "temperature"."""
     judged: dict[str, Any] = {}
-    """Metrics of the teachers on the validation rows, and what these depend on."""
+    """Metrics of the teachers on the validation rows, and the settings that determine these metrics."""
     digest: str = ""
     """SHA-256 of the fields above."""
 
@@ -179,7 +180,7 @@ class Description(BaseModel):
 
 
 def read(folder: Path) -> Description | None:
-    """Return the description of the outputs in a folder; None if the folder is missing or empty.
+    """Return the description of the outputs in a folder. If the folder is missing or empty, return None.
 
     Raises:
         RequestError: If the folder has other content, is damaged, or has a later format.
@@ -219,7 +220,7 @@ class Records:
 
         Args:
             folder: Folder of outputs, which may be missing.
-            name: Begin of the file names, such as "train".
+            name: Beginning of the file names, such as "train".
             layout: Arrays of a record.
 
         Raises:
@@ -268,11 +269,11 @@ class Records:
         """Return the stored arrays of the rows of a batch, [B, ...].
 
         Args:
-            numbers_B: Row numbers, all of which are stored.
+            numbers_B: Row numbers. The outputs of all these rows must be stored.
             batch: Arrays that the teacher read, with the same rows.
 
         Raises:
-            RequestError: If a record is damaged, or is not that of its row.
+            RequestError: If a record is damaged, or belongs to another row.
         """
         at_B = self._order_R[np.searchsorted(self._sorted_R, numbers_B)]
         try:

@@ -54,8 +54,8 @@ def plans(
       topology: the hardware.
       chosen: names of the stages to plan; empty plans all.
       tokens: number of training tokens from which chip-hours are computed; 0 uses each stage's own number.
-      generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate`, which is planned too, with the last stage's
-          language model. If empty, no call is planned.
+      generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate` with the last stage's language model. The call is
+        planned too. If empty, no call is planned.
       kv_cache: format of cached keys and values in the call of `llmctl generate`; empty for the dtype of the
           computation.
       draft: draft of the call of `llmctl generate`: the name of a stage, or the folder of an artifact.
@@ -136,7 +136,7 @@ def _generation(
 ) -> list[tuple[str, Program]]:
     """Return the programs of `llmctl generate` for the last stage that would write a language model.
 
-    The stage that writes the draft is not that stage.
+    A stage that writes the draft does not count.
     """
     writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary and name != draft}
     if not writers:

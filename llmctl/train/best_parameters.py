@@ -1,7 +1,10 @@
 """Select the best parameters of a training run by a validation metric, and decide when to stop early.
 
-The metadata of a checkpoint contains the state of the selection: "best" (the best value so far), "best_step" (its
-step), and "bad" (the number of validations since then).
+The metadata of a checkpoint contains the state of the selection:
+
+- "best": the best value so far
+- "best_step": the step of this value
+- "bad": the number of validations since this step
 """
 
 from __future__ import annotations

@@ -130,14 +130,14 @@ class StudentConfig(Config):
 
 
 class AnswersConfig(Config):
-    """Set how the teacher generates answers in mode "sequence", and the student in mode "on_policy"."""
+    """Set the generation of answers: by the teacher in mode "sequence", by the student in mode "on_policy"."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
     unkeyed: ClassVar[frozenset[str]] = frozenset({"folder"})
 
     folder: str = ""
-    """Folder of the answers, which is also a data set in JSON lines. By default, it is next to the artifact, with
-    -answers at the end of its name."""
+    """Folder of the answers, which is also a data set in JSON lines. By default, the folder is next to the artifact,
+    and its name ends with -answers."""
     max_new: int = Field(default=0, ge=0)
     """Maximum number of tokens per answer. 0 uses 64, but at most half of the teacher's maximum sequence length."""
     beams: int = Field(default=1, ge=1)
@@ -248,5 +248,6 @@ def reads_teacher(config: Any) -> bool:
 
 
 def reads_arrays(config: Any) -> bool:
-    """Return whether the loss of the stage `distill` runs the teacher: it reads the teacher, and there is no cache."""
+    """Return whether the loss of the stage `distill` runs the teacher. This is true if the loss reads the teacher and
+    there is no cache."""
     return reads_teacher(config) and not config.cache

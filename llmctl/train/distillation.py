@@ -61,8 +61,8 @@ def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | 
 
     Args:
       config: config of the stage `distill`.
-      teachers: the teachers, whose probabilities are averaged. If `config.cache` is set, their arrays are not read,
-        and batches have the outputs that the cache stores.
+      teachers: the teachers, whose probabilities are averaged. If `config.cache` is set, the teachers' arrays are not
+        read. Batches then have the outputs that the cache stores.
       student: artifact from which the student starts; None initializes a new model of the sizes in `config.model`. If
         `config.student` is set, this artifact is the teacher, and the student copies some of its layers.
       mesh: the devices.
@@ -265,7 +265,7 @@ def shallower(config: Any, teacher: Artifact) -> ModelConfig:
 def student_model(config: Any, teacher: Artifact, student: Artifact | None) -> ModelConfig:
     """Return the student's config. The student must have the teacher's outputs.
 
-    The student must also have the teacher's tokenizer and architecture, if its loss reads the teacher.
+    If the student's loss reads the teacher, the student must also have the teacher's tokenizer and architecture.
 
     Raises:
       RequestError: If the student does not fit the teacher.

@@ -105,7 +105,8 @@ class Job:
     differentiated. The logged loss does not include this scalar."""
     prepare: Callable[[Params, Batch, int], Batch] | None = None
     """Function (current arrays by name, batch, number of finished steps) -> the batch to train on, called before each
-    step. It must keep shapes, dtypes and shardings. On-policy distillation replaces completions by samples."""
+    step. The function must keep shapes, dtypes and shardings. On-policy distillation replaces completions by
+    samples."""
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0

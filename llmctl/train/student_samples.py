@@ -1,8 +1,8 @@
 """Replace the completions of training batches by samples of the student, for on-policy distillation.
 
-The teacher then scores what the student itself writes (Agarwal et al., 2024, arXiv:2306.13649). Samples are generated
-on the mesh of training, from the current parameters, by one compiled function. Whether a step reads samples, and all
-random numbers, depend only on the seed and the step. A resumed run is therefore bit for bit the uninterrupted run.
+The teacher then scores the student's own texts (Agarwal et al., 2024, arXiv:2306.13649). Samples are generated on the
+mesh of training, from the current parameters, by one compiled function. The choice of steps with samples, and all
+random numbers, depend only on the seed and the step. A resumed run is therefore bit-identical to the uninterrupted run.
 
 Shapes: B rows, T tokens per row, N new tokens.
 """
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from llmctl.data.tokenizers.base import Tokenizer
 
 SAMPLES = 4
-"""Constant that is folded into a run's random key, to derive the keys of the samples."""
+"""Constant that is folded into a run's random key. The resulting key is the key of the samples."""
 STREAM = 2**40
-"""Offset that makes the choice of steps independent of the shuffle."""
+"""Offset for the random numbers that choose steps. The offset makes the choice independent of the shuffle."""
 
 
 def is_sampled(seed: int, step: int, fraction: float) -> bool:
@@ -64,7 +64,7 @@ def sampled(
 ) -> Batch:
     """Return the batch with completions that the model generates to the prompts of the batch.
 
-    In a decoder, the prompt of a row ends at the first predicted token; everything after it is replaced. In an
+    In a decoder, the prompt of a row ends at the first predicted token. All tokens after the prompt are replaced. In an
     encoder-decoder, the encoder's tokens are the prompt. A completion ends with an end token, after `max_new` tokens,
     or at the end of the row. Rows without a predicted token stay as they are.
 
@@ -128,7 +128,7 @@ def sampled(
 
 @dataclasses.dataclass(frozen=True)
 class StudentSamples:
-    """Define the samples of a run."""
+    """Generate the samples of a training run."""
 
     config: Any
     """Config of the stage `distill`."""
@@ -144,7 +144,7 @@ class StudentSamples:
     def of(
         cls, config: Any, model: ModelConfig, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, ends: Sequence[int]
     ) -> StudentSamples:
-        """Return the samples of a run, after a check of the mesh.
+        """Return the generator of samples for a run, after a check of the mesh.
 
         Raises:
           RequestError: If the mesh shards sequences or layers.
@@ -178,7 +178,7 @@ class StudentSamples:
         return jax.jit(run)
 
     def attached(self, job: Job) -> Job:
-        """Return the job, whose batches are replaced by samples in a fraction of the steps."""
+        """Return the job with samples in place of the batches, in a fraction of the steps."""
         shapes = dataclasses.replace(job, params=jax.eval_shape(lambda: job.params), extra=dict(job.extra))
         run: Callable[..., Batch] = self.function(shapes)
         fraction, seed = self.config.on_policy_fraction, self.config.seed
@@ -196,7 +196,7 @@ class StudentSamples:
 
         Args:
           job: training job with abstract arrays.
-          rows: training rows. Only their shapes are read.
+          rows: training rows. Only the shapes of the rows are read.
         """
         train, model = self.config.train, self.model
         batch = DeviceBatches(self.mesh, train.batch_size).abstract(rows[0])

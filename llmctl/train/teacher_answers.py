@@ -50,7 +50,7 @@ class TeacherAnswers:
         Args:
           config: config of the stage `distill`.
           ctx: folders of the stage.
-          teacher: the teacher; its arrays may be abstract.
+          teacher: the teacher. The arrays may be abstract.
           text: the stage's data.
           mesh: the devices.
 
@@ -65,18 +65,18 @@ class TeacherAnswers:
         if "prompt" not in text.columns:
             raise RequestError(f'mode = "sequence": the data has no prompts; map data.columns.prompt ({text.columns})')
         self.metrics: dict[str, int] = {}
-        """Number of answers, and of tokens that the teacher generated for them."""
+        """Number of answers, and number of tokens that the teacher generated."""
 
     def added(self, load: Callable[[], Artifact], say: Say) -> Text:
-        """Return the data with the answers as completions. First generate what is missing.
+        """Return the data with the answers as completions. Missing answers are generated first.
 
         Args:
-          load: function that loads the teacher. It is called only if answers are missing.
+          load: function that loads the teacher. The function is called only if answers are missing.
           say: function that prints one line.
 
         Raises:
-          RequestError: If the folder has answers of another teacher, to other prompts or with other settings, or if it
-            is damaged. If no answer has text.
+          RequestError: If the folder has answers of another teacher, to other prompts or with other settings. If the
+            folder is damaged. If no answer has text.
           Interrupted: If SIGTERM or Ctrl-C arrived. The same command continues.
         """
         asked = self._asked()
@@ -99,7 +99,8 @@ class TeacherAnswers:
         return self.text.with_examples(found)
 
     def _asked(self) -> dict[str, Examples]:
-        """Return the examples whose prompts are answered, by split: at most as many as training reads."""
+        """Return the examples whose prompts are answered, by split. Their number is at most the number that training
+        reads."""
         train, splits = self.config.train, self.text.splits
         asked = {"train": splits["train"].sample(training_rows(train) or len(splits["train"]))}
         if "completion" not in self.text.columns:
@@ -119,7 +120,8 @@ class TeacherAnswers:
         }
 
     def _check(self, made_for: dict[str, Any], say: Say) -> None:
-        """Compare the folder with the settings. If they differ, discard the stage's own folder, and refuse another.
+        """Compare the folder with the settings. If they differ, discard the stage's own folder, or reject a folder that
+        the user named.
 
         Raises:
           RequestError: If a folder that the user named has other answers.

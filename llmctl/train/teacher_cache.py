@@ -1,7 +1,8 @@
-"""Store the outputs of teachers once in the folder `cache`, so that a distillation needs no teacher in memory.
+"""Store the outputs of teachers in the folder `cache`, so that a distillation needs no teacher in memory.
 
-The folder serves every training on the same data by the same teachers: other students, steps, batch sizes and, if rows
-contain one example each, seeds. Missing rows are added. `llmctl.data.teacher_records` describes the files.
+The folder serves all trainings with the same data and the same teachers. Students, steps and batch sizes may differ. If
+each row contains one example, seeds may differ too. Missing rows are added. `llmctl.data.teacher_records` describes the
+files.
 
     cache = TeacherCache(config, learner, teachers, devices, tokens, text)
     rows, unseen = cache.filled(rows, unseen, load=load_the_teachers, say=print)
@@ -40,13 +41,14 @@ if TYPE_CHECKING:
     from llmctl.train.learner import Learner
 
 SHARD_BYTES, SHARD_ROWS = 2**26, 4096
-"""Maximum size of a file of outputs: bytes before compression, and rows. An interruption loses at most one file."""
+"""Maximum size of a file of outputs, in bytes before compression and in rows. An interruption loses at most one
+file."""
 
 Say = Callable[[str], None]
 
 
 class TeacherCache:
-    """Compare a folder of outputs with a stage's settings, and add the outputs that are missing."""
+    """Compare a folder of outputs with a stage's settings, and add missing outputs."""
 
     def __init__(
         self,
@@ -81,16 +83,16 @@ class TeacherCache:
     def filled(
         self, rows: Any, unseen: Any, load: Callable[[], Sequence[Artifact]], say: Say
     ) -> tuple[TaughtRows, TaughtRows]:
-        """Return training and validation rows with the outputs of the teachers. First add what is missing.
+        """Return training and validation rows with the outputs of the teachers. Missing outputs are computed first.
 
         Args:
           rows: training rows.
           unseen: validation rows.
-          load: function that loads the teachers. It is called only if outputs are missing.
+          load: function that loads the teachers. The function is called only if outputs are missing.
           say: function that prints one line.
 
         Raises:
-          RequestError: If the folder belongs to other teachers, data or settings, or if it is damaged.
+          RequestError: If the folder belongs to other teachers, data or settings. If the folder is damaged.
           Interrupted: If SIGTERM or Ctrl-C arrived. The same command continues.
         """
         train = self.config.train
@@ -131,7 +133,7 @@ class TeacherCache:
         return TaughtRows(rows, records["train"]), TaughtRows(unseen, records["validation"])
 
     def _made_for(self, rows: Any) -> dict[str, Any]:
-        """Return what the outputs depend on, by name."""
+        """Return the settings and digests that determine the outputs, by name."""
         config, train = self.config, self.config.train
         learned = [self.learner.task.name, [[part.weight, part.epochs] for part in config.data.parts()]]
         return {
@@ -148,10 +150,10 @@ class TeacherCache:
         }
 
     def _read(self, made_for: dict[str, Any]) -> Description | None:
-        """Return the folder's description; None if there is none.
+        """Return the folder's description. If there is no description, return None.
 
         Raises:
-          RequestError: If the outputs depend on other things than `made_for`.
+          RequestError: If the outputs were computed with other settings or digests than `made_for`.
         """
         found = read(self.folder)
         if found is None:
@@ -173,7 +175,7 @@ class TeacherCache:
           records: stored outputs of the rows.
           teachers: the teachers.
           rows: the rows.
-          number_N: numbers under which the outputs are stored.
+          number_N: numbers by which the outputs are stored.
           row_N: row numbers.
           say: function that prints one line.
         """

@@ -33,8 +33,8 @@ def compared(
     NAME is the metric that selects the best parameters. If lower values of this metric are better, NAME is "accuracy".
 
     - "validation_agreement": fraction of predictions that are equal to the prediction of the teachers' mean
-    - "validation_acceptance": probability that the only teacher accepts a token of the student in speculative decoding;
-      for decoders of text, without a cache
+    - "validation_acceptance": probability that the only teacher accepts a token of the student in speculative decoding.
+      This metric exists only for decoders, and only without a cache
     - "teacher_NAME": value of the metric NAME for the best teacher
     - "validation_retained": the student's value of NAME, divided by "teacher_NAME"
 
@@ -47,7 +47,7 @@ def compared(
       teachers: the teachers.
       params: parameters of the student, before rounding.
       held_out: validation of the student.
-      stored: metrics of the teachers, if a cache has them. The validation rows then have the outputs of the teachers,
+      stored: metrics of the teachers, if a cache stores them. The validation rows then contain the teachers' outputs,
         and the arrays of `teachers` are not read.
     """
     task, dtype = learner.task, jnp.dtype(config.train.dtype)
@@ -80,7 +80,8 @@ def metric(learner: Learner) -> str:
 
 
 def judged(config: Any, learner: Learner, teachers: Sequence[Artifact], held_out: Validation) -> dict[str, float]:
-    """Return {name: value for the best teacher} of the metric `metric`; {} if the task does not define it."""
+    """Return {name: value for the best teacher} of the metric `metric`. If the task does not define the metric, return
+    {}."""
     task, name, dtype = learner.task, metric(learner), jnp.dtype(config.train.dtype)
     judges = [task.loss_of(t.model, dtype=dtype, labels=learner.labels) for t in teachers]
     each = [_validation(config, judge, held_out)(t.params) for judge, t in zip(judges, teachers, strict=True)]
@@ -88,7 +89,7 @@ def judged(config: Any, learner: Learner, teachers: Sequence[Artifact], held_out
 
 
 def _validation(config: Any, loss: Any, held_out: Validation) -> Validation:
-    """Return a validation of another loss on the same rows."""
+    """Return the validation of another loss on the same rows."""
     train = config.train
     return Validation(loss, held_out.rows, train.batch_size, train.eval_batches, held_out.mesh)
 

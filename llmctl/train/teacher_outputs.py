@@ -1,4 +1,4 @@
-"""Compute what a distillation loss reads of its teachers, by a compiled pass over a batch."""
+"""Compute the outputs of teachers that a distillation loss reads, by a compiled pass over a batch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 def outputs_of(task: Task, teachers: Sequence[ModelConfig], divergence: Divergence, train: Any) -> Any:
-    """Return the compiled function (parameters of the teachers, batch) -> what the distillation loss reads of them.
+    """Return the compiled function (parameters of the teachers, batch) -> outputs that the distillation loss reads.
 
     Args:
       task: task of the teachers.
       teachers: configs of the teachers.
       divergence: divergence of the loss.
-      train: settings of training, of which `dtype` is read.
+      train: settings of training. Only `dtype` is read.
     """
     dtype = jnp.dtype(train.dtype)
 
@@ -46,7 +46,7 @@ def outputs_of(task: Task, teachers: Sequence[ModelConfig], divergence: Divergen
 
 
 def layout(task: Task, teachers: Sequence[Artifact], divergence: Divergence, train: Any, rows: Any) -> Layout:
-    """Return the arrays of a row's outputs, for rows of which only the shapes are read."""
+    """Return the shapes and dtypes of the outputs for a row. Only the shapes of the rows are read."""
     batch = {name: jax.ShapeDtypeStruct((1, *np.shape(a)), np.asarray(a).dtype) for name, a in rows[0].items()}
     params = [jax.eval_shape(lambda p: p, t.params) for t in teachers]
     found = outputs_of(task, [t.model for t in teachers], divergence, train).eval_shape(params, batch)
@@ -62,12 +62,12 @@ def program(
       config: config of the stage `distill`.
       learner: the student.
       teachers: the teachers, with abstract arrays.
-      rows: training rows. Only their shapes are read.
+      rows: training rows. Only the shapes of the rows are read.
       mesh: the devices.
 
     Returns:
-      The program, and rows with outputs of the right shapes. `Program.cache_bytes` is the size for all steps of
-      training, as if no row were repeated; 0 if `train.epochs` sets the number of steps.
+      The program, and rows with outputs of the right shapes. `Program.cache_bytes` is the size for all training steps
+      if no row is repeated. The size is 0 if `train.epochs` sets the number of steps.
     """
     train, how = config.train, distillation.divergence(config)
     models, params = [t.model for t in teachers], [t.params for t in teachers]

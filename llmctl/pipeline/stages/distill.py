@@ -58,7 +58,7 @@ class Config(StageConfig):
     """Sizes of a new student, which is used instead of the artifact in `from`."""
     mode: Literal["teacher_forced", "sequence", "on_policy"] = "teacher_forced"
     """Texts that the student learns. teacher_forced: the texts of the data. sequence: answers that the teacher
-    generates to the prompts of the data; without signals, the student is trained on them as on labels, and may have
+    generates to the prompts of the data. If no signals are set, the answers are labels, and the student may have
     another tokenizer. on_policy: answers that the student generates during training, which the teacher scores."""
     answers: AnswersConfig = AnswersConfig()
     """Generation of answers, for the modes sequence and on_policy."""

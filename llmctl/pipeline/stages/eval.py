@@ -54,8 +54,8 @@ class Config(MeasureConfig, StageConfig):
     of: list[str] = []
     """Artifacts to measure; all models of earlier stages by default."""
     draft_of: str = ""
-    """Language model whose drafts the artifacts are, in speculative decoding. The results then have the fraction of a
-    draft's tokens that this model accepts."""
+    """Target model of speculative decoding, for which the artifacts are drafts. The results then contain the fraction
+    of a draft's tokens that the target accepts."""
     data: DataConfig = DataConfig()
     """Data set; the setting `split` selects the part to measure."""
     plot: bool = True
@@ -64,7 +64,7 @@ class Config(MeasureConfig, StageConfig):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether a task reads the data. Tasks of lm-evaluation-harness have their own."""
+        """Return whether a task reads the data. Tasks of lm-evaluation-harness have their own data."""
         return bool(self.tasks) or not self.harness
 
 
@@ -111,7 +111,8 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:
-    """Return the artifacts to measure. The setting `draft_of` alone does not add its artifact to them."""
+    """Return the artifacts to measure. The artifact in `draft_of` is not one of these artifacts, unless `of` names
+    it."""
     return {name: one for name, one in named.items() if name != config.draft_of or name in config.of}
 
 

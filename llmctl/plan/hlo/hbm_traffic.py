@@ -101,7 +101,7 @@ def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction)
 
 
 def _passes(inner: Computation, parameter: Instruction) -> bool:
-    """Return whether the result of a fusion is a parameter that the fusion only copies, converts or reshapes."""
+    """Return whether the fusion only copies, converts or reshapes one of its parameters."""
     found = inner.root
     while found.opcode in _SAME and found.operands:
         found = inner.operand(found, 0)
