@@ -45,7 +45,7 @@ def scoring(
         name: Name of the artifact to score.
         chosen: All artifacts of the evaluation by name, with abstract arrays.
         mesh: The device mesh.
-        target: Language model whose draft the artifact is; None measures no acceptance.
+        target: Language model for which the artifact is a draft; None measures no acceptance.
     """
     programs = [_harness(config, name, chosen[name], mesh)] if config.harness else []
     if config.harness and not config.tasks:

@@ -142,7 +142,10 @@ def listed_distillation(
 
 
 def _weights_per_token(how: SoftLoss, weights_BT: jax.Array) -> dict[str, jax.Array]:
-    """Return the weights of `how` that are arrays, by name, as arrays [B, T] that a chunk can read; numbers stay."""
+    """Return the weights of `how` that are arrays, by name, as arrays [B, T] that a chunk can read.
+
+    Weights that are numbers are omitted.
+    """
     values = {"soft": how.soft, "hard": how.hard}
     return {
         name: jnp.broadcast_to(value, weights_BT.shape)

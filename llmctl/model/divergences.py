@@ -126,7 +126,7 @@ class SoftLoss:
     soft: Any
     """Weight of the divergence, a number or an array that broadcasts to the losses."""
     hard: Any
-    """Weight of the loss on the labels, like `soft`."""
+    """Weight of the loss on the labels, a number or an array that broadcasts to the losses."""
 
     def combined(self, divergence: jax.Array, label_loss: jax.Array) -> jax.Array:
         """Return the weighted sum of a divergence and a loss on the labels."""

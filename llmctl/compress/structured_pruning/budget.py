@@ -28,7 +28,7 @@ TOLERANCE = 0.01
 Kind = Literal["parameters", "bytes", "flops", "latency"]
 KINDS: tuple[Kind, ...] = ("parameters", "bytes", "flops", "latency")
 UNITS = {"latency": " µs"}
-"""Unit of a kind of budget, for messages. The other kinds are counts."""
+"""Units of the kinds of budget, for messages. Kinds without a unit are counts."""
 
 Curves = Mapping[str, Mapping[int, float]]
 """Measured increase of the loss if only one size is reduced: {name in `PARTS`: {kept count: increase}}."""
@@ -98,7 +98,7 @@ def size_of(kind: str, seq_len: int) -> Size:
     """Return a function that computes the size of a model from its config.
 
     Args:
-      kind: "parameters" or "flops", which is also used for "latency" while nothing has been measured.
+      kind: "parameters" or "flops". If no latency has been measured, "flops" is also used for "latency".
       seq_len: number of tokens per sequence, which the FLOPs of attention depend on.
     """
     if kind == "parameters":
@@ -113,7 +113,7 @@ def limit(space: Space, asked: tuple[str, float], size: Size, whole: float = 0.0
       space: the sizes that the search considers.
       asked: kind and amount of the budget.
       size: function that computes the size of a model.
-      whole: size of the unpruned model, if `size` does not give it.
+      whole: size of the unpruned model; by default the result of `size`.
 
     Raises:
       RequestError: If the model already fits the budget, or if even the smallest choice of sizes does not fit.

@@ -1,7 +1,7 @@
 """Measure the time that models need for a prompt and for each new token, on one device.
 
 The time does not depend on the values of the arrays, so the arrays are zeros. The result is the minimum over rounds,
-because other work of the machine can only add time. If several models are compared, they run in alternation.
+because other work of the machine can only add time. Several models run in alternation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ Shapes = tuple[ModelConfig, Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Describe what is timed: a phase of text generation, the number of texts, and the number of tokens per text.
+    """Describe a latency measurement: a phase of text generation, the number of texts, and the number of tokens per
+    text.
 
     - "prefill": the time for all texts together. If the model generates text, the first new token is included.
     - "decode": the time per further token of every text.
@@ -98,9 +99,9 @@ def measure(
 
 
 def minima(runs: Sequence[Run]) -> list[float]:
-    """Return the seconds per call of each function. A first round compiles the programs.
+    """Return the time of each function in seconds per call. A first round compiles the programs.
 
-    Each call counts with its minimum over `ROUNDS` rounds. The mean over calls is returned.
+    The time of a call is the minimum over `ROUNDS` rounds. The result is the mean over calls.
     """
     for run in runs:
         run()
@@ -110,7 +111,7 @@ def minima(runs: Sequence[Run]) -> list[float]:
 
 @contextmanager
 def on_one_device() -> Iterator[None]:
-    """Use a mesh of the first local device while the context lasts."""
+    """Set a mesh of the first local device in a `with` block."""
     with meshes.use(meshes.make(MeshConfig(), jax.local_devices()[:1])):
         yield
 
@@ -127,9 +128,9 @@ def runner(cfg: ModelConfig, copies: Sequence[Any], timing: Timing, dtype: Any =
 
     Args:
       cfg: config of the model.
-      copies: several copies of the parameters, which run in turn. A small model whose weights a cache of the processor
-          holds would otherwise be too fast, in comparison to the same layers in a large model.
-      timing: what is timed.
+      copies: several copies of the parameters, which run one after the other. Otherwise, the weights of a small model
+          could stay in a cache of the processor. Such a model would be faster than the same layers in a large model.
+      timing: description of the measurement.
       dtype: dtype of the computation.
       tokens: number of new tokens that one call of the compiled function generates, if the phase is "decode".
     """
@@ -168,7 +169,7 @@ def runner(cfg: ModelConfig, copies: Sequence[Any], timing: Timing, dtype: Any =
 
 
 def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Return the time of each call, until its result is ready."""
+    """Return the time of each call until the result is ready."""
     times = [time.perf_counter()]
     for call in calls:
         jax.block_until_ready(call())

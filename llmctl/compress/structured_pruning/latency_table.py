@@ -2,19 +2,21 @@
 
 The latency of a model is the sum of two parts:
 
-- the fixed part: embeddings, output head, and the overhead of the program. It depends on the hidden width.
-- the latency of each layer. It depends on the hidden width, the heads and the neurons.
+- the fixed part: embeddings, output head, and the overhead of the program. The fixed part depends on the hidden width.
+- the latency of each layer, which depends on the hidden width, the heads and the neurons.
 
-For a few hidden widths, layers are measured with all neurons and a few numbers of heads, and with all heads and a few
-numbers of neurons. Attention and the feed-forward part add up. Other sizes are interpolated. A few layers are compiled
-together, with a vocabulary of a few tokens. As many copies of their weights run in turn as the model has layers, so
-that weights come from the same level of the memory as in the model.
+For a few hidden widths, layers are measured with a few numbers of heads, and with a few numbers of neurons. In the
+first case, all neurons are kept; in the second case, all heads are kept. The latencies of attention and of the
+feed-forward layer are added. Other sizes are interpolated. A few layers are compiled together, with a vocabulary of a
+few tokens. Several copies of these layers run one after the other, with as many layers in total as the model. The
+weights are then read from the same level of the memory as in the model.
 
-Each measurement runs in alternation with a few layers of the unpruned model. Its result is multiplied by the ratio of
-their first measurement to the present one, so that other work of the machine slows all measurements equally.
+Each measurement runs in alternation with a few layers of the unpruned model. The result is multiplied by (first
+measurement of these layers) / (present measurement of these layers). Other work of the machine then slows all
+measurements equally.
 
-Finally, the unpruned model is measured. Predictions are multiplied by the ratio of its latency to its prediction. All
-latencies are in microseconds.
+Finally, the unpruned model is measured. All predictions are multiplied by the ratio of measured to predicted latency of
+this model. All latencies are in microseconds.
 
 Shapes: S stacks, H hidden widths, G key/value heads, Q query heads per key/value head, F neurons.
 """
@@ -46,12 +48,14 @@ LAYERS = 4
 TOKENS = 8
 """Size of the vocabulary in the measurements of layers, so that the output head takes little time."""
 FRACTIONS = (1, 1 / 2, 1 / 4)
-"""Fractions of each size at which layers are measured, beside the smallest size."""
+"""Fractions of each size at which layers are measured, in addition to the smallest size."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Store the sizes at which layers are measured, ascending. The last value of each size is that of the model."""
+    """Store the sizes at which layers are measured, ascending. The last value of each size is the value of the unpruned
+    model.
+    """
 
     hidden: list[int]
     groups: list[int]
@@ -77,11 +81,11 @@ class LatencyTable:
 
     grid: Grid
     fixed_H: np.ndarray
-    """Fixed part."""
+    """Fixed part of the latency (see the module docstring)."""
     layers_SHGQF: np.ndarray
     """Latency of one layer of each stack."""
     stacks: tuple[str, ...]
-    """Stacks whose layers take time. While an encoder-decoder decodes, its encoder does not run."""
+    """Stacks whose layers take time. While an encoder-decoder generates tokens, the encoder does not run."""
     factor: float = 1.0
     """Ratio of the unpruned model's measured latency to its prediction."""
 
@@ -124,7 +128,7 @@ def measure(
       params: parameters of the model. Only their shapes and types are read.
       rows: number of tokens in the vocabulary after pruning.
       space: sizes that the search allows.
-      timing: what is timed.
+      timing: description of the measurement.
       dtype: dtype of the computation.
       saved: measurements of an interrupted run.
 
@@ -216,7 +220,9 @@ class _Timed:
         return self._once(model, depths, tokens, lambda: self._run(model, depths, tokens, copies, 1))
 
     def _copies(self, depths: np.ndarray) -> int:
-        """Return how many copies of a few layers have together at least as many layers as the model."""
+        """Return the smallest number of copies of a few layers that have together at least as many layers as the
+        model.
+        """
         every = [functional.depth(self.cfg, stack) for stack in self.stacks]
         return max(-(-n // int(few)) for n, few in zip(every, depths, strict=True))
 
@@ -247,7 +253,9 @@ class _Timed:
 
     @cached_property
     def _reference(self) -> tuple[latency.Run, float]:
-        """Return a function that runs a few layers of the unpruned model, and its first measurement in seconds."""
+        """Return a function that runs a few layers of the unpruned model, and the function's first measurement in
+        seconds.
+        """
         depths, tokens = self._depths()[-1], min(TOKENS, self.cfg.vocab_size)
         run = self._runner(*self._shaped(self.cfg, depths, tokens), self._copies(depths), 1)
         with latency.on_one_device():
@@ -302,6 +310,6 @@ def shaped(
 
 
 def _points(counts: Sequence[int], whole: int) -> list[int]:
-    """Return the smallest count, the whole, and the counts that are nearest to `FRACTIONS`, ascending."""
+    """Return the smallest count, the largest count, and the counts that are nearest to `FRACTIONS`, ascending."""
     near = {min(counts, key=lambda n, aim=share * whole: abs(n - aim)) for share in FRACTIONS}
     return sorted({min(counts), *near, whole})

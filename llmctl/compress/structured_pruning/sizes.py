@@ -24,7 +24,7 @@ def target(
 ) -> ModelConfig:
     """Return the model's config after structured pruning.
 
-    If a budget is set, the sizes are estimated from uniform pruning ratios. For a budget of latency, they keep the
+    If a budget is set, the sizes are estimated from uniform pruning ratios. For a budget of latency, the sizes keep the
     same fraction of the FLOPs, because nothing is measured.
 
     Raises:
@@ -59,8 +59,8 @@ def search(
 
     Sizes are allowed if the mesh can shard the pruned model, and if every weight can be reduced. For example, the
     hidden width cannot be reduced if a weight is quantized in groups along the channels. Nothing is measured. `rows` is
-    the number of tokens in the vocabulary after pruning. For a budget of latency, the function and the limit are those
-    of the FLOPs; `llmctl.compress.structured_pruning.latency_table` measures the latency.
+    the number of tokens in the vocabulary after pruning. For a budget of latency, the function and the limit are for
+    FLOPs. `llmctl.compress.structured_pruning.latency_table` measures the latency.
 
     Raises:
       RequestError: If no sizes meet the budget, or the method does not fit the model.
@@ -91,7 +91,7 @@ def search(
 
 
 def timing(config: StructuredSettings, base: Artifact) -> latency.Timing:
-    """Return what a budget of latency measures.
+    """Return the `Timing` that a budget of latency measures.
 
     Raises:
       RequestError: If the model has no such phase, or the context is too long.

@@ -88,7 +88,7 @@ def search(model: ModelConfig, params: Tree, space: Space, method: StructuredMet
 def timed(model: ModelConfig, params: Tree, timing: Timing, mesh: Mesh, dtype: str) -> list[Program]:
     """Return the program whose latency a budget limits, for the unpruned model.
 
-    A run measures it, and the same program with few layers of other sizes.
+    A run measures this program, and the same program with few layers of other sizes.
     """
     if generates(model):
         request = Request(timing.rows, timing.context, NEW + 1)

@@ -104,7 +104,7 @@ def sizes_table(before: Record, after: Record) -> Table:
 
 
 def latencies(timed: Mapping[str, Any], again: Mapping[str, Mapping[str, float]], target: float) -> Record:
-    """Return the measured latency of the pruned model as JSON data, beside the prediction.
+    """Return the measured latency of the pruned model as JSON data.
 
     Args:
       timed: metrics of the search for a budget of latency.

@@ -287,7 +287,10 @@ def _taught(batch: Batch) -> jax.Array:
 
 
 def signal_weight(batch: Batch, name: str, weight: float) -> Any:
-    """Return the weight of a signal in this step: the array "signal_NAME" [B] of the batch has it if it changes."""
+    """Return the weight of a signal in this step.
+
+    If the weight changes during training, the array "signal_NAME" [B] of the batch contains the weight.
+    """
     return jnp.max(batch[f"signal_{name}"]) if f"signal_{name}" in batch else weight
 
 

@@ -23,8 +23,8 @@ LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
 division would decide how the largest input is rounded."""
 
 FEW_TOKENS = 64
-"""Maximum number of tokens per product for which groups are multiplied one by one. More tokens repay the dequantization
-of the weight, and the sums of all groups would be larger than the weight."""
+"""Maximum number of tokens per product for which groups are multiplied one by one. With more tokens, dequantizing the
+weight is faster, and the sums of all groups would be larger than the weight."""
 
 
 @node_type
