@@ -19,6 +19,7 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
         {name of an array of segment ids, which are 0 at padding: (number of tokens in each sampled row [N], row
         length)}. Rows for an encoder-decoder, and rows of text pairs, have two such arrays.
     """
+    rows = getattr(rows, "bare", rows)  # outputs of a teacher may be stored for some rows only
     last = min(len(rows), getattr(rows, "total", None) or len(rows))  # `total` may be less than an epoch
     some = np.unique(np.linspace(0, last - 1, min(SAMPLE, last)).astype(np.int64))
     batch = rows.batch(some)

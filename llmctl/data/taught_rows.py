@@ -44,13 +44,23 @@ class TaughtRows:
         return len(self._rows)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # not yet set, as in a copy
+            raise AttributeError(name)
         return getattr(self._rows, name)
 
     def __getitem__(self, i: int) -> Batch:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
+    @property
+    def bare(self) -> Any:
+        """Return the rows without outputs. Unlike these rows, all of them can be read."""
+        return self._rows
+
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows with the numbers `rows_B` as arrays [B, ...], with the teacher's arrays."""
+        """Return the rows with the numbers `rows_B` as arrays [B, ...], with the teacher's arrays.
+
+        Only rows whose outputs are stored can be read.
+        """
         batch = self._rows.batch(rows_B)
         return batch | self._records.read(numbers(self._rows, rows_B), batch)
 

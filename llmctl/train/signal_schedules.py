@@ -52,6 +52,8 @@ class ScheduledRows:
         return len(self._rows)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # not yet set, as in a copy
+            raise AttributeError(name)
         return getattr(self._rows, name)
 
     def __getitem__(self, i: int) -> Batch:

@@ -129,7 +129,7 @@ class TeacherCache:
         assert found is not None
         self.judged = {name: float(value) for name, value in found.judged["values"].items()}
         size, held = sum(r.bytes for r in records.values()), sum(len(w[0]) for w in wanted.values())
-        say(f"cache {self.folder}: outputs of the teacher for {held:,} rows; {size:,} bytes in all")
+        say(f"cache in {self.folder}: outputs of the teacher for {held:,} rows; {size:,} bytes in all")
         return TaughtRows(rows, records["train"]), TaughtRows(unseen, records["validation"])
 
     def _made_for(self, rows: Any) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class TeacherCache:
                     if processes.first():
                         records.add(number_N[written : written + len(made)].tolist(), made)
                     written, made = written + len(made), []
-                    say(f"cache {self.folder}: {written:,} of {len(number_N):,} {records.name} rows written")
+                    say(f"cache in {self.folder}: {written:,} of {len(number_N):,} {records.name} rows written")
                     if stop.requested(now=True):
                         raise Interrupted(f"{title}: stopped while writing the cache; the same command goes on there")
 

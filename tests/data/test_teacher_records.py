@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmctl.config.errors import RequestError
-from llmctl.data import teacher_records
+from llmctl.data import padding, teacher_records
 from llmctl.data.taught_rows import TaughtRows, needed
 from llmctl.data.teacher_records import Description, Layout, Records
 
@@ -93,6 +93,7 @@ def test_files_are_added_read_and_checked(tmp_path):
     taught = TaughtRows(rows, again)
     batch = taught.batch(np.array([2, 4, 0]))
     assert batch["teacher_ids"].shape == (3, 4, 2) and batch["tokens"][:, 0].tolist() == [20, 10, 0]
+    assert taught.bare is rows and padding.lengths(taught) == {}  # which reads rows without outputs too
     assert len(taught) == 3 and taught[2]["teacher_rest"].shape == (4,)
     file = tmp_path / "train-00000.arrayrecord"
     assert again.bytes == sum(p.stat().st_size for p in tmp_path.glob("*.arrayrecord"))
