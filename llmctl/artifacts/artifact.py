@@ -233,11 +233,18 @@ def _check_shapes(path: Path, stored: dict[str, Any], expected: dict[str, Any]) 
     """Check that the stored arrays have the names and shapes that the model config defines.
 
     Raises:
-        RequestError: If names or shapes differ.
+        RequestError: If names or shapes differ, or if an array of a weight, such as its scales, has a wrong shape.
     """
+    from llmctl.model import weights
+
     odd = sorted(stored.keys() ^ expected.keys())
     odd += [k for k in stored.keys() & expected.keys() if tuple(stored[k].shape) != tuple(expected[k].shape)]
     if odd:
         raise RequestError(
             f"{path}: parameters contradict the model config at {', '.join(odd[:4])}; the artifact is damaged"
         )
+    for name, w in stored.items():
+        if part := weights.as_node(w).misfit():
+            shape = list(weights.parts(w)[part].shape)
+            wrong = f"{part} of {name} has the shape {shape}, which does not fit {list(w.shape)}"
+            raise RequestError(f"{path}: damaged ({wrong}); {ADVICE}")

@@ -103,6 +103,21 @@ def kv_cache(cfg: ModelConfig, itemsize: int = 2, kv_cache: str = "") -> int:
     return 2 * cfg.layers * cfg.kv_heads * head
 
 
+def cache_row(cfg: ModelConfig, tokens: int, itemsize: int = 2, form: str = "") -> int:
+    """Return the size of the key-value cache of one text, over all layers, in bytes.
+
+    A quantized cache also has one center per layer and head, a float32 vector (`llmctl.model.compressed_cache`).
+
+    Args:
+        cfg: Config of the model.
+        tokens: Number of tokens for which the cache has room.
+        itemsize: Number of bytes per element, or per scale if elements are quantized.
+        form: Format of quantized keys and values; empty means not quantized.
+    """
+    centers = 4 * cfg.layers * cfg.kv_heads * cfg.head_dim if form else 0
+    return tokens * kv_cache(cfg, itemsize, form) + centers
+
+
 def _norm(cfg: ModelConfig, width: int) -> int:
     return width * (2 if cfg.norm == "layer" else 1)
 

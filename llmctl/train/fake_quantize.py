@@ -8,6 +8,8 @@ al., 2013, arXiv:1308.3432). The optimizer updates the weights before rounding, 
 The stage quantize rounds the weights with the same scheme, so the quantized artifact computes the function that was
 trained. Validation measures the same function.
 
+With `scales = "learned"`, the scales are trained too (`llmctl.train.learned_scales`).
+
 Zeros stay zeros, because every format represents 0. In each step, the rounded matrices need as much memory as the
 unrounded matrices.
 """
@@ -26,6 +28,7 @@ from llmctl.compress.quantization.schemes import SCHEMES, inputs_per_scale
 from llmctl.compress.quantization.settings import QuantizeConfig
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
+from llmctl.train import learned_scales
 from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.job import Job, Params
 
@@ -66,7 +69,7 @@ straight_through.defvjp(_forward, _backward)
 
 def rounded(asked: FakeQuantizeConfig, params: Params) -> Params:
     """Return the parameters that the loss reads: the chosen matrices rounded, and the other arrays unchanged."""
-    if not asked.active:
+    if not asked.active or asked.learns:  # learned scales are part of the parameters that training returns
         return params
     flat = weights.flatten(params)
     for path, target in chosen(flat, asked.quantization).items():
@@ -94,6 +97,8 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
     unchanged job."""
     if not asked.active:
         return job
+    if asked.learns:
+        return learned_scales.attached(asked, job)
     read, loss, validate = partial(rounded, asked), job.loss, job.validate
     compiled = jax.jit(read)
 

@@ -5,12 +5,13 @@ The module does not import JAX, so that settings can be checked early.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.compress.quantization.quantize_method import Quantization
-from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES
+from llmctl.compress.quantization.rules import NONE
+from llmctl.compress.quantization.schemes import BLOCKS, INTEGERS, SCHEMES
 from llmctl.compress.quantization.settings import known_rules, known_scheme
 from llmctl.config.base import Config
 
@@ -23,6 +24,7 @@ class FakeQuantizeConfig(Config):
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
+    added: ClassVar[frozenset[str]] = frozenset({"scales"})
 
     format: Annotated[str, AfterValidator(known_scheme), SCHEMES] = ""
     """Format to which the loss rounds the matrices in every step, as the stage quantize does without data. Gradients
@@ -36,6 +38,9 @@ class FakeQuantizeConfig(Config):
     """Also round the token embeddings."""
     head: bool = False
     """Also round the output projection and the task head."""
+    scales: Literal["current", "learned"] = "current"
+    """Scales of the rounded matrices. current: computed from the weights in every step. learned: trained with the
+    weights (LSQ), for integers. The artifact then also has the scales, and the stage quantize uses them."""
 
     @model_validator(mode="after")
     def _fits(self) -> FakeQuantizeConfig:
@@ -44,12 +49,23 @@ class FakeQuantizeConfig(Config):
             raise ValueError(f"{', '.join(stray)}: round nothing without a format; set format, such as int4")
         if block and self.group not in (0, block):
             raise ValueError(f"group {self.group}: {self.format} has one scale for every {block} inputs; leave it out")
+        if self.learns:
+            for name in (self.format, *self.rules.values()):
+                if name not in (*INTEGERS, NONE):
+                    raise ValueError(
+                        f"scales = 'learned': not for format {name!r}; choose one of {', '.join(INTEGERS)}"
+                    )
         return self
 
     @property
     def active(self) -> bool:
         """Return whether the training rounds matrices."""
         return bool(self.format)
+
+    @property
+    def learns(self) -> bool:
+        """Return whether the training learns the scales of the rounded matrices."""
+        return self.active and self.scales == "learned"
 
     @property
     def quantization(self) -> Quantization:

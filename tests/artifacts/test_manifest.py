@@ -243,6 +243,7 @@ def test_arrays_beyond_the_memory_are_refused_before_they_are_read(saved, monkey
         {"node": "nobody's", "parts": {"": ["float32", [2]]}},
         {"node": "quantized", "parts": {"": ["float32", [2]]}},
         {"node": "low_rank", "parts": {"a": ["float32", [2]]}},
+        {"node": "nf4", "parts": {"codes": ["int4", [3, 8, 4]], "scale": ["float32", [3, 3, 4]]}},
     ],
 )
 def test_records_of_weights_that_make_no_sense(saved, tmp_path, record):

@@ -55,6 +55,10 @@ def test_stored_values_are_those_of_numpy_and_take_the_bytes_of_arithmetic(name)
     assert kept.shape == x.shape
     cfg = ModelConfig(preset="llama-tiny", layers=1, kv_heads=G, heads=G, head_dim=64)
     assert 2 * (kept.codes.nbytes + kept.scale.nbytes) == S * flops.kv_cache(cfg, 4, name)
+    keys = Compressed.of(jnp.asarray(x), name, jnp.zeros((1, G, 1, 64)))
+    assert keys.center is not None
+    stored = [*jax.tree.leaves(keys), *jax.tree.leaves(kept)]
+    assert sum(a.nbytes for a in stored) == flops.cache_row(cfg, S, 4, name)
     assert flops.kv_cache(cfg, 4, name) == 2 * G * {"int8": 68, "fp8_e4m3": 68, "int4": 36}[name]
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import qwix
 
 from llmctl.model.weights import Node, NormalFloat, Packed, Quantized, nf4, packed
+from llmctl.model.weights.learned_scale import limits as integer_limits
 
 SMALLEST = float(jnp.finfo(jnp.float32).tiny) ** 0.5
 """Smallest scale that is stored. A group with a smaller scale gets the scale 1, as in qwix, and all weights of the
@@ -128,8 +129,7 @@ class Integers(IntegerGrid):
 
     def limits(self, scale: Any) -> tuple[float, float]:
         """Return the lowest and the highest integer that is used."""
-        top = 2.0 ** (self.bits - 1) - 1
-        return -top - (self.bits < 4), top
+        return integer_limits(self.bits)
 
     def step(self, scale: Any) -> jax.Array:
         """Return the scale."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmctl.compress.quantization import grids
+from llmctl.compress.quantization import grids, learned
 from llmctl.compress.quantization import rules as patterns
 from llmctl.compress.quantization.formats import Format
 from llmctl.compress.quantization.quantize_method import Quantization
@@ -24,7 +24,7 @@ from llmctl.compress.quantization.rules import Rules
 from llmctl.compress.quantization.schemes import BLOCKS, SCHEMES
 from llmctl.config.errors import RequestError
 from llmctl.model import weights
-from llmctl.model.weights import Node, Weight, flatten, unflatten
+from llmctl.model.weights import LearnedScale, Node, Weight, flatten, unflatten
 
 
 def quantize(
@@ -112,6 +112,8 @@ def check(path: str, w: Weight, inputs: int, scheme: str, group: int) -> None:
       RequestError: If the group does not divide the weight's inputs, or the weight is already quantized or low-rank.
     """
     node = weights.as_node(w)
+    if isinstance(w, LearnedScale):  # `learned.check` compares the format and the group
+        return
     if node.has_adapter:
         raise RequestError(f"{path} has a low-rank update; merge it into its base before quantizing")
     if not weights.is_plain(w):
@@ -141,10 +143,12 @@ def with_activations(node: Node, inputs: int, activations: str, input_scale: jax
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def measured(w: jax.Array, target: Target, clip: bool = False) -> tuple[Node, jax.Array]:
+def measured(w: jax.Array | LearnedScale, target: Target, clip: bool = False) -> tuple[Node, jax.Array]:
     """Quantize one weight, and return (quantized weight, its relative error as a float32 scalar)."""
     form, inputs = target.format, target.inputs
-    if clip or not form.symmetric:
+    if isinstance(w, LearnedScale):
+        node, w = learned.converted(w, inputs), w.weight
+    elif clip or not form.symmetric:
         grid, group = grids.levels_of(form)
         node = grids.quantized(w, grid, inputs, group, clip)
     else:

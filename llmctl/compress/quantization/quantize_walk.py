@@ -20,7 +20,7 @@ from llmctl.compress.calibration.layer_files import Saved
 from llmctl.compress.calibration.output_error import replicated, rounded_error
 from llmctl.compress.calibration.settings import CalibrationConfig
 from llmctl.compress.calibration.statistics import Collect, Gram, Joined, Peaks, Statistic
-from llmctl.compress.quantization import folding, gptq, grids, input_scales, quantize, static_inputs
+from llmctl.compress.quantization import folding, gptq, grids, input_scales, learned, quantize, static_inputs
 from llmctl.compress.quantization.autoround import Tuner
 from llmctl.compress.quantization.formats import Format
 from llmctl.compress.quantization.quantize_method import Quantization
@@ -28,7 +28,7 @@ from llmctl.compress.quantization.static_inputs import Magnitudes
 from llmctl.distributed import host_arrays
 from llmctl.model import weights
 from llmctl.model.config import ModelConfig
-from llmctl.model.weights import Matrix, Node, Weight
+from llmctl.model.weights import LearnedScale, Matrix, Node, Weight
 
 Params = dict[str, Any]
 NOT_TUNED = "rounding to nearest: autoround tunes layers, not the output head"
@@ -152,9 +152,12 @@ def quantize_layer(
             gram_II = gram_II / scales[m.module][:, None] / scales[m.module][None, :]
         if m.path in tuned:
             node, found = tuned[m.path], {}
+        elif isinstance(m.weight, LearnedScale):
+            node, found = learned.converted(m.weight, -2), {}
         else:
             node, found = _quantized(replicated(m.weight), gram_II, form, method)
-        error = round(float(_weight_error(m.weight, node)), 6)
+        before = m.weight.weight if isinstance(m.weight, LearnedScale) else m.weight
+        error = round(float(_weight_error(before, node)), 6)
         notes[m.module] = {"shape": list(m.weight.shape), **found, "weight_error": error, **notes_of.get(m.module, {})}
         fixed = None
         if method.static_activations:

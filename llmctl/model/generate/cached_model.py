@@ -144,7 +144,7 @@ class CachedModel:
             RequestError: If the cache does not fit.
         """
         what = f"the cache of {rows:,} texts of {slots:,} tokens"
-        size = rows * slots * flops.kv_cache(self.model, kv_cache=self.kv_cache)
+        size = rows * flops.cache_row(self.model, slots, form=self.kv_cache)
         limits.check_memory(size, what, "lower --max-new, --batch-size or --beams")
 
     def empty_cache(self, B: int, slots: int) -> list[Any]:

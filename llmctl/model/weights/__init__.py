@@ -32,6 +32,7 @@ from llmctl.model.weights.adapter import (
 )
 from llmctl.model.weights.base import Node, Product, node_type, setting
 from llmctl.model.weights.dora import Dora
+from llmctl.model.weights.learned_scale import LearnedScale
 from llmctl.model.weights.low_rank import LowRank
 from llmctl.model.weights.matrices import (
     Matrix,
@@ -82,6 +83,7 @@ __all__ = [
     "KINDS",
     "Adapter",
     "Dora",
+    "LearnedScale",
     "LowRank",
     "Matrix",
     "Node",

@@ -90,6 +90,11 @@ class Adapter(Node):
         """
         return self.dense(self.base.dtype)
 
+    def misfit(self) -> str:
+        """Return the name of an array of the base whose shape does not fit the weight; "" if all arrays fit."""
+        found = as_node(self.base).misfit()
+        return _base_part(found) if found else ""
+
     def without_activations(self) -> Self:
         """Return the same adapter on a base whose inputs are not quantized."""
         return replace(self, base=as_node(self.base).without_activations())

@@ -88,6 +88,8 @@ class Node(abc.ABC):
     """Name of the class in manifests (the JSON files of saved models) and in entry points, as in "weight.NAME"."""
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays that adapter training changes; the other arrays of the node are frozen."""
+    scale_parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the arrays with one element per group of weights, such as scales."""
     keeps_zeros: ClassVar[bool] = False
     """Whether zeros of the frozen base weight, such as pruned elements, stay zero when an adapter is merged."""
 
@@ -170,6 +172,21 @@ class Node(abc.ABC):
     def restore(cls, settings: dict[str, Any], parts: dict[str, Any]) -> Self:
         """Build a node from the results of `settings` and `parts`. The arrays may be abstract."""
         return cls(**{name: settings[name] for name in _names(cls, static=True) if name in settings}, **parts)
+
+    def misfit(self) -> str:
+        """Return the name of an array whose shape does not fit the shape of the weight; "" if all arrays fit.
+
+        Along inputs and outputs, the length of the weight must be a multiple of the length of its scales. The other
+        axes, such as layers, must have equal lengths.
+        """
+        parts = self.parts()
+        for name in self.scale_parts:
+            shape = parts[name].shape if name in parts else self.shape
+            if len(shape) != self.ndim or shape[:-2] != self.shape[:-2]:
+                return name
+            if any(not n or size % n for size, n in zip(self.shape, shape, strict=True)):
+                return name
+        return ""
 
     def count(self) -> int:
         """Return the number of parameters: the elements of the dense weight, plus any parameters of an adapter."""

@@ -41,6 +41,7 @@ class NormalFloat(Node):
     """Store a matrix [..., I, O] as codes [..., I, O] and scales [..., G, O], or a table [V, D] with scales [V, G]."""
 
     kind: ClassVar[str] = "nf4"
+    scale_parts: ClassVar[tuple[str, ...]] = ("scale",)
 
     codes: jax.Array
     """Codes minus OFFSET, int4."""

@@ -45,6 +45,7 @@ class Packed(Node):
     """
 
     kind: ClassVar[str] = "packed"
+    scale_parts: ClassVar[tuple[str, ...]] = ("scale", "zero")
 
     codes: jax.Array
     """Packed codes, uint8. The first code of a byte is in its lowest bits; integers are in two's complement."""
@@ -125,6 +126,11 @@ class Packed(Node):
     def parts(self) -> dict[str, Any]:
         """Return the stored arrays of the weight, by name."""
         return {name: part for name, part in super().parts().items() if part is not None}
+
+    def misfit(self) -> str:
+        """Return the name of an array whose shape does not fit the shape of the weight; "" if all arrays fit."""
+        number, size = PER_WORD[BITS[self.format]]
+        return super().misfit() if self.codes.shape[self.axis] == -(-self.size // number) * size else "codes"
 
     def _values(self, packed: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
         level = levels(self.format, unpack(packed, BITS[self.format], self.size, self.axis))

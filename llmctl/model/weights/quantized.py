@@ -38,6 +38,7 @@ class Quantized(Node):
     """
 
     kind: ClassVar[str] = "quantized"
+    scale_parts: ClassVar[tuple[str, ...]] = ("scale", "zero", "input_scale")
 
     array: qwix.QArray
     activations: str = setting(default="")
@@ -135,6 +136,13 @@ class Quantized(Node):
         """Build a quantized weight from its settings and its stored arrays."""
         array = qwix.QArray(parts["qvalue"], parts["scale"], parts.get("zero"), qtype=parts["qvalue"].dtype)
         return cls(array, settings["activations"], parts.get("input_scale"))
+
+    def misfit(self) -> str:
+        """Return the name of an array whose shape does not fit the shape of the weight; "" if all arrays fit."""
+        zero, inputs = self.array.zero_point, self.input_scale
+        if inputs is not None and inputs.shape[-2:] != (1, 1):
+            return "input_scale"
+        return "zero" if zero is not None and zero.shape != self.array.scale.shape else super().misfit()
 
     def quantized(self) -> Quantized:
         """Return this weight."""

@@ -20,6 +20,7 @@ KINDS: Registry[type[Node]] = Registry(
         "quantized": "llmctl.model.weights.quantized:Quantized",
         "nf4": "llmctl.model.weights.nf4:NormalFloat",
         "packed": "llmctl.model.weights.packed:Packed",
+        "learned_scale": "llmctl.model.weights.learned_scale:LearnedScale",
         "low_rank": "llmctl.model.weights.low_rank:LowRank",
         "scaled": "llmctl.model.weights.scaled:Scaled",
         "svd": "llmctl.model.weights.svd:Svd",

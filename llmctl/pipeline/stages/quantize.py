@@ -40,7 +40,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Quantize the parent and write the artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.compress.lowrank import merged
-    from llmctl.compress.quantization import rotation
+    from llmctl.compress.quantization import learned, rotation
     from llmctl.compress.quantization.quantize import quantize
     from llmctl.distributed import mesh
     from llmctl.pipeline import console
@@ -55,6 +55,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     if config.unread:
         say(f"{', '.join(config.unread)}: not read, because method {config.method!r} rounds without calibration data")
     params, found, model = merged(base, say, requantizes=True), {}, base.model
+    learned.check(config, params, base.path)
     method = config.quantization
     if config.rotate:
         rotation.check(model, params, base.manifest.pruned)
@@ -172,10 +173,11 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     """Return (the programs that calibrate the layers and quantize the largest weight, the quantized artifact)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs
-    from llmctl.compress.quantization import quantization_programs, rotation
+    from llmctl.compress.quantization import learned, quantization_programs, rotation
 
     base = required(config, base)
     params = programs.merged(base.model, base.params, mesh)
+    learned.check(config, params, base.path)
     held, model, first = [] if params is base.params else [base.params], base.model, []
     if config.rotate:
         rotation.check(model, params, base.manifest.pruned)

@@ -1,6 +1,7 @@
 """A kind of weight that only this file knows goes through everything that the others do, by public functions alone."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
@@ -235,3 +236,18 @@ def test_products_by_group_equal_the_dense_product():
     weight, dense = Quantized(stored), qwix.dequantize(stored)
     for tokens in (1, 9, 70):
         np.testing.assert_allclose(weights.matmul(x[:tokens], weight, jnp.float32), x[:tokens] @ dense, atol=1e-4)
+
+
+def test_arrays_that_do_not_fit_the_weight_are_named():
+    """Scales in groups, zero points, scales of inputs, packed codes, and the base of an adapter."""
+    good = weights.Quantized(qwix.quantize(jnp.ones((2, 8, 4)), "int8", channelwise_axes=[0, 2], tiled_axes={1: 4}))
+    scaled = lambda *shape: replace(good, array=replace(good.array, scale=jnp.ones(shape)))  # noqa: E731
+    assert [w.misfit() for w in (good, scaled(2, 8, 4), scaled(2, 1, 1))] == ["", "", ""]
+    assert [scaled(*shape).misfit() for shape in ((2, 3, 4), (2, 4), (1, 1, 4))] == ["scale"] * 3
+    assert replace(good, input_scale=jnp.ones((2, 2, 1))).misfit() == "input_scale"
+    zero = replace(good, array=replace(good.array, zero_point=jnp.zeros((2, 1, 4), jnp.int8)))
+    assert zero.misfit() == "zero"
+    packed = weights.Packed(jnp.zeros((2, 4), jnp.uint8), jnp.ones((1, 4)), jnp.ones((1, 1)), "int2", 8)
+    assert packed.misfit() == "" and replace(packed, size=9).misfit() == "codes"
+    pair = weights.LowRank(scaled(2, 3, 4), jnp.ones((2, 8, 1)), jnp.ones((2, 1, 4)), scale=1.0)
+    assert pair.misfit() == "base.scale"

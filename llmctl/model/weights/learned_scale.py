@@ -1,0 +1,119 @@
+"""Store a weight with scales that training learned for its rounding to integers (LSQ).
+
+The weight stays a float. Every product reads the weight rounded to integers times the scales. The stage quantize
+converts the weight to these integers without a change of its values.
+
+In training, the gradients of the weight and of the scale are those of LSQ (Esser et al., 2020, arXiv:1902.08153).
+
+Shapes: I inputs, O outputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from llmctl.model.weights.base import Node, node_type, setting
+
+
+def limits(bits: int) -> tuple[float, float]:
+    """Return the lowest and the highest integer that formats of `bits` bits without zero points use.
+
+    >>> limits(4), limits(2)
+    ((-7.0, 7.0), (-2.0, 1.0))
+    """
+    top = 2.0 ** (bits - 1) - 1
+    return -top - (bits < 4), top
+
+
+@node_type
+class LearnedScale(Node):
+    """Store a matrix [..., I, O] with scales [..., G, O], or a table [V, D] with scales [V, G].
+
+    >>> w = LearnedScale(jnp.array([[0.9], [-0.2], [40.0]]), jnp.full((1, 1), 0.5), "int4")
+    >>> w.dense()[:, 0].tolist()
+    [1.0, 0.0, 3.5]
+    """
+
+    kind: ClassVar[str] = "learned_scale"
+    scale_parts: ClassVar[tuple[str, ...]] = ("scale",)
+
+    weight: jax.Array
+    """The weight before rounding."""
+    scale: jax.Array
+    format: str = setting()
+    """Name of the format: int8, int4, int3 or int2."""
+
+    shape = property(lambda self: self.weight.shape)
+    dtype = property(lambda self: self.weight.dtype)
+    is_integer = property(lambda self: True)
+    format_name = property(lambda self: f"{self.format} with learned scales")
+    bits = property(lambda self: int(self.format.removeprefix("int")))
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        """Return the rounded weight as one dense array, in `dtype`."""
+        return rounded(self.weight, self.scale, limits(self.bits)).astype(dtype)
+
+    def level(self) -> jax.Array:
+        """Return the integers, in the dtype of the weight."""
+        return jnp.clip(jnp.round(self.weight / spread(self.scale, self.weight)), *limits(self.bits))
+
+    def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
+        """Return the rows `ids` of this table, [..., D], in `dtype`. Only these rows are rounded."""
+        weight, scale = (jnp.take(a, ids.reshape(-1), axis=0) for a in (self.weight, self.scale))
+        return rounded(weight, scale, limits(self.bits)).astype(dtype).reshape(*ids.shape, -1)
+
+    def for_decoding(self, on_cpu: bool) -> Any:
+        """Return the rounded weight as a plain array, so that it is not rounded again for every token."""
+        return self.dense(self.dtype)
+
+    def masked(self, mask: jax.Array) -> LearnedScale:
+        """Return the weight with zeros where the mask is False. The scales are unchanged."""
+        return replace(self, weight=jnp.where(mask, self.weight, 0))
+
+
+def spread(scale: jax.Array, w: jax.Array) -> jax.Array:
+    """Repeat the scales of groups to one scale per weight of `w`."""
+    for axis, (size, groups) in enumerate(zip(w.shape, scale.shape, strict=True)):
+        scale = jnp.repeat(scale, size // groups, axis=axis) if size != groups else scale
+    return scale
+
+
+def sums_of_groups(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sum an array with the shape of the weight over each group. The result has the shape `shape` of the scales."""
+    for axis, groups in enumerate(shape):
+        if a.shape[axis] != groups:
+            a = a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]).sum(axis=axis + 1)
+    return a
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded(w: jax.Array, scale: jax.Array, bounds: tuple[float, float]) -> jax.Array:
+    """Return the weight rounded to integers within `bounds` times the scales. Its gradients are those of LSQ."""
+    scale = spread(scale, w)
+    return jnp.clip(jnp.round(w / scale), *bounds) * scale
+
+
+def _forward(w: jax.Array, scale: jax.Array, bounds: tuple[float, float]) -> tuple[jax.Array, Any]:
+    return rounded(w, scale, bounds), (w, scale)
+
+
+def _backward(bounds: tuple[float, float], saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of the weight and of the scale.
+
+    The weight has the gradient of the identity, and 0 if it is clipped. The gradient of a scale is divided by
+    sqrt(weights per scale * highest integer), as in the paper.
+    """
+    (w, scale), (low, high) = saved, bounds
+    unit = w / spread(scale, w)
+    inside = (unit > low) & (unit < high)
+    slope = jnp.where(inside, jnp.round(unit) - unit, jnp.clip(unit, low, high))
+    per_scale = w.size // scale.size
+    return jnp.where(inside, gradient, 0), sums_of_groups(gradient * slope, scale.shape) * (per_scale * high) ** -0.5
+
+
+rounded.defvjp(_forward, _backward)
