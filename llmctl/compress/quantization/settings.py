@@ -68,7 +68,7 @@ class QuantizeConfig(CalibrationConfig):
     added: ClassVar[frozenset[str]] = CALIBRATION | {
         *("format", "method", "damping", "act_order", "static_groups", "clip", "smooth", "alpha", "rules", "symmetric"),
         *("rotate", "tuning_steps", "average_bits", "max_perplexity_increase", "candidates"),
-        "static_activations",
+        *("static_activations", "plot"),
     }
 
     bits: int = 8
@@ -98,6 +98,9 @@ class QuantizeConfig(CalibrationConfig):
     candidates: list[Annotated[str, AfterValidator(known_scheme), SCHEMES]] = []
     """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3. If
     activations are quantized, int8 and int4."""
+    plot: bool = True
+    """Draw the mixtures of formats that a budget chose from, bits per weight against perplexity, as formats.png in the
+    artifact. Requires matplotlib (the `demo` extra)."""
     embeddings: bool = False
     """Also quantize the token embeddings, with one scale per token. If embeddings are tied, the output projection is
     quantized too."""
@@ -202,6 +205,8 @@ class QuantizeConfig(CalibrationConfig):
         if not self.budget:
             if "candidates" in told and self.candidates:
                 raise ValueError(f"candidates: only with {' or '.join(BUDGETS)}")
+            if "plot" in told and self.plot:
+                raise ValueError(f"plot: only with {' or '.join(BUDGETS)}, whose mixtures it draws")
             return self
         if stray := sorted(told & {"bits", "format"}):
             raise ValueError(f"{self.budget} chooses the formats; leave out {stray[0]}, or name formats in candidates")

@@ -56,7 +56,7 @@ class LearnedScale(Node):
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """Return the rounded weight as one dense array, in `dtype`."""
-        return rounded(self.weight, self.scale, limits(self.bits)).astype(dtype)
+        return jnp.asarray(rounded(self.weight, self.scale, limits(self.bits)), dtype)
 
     def level(self) -> jax.Array:
         """Return the integers, in the dtype of the weight."""
@@ -65,7 +65,7 @@ class LearnedScale(Node):
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
         """Return the rows `ids` of this table, [..., D], in `dtype`. Only these rows are rounded."""
         weight, scale = (jnp.take(a, ids.reshape(-1), axis=0) for a in (self.weight, self.scale))
-        return rounded(weight, scale, limits(self.bits)).astype(dtype).reshape(*ids.shape, -1)
+        return jnp.asarray(rounded(weight, scale, limits(self.bits)), dtype).reshape(*ids.shape, -1)
 
     def for_decoding(self, on_cpu: bool) -> Any:
         """Return the rounded weight as a plain array, so that it is not rounded again for every token."""

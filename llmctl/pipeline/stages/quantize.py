@@ -5,11 +5,13 @@ Matrix products are then computed with these integers. Some methods choose the i
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmctl.artifacts.workspace import Context
 from llmctl.compress.quantization.settings import QuantizeConfig
+from llmctl.config.errors import RequestError
 from llmctl.pipeline.stage import StageConfig, required
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     from llmctl.pipeline import console
     from llmctl.train import fake_quantize
 
+    if config.budget and config.plot and importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("quantize: the picture needs matplotlib: pip install 'llmctl[demo]', or say plot = false")
     devices = mesh.make(config.mesh)
     base = artifact.load(required(config, parent), devices, bases=config.bases)
 
@@ -86,7 +90,18 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             **found,
         },
         tokenizer_dir=base.tokenizer_dir,
+        beside=_pictures(config, found, ctx),
     )
+
+
+def _pictures(config: Config, found: dict[str, Any], ctx: Context) -> list[Path]:
+    """Draw the mixtures of formats, if a budget chose one and the settings ask for it. Return the files."""
+    from llmctl.compress.quantization import front_plot
+
+    if not (config.budget and config.plot):
+        return []
+    front_plot.plot(found["format_budget"], file := ctx.work / "formats.png")
+    return [file]
 
 
 def _with_data(

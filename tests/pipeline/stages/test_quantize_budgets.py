@@ -72,17 +72,19 @@ def test_average_bits_choose_the_best_mixture_of_the_scan(artifacts, tmp_path, r
     base = loss_of(artifact.load(artifacts / "lm"), reviews, 16)
     assert np.expm1(loss_of(made, reviews, 16) - base) == pytest.approx(found["measured"], abs=2e-5)
     said = " ".join(capsys.readouterr().err.split())
+    assert (made.path / "formats.png").read_bytes().startswith(b"\x89PNG")
     assert "mixtures of formats" in said and "bits per weight; perplexity on the calibration data" in said
 
 
 @pytest.mark.parametrize("parent", ["classifier", "encoder"])
 def test_a_limit_of_perplexity_is_met_and_rules_hold(artifacts, tmp_path, reviews, parent):
     settings = {"rules": {"attn/q": "int8", "mlp/down": "none"}, "candidates": ["int8", "int2"], "data": reviews}
+    settings["plot"] = False
     made = run(artifacts, tmp_path, parent, max_perplexity_increase="0.5%", embeddings=True, **settings, **SMALL)
     found = made.manifest.metrics["format_budget"]
     formats = {module.rpartition("blocks/")[2]: name for module, name in found["formats"].items()}
     assert formats["attn/q"] == "int8" and "mlp/down" not in formats and "embed/tokens" in formats
-    assert found["measured"] <= 0.005
+    assert found["measured"] <= 0.005 and not (made.path / "formats.png").exists()
     front, at = found["front"], next(i for i, m in enumerate(found["front"]) if m.get("chosen"))
     assert front[at]["bits"] == found["bits"] and (at == 0 or front[at - 1]["measured"] > 0.005)
     assert made.manifest.config["max_perplexity_increase"] == 0.005

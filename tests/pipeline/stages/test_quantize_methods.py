@@ -224,6 +224,7 @@ def test_data_is_no_part_of_the_key_without_calibration(reviews):
     ({"symmetric": False, "activations": "int8"}, "symmetric = false: not with quantized activations"),
     ({"rules": {"": "int4"}}, "a pattern is empty"),
     ({"rules": {"mlp/*": "nf4"}, "activations": "int8"}, "activations: not for format 'nf4'"),
+    ({"plot": True}, "plot: only with average_bits or max_perplexity_increase"),
     ({"static_activations": "max"}, "static_activations: only with quantized activations"),
     ({"activations": "fp8_e4m3"}, "activations: not for format 'int8'; choose fp8_e4m3"),
 ])  # fmt: skip
