@@ -105,6 +105,7 @@ class Walk:
         index = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         depth = functional.depth(model, stack)
         waiting = [(carry, batch)] * (self.batches - 1)
+        outputs = [carry.x_BTD] * self.batches if changes else []  # of the unchanged layer
         no_layers = model.model_copy(update={"layers": 0})
         flops = (cost.row(model, seq_len) - cost.row(no_layers, seq_len)) / model.layers * size
 
@@ -113,18 +114,20 @@ class Walk:
                 with meshes.use(mesh):
                     return fn.trace(*takes)
 
-            layers, held_stats = ([layer], stats) if fn is look else ([layer, new], LayerStats({}, ()))
+            layers, held_stats = ([], stats) if fn is look else ([layer], LayerStats({}, ()))
+            kept = outputs[1:]  # an output of this batch is a result or an argument of the program
             return Program(
-                title, model, mesh, trace, flops=flops * len(layers), tokens=size * seq_len, rows=size,
-                seq_len=seq_len, dtype=str(dtype), steps=depth * self.batches, parameters=[params, held, made, layers],
-                batch=[(carry, batch)] * self.batches, cache=held_stats, beside=[params, held, made, waiting],
-                work=Pass(layers=len(layers), attention="xla", statistics=held_stats.of_inputs),
+                title, model, mesh, trace, flops=flops, tokens=size * seq_len, rows=size, seq_len=seq_len,
+                dtype=str(dtype), steps=depth * self.batches, parameters=[params, held, made, layers, takes[0]],
+                batch=[[(carry, batch)] * self.batches, kept if fn is look else outputs], cache=held_stats,
+                beside=[params, held, made, layers, waiting, kept],
+                work=Pass(layers=1, attention="xla", statistics=held_stats.of_inputs),
             )  # fmt: skip
 
         title = "statistics of a layer" if changes else "influence of a layer"
         found = [program(title, look, (layer, index, carry, batch, stats))]
         if changes:
-            found.append(program("pass through a changed layer", advance, (layer, new, index, carry, batch)))
+            found.append(program("pass through a changed layer", advance, (new, index, carry, carry.x_BTD, batch)))
             found.append(_layer_write(found[0], params, held, stack, new, index, made))
         return found
 

@@ -5,10 +5,11 @@ layer:
 
 1. The batches pass through the unchanged layer. Statistics of the inputs of every matrix are collected.
 2. The compression method, if there is one, changes the layer.
-3. The batches pass through the changed layer. The outputs are the inputs of the next layer.
+3. The batches pass through the changed layer. The outputs are the inputs of the next layer. The error is computed from
+   the outputs of the first step.
 
 The inputs of later layers therefore include the errors of earlier changes. Memory holds the parameters, one layer's
-statistics, and the residual stream of every batch. All layers of a stack (the encoder or the decoder) run the same
+statistics, and the residual stream of every batch, before and after the layer. All layers of a stack (the encoder or the decoder) run the same
 compiled functions.
 
 A method is a function that takes a `Visit` (one layer with its statistics) and returns the layer's parameters. A
@@ -207,25 +208,32 @@ class _Walk:
             done = self._saved(stack, i, layer)
             if done is None:
                 stats = placed(empty(self.cfg, stack, layer, carries[0], self.collect, self.dtype))
-                influence = jnp.zeros(2)
+                influence, outputs = jnp.zeros(2), []
                 for n, batch in enumerate(self.batches):
                     out, stats, more = observe(layer, index, carries[n], batch, stats)
                     influence += more
                     if self.change is None:
                         carries[n] = out
+                    else:
+                        outputs.append(out.x_BTD)
+                    del out
                 gradients = of_layer(self.gradients, stack, i)
                 visit = Visit(stack, i, layer, stats, gradients, inputs=carries, batches=self.batches)
                 new, share = self._changed(visit), float(influence[0] / influence[1])
                 report = LayerReport(stack, i, share, 0.0, stats if self.keep else {}, visit.notes)
                 del stats, visit  # Gram matrices are larger than the layer; they are freed before the next ones
             else:
-                new, report = done
+                (new, report), outputs = done, []
             if self.change is not None:
                 strayed = jnp.zeros(2)
                 for n, batch in enumerate(self.batches):
-                    carries[n], more = advance(layer, new, index, carries[n], batch)
+                    before = outputs[n] if outputs else carries[n].x_BTD
+                    carries[n], more = advance(new, index, carries[n], before, batch)
                     strayed += more
-                report = replace(report, error=_share(strayed))
+                    if outputs:
+                        outputs[n] = None
+                if done is None:
+                    report = replace(report, error=_share(strayed))
                 layers.put(i, new)
                 if self.saved is not None and done is None:
                     self.saved.write(report.stack, report.layer, new, report.numbers)

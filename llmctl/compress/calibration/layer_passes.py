@@ -51,15 +51,17 @@ def passes(cfg: ModelConfig, stack: str, dtype: Any) -> tuple[Any, Any]:
         return out, stats, _influence(carry.x_BTD, out.x_BTD, real(batch, ""))
 
     @jax.jit
-    def advance(old: Layer, new: Layer, index: jax.Array, carry: layerwise.Carry, batch: Batch) -> tuple[Any, Any]:
+    def advance(
+        new: Layer, index: jax.Array, carry: layerwise.Carry, before_BTD: jax.Array, batch: Batch
+    ) -> tuple[Any, Any]:
         """Run one batch through the changed layer, and return (output, two squared norms).
 
-        The norms are [||changed output - unchanged output||^2, ||unchanged output - input||^2], without padding.
+        `before_BTD` is the output of the unchanged layer, from `observe`. The norms are [||changed output - unchanged
+        output||^2, ||unchanged output - input||^2], without padding.
         """
-        before, _ = layerwise.block(cfg, stack, old, carry, index, dtype=dtype)
         after, _ = layerwise.block(cfg, stack, new, carry, index, dtype=dtype)
         mask = real(batch, "")
-        norms = _square_norm(after.x_BTD - before.x_BTD, mask), _square_norm(before.x_BTD - carry.x_BTD, mask)
+        norms = _square_norm(after.x_BTD - before_BTD, mask), _square_norm(before_BTD - carry.x_BTD, mask)
         return after, jnp.stack(norms)
 
     return observe, advance
