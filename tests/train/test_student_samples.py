@@ -9,7 +9,7 @@ import tiny_distillation as tiny
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig
-from llmctl.data.examples.labelled import completion_batch, sequence_batch
+from llmctl.data.examples.completions import completion_batch, sequence_batch
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional

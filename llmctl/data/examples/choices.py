@@ -10,7 +10,8 @@ import numpy as np
 from llmctl.config.errors import RequestError
 from llmctl.data.config import Truncate
 from llmctl.data.corpus import tokenize
-from llmctl.data.examples.labelled import ExampleRows, completion_batch, padded, sequence_batch, templated
+from llmctl.data.examples.completions import completion_batch, sequence_batch
+from llmctl.data.examples.labelled import ExampleRows, padded, templated
 from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from llmctl.data.corpus import tokenize
-from llmctl.data.examples.labelled import ExampleRows, SequencePairRows, completion_batch
+from llmctl.data.examples.completions import SequencePairRows, completion_batch
+from llmctl.data.examples.labelled import ExampleRows
 from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer

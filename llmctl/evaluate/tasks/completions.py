@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
-from llmctl.data.examples.labelled import CompletionRows, SequencePairRows
+from llmctl.data.examples.completions import CompletionRows, SequencePairRows
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer

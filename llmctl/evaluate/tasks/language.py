@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
-from llmctl.data.examples.labelled import SequencePairRows
+from llmctl.data.examples.completions import SequencePairRows
 from llmctl.data.pretraining import baselines, objective_rows
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples

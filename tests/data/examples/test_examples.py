@@ -8,7 +8,8 @@ import pytest
 from llmctl.config.errors import RequestError
 from llmctl.data import splits
 from llmctl.data.config import DataConfig
-from llmctl.data.examples.labelled import ClassificationRows, CompletionRows, SequencePairRows
+from llmctl.data.examples.completions import CompletionRows, SequencePairRows
+from llmctl.data.examples.labelled import ClassificationRows
 
 BOS, EOS = 2, 3
 

@@ -8,7 +8,7 @@ import pytest
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, TrainConfig
 from llmctl.data.corpus import tokenize
-from llmctl.data.examples.labelled import completion_batch
+from llmctl.data.examples.completions import completion_batch
 from llmctl.data.pretraining.objective_rows import Objective
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
