@@ -53,13 +53,13 @@ class TaughtRows:
 
     @property
     def bare(self) -> Any:
-        """Return the rows without outputs. Unlike these rows, all of them can be read."""
+        """Return the rows without outputs. All of these rows can be read."""
         return self._rows
 
     def batch(self, rows_B: np.ndarray) -> Batch:
         """Return the rows with the numbers `rows_B` as arrays [B, ...], with the teacher's arrays.
 
-        Only rows whose outputs are stored can be read.
+        A row can be read only if its outputs are stored.
         """
         batch = self._rows.batch(rows_B)
         return batch | self._records.read(numbers(self._rows, rows_B), batch)

@@ -40,7 +40,7 @@ class FakeQuantizeConfig(Config):
     """Also round the output projection and the task head."""
     scales: Literal["current", "learned"] = "current"
     """Scales of the rounded matrices. current: computed from the weights in every step. learned: trained with the
-    weights (LSQ), for integers. The artifact then also has the scales, and the stage quantize uses them."""
+    weights (LSQ), for integers. The artifact then also has the scales, and the stage quantize uses these scales."""
 
     @model_validator(mode="after")
     def _fits(self) -> FakeQuantizeConfig:

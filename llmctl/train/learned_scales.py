@@ -3,10 +3,10 @@
     job = learned_scales.attached(config.fake_quantize, job)
 
 The job gets one more trained array per matrix: the logarithms of its scales. A step of Adam has the size of the
-learning rate for every array. For scales of about 0.01 this would be too large, and could make them negative. A step
-of the logarithm changes the scale by a fraction (as in Jain et al., 2019, arXiv:1903.08066).
+learning rate for every array. For scales of about 0.01, such a step would be too large, and could make the scales
+negative. A step of the logarithm multiplies the scale by a factor near 1 (as in Jain et al., 2019, arXiv:1903.08066).
 
-A scale begins at 2 mean|w| / sqrt(highest integer), as in LSQ; zeros are not part of the mean. The result of the job
+The initial scale is 2 mean|w| / sqrt(highest integer), as in LSQ. Zeros are not part of the mean. The result of the job
 has the matrices as `LearnedScale`, which the stage quantize converts to integers with equal values.
 """
 
@@ -27,11 +27,11 @@ from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.job import Job, Params
 
 SMALLEST = 1e-8
-"""Lowest initial scale, for groups of zeros."""
+"""Lowest initial scale. Groups of zeros have this scale."""
 
 
 def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
-    """Return the job with rounded matrices, whose scales are trained. The arrays of the job may be abstract."""
+    """Return the job with rounded matrices and trained scales. The arrays of the job may be abstract."""
     targets = chosen(weights.flatten(job.params), asked.quantization)
     names = {path: f"log_scale.{weights.module_path(path).replace('/', '.')}" for path in targets}
     bounds = {path: limits(_bits(target)) for path, target in targets.items()}

@@ -1,7 +1,7 @@
 """Change the weights of distillation losses during training.
 
 A weight such as `signals.hidden = { from = 1.0, to = 0.0, steps = 0.5 }` changes linearly. Row i of the training rows
-is read in step i // batch_size, so the rows themselves carry the weights of their step to the compiled loss.
+is read in step i // batch_size. The rows therefore contain the weights of their step, which the compiled loss reads.
 
     rows = ScheduledRows(rows, config, steps=1000)
     rows.batch(numbers)["signal_hidden"]
@@ -21,8 +21,8 @@ def weight_at(schedule: Mapping[str, float], step: np.ndarray, steps: int) -> np
     """Return the weight of a signal in each step, float32.
 
     Args:
-      schedule: "from" and "to", and "steps", the length of the change: a number of steps, or a fraction of all steps if
-        it is below 1. By default, the change takes all steps.
+      schedule: first weight "from", last weight "to", and the number of "steps" of the change. A value of "steps" below
+        1 is a fraction of all steps. By default, the change takes all steps.
       step: steps, from 0.
       steps: number of training steps.
 
@@ -36,7 +36,8 @@ def weight_at(schedule: Mapping[str, float], step: np.ndarray, steps: int) -> np
 
 
 class ScheduledRows:
-    """Add the weights of signals to training rows, as arrays "signal_NAME" [B]. Other attributes are those of the rows.
+    """Add the weights of signals to training rows, as arrays "signal_NAME" [B]. Other attributes are the attributes of
+    the rows.
 
     Args:
       rows: training rows.

@@ -95,7 +95,8 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def _pictures(config: Config, found: dict[str, Any], ctx: Context) -> list[Path]:
-    """Draw the mixtures of formats, if a budget chose one and the settings ask for it. Return the files."""
+    """Draw the mixtures of formats, and return the picture files. Nothing is drawn unless a budget chose a mixture and
+    the settings request pictures."""
     from llmctl.compress.quantization import front_plot
 
     if not (config.budget and config.plot):
