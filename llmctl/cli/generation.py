@@ -12,6 +12,7 @@ from llmctl.artifacts import artifact
 from llmctl.config.terminal import visible
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.model.generate import chat as chats
+from llmctl.model.generate import served
 from llmctl.model.generate.beam import Beams, BeamSearch
 from llmctl.model.generate.chat_template import Template
 from llmctl.model.generate.continuations import Speed, begin, continue_rows, end_ids, search_rows
@@ -129,6 +130,8 @@ def load_models(
         return NamedModels(found, None, Filler(first.model, first.params, found[0].words, dtype))
     models = {name: (there.model, there.params) for name, there in loaded.items()}
     drafted = (every[-1].model, every[-1].params) if draft else None
+    for line in dict.fromkeys(filter(None, (served.dequantized(there.params) for there in every))):
+        console.say(line)
     decoders = Decoders(models, dtype, found[0].words.pad_id, kv_cache, drafted)
     named_models = NamedModels(found, decoders, None)
     if draft:

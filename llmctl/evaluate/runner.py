@@ -25,6 +25,7 @@ from llmctl.evaluate.stored import Scored, Stored, digest, identity
 from llmctl.evaluate.tasks import registry
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.settings import GenerationConfig
+from llmctl.model.generate import served
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def results(
         loaded = artifact.load_each([*judges, *(chosen[name] for name in due)], mesh, bases=bases)
         judge = next(loaded) if judges else None
         for name, there in zip(due, loaded, strict=True):
+            if any(one.task.generates for one in pending[name][0]) and (line := served.dequantized(there.params)):
+                say(f"{name}: {line}")
             for one in pending[name][0]:
                 measured = one.task.evaluate(there, one.held, one.setup)
                 result = _result(name, manifests[name], measured, one)

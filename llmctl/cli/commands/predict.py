@@ -73,6 +73,7 @@ def predict(
     from llmctl.config.settings import MeshConfig
     from llmctl.distributed import mesh as meshes
     from llmctl.evaluate.predict import generates, predictor
+    from llmctl.model.generate import served
 
     bases = [base] if base else []
     adapters.check_bases(artifacts, bases)
@@ -82,6 +83,9 @@ def predict(
         if file:
             stream, title = closing.enter_context(_opened(file)), str(file)
         loaded = list(artifact.load_each(artifacts, meshes.make(MeshConfig()), bases=bases))
+        lines = [served.dequantized(found.params) for found in loaded if generates(found)]
+        for line in dict.fromkeys(filter(None, lines)):
+            console.say(line)
         model = predictor(loaded, batch_size, seq_len, dtype, max_new, beams)
         if probabilities and generates(loaded[0]):
             raise RequestError(f"{artifacts[0]}: generates text, which has no classes; leave --probabilities out")

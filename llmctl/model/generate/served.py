@@ -63,9 +63,7 @@ def served(
     Returns:
         The config and the parameters of the converted model, which computes the same function.
     """
-    mesh = meshes.current()
-    on_cpu = (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"
-    made = shared or Shared()
+    on_cpu, made = _on_cpu(platform), shared or Shared()
 
     def converted(w: Any) -> Any:
         node = weights.as_node(w)
@@ -83,3 +81,38 @@ def served(
     blocks, depth = params["decoder"]["blocks"], range(model.layers)
     layers = [jax.tree.map(lambda a, i=i: made.get(f"layer {i}", [a], lambda: a[i]), blocks) for i in depth]
     return model, (rest, layers)
+
+
+def dequantized(params: functional.Params, platform: str = "") -> str:
+    """Return a log line about quantized weights that `served` converts to floats; "" if there are none.
+
+    The line names the number of weights, their formats, the bytes of the floats, and the reason. On platforms other
+    than CPUs, quantized weights are not converted.
+
+    Args:
+        params: Parameters of the model.
+        platform: Platform that will run the programs. If empty, the platform of the current mesh or device.
+    """
+    if not _on_cpu(platform):
+        return ""
+    formats, size = list[str](), 0
+    for w in weights.flatten(params).values():
+        bare = weights.as_node(w).bare()
+        if weights.as_node(bare).is_integer:
+            after = jax.eval_shape(lambda w: weights.as_node(w).for_decoding(True), bare)
+            if weights.is_plain(after):
+                formats.append(weights.as_node(bare).format_name)
+                size += after.size * after.dtype.itemsize
+    if not formats:
+        return ""
+    names = ", ".join(f"{formats.count(name)} in {name}" for name in dict.fromkeys(formats))
+    return (
+        f"quantized weights ({names}) are converted once to {size / 1e6:,.1f} MB of floats for generation, because a "
+        "CPU would convert them again for every token"
+    )
+
+
+def _on_cpu(platform: str) -> bool:
+    """Return whether programs will run on a CPU. If `platform` is empty, use the current mesh or the first device."""
+    mesh = meshes.current()
+    return (platform or (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform) == "cpu"
