@@ -23,7 +23,7 @@ from llmctl.model import weights
 from llmctl.model.weights import packed
 
 BLOCK, SUPER, SUB = 32, 256, 16
-"""Number of inputs of a block, of a block of q6_k, and of a part of it that has an int8 scale."""
+"""Number of inputs of a block, of a q6_k block, and of the part of a q6_k block that shares an int8 scale."""
 LIMITS = {
     "q8_0": (-128, 127),
     "q6_k": (-32, 31),
@@ -32,9 +32,9 @@ LIMITS = {
     "q4_0": (-8, 7),
     "q4_1": (-8, 7),
 }
-"""{type: (lowest, highest integer)}. q5_1 and q4_1 hold other ranges of the same length too."""
+"""Map from type to (lowest integer, highest integer). q5_1 and q4_1 can also hold other ranges of the same length."""
 BOUND = 1e-15
-"""Scales of parts of a q6_k block below this value are 0, as in llama.cpp."""
+"""Bound of the scales in a q6_k block. Smaller scales are set to 0, as in llama.cpp."""
 
 
 class Integers(NamedTuple):
@@ -73,10 +73,9 @@ def integers_of(w: Any, rows: int) -> Integers | None:
 
 
 def kept(kind: str, found: Integers) -> np.ndarray | None:
-    """Return the bytes of a matrix whose integers are stored as they are, or None if the type cannot hold them.
+    """Return the bytes of a matrix whose integers are stored unchanged, or None if the type cannot hold the integers.
 
-    The scales are rounded to float16. For q6_k, the int8 scale of a block is the one with the least rounding of
-    the product.
+    The scales are rounded to float16. For q6_k, each int8 scale minimizes the rounding of the product.
 
     Args:
         kind: The GGUF type, a key of `LIMITS`.
@@ -127,10 +126,10 @@ def _usable(d_N1: np.ndarray) -> bool:
 
 
 def rounded_q6_k(w_RI: np.ndarray) -> np.ndarray:
-    """Round a matrix to q6_k, and return its bytes. The scales are those of llama.cpp's reference quantizer.
+    """Round a matrix to q6_k, and return its bytes. The scales are the same as in llama.cpp's reference quantizer.
 
-    For every 16 inputs, 19 scales near max / 32 are tried. The best one minimizes the squared error weighted by the
-    squared weights.
+    For every 16 inputs, 19 scales near max / 32 are tried. The chosen scale minimizes the squared error, weighted by
+    the squared weights.
     """
     x_NSK = np.ascontiguousarray(w_RI, np.float32).reshape(-1, SUPER // SUB, SUB)
     largest = np.take_along_axis(x_NSK, np.abs(x_NSK).argmax(axis=2)[..., None], axis=2)
@@ -157,7 +156,7 @@ def rounded_q6_k(w_RI: np.ndarray) -> np.ndarray:
 
 
 def _k_bytes(code_NK: np.ndarray, part_NS: np.ndarray, d_N1: np.ndarray) -> np.ndarray:
-    """Return blocks of q6_k as bytes: the low 4 bits of all codes, their high 2 bits, int8 scales, and d."""
+    """Return blocks of q6_k as bytes: the low 4 bits of all codes, the high 2 bits of all codes, int8 scales, and d."""
     code = code_NK.astype(np.uint8).reshape(len(code_NK), 2, 4, BLOCK)
     low, high = code & 15, code >> 4
     low = np.concatenate([low[:, :, 0] | (low[:, :, 2] << 4), low[:, :, 1] | (low[:, :, 3] << 4)], axis=-1)

@@ -185,8 +185,8 @@ def _encoded(w: Any, kind: str, rows: int) -> tuple[np.ndarray, bool]:
 def as_stored(found: Artifact, kind: str) -> tuple[dict[str, Any], str]:
     """Return the parameters that a file of the GGUF type `kind` has, as float32 arrays, and a line about the rounding.
 
-    The line has the number of matrices and their relative error (Frobenius), by GGUF type. It is empty if the file has
-    no quantized type. The parameters are decoded by the package gguf.
+    The line has the number of matrices and their relative error (Frobenius), by GGUF type. The line is empty if the
+    file has no quantized type. The parameters are decoded by the package gguf.
     """
     flat, lost = dict[str, Any](), dict[tuple[str, bool], list[float]]()
     for path, w in weights.flatten(found.params).items():

@@ -1,7 +1,8 @@
 """Compute the log-likelihood of continuations after their contexts, such as the choices of a question.
 
-Several sequences are packed into one row as separate segments, and rows have one of few lengths. The number of compiled
-programs is therefore small, and few positions are padding. The output projection runs only at the scored positions.
+Several sequences are packed into one row as separate segments. All rows have one of a few lengths. The number of
+compiled programs is therefore small, and few positions are padding. The output projection runs only at the scored
+positions.
 
 Shapes: B rows per batch, T tokens per row, P scored positions per row, D model width.
 """
@@ -26,7 +27,8 @@ from llmctl.model.config import ModelConfig
 SHORTEST, GROWTH = 128, 4
 """Shortest length of a row, and the ratio of two successive lengths."""
 POSITIONS = 32
-"""Factor of the number of scored positions per row. Logits are computed in chunks, which need a divisor."""
+"""Divisor of the number of scored positions per row. Logits are computed in chunks, whose number must divide the number
+of positions."""
 
 
 class Query(NamedTuple):
@@ -65,7 +67,7 @@ class Scorer:
             prefix: Token ids of a trained prompt, which precedes every context.
         """
         self.longest = setup.seq_len - len(prefix)
-        """Maximum number of inputs per query, without the trained prompt."""
+        """Maximum number of input tokens per query, without the trained prompt."""
         self._model, self._params, self._setup, self._prefix = model, params, setup, tuple(prefix)
         self._step = position_scores(model, setup.dtype)
         self.truncated = 0
@@ -74,8 +76,8 @@ class Scorer:
     def __call__(self, queries: Sequence[Query]) -> list[Score]:
         """Return the scores of the queries, in their order.
 
-        A context that is too long loses its beginning. Queries with equal inputs are computed once: choices of one
-        token after the same context share their computation.
+        The beginning of a context that is too long is removed. Queries with equal inputs are computed once. For
+        example, choices of one token after the same context are computed together.
 
         Raises:
             RequestError: If a continuation alone is longer than `longest`, or if a context or continuation is empty.
@@ -164,8 +166,8 @@ def rows_per_batch(setup: Setup, length: int, rows: int = 2**31) -> int:
 def by_length(sequences: Sequence[ScoredSequence], longest: int) -> dict[int, list[ScoredSequence]]:
     """Group sequences by the length of the row that they are packed into, shortest first.
 
-    A row is at least twice as long as its sequences, if the model permits. Otherwise few sequences would share a row,
-    and much of a row would be padding.
+    A row is at least twice as long as the row's sequences, if the model's maximum length permits. In shorter rows, much
+    would be padding.
 
     Args:
         sequences: Sequences of at most `longest` tokens.
@@ -185,7 +187,7 @@ def by_length(sequences: Sequence[ScoredSequence], longest: int) -> dict[int, li
 def position_scores(model: ModelConfig, dtype: str) -> Any:
     """Return a compiled function (params, batch) -> {"log_p": [B, P], "best": [B, P]}.
 
-    "log_p" is the log probability of each target in nats. "best" tells whether the target is the most probable token.
+    "log_p" is the log probability of each target in nats. "best" is true if the target is the most probable token.
     """
 
     @jax.jit

@@ -30,13 +30,13 @@ from llmctl.model.generate import served
 
 @dataclass(frozen=True)
 class Work:
-    """Describe one measurement of one artifact, before it is made."""
+    """Describe one measurement of one artifact, before the measurement is made."""
 
     task: Task
     held: Held
     setup: Setup
     definition: str
-    """Digest of the task, its data and its settings."""
+    """Digest of the task, the data and the settings."""
 
 
 def results(
@@ -148,7 +148,7 @@ def results(
 
 
 def _tasks(config: MeasureConfig, manifest: Manifest) -> list[Task]:
-    """Return the tasks to measure an artifact on, without those of the harness."""
+    """Return the tasks to measure an artifact on, without tasks of the harness."""
     if config.harness and not config.tasks:
         return []
     return [registry.TASKS[t] for t in config.tasks] or [registry.of(manifest)]
@@ -173,7 +173,7 @@ def _work(
 
 
 def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, target: str) -> str:
-    """Return the digest of a measurement: the task, the texts and labels of its examples, and its settings.
+    """Return the digest of a measurement: the task, the texts and labels of the examples, and the settings.
 
     Results of equal weights and equal digests are equal.
     """
@@ -191,7 +191,7 @@ def _renamed(scored: Scored, name: str) -> Scored:
 
 
 def _scored(name: str, manifest: Manifest, found: harness.HarnessResult) -> Scored:
-    """Return the result of a task of the harness, and its value of each metric per document."""
+    """Return the result of a task of the harness, and the value of each metric per document."""
     result = _about(name, manifest) | {"task": found.task, "protocol": found.protocol, "metrics": found.metrics}
     result |= {"definition": found.about["definition"], "record": found.task}
     result["harness"] = {k: v for k, v in found.about.items() if k != "definition"}

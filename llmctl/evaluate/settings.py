@@ -58,7 +58,7 @@ class MeasureConfig(Config):
     the task are the same."""
 
     def inputs(self) -> list[str]:
-        """Return the paths of local task files, and of the data files that they name.
+        """Return the paths of local task files, and of the data files that these task files name.
 
         Raises:
             RequestError: If a file is missing.

@@ -1,7 +1,7 @@
 """Find results of earlier evaluations, so that no artifact is scored twice on the same task.
 
-A result is found again by two digests: of the weights and everything else in the artifact that can change predictions,
-and of the definition of the task (data, prompts, metrics and protocol).
+A result is found by two digests. The first digest covers the weights, and everything else in the artifact that can
+change predictions. The second digest covers the definition of the task: data, prompts, metrics and protocol.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PARTIAL = "scored.jsonl"
 
 @dataclass(frozen=True)
 class Scored:
-    """Store one result, and its records about examples."""
+    """Store one result, and the result's records about examples."""
 
     result: Result
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Stored:
-    """Hold the results of earlier evaluations, and save new results before the evaluation ends.
+    """Find the results of earlier evaluations, and save new results before the evaluation ends.
 
     Example:
         >>> Stored([]).find("a digest", "another", timed=False) is None
@@ -40,7 +40,7 @@ class Stored:
     """
 
     def __init__(self, found: Sequence[Scored], partial: Path | None = None) -> None:
-        """Store results, and the file that `add` appends to."""
+        """Store earlier results, and the path of the file to which `add` appends results."""
         self._found = {(identity(s.result), s.result["definition"]): s for s in found if "definition" in s.result}
         self._partial = partial
 
@@ -50,7 +50,7 @@ class Stored:
         Args:
             weights: Digest of the artifact (see `identity`).
             definition: Digest of the task.
-            timed: Whether the result must have times. Times in a result are kept in any case.
+            timed: Whether the result must have times. If false, a result with times is also returned.
         """
         scored = self._found.get((weights, definition))
         return scored if scored is not None and (not timed or "timed_on" in scored.result) else None
@@ -78,9 +78,9 @@ def digest(*parts: Any) -> str:
 
 
 def read(folder: Path, work: Path) -> Stored:
-    """Return the results in the folder of an evaluation, and those that an interruption left in `work`.
+    """Return the results in the folder of an evaluation, and the results that an interruption left in `work`.
 
-    Files that cannot be read count as missing, because everything in them can be computed.
+    Files that cannot be read count as missing, because the results can be computed again.
     """
     partial = work / PARTIAL
 
@@ -107,6 +107,6 @@ def _parsed(read: Callable[[], Any]) -> list[Any]:
 
 
 def _lines(file: Path) -> list[Any]:
-    """Return the values of a file with one JSON value per line. An incomplete last line is left out."""
+    """Return the values of a file with one JSON value per line. An incomplete last line is omitted."""
     text = file.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -118,8 +118,8 @@ def share(
         positions_BT: Position of each token in its segment.
         causal: Whether tokens attend to earlier tokens only.
         cached_BS: Segment of the token at each position of the key-value cache; None without a cache.
-        slot: Cache position of the first of the T tokens, which are stored one after the other; a scalar, or one
-            position per row [B]. None without a cache.
+        slot: Cache position of the first of the T tokens: a scalar, or one position per row [B]. The tokens are stored
+            one after the other. None without a cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
     """
     mask = local = None

@@ -9,8 +9,8 @@ layer:
    the outputs of the first step.
 
 The inputs of later layers therefore include the errors of earlier changes. Memory holds the parameters, one layer's
-statistics, and the residual stream of every batch, before and after the layer. All layers of a stack (the encoder or the decoder) run the same
-compiled functions.
+statistics, and the residual stream of every batch, before and after the layer. All layers of a stack (the encoder or
+the decoder) run the same compiled functions.
 
 A method is a function that takes a `Visit` (one layer with its statistics) and returns the layer's parameters. A
 changed weight overwrites the unchanged weight in place if both have the same type. If the type changes, such as from

@@ -1,4 +1,6 @@
-"""Measure an artifact on tasks of lm-evaluation-harness, and convert the harness's results to llmctl's."""
+"""Measure an artifact on tasks of lm-evaluation-harness, and convert the results of the harness to results of
+llmctl.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,24 @@ from llmctl.evaluate.setup import Setup
 from llmctl.model.config import ModelConfig
 
 BOOTSTRAP = 1000
-"""Number of resamples for the standard error of a metric that is no mean."""
+"""Number of resamples for the standard error of a metric that is not a mean."""
 NAMES: dict[str, str] = {
     "acc": "accuracy",
     "acc_norm": "accuracy_per_character",
     "acc_bytes": "accuracy_per_byte",
     "perplexity": "document_perplexity",
 }
-"""Map from metric names of the harness to llmctl's, where they differ.
+"""Map from metric names of the harness to names of llmctl, for metrics with different names.
 
-The harness's perplexity is of documents, not of tokens.
+The perplexity of the harness is per document, not per token.
 """
 PROPORTIONS = ("acc", "acc_norm", "acc_bytes", "exact_match")
-"""Metrics whose value per document is 0 or 1, so that Wilson's interval applies."""
+"""Names of the metrics whose value per document is 0 or 1. For these metrics, Wilson's interval applies."""
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """Store the metrics of one task, and how they were measured."""
+    """Store the metrics of one task, and a description of the measurement."""
 
     task: str
     protocol: str
@@ -46,11 +48,11 @@ class HarnessResult:
     about: dict[str, Any]
     """Digest of the task's definition, versions of the harness and of the task, and number of solved examples."""
     examples: list[dict[str, Any]]
-    """One record per document: its number, and its value of each metric."""
+    """One record per document: the document's number, and the value of each metric."""
 
 
 def check_model(model: ModelConfig, where: str) -> None:
-    """Check that the harness's tasks can be asked of a model.
+    """Check that the harness can measure a model.
 
     Raises:
         RequestError: If the model is no decoder with a language-model head.
@@ -61,7 +63,7 @@ def check_model(model: ModelConfig, where: str) -> None:
 
 
 def setup(mesh: Any, manifest: Manifest, path: str, *, seq_len: int, batch_size: int, dtype: str) -> Setup:
-    """Return the settings of a measurement. If `seq_len` is 0, the model reads as many tokens as it can.
+    """Return the settings of a measurement. If `seq_len` is 0, the model's maximum sequence length is used.
 
     Raises:
         RequestError: If `seq_len` exceeds the model's maximum.
@@ -74,24 +76,24 @@ def setup(mesh: Any, manifest: Manifest, path: str, *, seq_len: int, batch_size:
 
 
 class Suite:
-    """Hold the loaded tasks of an evaluation, and measure artifacts on them.
+    """Load tasks once for an evaluation, and measure artifacts on them.
 
-    Use the class as a context manager. Tasks are loaded once, before any artifact.
+    Use the class as a context manager. Tasks are loaded before any artifact.
     """
 
     def __init__(self, names: Sequence[str], settings: HarnessConfig, limit: int) -> None:
-        """Store which tasks to load.
+        """Store the names and settings of the tasks to load.
 
         Args:
             names: Names of tasks, groups or tags of the harness, YAML files, or folders of YAML files.
             settings: Settings of the tasks.
-            limit: Number of documents per task, from the first; 0 uses all.
+            limit: Number of documents per task, counted from the first document; 0 uses all documents.
         """
         self._names, self._settings, self._limit = list(names), settings, limit
         self._open = contextlib.ExitStack()
         self._loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
         self.definitions: dict[str, str] = {}
-        """Digest of each task and group: its settings, its documents, and its prompts' settings."""
+        """Digest of each task and group: the settings, the documents, and the settings of the prompts."""
 
     def __enter__(self) -> Suite:
         """Load the tasks.
@@ -117,7 +119,7 @@ class Suite:
         """Measure an artifact on the tasks `pending`. If a group is pending, all tasks are measured.
 
         Raises:
-            RequestError: If a task cannot be asked of this model.
+            RequestError: If the model cannot do a task.
             WorkError: If the harness fails.
         """
         from lm_eval import evaluator
@@ -194,7 +196,7 @@ def _result(name: str, found: dict[str, Any], said: str, digest: str) -> Harness
 
 
 def _interval(ours: str, metric: str, value: float, error: float, documents: int) -> dict[str, float]:
-    """Return the standard error of a metric, and its 95 % interval."""
+    """Return the standard error and the 95 % interval of a metric."""
     low, high = value - Z_95 * error, value + Z_95 * error
     if metric in PROPORTIONS:
         low, high = wilson_interval(round(value * documents), documents)
@@ -202,7 +204,7 @@ def _interval(ours: str, metric: str, value: float, error: float, documents: int
 
 
 def definition(task: Any, settings: HarnessConfig, limit: int) -> str:
-    """Return the digest of a task: its settings, its documents, and the settings of its prompts.
+    """Return the digest of a task's settings, documents and prompt settings.
 
     Results of equal weights and equal digests are equal.
     """

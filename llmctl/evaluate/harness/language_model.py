@@ -1,7 +1,7 @@
-"""Define the interface between lm-evaluation-harness and an artifact: a subclass of its class `TemplateLM`.
+"""Define the interface between lm-evaluation-harness and an artifact: a subclass of the harness's class `TemplateLM`.
 
-Texts are encoded as by the harness's own class for Hugging Face models, so that both give equal log-likelihoods. In
-particular, a text that spells a special token is encoded as that token.
+Texts are encoded as in the harness's own class for Hugging Face models, so that both classes give equal
+log-likelihoods. For example, a text that spells a special token is encoded as this token.
 
 Importing this module imports lm_eval.
 """
@@ -55,7 +55,9 @@ class ArtifactLM(TemplateLM):
 
     @property
     def truncated(self) -> int:
-        """Return the number of likelihood requests whose context lost its beginning, because it was too long."""
+        """Return the number of likelihood requests with a context that was too long. The beginning of such a context
+        was removed.
+        """
         return self._score.truncated
 
     @property
@@ -104,8 +106,8 @@ class ArtifactLM(TemplateLM):
 
         Args:
             string: The text. It may spell special tokens.
-            add_special_tokens: Whether the ids begin with the begin-of-sequence token. None adds the token if the
-                tokenizer adds it to texts, and the text does not spell it.
+            add_special_tokens: Whether the ids begin with the begin-of-sequence token. If None, the token is added if
+                the tokenizer adds the token to texts, and the text does not spell the token.
             kwargs: Ignored.
         """
         words = self._words
@@ -142,8 +144,8 @@ class ArtifactLM(TemplateLM):
         Requests with equal settings are generated together, shortest prompt first.
 
         Raises:
-            RequestError: If a task has a generation setting that llmctl does not know, or its answers leave no room for
-                a prompt.
+            RequestError: If a task has a generation setting that llmctl does not know, or if the answers leave no room
+                for a prompt.
         """
         out = [""] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -165,7 +167,7 @@ class ArtifactLM(TemplateLM):
         return out
 
     def _held(self) -> Writer:
-        """Return the object that generates text, with the parameters of the artifact."""
+        """Return the Writer that generates text, with the parameters of the artifact."""
         if self._writer is None:
             there, setup = self._artifact, self._setup
             sizes = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}

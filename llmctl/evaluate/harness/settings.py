@@ -10,7 +10,7 @@ from llmctl.config.base import Config
 
 
 class HarnessConfig(Config):
-    """Configure tasks of lm-evaluation-harness: prompts, and what the tasks may do."""
+    """Configure tasks of lm-evaluation-harness: prompts, and permissions of the tasks."""
 
     heading: ClassVar[str] = "Tasks of lm-evaluation-harness"
     common: ClassVar[tuple[str, ...] | None] = ("shots", "chat_template")
@@ -20,7 +20,7 @@ class HarnessConfig(Config):
     seed: int = Field(default=1234, ge=0)
     """Seed that selects the solved examples."""
     chat_template: bool = False
-    """Ask with the chat template of the artifact, one message per solved example and answer."""
+    """Use the chat template of the artifact, with separate messages for each solved example and answer."""
     system: str = ""
     """Text of the system message, or of the beginning of each prompt if there is no chat template."""
     allow_code: bool = False

@@ -1,7 +1,7 @@
 """Load tasks of lm-evaluation-harness by name, or from local YAML files, without running code of the files.
 
-A local file can name Python functions (`!function`) and metrics to load. It is refused unless the setting `allow_code`
-permits this. Templates always run in a sandbox of Jinja.
+A local file can name Python functions (`!function`) and metrics to load. Such a file is refused, unless the setting
+`allow_code` is true. Templates always run in a sandbox of Jinja.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from llmctl.evaluate.harness.settings import HarnessConfig
 
 QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 SINGLE = {"DISABLE_MULTIPROC": "1"}
-"""The harness would fork processes for its bootstrap, which JAX's threads do not survive."""
+"""Environment variable that prevents the harness from forking processes for the bootstrap. JAX's threads do not survive
+a fork."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
 
@@ -32,7 +33,7 @@ def check_installed() -> None:
     """Check that lm-evaluation-harness is installed.
 
     Raises:
-        RequestError: If it is not.
+        RequestError: If the harness is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise RequestError("eval: tasks of lm-evaluation-harness need lm-eval: pip install 'llmctl[eval]'")
@@ -44,7 +45,7 @@ def is_local(name: str) -> bool:
 
 
 def files(names: Sequence[str]) -> list[Path]:
-    """Return the local YAML files among the names of tasks, and the local data files that they name.
+    """Return the local YAML files among the names of tasks, and the local data files that these YAML files name.
 
     Raises:
         RequestError: If a file is missing, or a folder has no YAML file.
@@ -56,8 +57,9 @@ def files(names: Sequence[str]) -> list[Path]:
 
 @contextlib.contextmanager
 def environment(settings: HarnessConfig) -> Iterator[None]:
-    """Run the harness without progress bars and child processes, with fixed seeds, and offline unless
-    `settings.download` is set.
+    """Run the harness offline, without progress bars and child processes, and with fixed seeds.
+
+    If `settings.download` is set, the harness may use the network.
 
     The sandbox for templates is active inside. All changes are reverted at the end.
     """
@@ -172,7 +174,7 @@ def _check_harmless(file: Path, seen: frozenset[Path] = frozenset()) -> None:
     """Check that a task file, and all files that it includes, name no Python code.
 
     Raises:
-        RequestError: If a file names a function, a metric outside the harness, or is no YAML.
+        RequestError: If a file names a function or a metric outside the harness, or is not YAML.
     """
     import yaml
     from lm_eval.api.registry import metric_registry
@@ -209,7 +211,7 @@ def _plain(file: Path) -> dict[str, Any]:
     """Return the content of a YAML file, in which functions are None.
 
     Raises:
-        RequestError: If the file is no table in YAML.
+        RequestError: If the file is not a YAML table.
     """
     import yaml
 
