@@ -136,9 +136,9 @@ class StudentSamples:
     """Config of the student."""
     mesh: jax.sharding.Mesh
     ends: Sequence[int]
-    """End tokens."""
+    """Ids of the tokens that end a completion."""
     pad: int
-    """Padding token."""
+    """Id of the padding token."""
 
     @classmethod
     def of(

@@ -32,7 +32,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Template(BaseModel, extra="forbid"):
-    """Hold the fields of a `TextTemplate`, to read them from JSON."""
+    """Store the fields of a `TextTemplate` that are read from JSON."""
 
     begin: tuple[TokenId, ...]
     end: tuple[TokenId, ...]
