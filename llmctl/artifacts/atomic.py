@@ -37,6 +37,22 @@ def check(out: Path, flag: str = "--out") -> None:
             raise RequestError(f"{flag} {out}: is inside the artifact {above}, and is lost when that is made anew")
 
 
+def check_apart(folder: Path, out: Path, flag: str) -> None:
+    """Check that a folder, in which a stage stores other files, is neither the artifact `out` nor inside it.
+
+    Args:
+        folder: The folder.
+        out: Folder of the artifact, which is replaced when the artifact is saved.
+        flag: Setting that names the folder, for the error message.
+
+    Raises:
+        RequestError: If the folder would be lost when the artifact is saved, or if `check` refuses it.
+    """
+    check(folder, flag)
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise RequestError(f"{flag} {folder}: is lost when the artifact {out} is saved; choose another folder")
+
+
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
 """Pattern of NumPy's error message for an array that was written only in part, because the disk is full."""
 

@@ -61,7 +61,7 @@ class TeacherAnswers:
         given = config.answers.folder
         self.folder = Path(given).expanduser() if given else ctx.out.parent / f"{ctx.out.name}-answers"
         self.own = not given
-        atomic.check(self.folder, "answers.folder")
+        atomic.check_apart(self.folder, ctx.out, "answers.folder")
         if "prompt" not in text.columns:
             raise RequestError(f'mode = "sequence": the data has no prompts; map data.columns.prompt ({text.columns})')
         self.metrics: dict[str, int] = {}

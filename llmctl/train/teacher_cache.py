@@ -4,7 +4,7 @@ The folder serves all trainings with the same data and the same teachers. Studen
 each row contains one example, seeds may differ too. Missing rows are added. `llmctl.data.teacher_records` describes the
 files.
 
-    cache = TeacherCache(config, learner, teachers, devices, tokens, text)
+    cache = TeacherCache(config, ctx, learner, teachers, devices, tokens, text)
     rows, unseen = cache.filled(rows, unseen, load=load_the_teachers, say=print)
 """
 
@@ -37,6 +37,7 @@ from llmctl.train.validation import Validation
 
 if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
+    from llmctl.artifacts.workspace import Context
     from llmctl.data.tokenizers.base import Tokenizer
     from llmctl.train.learner import Learner
 
@@ -53,6 +54,7 @@ class TeacherCache:
     def __init__(
         self,
         config: Any,
+        ctx: Context,
         learner: Learner,
         teachers: Sequence[Artifact],
         mesh: jax.sharding.Mesh,
@@ -63,6 +65,7 @@ class TeacherCache:
 
         Args:
           config: config of the stage `distill`.
+          ctx: folders of the stage.
           learner: the student.
           teachers: the teachers, with abstract arrays.
           mesh: the devices.
@@ -74,7 +77,7 @@ class TeacherCache:
         """
         self.config, self.learner, self.teachers, self.mesh = config, learner, teachers, mesh
         self.folder = Path(config.cache).expanduser()
-        atomic.check(self.folder, "cache")
+        atomic.check_apart(self.folder, ctx.out, "cache")
         self._tokenizer, self._text = tokenizer, text
         self._divergences = {"train": distillation.divergence(config), "validation": MOST_PROBABLE}
         self.judged: dict[str, float] = {}

@@ -183,7 +183,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     unseen = _rows(config, learns, text, "validation", tokens, corpus, shuffle=False)
     judged = None
     if config.cache:
-        cache = teacher_cache.TeacherCache(config, learns, teachers, devices, tokens, text)
+        cache = teacher_cache.TeacherCache(config, ctx, learns, teachers, devices, tokens, text)
         learn, unseen = cache.filled(learn, unseen, (lambda: teachers) if loaded else load, say)
         judged = cache.judged
     if config.signals.schedules:

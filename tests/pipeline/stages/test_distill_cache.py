@@ -164,6 +164,8 @@ def test_a_cache_of_something_else_is_refused(tmp_path, untrained):
     with pytest.raises(RequestError, match="is there already, with something else"):
         tiny.go(tmp_path / "run", teacher, student, **given | {"cache": str(other)})
     assert [p.name for p in other.iterdir()] == ["mine.txt"]
+    with pytest.raises(RequestError, match=r"cache .*/out/c: is lost when the artifact .*/out is saved"):
+        tiny.go(tmp_path / "run", teacher, student, **given | {"cache": str(tmp_path / "run" / "out" / "c")})
     language = tiny.made(tmp_path, tiny.MODELS["encoder"])
     with pytest.raises(RequestError, match="cache: stores the most probable tokens only; set top_k"):
         tiny.go(tmp_path / "run", language, language, **given | {"top_k": 0, "data": tiny.data(tmp_path, "text")})
