@@ -71,7 +71,7 @@ docs: $(VENV)/.dev ## write the commands' help into README.md
 	@$(BIN)/python tests/readme.py
 
 # Benchmarks that plan for TPUs need another extra, and do not measure this machine. Others take hours (LONG).
-LONG := recipes/bench/robust.py recipes/bench/prune_methods.py recipes/bench/quantize_methods.py recipes/bench/structured.py recipes/bench/gradual_pruning.py recipes/bench/finetune_methods.py
+LONG := recipes/bench/robust.py recipes/bench/prune_methods.py recipes/bench/quantize_methods.py recipes/bench/structured.py recipes/bench/gradual_pruning.py recipes/bench/finetune_methods.py recipes/bench/harness.py
 BENCHES := $(filter-out recipes/bench/plan_% $(LONG),$(sort $(wildcard recipes/bench/[a-z]*.py)))
 bench: $(VENV)/.dev $(VENV)/.published ## run the benchmarks of recipes/bench on this machine
 	@for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmctl.config.base import format_toml, hint
 from llmctl.config.errors import RequestError
-from llmctl.data import chats, column_choice
+from llmctl.data import chats, column_choice, multiple_choice
 from llmctl.data.cells import CHATS, CellReader
 from llmctl.data.config import (
     CHAT_COLUMNS,
@@ -163,9 +163,8 @@ class View(Source):
             row["text"] = " ".join(row["tokens"])
         if "answers" in row:
             row["answers"] = self._cells.answers(row, self.where(i))
-        if "answer" in row and isinstance(
-            row.get("choices"), (list, dict)
-        ):  # other columns of that name are no questions
+        # other columns of that name are no questions
+        if "answer" in row and multiple_choice.holds_choices(row.get("choices")):
             row |= self._cells.question(row, self.where(i))
         if "messages" in row:
             row |= self._cells.conversation(row, self.where(i))

@@ -233,7 +233,7 @@ def _canonical(row: dict[str, Any], columns: dict[str, str], where: str) -> Row 
             if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):
                 return RequestError(f"{where}: column {theirs!r} is not a list of words")
         elif ours == "choices":
-            if not isinstance(value, (list, dict)) and ours not in columns:
+            if not multiple_choice.holds_choices(value) and ours not in columns:
                 continue  # another column of this name
             try:
                 value = multiple_choice.texts_of(value)[0]

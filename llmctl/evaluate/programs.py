@@ -15,7 +15,7 @@ from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import DataConfig
 from llmctl.data.examples import synthetic
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate import acceptance, likelihood, runner
+from llmctl.evaluate import acceptance, likelihood, runner, task_files
 from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Setup
@@ -48,9 +48,13 @@ def scoring(
         target: Language model for which the artifact is a draft; None measures no acceptance.
     """
     programs = [_harness(config, name, chosen[name], mesh)] if config.harness else []
-    if config.harness and not config.tasks:
+    for file in config.files_of_tasks:
+        told = task_files.read(file)
+        own = scoring(task_files.settings(config, told), told.data, name, chosen, mesh)
+        programs += [replace(program, title=f"{program.title}: {Path(file).stem}") for program in own]
+    if not config.measures_data:
         return programs
-    tasks = [TASKS[task] for task in config.tasks] or [of(chosen[name].manifest)]
+    tasks = [TASKS[task] for task in config.named_tasks] or [of(chosen[name].manifest)]
     setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
     for task in tasks:
         programs.append(_program(config, data, name, chosen, setup, task))
@@ -109,7 +113,7 @@ def _program(
             return step.trace(params, batch)
 
     return Program(
-        f"scoring of {name}" + (f" on {task.title}" if len(config.tasks) > 1 else ""),
+        f"scoring of {name}" + (f" on {task.title}" if len(config.named_tasks) > 1 else ""),
         model,
         mesh,
         trace,

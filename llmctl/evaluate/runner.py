@@ -15,7 +15,7 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
-from llmctl.evaluate import acceptance, speed
+from llmctl.evaluate import acceptance, speed, task_files
 from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
@@ -32,11 +32,14 @@ from llmctl.model.generate import served
 class Work:
     """Describe one measurement of one artifact, before the measurement is made."""
 
+    config: MeasureConfig
     task: Task
     held: Held
     setup: Setup
     definition: str
     """Digest of the task, the data and the settings."""
+    name: str = ""
+    """Name of the task's file; empty if the task has the data of the evaluation."""
 
 
 def results(
@@ -74,21 +77,29 @@ def results(
     before = before or Stored([])
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     asked = {name: _tasks(config, m) for name, m in manifests.items()}
+    files = [task_files.load(file, config.examples) for file in config.files_of_tasks]
     for name, manifest in manifests.items():
-        for task in asked[name]:
+        for task, metrics in [
+            *((task, config.metrics) for task in asked[name]),
+            *((registry.TASKS[file.config.task], file.config.metrics) for file in files),
+        ]:
             task.check_model(manifest.model, str(chosen[name]))
-            check_metrics(config.metrics, task, str(chosen[name]))
+            check_metrics(metrics, task, str(chosen[name]))
         if config.harness:
             harness.check_model(manifest.model, str(chosen[name]))
         if target:
             acceptance.check(manifest, artifact.read_manifest(target), str(chosen[name]))
-    if _set(config) and not any(task.generates for tasks in asked.values() for task in tasks):
+    generates = [task.generates for tasks in asked.values() for task in tasks]
+    generates += [registry.TASKS[file.config.task].generates for file in files]
+    if _set(config) and not any(generates):
         given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}))
         raise RequestError(f"generation: not for task {given}; only task seq2seq generates answers")
     judged = identity(artifact.read_manifest(target)) if target else ""
     wanted = {
         name: _work(config, mesh, chosen[name], m, asked[name], examples, work, judged) for name, m in manifests.items()
     }
+    for name, manifest in manifests.items():
+        wanted[name] += [_file_work(config, mesh, chosen[name], manifest, file, work) for file in files]
     done: dict[str, list[Scored]] = {name: [] for name in chosen}
     timed: list[tuple[Measured, Result]] = []
     with harness.Suite(config.harness, config.lm_eval, config.examples) as suite:
@@ -112,10 +123,10 @@ def results(
             for one in pending[name][0]:
                 measured = one.task.evaluate(there, one.held, one.setup)
                 result = _result(name, manifests[name], measured, one)
-                result["metrics"] |= further(config.metrics, measured)
-                if judge:
+                result["metrics"] |= further(one.config.metrics, measured)
+                if judge and not one.name:
                     result["metrics"] |= acceptance.measure(one.task, there, judge, one.held, one.setup)
-                records = [{"artifact": name, "task": one.task.name, **record} for record in measured.written or ()]
+                records = [{"artifact": name, "task": result["record"], **record} for record in measured.written or ()]
                 done[name].append(Scored(result, records))
                 if config.speed:  # this keeps the weights of all artifacts in memory: they are timed in alternation
                     timed.append((replace(measured, answers=None, written=None), result))
@@ -148,10 +159,10 @@ def results(
 
 
 def _tasks(config: MeasureConfig, manifest: Manifest) -> list[Task]:
-    """Return the tasks to measure an artifact on, without tasks of the harness."""
-    if config.harness and not config.tasks:
+    """Return the tasks to measure an artifact on with the data of the evaluation."""
+    if not config.measures_data:
         return []
-    return [registry.TASKS[t] for t in config.tasks] or [registry.of(manifest)]
+    return [registry.TASKS[t] for t in config.named_tasks] or [registry.of(manifest)]
 
 
 def _work(
@@ -169,7 +180,18 @@ def _work(
         return []
     assert examples is not None
     settings, held = setup(config, mesh, path, manifest), Held(examples, config.split, folder)
-    return [Work(task, held, settings, definition(config, task, held, settings, target)) for task in tasks]
+    return [Work(config, task, held, settings, definition(config, task, held, settings, target)) for task in tasks]
+
+
+def _file_work(
+    config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, file: task_files.LoadedTask, folder: Path
+) -> Work:
+    """Return the measurement of one artifact on the task of a file."""
+    own, task = task_files.settings(config, file.config), registry.TASKS[file.config.task]
+    if not own.seq_len and not manifest.seq_len:  # an import does not know the length of its training texts
+        own = own.model_copy(update={"seq_len": min(512, manifest.model.max_seq_len)})
+    settings, held = setup(own, mesh, path, manifest), Held(file.examples, own.split, folder / file.name)
+    return Work(own, task, held, settings, digest(definition(own, task, held, settings, ""), file.digest), file.name)
 
 
 def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, target: str) -> str:
@@ -231,8 +253,9 @@ def _about(name: str, manifest: Manifest) -> Result:
 
 
 def _result(name: str, manifest: Manifest, measured: Measured, work: Work) -> Result:
-    scored = {"task": measured.task, "protocol": measured.protocol, "metrics": dict(measured.metrics)}
-    return _about(name, manifest) | scored | {"definition": work.definition, "record": work.task.name}
+    protocol = f"{measured.task}, {measured.protocol}" if work.name else measured.protocol
+    scored = {"task": work.name or measured.task, "protocol": protocol, "metrics": dict(measured.metrics)}
+    return _about(name, manifest) | scored | {"definition": work.definition, "record": work.name or work.task.name}
 
 
 def _time(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> None:

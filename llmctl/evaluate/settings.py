@@ -45,8 +45,8 @@ class MeasureConfig(Config):
     generation: GenerationConfig = GenerationConfig()
     """Settings for generating answers, for task seq2seq."""
     tasks: list[str] = []
-    """Tasks to measure each artifact on, such as masked and next_sentence; empty uses the task of the artifact's
-    training."""
+    """Tasks to measure each artifact on, such as masked and next_sentence, and task files (`my_task.toml`) with data of
+    their own. Empty uses the task of the artifact's training."""
 
     harness: list[str] = []
     """Tasks of lm-evaluation-harness (extra `eval`) for decoders: names, YAML files, or folders of YAML files. If
@@ -63,13 +63,33 @@ class MeasureConfig(Config):
         Raises:
             RequestError: If a file is missing.
         """
-        if not self.harness:
-            return []
-        from llmctl.evaluate.harness import task_loading
+        found: list[str] = []
+        if self.harness:
+            from llmctl.evaluate.harness import task_loading
 
-        return [str(path) for path in task_loading.files(self.harness)]
+            found += [str(path) for path in task_loading.files(self.harness)]
+        if len(self.named_tasks) < len(self.tasks):
+            from llmctl.evaluate import task_files
+
+            found += task_files.inputs(self.tasks)
+        return found
+
+    @property
+    def named_tasks(self) -> list[str]:
+        """Return the names in `tasks` that are no task files."""
+        return [name for name in self.tasks if not name.endswith(".toml")]
+
+    @property
+    def files_of_tasks(self) -> list[str]:
+        """Return the task files in `tasks`."""
+        return [name for name in self.tasks if name.endswith(".toml")]
+
+    @property
+    def measures_data(self) -> bool:
+        """Return whether a task reads the data of the evaluation. Task files and the harness's tasks have their own."""
+        return bool(self.named_tasks) or not (self.tasks or self.harness)
 
     @field_validator("tasks")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        return [TASKS.check(name) for name in names]
+        return [name if name.endswith(".toml") else TASKS.check(name) for name in names]

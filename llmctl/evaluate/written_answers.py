@@ -161,18 +161,21 @@ class Writer:
             RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token.
         """
         words = self.tokenizer
-        encoded = words.encode_batch(list(prompts))
+        encoded, stops = words.encode_batch(list(prompts)), [s for s in self.settings.stops if s]
         if self.encoded:
             room = self.room - len(words.template.row([]))
             self.cut += sum(len(ids) > room for ids in encoded)
             return [
-                Continuation(p, [], source_ids=words.template.row(ids[:room]).tolist())
+                Continuation(p, [], stops, source_ids=words.template.row(ids[:room]).tolist())
                 for p, ids in zip(prompts, encoded, strict=True)
             ]
         bos = list(words.begin)
         room = self.room - len(bos)
         self.cut += sum(len(ids) > room for ids in encoded)
-        rows = [Continuation(p, bos + ids[max(len(ids) - room, 0) :]) for p, ids in zip(prompts, encoded, strict=True)]
+        rows = [
+            Continuation(p, bos + ids[max(len(ids) - room, 0) :], stops)
+            for p, ids in zip(prompts, encoded, strict=True)
+        ]
         if not all(row.prompt_ids for row in rows):
             raise RequestError("a prompt is empty, and this tokenizer has no token to begin with; drop such rows")
         return rows

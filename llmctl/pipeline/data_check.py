@@ -90,7 +90,7 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
         named = [_distilled(recipe, step)]
     else:
         named = [_learned(recipe, read) for read in step.others.values() or [step.parent]]
-    own: list[str] = list(getattr(step.config, "tasks", ()))
+    own: list[str] = list(getattr(step.config, "named_tasks", ()))
     return own or [task for task in named if task]
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmctl.config.registry import Registry
+from llmctl.evaluate.metrics import squad
 
 Direction = Literal["maximize", "minimize", "neither"]
 Table = Literal["run", "file", "none"]
@@ -80,6 +81,8 @@ _OWN = (
     Metric("rouge_2", "ROUGE-2", "maximize", table="file"),
     Metric("rouge_l", "ROUGE-L", "maximize"),
     Metric("answer_f1", "answer F1", "maximize", table="run"),
+    Metric("normalized_match", "normalized match", "maximize", "{:.2%}", compute=squad.mean_exact),
+    Metric("word_f1", "word F1", "maximize", compute=squad.mean_f1),
     Metric("recall_at_1", "recall@1", "maximize", "{:.2%}", table="run"),
     Metric("recall_at_10", "recall@10", "maximize", "{:.2%}", table="none"),
     Metric("mrr", "mean reciprocal rank", "maximize", table="none"),

@@ -41,3 +41,13 @@ def _overlap(a: list[str], b: list[str]) -> float:
         return float(a == b)
     same = (Counter(a) & Counter(b)).total()
     return 2 * same / (len(a) + len(b))
+
+
+def mean_exact(truth: Sequence[str], predicted: Sequence[str]) -> float:
+    """Return the fraction of predictions that equal their reference after normalization."""
+    return sum(exact(p, [t]) for t, p in zip(truth, predicted, strict=True)) / len(truth)
+
+
+def mean_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
+    """Return the mean word F1 of predictions with their references, after normalization."""
+    return sum(f1(p, [t]) for t, p in zip(truth, predicted, strict=True)) / len(truth)

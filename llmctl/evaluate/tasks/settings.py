@@ -79,7 +79,7 @@ class GenerationConfig(Config):
     """Configure the answers that validation and evaluation generate, for task seq2seq."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
-    added: ClassVar[frozenset[str]] = frozenset({"kv_cache"})
+    added: ClassVar[frozenset[str]] = frozenset({"kv_cache", "stops"})
 
     max_new: int = Field(default=0, ge=0)
     """Maximum number of tokens per answer. 0 uses 64, but at most half of the model's maximum sequence length."""
@@ -88,6 +88,8 @@ class GenerationConfig(Config):
     kv_cache: KVCache = ""
     """Format of cached keys and values, quantized with one scale per token and head: int8, fp8_e4m3 or int4. If empty,
     the cache has the dtype of the computation."""
+    stops: list[str] = []
+    """Strings that end an answer, such as a line break after solved examples. The answer does not include them."""
     examples: int = Field(default=200, ge=0)
     """Maximum number of examples per validation in training, chosen by their hash; 0 generates none."""
     bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = "13a"

@@ -64,8 +64,8 @@ class Config(MeasureConfig, StageConfig):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether a task reads the data. Tasks of lm-evaluation-harness have their own data."""
-        return bool(self.tasks) or not self.harness
+        """Return whether a task reads the data. Task files and tasks of lm-evaluation-harness have their own data."""
+        return self.measures_data
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -122,7 +122,7 @@ def _examples(config: Config, paths: Iterable[Path]) -> Examples:
     from llmctl.data import splits
     from llmctl.pipeline import console
 
-    tasks = [TASKS[t] for t in config.tasks] or [of(artifact.read_manifest(path)) for path in paths]
+    tasks = [TASKS[t] for t in config.named_tasks] or [of(artifact.read_manifest(path)) for path in paths]
     labels, conversations = any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
     loaded = splits.load(config.data, labels=labels, conversations=conversations)
     console.say(f"{config.title}: {loaded.describe()}")

@@ -1,0 +1,224 @@
+"""Read task files: TOML files that describe a task by its data, prompts, solved examples and metrics.
+
+A task file names one of llmctl's tasks, which decides how a model is asked: `choice` by the likelihood of each choice,
+`seq2seq` by generated answers, `completions` by perplexity, `embed` by the similarity of texts, and so on.
+
+    task = "choice"
+    examples = 300
+
+    [data]
+    source = "jsonl"
+    path = "questions.jsonl"
+    test = 1.0
+    columns = { prompt = "question", choices = "options", answer = "answer" }
+    template = { prompt = "Question: {{ prompt }}\\nAnswer:" }
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field
+
+from llmctl.config.base import Config, read_toml
+from llmctl.config.errors import RequestError
+from llmctl.config.validation import validate
+from llmctl.data import splits
+from llmctl.data.config import DataConfig, Split
+from llmctl.data.source import Row, Source
+from llmctl.data.splits import Examples
+from llmctl.evaluate.metrics.base import METRICS
+from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.tasks.registry import TASKS
+from llmctl.evaluate.tasks.settings import GenerationConfig
+
+ENDING = ".toml"
+
+
+class ShotsConfig(Config):
+    """Configure the solved examples that precede each prompt (few-shot)."""
+
+    added: ClassVar[frozenset[str]] = frozenset()
+
+    count: int = Field(default=0, ge=0)
+    """Number of solved examples before each prompt."""
+    split: Split = "train"
+    """Split that the solved examples come from; it must not be the measured split."""
+    seed: int = Field(default=0, ge=0)
+    """Seed that selects the solved examples."""
+    separator: str = "\n\n"
+    """Text after each solved example."""
+    answer: str = " "
+    """Text between the prompt and the answer of a solved example. For task choice, it also precedes each choice."""
+
+
+class TaskFile(Config):
+    """Configure one task of an evaluation, as a file of its own."""
+
+    task: Annotated[str, AfterValidator(TASKS.check), TASKS]
+    """Task of llmctl that asks the model."""
+    data: DataConfig
+    """Data of the task."""
+    split: Split = "test"
+    """Split of the data to measure on."""
+    examples: int = Field(default=0, ge=0)
+    """Maximum number of examples, sampled by their hash; 0 uses the number of the evaluation."""
+    seq_len: int = Field(default=0, ge=0)
+    """Tokens per text; 0 uses the value of the evaluation, and for imported decoders the longest that they read."""
+    shots: ShotsConfig = ShotsConfig()
+    """Solved examples before each prompt."""
+    metrics: list[Annotated[str, AfterValidator(METRICS.check), METRICS]] = []
+    """Additional metrics to compute from references and predictions."""
+    generation: GenerationConfig = GenerationConfig()
+    """Settings for generating answers, for task seq2seq."""
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """Store a task file and the examples to measure."""
+
+    name: str
+    """Name of the task in results: the name of its file."""
+    config: TaskFile
+    examples: Examples
+    solved: str
+    """Text of the solved examples, which precedes each prompt."""
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the task's settings and of all texts that the model reads."""
+        fields = self.config.model_dump_json(exclude={"examples": True, "data": {"download"}})
+        rows = [self.examples.source[int(i)] for i in self.examples.index]
+        return hashlib.sha256(repr((fields, self.solved, [sorted(row.items()) for row in rows])).encode()).hexdigest()
+
+
+def is_file(name: str) -> bool:
+    """Return whether the name of a task is a task file."""
+    return name.endswith(ENDING)
+
+
+def read(file: str) -> TaskFile:
+    """Read and validate a task file.
+
+    Raises:
+        RequestError: If the file is missing, or a setting is invalid.
+    """
+    return validate(TaskFile, read_toml(file), lambda path: f"{file}: {path}" if path else file)
+
+
+def settings(config: MeasureConfig, file: TaskFile) -> MeasureConfig:
+    """Return the settings of an evaluation, with those of a task file in place of its own."""
+    own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
+    own |= {"seq_len": file.seq_len or config.seq_len}
+    if "generation" in file.model_fields_set:
+        own["generation"] = file.generation
+    return config.model_copy(update=own)
+
+
+def load(file: str, limit: int = 0) -> LoadedTask:
+    """Read a task file and its data.
+
+    Args:
+        file: Path of the task file.
+        limit: Maximum number of examples if the file sets none; 0 uses all.
+
+    Raises:
+        RequestError: If a file is missing, a setting is invalid, the split is empty, or solved examples are requested
+            for a task that has no prompts.
+    """
+    config = read(file)
+    task = TASKS[config.task]
+    loaded = splits.load(config.data, labels=task.reads_labels, conversations=task.reads_conversations)
+    examples = loaded[config.split]
+    if not len(examples):
+        raise RequestError(f"{file}: the split {config.split!r} has no examples")
+    most = config.examples or limit
+    examples = examples.sample(most) if most else examples
+    solved = ""
+    if config.shots.count:
+        solved = _solved(file, config, loaded[config.shots.split])
+        examples = replace(examples, source=_Prompted(examples.source, solved))
+    if "choices" in examples.columns and config.shots.answer:
+        examples = replace(examples, source=_Spaced(examples.source, config.shots.answer))
+    return LoadedTask(Path(file).stem, config, examples, solved)
+
+
+def _solved(file: str, config: TaskFile, examples: Examples) -> str:
+    """Return the text of the solved examples.
+
+    The seed orders the examples by a hash of their texts, so that more examples begin with the same ones.
+    """
+    shots = config.shots
+    if shots.split == config.split:
+        raise RequestError(f"{file}: shots.split is the measured split {config.split!r}")
+    if not {"completion", "choices"} & {*examples.columns} or "prompt" not in examples.columns:
+        raise RequestError(f"{file}: shots need data with prompts, and with completions or choices")
+    if len(examples) < shots.count:
+        raise RequestError(f"{file}: shots.count = {shots.count}: the {shots.split} split has {len(examples)} examples")
+    keys = [hashlib.sha256(b"%d " % shots.seed + digest).digest() for digest in examples.digests.tolist()]
+    first = sorted(range(len(examples)), key=keys.__getitem__)[: shots.count]
+    parts = []
+    for i in first:
+        row = examples.source[int(examples.index[i])]
+        given = row["completion"] if "completion" in row else shots.answer + row["choices"][row["answer"]]
+        parts.append(row["prompt"] + given + shots.separator)
+    return "".join(parts)
+
+
+class _Wrapped(Source):
+    """Change the rows of a source when they are read."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.columns, self.names = source, source.columns, source.names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> Row:
+        return self._source[i] | self.changed(self._source[i])
+
+    def has(self, column: str) -> bool:
+        return self._source.has(column)
+
+    def where(self, i: int) -> str:
+        return self._source.where(i)
+
+    def changed(self, row: Row) -> Row:
+        """Return the columns that differ."""
+        raise NotImplementedError
+
+
+class _Prompted(_Wrapped):
+    """Put a text before each prompt."""
+
+    def __init__(self, source: Source, text: str) -> None:
+        super().__init__(source)
+        self._text = text
+
+    def changed(self, row: Row) -> Row:
+        return {"prompt": self._text + row["prompt"]}
+
+
+class _Spaced(_Wrapped):
+    """Put a text before each choice."""
+
+    def __init__(self, source: Source, text: str) -> None:
+        super().__init__(source)
+        self._text = text
+
+    def changed(self, row: Row) -> Row:
+        return {"choices": tuple(self._text + choice for choice in row["choices"])}
+
+
+def inputs(names: Sequence[str]) -> list[str]:
+    """Return the task files among the names of tasks, and the data files that they read.
+
+    Raises:
+        RequestError: If a file is missing or invalid.
+    """
+    files: list[Any] = [name for name in names if is_file(name)]
+    return [path for file in files for path in (file, *read(file).data.inputs())]
