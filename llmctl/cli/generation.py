@@ -40,7 +40,7 @@ class NamedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """Name the draft of speculative decoding, and the number of tokens that it proposes per step."""
+    """Store the folder of the draft for speculative decoding, and the number of proposed tokens per step."""
 
     path: Path
     tokens: int

@@ -23,7 +23,7 @@ from llmctl.model import weights
 from llmctl.model.weights import packed
 
 BLOCK, SUPER, SUB = 32, 256, 16
-"""Number of inputs of a block, of a q6_k block, and of the part of a q6_k block that shares an int8 scale."""
+"""Number of inputs per block, per q6_k block, and per int8 scale of a q6_k block."""
 LIMITS = {
     "q8_0": (-128, 127),
     "q6_k": (-32, 31),
@@ -156,7 +156,7 @@ def rounded_q6_k(w_RI: np.ndarray) -> np.ndarray:
 
 
 def _k_bytes(code_NK: np.ndarray, part_NS: np.ndarray, d_N1: np.ndarray) -> np.ndarray:
-    """Return blocks of q6_k as bytes: the low 4 bits of all codes, the high 2 bits of all codes, int8 scales, and d."""
+    """Return blocks of q6_k as bytes: the low 4 bits of the codes, the high 2 bits of the codes, int8 scales, and d."""
     code = code_NK.astype(np.uint8).reshape(len(code_NK), 2, 4, BLOCK)
     low, high = code & 15, code >> 4
     low = np.concatenate([low[:, :, 0] | (low[:, :, 2] << 4), low[:, :, 1] | (low[:, :, 3] << 4)], axis=-1)

@@ -164,7 +164,7 @@ def rows_per_batch(setup: Setup, length: int, rows: int = 2**31) -> int:
 
 
 def by_length(sequences: Sequence[ScoredSequence], longest: int) -> dict[int, list[ScoredSequence]]:
-    """Group sequences by the length of the row that they are packed into, shortest first.
+    """Group sequences by the length of the packed rows, shortest first.
 
     A row is at least twice as long as the row's sequences, if the model's maximum length permits. In shorter rows, much
     would be padding.

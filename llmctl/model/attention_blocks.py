@@ -1,8 +1,8 @@
 """Compute attention on CPUs in blocks of scores that fit into the cache of a processor core.
 
 In plain XLA, all scores [B, H, T, S] pass through memory several times per layer. Here, a block has some heads and
-queries of one sequence. The scores of a block stay in the cache. If attention is causal, a block has no keys after its
-last query, which saves up to half of the products.
+queries of one sequence. The scores of a block stay in the cache. If attention is causal, a block has no keys after the
+block's last query. This saves up to half of the products.
 
 A block is computed by the same arithmetic as in `attention_xla`. The backward pass computes the scores of each block
 again.

@@ -171,7 +171,7 @@ def _yaml_files(name: str) -> list[Path]:
 
 
 def _check_harmless(file: Path, seen: frozenset[Path] = frozenset()) -> None:
-    """Check that a task file, and all files that it includes, name no Python code.
+    """Check that a task file and all included files name no Python code.
 
     Raises:
         RequestError: If a file names a function or a metric outside the harness, or is not YAML.

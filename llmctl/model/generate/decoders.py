@@ -45,7 +45,8 @@ class Decoders:
             dtype: Dtype of the computation and of the caches.
             start: First token of the decoder of an encoder-decoder.
             kv_cache: Format of cached keys and values, if they are quantized (`Decoder`).
-            draft: Config and parameters of a draft model for speculative decoding, which gets its own decoder.
+            draft: Config and parameters of a draft model for speculative decoding. The draft model gets a separate
+                decoder.
 
         Raises:
             ValueError: If a model does not generate text.

@@ -1,9 +1,9 @@
-"""Store a weight with scales that training learned for its rounding to integers (LSQ).
+"""Store a weight together with learned scales for rounding the weight to integers (LSQ).
 
 The weight stays a float. Every product reads the weight rounded to integers times the scales. The stage quantize
-converts the weight to these integers without a change of its values.
+converts the weight to these integers, without changing the rounded values.
 
-In training, the gradients of the weight and of the scale are those of LSQ (Esser et al., 2020, arXiv:1902.08153).
+In training, the gradients of the weight and of the scale are computed as in LSQ (Esser et al., 2020, arXiv:1902.08153).
 
 Shapes: I inputs, O outputs, G groups of inputs.
 """
@@ -43,7 +43,7 @@ class LearnedScale(Node):
     scale_parts: ClassVar[tuple[str, ...]] = ("scale",)
 
     weight: jax.Array
-    """The weight before rounding."""
+    """Weight before rounding."""
     scale: jax.Array
     format: str = setting()
     """Name of the format: int8, int4, int3 or int2."""
@@ -68,11 +68,11 @@ class LearnedScale(Node):
         return jnp.asarray(rounded(weight, scale, limits(self.bits)), dtype).reshape(*ids.shape, -1)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the rounded weight as a plain array, so that it is not rounded again for every token."""
+        """Return the rounded weight as a plain array. Otherwise, the weight would be rounded again for every token."""
         return self.dense(self.dtype)
 
     def masked(self, mask: jax.Array) -> LearnedScale:
-        """Return the weight with zeros where the mask is False. The scales are unchanged."""
+        """Return the weight with zeros at the False entries of the mask. The scales are unchanged."""
         return replace(self, weight=jnp.where(mask, self.weight, 0))
 
 
@@ -93,7 +93,7 @@ def sums_of_groups(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rounded(w: jax.Array, scale: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    """Return the weight rounded to integers within `bounds` times the scales. Its gradients are those of LSQ."""
+    """Return the weight rounded to integers within `bounds` times the scales. The gradients are computed as in LSQ."""
     scale = spread(scale, w)
     return jnp.clip(jnp.round(w / scale), *bounds) * scale
 
@@ -105,8 +105,8 @@ def _forward(w: jax.Array, scale: jax.Array, bounds: tuple[float, float]) -> tup
 def _backward(bounds: tuple[float, float], saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of the weight and of the scale.
 
-    The weight has the gradient of the identity, and 0 if it is clipped. The gradient of a scale is divided by
-    sqrt(weights per scale * highest integer), as in the paper.
+    The gradient of a weight is the gradient of the rounded weight; 0 if the weight is clipped. The gradient of a scale
+    is divided by sqrt(weights per scale * highest integer), as in the paper.
     """
     (w, scale), (low, high) = saved, bounds
     unit = w / spread(scale, w)
