@@ -63,6 +63,21 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
     return dataclasses.replace(job, loss=of_rounded, result=with_scales, extra=extra)
 
 
+def as_saved(asked: FakeQuantizeConfig, params: Params) -> Params:
+    """Return abstract parameters as the artifact of the training has them: with nodes in place of rounded matrices.
+
+    If the training learns no scales, return the parameters unchanged.
+    """
+    if not asked.learns:
+        return params
+    flat = weights.flatten(params)
+    targets = chosen(flat, asked.quantization)
+    for path, scale in initial(params, targets).items():
+        w = flat[path]
+        flat[path] = LearnedScale(w, scale.update(dtype=w.dtype), targets[path].format.scheme)
+    return weights.unflatten(flat)
+
+
 def initial(params: Params, targets: dict[str, Target]) -> dict[str, Any]:
     """Return the initial logarithms of scales, float32, replicated over the mesh, by path of the weight.
 

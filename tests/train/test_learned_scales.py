@@ -73,6 +73,11 @@ def test_the_integers_compute_what_was_trained(tmp_path):
     extra = {name: a + 0.1 for name, a in made.extra.items()}
     result = made.result(made.params, extra)
     learned = {p: w for p, w in weights.flatten(result).items() if isinstance(w, LearnedScale)}
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), made.params)
+    planned = weights.flatten(learned_scales.as_saved(ASKED, shapes))
+    assert {p: weights.describe(w) for p, w in planned.items()} == {
+        p: weights.describe(w) for p, w in weights.flatten(result).items()
+    }
     assert len(learned) == 8 and learned["decoder/blocks/mlp/up/kernel"].format == "int3"
     ByteTokenizer.new(0).save(tmp_path / "words")
     common = {"stage": "pretrain", "key": "k", "config": {}, "tokenizer_dir": tmp_path / "words"}

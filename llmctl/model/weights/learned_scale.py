@@ -51,7 +51,7 @@ class LearnedScale(Node):
     shape = property(lambda self: self.weight.shape)
     dtype = property(lambda self: self.weight.dtype)
     is_integer = property(lambda self: True)
-    format_name = property(lambda self: f"{self.format} with learned scales")
+    format_name = property(lambda self: f"learned-scale {self.format}")
     bits = property(lambda self: int(self.format.removeprefix("int")))
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:

@@ -220,7 +220,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
     from llmctl.evaluate.tasks.registry import distilled
-    from llmctl.train import distillation, learner, programs, teacher_answers, teacher_outputs
+    from llmctl.train import distillation, learned_scales, learner, programs, teacher_answers, teacher_outputs
     from llmctl.train.signal_schedules import ScheduledRows
     from llmctl.train.student_samples import StudentSamples
 
@@ -233,7 +233,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     columns = ("prompt", "completion") if prompts else learns.task.columns
     text = synthetic.SyntheticText(config.data, columns, config.train.seq_len, labels)
     rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
-    params = abstract_artifact.masters(learns.params)
+    params = learned_scales.as_saved(config.fake_quantize, abstract_artifact.masters(learns.params))
     task, origin = distilled(teacher.manifest), student or teacher
     left = abstract_artifact.abstract_result(
         config, params, learns.model, base=origin, labels=labels, task=task,

@@ -239,7 +239,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import synthetic
     from llmctl.model import functional, weights
-    from llmctl.train import finetuning, programs
+    from llmctl.train import finetuning, learned_scales, programs
 
     base = required(config, base)
     seq_len = config.train.seq_len
@@ -252,7 +252,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     merges = METHODS[config.method].merges(config)
     params = abstract_artifact.masters(learns.params, learns.job_fields["trains"])
     params = jax.eval_shape(weights.merge_adapters, params) if merges else params
-    params = functional.laid_out(learns.model, params, mesh)
+    params = learned_scales.as_saved(config.fake_quantize, functional.laid_out(learns.model, params, mesh))
     about = {"base": base, "labels": labels, "task": config.task, "generation": _generation(config)}
     about["pruned"] = config.sparsify.pruned
     if config.store == "adapter":

@@ -132,7 +132,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     """Return (the training step as a program, the artifact of the language model)."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import synthetic
-    from llmctl.train import programs
+    from llmctl.train import learned_scales, programs
 
     objective = training_objective(config, base, mesh)
     vocab_size = _vocabulary(config, objective)
@@ -140,7 +140,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     columns = ("prompt", "completion") if objective.name == "completions" else ()
     text = synthetic.SyntheticText(config.data, columns, seq_len=config.train.seq_len)
     rows = _rows(config, learns.model, objective, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
-    params = abstract_artifact.masters(learns.params)
+    params = learned_scales.as_saved(config.fake_quantize, abstract_artifact.masters(learns.params))
     left = abstract_artifact.abstract_result(config, params, learns.model, base=base, pruned=config.sparsify.pruned)
     return [programs.train_step(config, learns, rows, mesh)], left
 
