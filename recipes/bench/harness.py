@@ -18,6 +18,7 @@ from typing import Any
 
 from llmctl.artifacts import artifact
 from llmctl.config.settings import MeshConfig
+from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.harness import evaluation, task_loading
 from llmctl.evaluate.harness.settings import HarnessConfig
@@ -73,6 +74,7 @@ def main() -> None:
     mesh = meshes.make(MeshConfig())
     with task_loading.environment(HarnessConfig()), meshes.use(mesh):
         from lm_eval.models.huggingface import HFLM
+        from transformers import PreTrainedTokenizerFast
 
         from llmctl.evaluate.harness.language_model import ArtifactLM
 
@@ -85,7 +87,13 @@ def main() -> None:
         ours = ArtifactLM(there, evaluation.setup(mesh, there.manifest, str(given.artifact), **sizes))
         a = timed("llmctl likelihood", figures, lambda: ours.loglikelihood(likelihood))
         r = timed("llmctl rolling", figures, lambda: ours.loglikelihood_rolling(rolling))
-        theirs = HFLM(pretrained=str(given.hf), batch_size=given.batch_size, device="cpu", dtype="float32")
+        # The folder may not say which tokens are special, and the harness needs their names.
+        words = tokenizers.load(there.tokenizer_dir)
+        names = {name: text for name, text in words.special_spellings.items() if name != "unk_token"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(given.hf / "tokenizer.json"), **names)
+        theirs = HFLM(
+            pretrained=str(given.hf), tokenizer=tokenizer, batch_size=given.batch_size, device="cpu", dtype="float32"
+        )
         b = timed("torch likelihood", figures, lambda: theirs.loglikelihood(likelihood))
         s = timed("torch rolling", figures, lambda: theirs.loglikelihood_rolling(rolling))
     figures["largest difference"] = max(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True))

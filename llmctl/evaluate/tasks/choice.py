@@ -24,6 +24,7 @@ from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.metrics.calibration import softmax
+from llmctl.evaluate.metrics.classification import wilson_interval
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scored
@@ -193,14 +194,17 @@ class Choice(Task):
         return found | ({"probabilities": [short(p) for p in prediction]} if every else {})
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the accuracy of selecting the choice with the highest score, and the accuracy of random guessing.
+        """Return the accuracy of selecting the choice with the highest score, its 95 % interval, and the accuracy of
+        random guessing.
 
         For a language model, also return the accuracy with the mean log-likelihood per token as the score.
         """
         pairs = [(batch["label"], batch["choices"], outputs) for batch, outputs in found]
         label_N, count_N, scores_NK2 = (np.concatenate(part) for part in zip(*pairs, strict=True))
         total_NK, tokens_NK = scores_NK2[..., 0], np.maximum(scores_NK2[..., 1], 1)
-        metrics = {"accuracy": float(np.mean(total_NK.argmax(-1) == label_N))}
+        right_N = total_NK.argmax(-1) == label_N
+        low, high = wilson_interval(int(right_N.sum()), len(right_N))
+        metrics = {"accuracy": float(np.mean(right_N)), "accuracy_low": low, "accuracy_high": high}
         if artifact.model.head_kind.vocabulary:
             metrics |= {"accuracy_per_token": float(np.mean((total_NK / tokens_NK).argmax(-1) == label_N))}
         return metrics | {"baseline_accuracy": float(np.mean(1 / count_N))}, None
