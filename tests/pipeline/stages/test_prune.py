@@ -251,6 +251,25 @@ def test_vocabularies_that_cannot_shrink_write_nothing(artifacts, tmp_path, revi
         run(tmp_path / "small", tmp_path / "again", "out", vocabulary="unused", data=reviews)
 
 
+def test_a_sparse_parent_with_a_padded_table_loses_tokens(artifacts, tmp_path, few_words):
+    """A number counts the tokenizer's tokens, not rows. Rows without a token go; zeros and their storage stay."""
+    run(artifacts, tmp_path / "made", "lm", method="magnitude", pattern="2:4", store="sparse")
+    base = artifact.load(tmp_path / "made" / "out")
+    table = jnp.pad(base.params["embed"]["tokens"], ((0, 20), (0, 0)))
+    artifact.save(
+        tmp_path / "padded", {**base.params, "embed": {"tokens": table}},
+        base.model.model_copy(update={"vocab_size": 320}), stage="prune", key="k", config={},
+        tokenizer_dir=base.tokenizer_dir, parent=base.manifest,
+    )  # fmt: skip
+    with pytest.raises(RequestError, match=r"310 to keep, but .*padded has 300 tokens"):
+        run(tmp_path, tmp_path, "padded", vocabulary=310, data=few_words)
+    assert not (tmp_path / "out").exists()
+    made = run(tmp_path, tmp_path, "padded", vocabulary="unused", data=few_words)
+    assert made.model.vocab_size < 300 and made.manifest.sparsity == base.manifest.sparsity == 0.5
+    assert made.manifest.storage == base.manifest.storage
+    jax.tree.map(np.testing.assert_array_equal, made.params["decoder"], base.params["decoder"])
+
+
 def test_a_vocabulary_and_a_budget_go_together(artifacts, tmp_path, few_words):
     """The budget is a fraction of the unpruned model, and counts the smaller table."""
     made = run(artifacts, tmp_path, "lm", vocabulary=290, budget={"parameters": 0.6}, data=few_words, examples=4)
