@@ -154,7 +154,15 @@ def test_every_module_can_be_imported():
             assert importlib.import_module(info.name).__doc__, info.name
 
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+TASK_FILES = sorted((ROOT / "recipes" / "tasks").glob("*.toml"))
+RECIPES = [file for file in sorted((ROOT / "recipes").rglob("*.toml")) if file not in TASK_FILES]
+
+
+@pytest.mark.parametrize("file", TASK_FILES, ids=lambda p: p.name)
+def test_task_files_are_valid(file):
+    from llmctl.evaluate import task_files
+
+    assert task_files.read(str(file)).data.test == 1
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -168,10 +176,14 @@ def fenced(language: str) -> list[str]:
 
 
 def test_readme_recipes_are_valid(tmp_path):
+    from llmctl.evaluate import task_files
+
     for text in fenced("toml"):
-        assert tomllib.loads(text)
         (tmp_path / "r.toml").write_text(text)
-        assert recipe.read(tmp_path / "r.toml").steps
+        if "task" in tomllib.loads(text):  # a task file
+            assert task_files.read(str(tmp_path / "r.toml")).data.path
+        else:
+            assert recipe.read(tmp_path / "r.toml").steps
 
 
 def test_readme_commands_are_understood():

@@ -31,12 +31,7 @@ MAX_NEW = 256
 
 
 class ArtifactLM(TemplateLM):
-    """Answer the requests of lm-evaluation-harness with the decoder of an artifact.
-
-    Example:
-        >>> lm = ArtifactLM(artifact, setup)  # doctest: +SKIP
-        >>> lm_eval.evaluator.evaluate(lm, tasks)  # doctest: +SKIP
-    """
+    """Answer the requests of lm-evaluation-harness with the decoder of an artifact."""
 
     def __init__(self, artifact: Artifact, setup: Setup) -> None:
         """Load the tokenizer of the artifact.
