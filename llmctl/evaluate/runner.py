@@ -183,11 +183,20 @@ def _work(
     return [Work(config, task, held, settings, definition(config, task, held, settings, target)) for task in tasks]
 
 
+def file_settings(config: MeasureConfig, file: task_files.TaskFile) -> MeasureConfig:
+    """Return the settings of an evaluation, with those of a task file in place of its own."""
+    own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
+    own |= {"seq_len": file.seq_len or config.seq_len}
+    if "generation" in file.model_fields_set:
+        own["generation"] = file.generation
+    return config.model_copy(update=own)
+
+
 def _file_work(
     config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, file: task_files.LoadedTask, folder: Path
 ) -> Work:
     """Return the measurement of one artifact on the task of a file."""
-    own, task = task_files.settings(config, file.config), registry.TASKS[file.config.task]
+    own, task = file_settings(config, file.config), registry.TASKS[file.config.task]
     if not own.seq_len and not manifest.seq_len:  # an import does not know the length of its training texts
         own = own.model_copy(update={"seq_len": min(512, manifest.model.max_seq_len)})
     settings, held = setup(own, mesh, path, manifest), Held(file.examples, own.split, folder / file.name)

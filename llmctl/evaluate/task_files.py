@@ -32,7 +32,6 @@ from llmctl.data.config import DataConfig, Split
 from llmctl.data.source import Row, Source
 from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics.base import METRICS
-from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.settings import GenerationConfig
 
@@ -108,15 +107,6 @@ def read(file: str) -> TaskFile:
         RequestError: If the file is missing, or a setting is invalid.
     """
     return validate(TaskFile, read_toml(file), lambda path: f"{file}: {path}" if path else file)
-
-
-def settings(config: MeasureConfig, file: TaskFile) -> MeasureConfig:
-    """Return the settings of an evaluation, with those of a task file in place of its own."""
-    own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
-    own |= {"seq_len": file.seq_len or config.seq_len}
-    if "generation" in file.model_fields_set:
-        own["generation"] = file.generation
-    return config.model_copy(update=own)
 
 
 def load(file: str, limit: int = 0) -> LoadedTask:
