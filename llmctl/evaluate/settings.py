@@ -50,7 +50,8 @@ class MeasureConfig(Config):
 
     harness: list[str] = []
     """Tasks of lm-evaluation-harness (extra `eval`) for decoders: names, YAML files, or folders of YAML files. If
-    `tasks` is empty, no other task is measured and no data is needed."""
+    `tasks` is empty, no other task is measured and no data is needed. `examples` takes the first
+    documents of each."""
     lm_eval: HarnessConfig = HarnessConfig()
     """Settings of the tasks in `harness`."""
     again: bool = False
