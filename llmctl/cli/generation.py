@@ -107,7 +107,7 @@ def load_models(
         adapters: Folders of adapters.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         dtype: Dtype of the computation.
-        kv_cache: Format of cached keys and values; empty for `dtype`.
+        kv_cache: Format of cached keys and values; if empty, keys and values have the dtype `dtype`.
         draft: Draft for speculative decoding. If the draft is an adapter of a loaded base, both share the arrays of the
             base.
     """

@@ -38,7 +38,7 @@ class Factor(NamedTuple):
     upper_II: jax.Array
     """Upper triangular matrix R with H^-1 = R^T R."""
     live_I: jax.Array
-    """Whether each input differs from 0 for at least one token."""
+    """True for each input that differs from 0 for at least one token."""
     attempts: jax.Array
     """Number of damping values that failed; ATTEMPTS if all values failed. If all failed, R is diagonal, and the
     weights do not compensate for one another.
@@ -62,7 +62,9 @@ state)."""
 
 
 def factor(gram_II: jax.Array, damping: jax.Array | float = DAMPING) -> Factor:
-    """Return the factor R of the inverse Hessian, H = gram + damping * mean diagonal * identity = (R^T R)^-1.
+    """Return the factor R of the inverse of the damped Hessian H: H^-1 = R^T R.
+
+    H is gram + damping * (mean diagonal entry of gram) * identity.
 
     An input that is always 0 (a dead channel) gets the mean diagonal entry of the other inputs. Such an input does not
     influence the other inputs. If the Hessian is not positive definite in float32, the damping is multiplied by 10 and

@@ -232,7 +232,7 @@ def _config(file: Path, model_type: str, architecture: str, metadata: dict[str, 
 
 
 def _short(x: Any) -> float:
-    """Return the number with the fewest decimal digits that rounds to the same float32: 1e-5, not
+    """Return the number with the fewest decimal digits that rounds to the same float32 as `x`: 1e-5, not
     9.999999747378752e-06.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Encode matrices as blocks of the quantized types of GGUF, without a second rounding of integers that fit.
+"""Encode matrices as blocks of GGUF's quantized types. Quantized matrices keep their integers if possible.
 
 A block stores integers of 32 inputs, and a scale d in float16. The values are:
 
@@ -34,7 +34,7 @@ LIMITS = {
 }
 """Map from type to (lowest integer, highest integer). q5_1 and q4_1 can also hold other ranges of the same length."""
 BOUND = 1e-15
-"""Bound of the scales in a q6_k block. Smaller scales are set to 0, as in llama.cpp."""
+"""Lower bound of the magnitudes and scales in a q6_k block. Smaller values count as 0, as in llama.cpp."""
 
 
 class Integers(NamedTuple):
@@ -75,7 +75,8 @@ def integers_of(w: Any, rows: int) -> Integers | None:
 def kept(kind: str, found: Integers) -> np.ndarray | None:
     """Return the bytes of a matrix whose integers are stored unchanged, or None if the type cannot hold the integers.
 
-    The scales are rounded to float16. For q6_k, each int8 scale minimizes the rounding of the product.
+    The scales are rounded to float16. For q6_k, a scale is the product of d and an int8 scale. The int8 scale is chosen
+    so that the product is nearest to the scale of the matrix.
 
     Args:
         kind: The GGUF type, a key of `LIMITS`.
@@ -128,7 +129,7 @@ def _usable(d_N1: np.ndarray) -> bool:
 def rounded_q6_k(w_RI: np.ndarray) -> np.ndarray:
     """Round a matrix to q6_k, and return its bytes. The scales are the same as in llama.cpp's reference quantizer.
 
-    For every 16 inputs, 19 scales near max / 32 are tried. The chosen scale minimizes the squared error, weighted by
+    For every 16 inputs, 19 scales near max|w| / 32 are tried. The chosen scale minimizes the squared error, weighted by
     the squared weights.
     """
     x_NSK = np.ascontiguousarray(w_RI, np.float32).reshape(-1, SUPER // SUB, SUB)

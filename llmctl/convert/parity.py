@@ -55,7 +55,7 @@ def prompted(cfg: ModelConfig, batch: dict[str, jax.Array]) -> dict[str, jax.Arr
 
 
 def answers(cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-    """Return a model's outputs in float32, flattened to one vector per row, [B, ...]. Outputs at padding are 0.
+    """Return a model's outputs in float32, flattened to one vector per row of the batch. Outputs at padding are 0.
 
     The outputs are the logits of a language model, the outputs of a task head, or both concatenated.
     """

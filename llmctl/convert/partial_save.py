@@ -81,7 +81,7 @@ class Stream:
         The function skips parameters that an earlier process has written.
 
         Args:
-            placer: Function that reads a parameter onto its devices.
+            placer: Function that reads a parameter and places it on its devices.
             passed: Function that is called with the size in bytes of each parameter that already exists in the folder.
         """
 

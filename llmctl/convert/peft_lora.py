@@ -34,9 +34,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 outputs.
 
 Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
-(layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the stored tensors contain the
-selection. The key fan_in_fan_out is not checked, because the layout of the low-rank matrices does not depend on its
-value.
+(layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the stored tensors already show
+which modules have an adapter. The key fan_in_fan_out is not checked, because the layout of the low-rank matrices does
+not depend on its value.
 """
 KINDS = ("low_rank", "dora")
 """Kinds of adapters that this module writes: names of llmctl's weight classes (`weights.Node.kind`)."""

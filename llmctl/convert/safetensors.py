@@ -1,8 +1,8 @@
 """Read safetensors files lazily, and write them one tensor at a time.
 
-A file is a length, a JSON header and the raw values. Neither a folder nor a shard is ever completely in
-memory. Every dtype of the format maps to a NumPy dtype. Damaged files and pickles are rejected before any tensor is
-read.
+A file contains the length of its header, the header in JSON, and the raw values. Neither a folder nor a shard is ever
+completely in memory. Every dtype of the format maps to a NumPy dtype. Damaged files and pickles are rejected before any
+tensor is read.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def available(found_bytes: int, package: str = "") -> str:
 
 
 def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
-    """Return the token ids of `TEXTS` that another program gets from the tokenizer in a folder.
+    """Return the token ids of `TEXTS` that transformers (or the library `tokenizers`) gets from the tokenizer in a
+    folder.
 
     If the model is a decoder with a pooled head, padding tokens at the end of a row are removed. transformers also
     removes these tokens before pooling.

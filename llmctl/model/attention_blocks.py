@@ -45,14 +45,16 @@ class Plan(NamedTuple):
     """Number of queries per block."""
 
     def query_blocks(self, T: int, S: int) -> Iterator[tuple[slice, slice]]:
-        """Yield the queries of each block, and the keys that these queries may attend to."""
+        """Yield the slice of queries of each block, and the slice of keys that these queries may attend to."""
         for first in range(0, T, self.queries):
             end = min(first + self.queries, T)
             yield slice(first, end), slice(0, end if self.causal else S)
 
 
 def pays(batch: int, heads: int, queries: int, keys: int) -> bool:
-    """Return whether blocks are faster than one product for all scores. Blocks are faster if there are several."""
+    """Return whether blocks are faster than one product for all scores.
+
+    Blocks are faster if there are at least LEAST_QUERIES queries, and if the scores fill more than 4 blocks."""
     return queries >= LEAST_QUERIES and batch * heads * queries * keys > 4 * BLOCK
 
 

@@ -134,7 +134,8 @@ def uses_blocks() -> bool:
 
     Blocks are used only on a single CPU device.
 
-    A mesh of several CPU devices only tests a program, and a loop over sequences would gather the sharded batch.
+    A mesh of several CPU devices is used only to test programs. On such a mesh, a loop over sequences would gather the
+    sharded batch.
     """
     return setting.get() != "xla" and meshes.device().platform == "cpu" and meshes.size() == 1
 

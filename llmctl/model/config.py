@@ -85,7 +85,7 @@ class ModelConfig(Config):
     qk_norm: bool = False
     """Apply RMSNorm to each query and key head."""
     attn_scale: float = Field(default=0.0, ge=0)
-    """Factor on attention scores; 0 uses head_dim ** -0.5."""
+    """Factor on attention scores; 0 means head_dim ** -0.5."""
     attn_softcap: float = Field(default=0.0, ge=0)
     """Soft cap on attention scores; 0 means none."""
     final_softcap: float = Field(default=0.0, ge=0)
@@ -104,7 +104,7 @@ class ModelConfig(Config):
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_local_theta: float = Field(default=0.0, ge=0)
-    """Base of the rotary frequencies in local layers; 0 uses rope_theta."""
+    """Base of the rotary frequencies in local layers; 0 means rope_theta."""
     rope_scaling: dict[str, Any] = {}
     """Scaling of the rotary frequencies, with the keys of the Hugging Face config; empty means none."""
     relative_buckets: int = Field(default=32, ge=4)
@@ -115,9 +115,9 @@ class ModelConfig(Config):
     tied: bool = True
     """Use the embedding table as the output projection."""
     embed_scale: float = Field(default=1.0, ge=0)
-    """Factor on token embeddings; 0 uses d_model ** 0.5."""
+    """Factor on token embeddings; 0 means d_model ** 0.5."""
     logit_scale: float = Field(default=1.0, ge=0)
-    """Factor on the hidden state before the output projection; 0 uses d_model ** -0.5."""
+    """Factor on the hidden state before the output projection; 0 means d_model ** -0.5."""
     embed_norm: bool = False
     """Normalize the sum of the embeddings."""
     token_types: int = Field(default=0, ge=0)

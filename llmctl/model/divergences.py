@@ -45,7 +45,7 @@ class Divergence:
     beta: float = 0.5
     """Weight of the teacher's distribution in `js`."""
     skew: float = 0.1
-    """Weight of the teacher's distribution in the mixture of `skew`."""
+    """Weight of the teacher's distribution p in the mixture with which `skew` compares p."""
     top_k: int = 0
     """Number of the teacher's most probable classes that are compared one by one. The probabilities of all other
     classes are added, and compared as one class. 0 compares all classes one by one."""

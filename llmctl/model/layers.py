@@ -65,7 +65,7 @@ class Dense(nn.Module):
     bias: bool
     dtype: Any
     scale: float = 1.0
-    """Factor on the standard deviation of the initial kernel, which is 1 / sqrt(I) by default."""
+    """Factor on the initial kernel. With the factor 1, the kernel's standard deviation is 1 / sqrt(I)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ def report(cfg: ModelConfig, seq_len: int = 0) -> dict[str, Any]:
 
     Args:
         cfg: Config of the model.
-        seq_len: Sequence length in tokens; 0 uses the model's maximum, limited to 2,048.
+        seq_len: Sequence length in tokens; 0 means the model's maximum, limited to 2,048.
     """
     length = seq_len or min(cfg.max_seq_len, 2048)
     counts, forward = flops.parameters(cfg), flops.flops(cfg, length)

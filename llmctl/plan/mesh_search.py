@@ -1,4 +1,4 @@
-"""Search for the fastest and the smallest layout of a training step.
+"""Search for the layouts of a training step that are fastest, or that need the least memory.
 
 A layout is a mesh, a value of `remat` and a number of microbatches. The analytic model estimates the memory and time of
 all layouts. Of the layouts that fit in memory, only the fastest are compiled.
@@ -101,10 +101,9 @@ def candidates(setup: Setup, topology: Topology) -> list[Candidate]:
 
 
 def front(found: Iterable[Candidate]) -> list[Candidate]:
-    """Return the Pareto front of time and memory: the candidates for which no other candidate is both faster and
-    smaller.
+    """Return the Pareto front of time and memory, from the fastest candidate to the candidate with the least memory.
 
-    The candidates are sorted from the fastest to the smallest.
+    A candidate is on the front if no other candidate is faster and also needs less memory.
     """
     out: list[Candidate] = []
     for c in sorted(found, key=lambda c: (c.seconds, c.memory)):

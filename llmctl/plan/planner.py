@@ -53,7 +53,7 @@ def plans(
       recipe: the stages. Only the settings of the stages, and the manifests of artifacts outside the recipe, are read.
       topology: the hardware.
       chosen: names of the stages to plan; empty plans all.
-      tokens: number of training tokens from which chip-hours are computed; 0 uses each stage's own number.
+      tokens: number of training tokens from which chip-hours are computed; 0 means each stage's own number.
       generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate` with the last stage's language model. The call is
         planned too. If empty, no call is planned.
       kv_cache: format of cached keys and values in the call of `llmctl generate`; empty for the dtype of the

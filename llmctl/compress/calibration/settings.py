@@ -40,9 +40,9 @@ class CalibrationConfig(Config):
     """Number of calibration examples, selected by hash. By default, up to 256. If the number is set, the data must have
     at least this many examples."""
     seq_len: int = Field(default=0, ge=0)
-    """Number of tokens per sequence; 0 uses the training length."""
+    """Number of tokens per sequence; 0 means the training length."""
     truncate: Literal["", Truncate] = ""
-    """Truncation of long texts; empty uses the truncation of training."""
+    """Truncation of long texts; if empty, the truncation of training."""
     batch_size: int = Field(default=16, ge=1)
     """Number of sequences per batch."""
     dtype: Dtype = "float32"

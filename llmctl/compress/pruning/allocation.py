@@ -1,7 +1,8 @@
 """Choose how sparse each layer becomes in unstructured pruning: by outliers (OWL), or by measured sensitivity.
 
-The zeros of a matrix are not chosen here, but by a pruning score. All matrices of a layer get the same sparsity. The
-zeros of all matrices together give exactly the sparsity of the complete model.
+This module chooses how many weights become zero. A pruning score then chooses which weights of a matrix become zero.
+All matrices of a layer get the same sparsity. The zeros of all matrices together give exactly the sparsity of the
+complete model.
 
 Shapes: B batch, T sequence, D model width.
 """
@@ -62,10 +63,10 @@ def by_sensitivity(errors: np.ndarray, sizes: np.ndarray, sparsity: float, sprea
     """Return the sparsity of each layer, lower for layers whose error grows more with the sparsity.
 
     The error of a layer is measured at three sparsities, and interpolated linearly between them. Each layer thus has a
-    lower and an upper range of sparsity. In each range, the error per zero is constant. All layers start at the lowest
-    sparsity. Zeros are then added to the range with the least error per zero. If this range is full, the range with the
-    next larger error follows. Among ranges with equal error per zero, lower ranges come first, and layers get zeros in
-    proportion to their sizes. Layers with equal errors therefore get equal sparsities.
+    lower and an upper range of sparsity. Within a range, every further zero adds the same error. All layers start at
+    the lowest sparsity. Zeros are then added to the range whose zeros add the least error. If this range is full, the
+    range with the next larger error per zero follows. Among ranges with equal error per zero, lower ranges come first,
+    and layers get zeros in proportion to their sizes. Layers with equal errors therefore get equal sparsities.
 
     The result minimizes the sum of the errors if no layer's lower range adds more error than its upper range. If the
     lower range of a layer adds more error, both ranges get the mean of the two errors. The result is then an
@@ -215,9 +216,10 @@ def scan(
 
 
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the compiled functions of `scan`: a function for the final hidden states, and a dictionary for the errors.
+    """Return the compiled functions of `scan`: (final hidden states of a model, {stack: error of a pruned layer}).
 
-    The dictionary has one function for a changed layer of the encoder, and one for a changed layer of the decoder.
+    The keys of the dictionary are "encoder", "decoder" or both. Its functions replace one layer of this stack by the
+    pruned layer, and return the error of the final hidden states.
     """
 
     def error(

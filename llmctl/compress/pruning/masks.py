@@ -38,7 +38,7 @@ def mask(
         - An array [O] has one number per output, or per block of outputs in a block pattern.
 
     Raises:
-      RequestError: If the M of an N:M pattern does not divide the inputs.
+      RequestError: If the M of an N:M pattern does not divide the number of inputs.
     """
     inputs, outputs = score_IO.shape
     if pattern.of:
@@ -64,9 +64,9 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
     """Return the argument `count` of `mask` for a matrix that may already contain zeros.
 
     Existing zeros stay and are counted. If scores compete per output, every output has an equal share of `count`. An
-    output may already have more zeros than its share. The other outputs then prune fewer weights, and the result is an
-    array [O] of numbers per output. The sum of the array is the larger of `count` and the number of existing zeros. In
-    all other cases, the result is `count` itself.
+    output may already have more zeros than its share. Fewer weights are then pruned in the other outputs, and the
+    result is an array [O] with one number per output. The sum of the array is the larger of `count` and the number of
+    existing zeros. In all other cases, the result is `count` itself.
     """
     if method.per == "matrix" or count is None:
         return count

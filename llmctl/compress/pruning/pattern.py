@@ -13,7 +13,7 @@ from llmctl.config.errors import RequestError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Define a sparsity pattern: prune the fraction `sparsity`, or keep the `keep` best of every `of` inputs (N:M).
+    """Define a sparsity pattern: prune the fraction `sparsity`, or keep `keep` of every `of` inputs (N:M).
 
     In a block pattern, all weights of a block are pruned together, and `sparsity` is the fraction of blocks.
 
@@ -49,14 +49,15 @@ class Pattern:
         return round(self.sparsity * inputs) * outputs if per == "output" else round(self.sparsity * inputs * outputs)
 
     def check(self, inputs: int, outputs: int, path: str = "") -> None:
-        """Check that the pattern divides a matrix.
+        """Check that a matrix can be divided into the groups or blocks of the pattern.
 
         Args:
           inputs, outputs: shape of the matrix.
           path: path of the matrix, for the error message.
 
         Raises:
-          RequestError: If the M of N:M does not divide the inputs, or blocks do not divide inputs and outputs.
+          RequestError: If M does not divide the number of inputs. If the sizes of a block do not divide the numbers of
+              inputs and outputs.
         """
         named = f" of {path}" if path else ""
         if self.of and inputs % self.of:

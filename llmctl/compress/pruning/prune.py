@@ -241,8 +241,8 @@ def check(params: dict[str, Any], method: SparseMethod) -> None:
     """Check that a method fits the matrices of the layers.
 
     Raises:
-      RequestError: If the pattern does not divide a matrix. If the sparsity would prune no weight or block at all. If
-        the method changes the values of kept weights, and a matrix is quantized.
+      RequestError: If a matrix cannot be divided into the groups or blocks of the pattern. If the sparsity would prune
+        no weight or block at all. If the method changes the values of kept weights, and a matrix is quantized.
     """
     largest, pattern, per = 1, method.pattern, method.per
     for m in weights.matrices(params, "block"):

@@ -139,7 +139,7 @@ def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Wa
 
 
 def _shard(w: Tree) -> tuple[int, ...]:
-    """Return the shape of one device's shard of a weight. For a quantized weight, this is the array of integers."""
+    """Return the shape of one device's shard of a weight; for a quantized weight, of its array of integers."""
     leaf = jax.tree.leaves(w)[0]
     return leaf.sharding.shard_shape(leaf.shape)
 

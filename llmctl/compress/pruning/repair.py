@@ -17,9 +17,9 @@ import jax.numpy as jnp
 STEPS = 16
 """Number of conjugate-gradient steps."""
 ROUNDING = 1e-6
-"""Assumed float32 rounding error of an output's squared error. The squared error is a sum of positive and negative
-terms. The rounding error is a fraction of the sum of the terms' absolute values. If inputs are nearly collinear, the
-terms cancel, and the sum of absolute values is much larger than the squared error."""
+"""Assumed float32 rounding error of an output's squared error, as a fraction of a sum of absolute values. The squared
+error is a sum of positive and negative terms, and the fraction refers to the sum of their absolute values. If inputs
+are nearly collinear, the terms cancel, and the sum of absolute values is much larger than the squared error."""
 
 
 @partial(jax.jit, static_argnames=("steps",))

@@ -1,7 +1,8 @@
 """Choose one format per matrix, so that few bits are stored and the loss increases little.
 
-The loss increase of a mixture of formats is predicted: the increases of the single matrices are added. The choice is
-then a knapsack problem with one choice per matrix, which dynamic programming solves exactly.
+A mixture is a choice of one format per matrix. Its loss increase is predicted as the sum of the increases that the
+single matrices cause. The choice is then a knapsack problem with one choice per matrix, which dynamic programming
+solves exactly.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ The search has three steps:
 - Round one matrix at a time to each candidate format, and measure the loss. A matrix has the weights of all layers.
 - Compute the Pareto front of average bits and predicted increase of the loss (`format_allocation`).
 - If there is a budget of bits, choose the mixture of the front with the lowest increase within the budget. If there is
-  a limit of the perplexity, measure mixtures of the front, and choose the smallest mixture within the limit.
+  a limit of the perplexity, measure mixtures of the front, and choose the mixture with the fewest bits within the
+  limit.
 
 The search always rounds matrices to nearest. A method with data, such as GPTQ, would need one calibration walk per
 measurement. Every loss is saved, so that an interrupted run measures only what is missing.
@@ -227,7 +228,7 @@ def choose(
 
     The JSON data of the result has these entries:
 
-    - `kind`: name of the setting that is the budget
+    - `kind`: name of the setting that sets the budget
     - `limit`: value of this setting
     - `bits`: stored bits per weight of the quantized matrices
     - `predicted`, `measured`: relative increase of the perplexity on the calibration data

@@ -1,4 +1,4 @@
-"""Plot the mixtures of formats that a budget of quantization chose from: bits per weight against perplexity."""
+"""Plot the mixtures of formats that a format search compared: bits per weight against perplexity."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ def converted(w: LearnedScale, inputs: int) -> Node:
 
 
 def check(config: QuantizeConfig, params: dict[str, Any], where: Any) -> None:
-    """Check that the settings convert all weights with learned scales, and only by rounding.
+    """Check that the settings of quantization keep the integers that each weight's learned scales define.
 
     Raises:
-      RequestError: If the method chooses other integers, or the settings leave out such a weight.
+      RequestError: If the settings would choose other integers, or would not quantize a weight with learned scales.
     """
     learned = {path: w for path, w in weights.flatten(params).items() if isinstance(w, LearnedScale)}
     if not learned:

@@ -60,9 +60,7 @@ class Grid(abc.ABC):
         return jax.tree.map(lambda a: jnp.swapaxes(a, -1, -2), node)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the float32 factor that all scales of the matrix contain (nvfp4). The factor is 1 for other
-        formats.
-        """
+        """Return the float32 factor by which all scales of the matrix are multiplied: 1 except for nvfp4."""
         return jnp.float32(1)
 
     def fit(self, low: jax.Array, high: jax.Array, dtype: Any, whole: jax.Array) -> Any:

@@ -66,11 +66,11 @@ def quantization(
 def format_search(
     config: QuantizeConfig, model: ModelConfig, params: Tree, mesh: Mesh, held: list[Tree], walk: Walk
 ) -> tuple[Program, Quantization]:
-    """Return the program that measures the losses of a format search, and a `Quantization` of about the final size.
+    """Return the program that measures the losses of a format search, and a `Quantization` for planning.
 
-    Without measurements, the formats of the result are unknown. For `average_bits`, the returned quantization has
-    formats that meet the budget. For `max_perplexity_increase`, the returned quantization has the formats with the most
-    bits.
+    Without measurements, the formats that a run would choose are unknown. For `average_bits`, the returned quantization
+    has formats that meet the budget. For `max_perplexity_increase`, the returned quantization has the formats with the
+    most bits.
 
     Args:
       config: settings of the stage, with a budget.

@@ -58,8 +58,8 @@ def quantize(
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a weight. If a weight is already quantized or low-rank. If
-        a pattern of `rules` matches no weight.
+      RequestError: If the group size does not divide the number of inputs of a weight. If a weight is already
+          quantized, or has a low-rank adapter. If a pattern of `rules` matches no weight.
     """
     flat, errors = flatten(params), {}
     method = Quantization(scheme, group, embeddings=embeddings, head=head, rules=rules, symmetric=symmetric)
@@ -82,8 +82,8 @@ def chosen(flat: dict[str, Any], method: Quantization) -> dict[str, Target]:
     """Select the weights to quantize, and return {path of the weight: its `Target`}.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a weight. If a weight is already quantized or low-rank. If
-        a pattern matches no weight. If patterns leave no weight to quantize.
+      RequestError: If the group size does not divide the number of inputs of a weight. If a weight is already
+          quantized, or has a low-rank adapter. If a pattern matches no weight. If patterns leave no weight to quantize.
     """
     axes = dict(targets(flat, embeddings=method.embeddings, head=method.head))
     everything = {weights.module_path(path) for path, _ in targets(flat, embeddings=True, head=True)}
@@ -109,7 +109,8 @@ def check(path: str, w: Weight, inputs: int, scheme: str, group: int) -> None:
     """Check that the weight at `path` can be quantized by a scheme with one scale per `group` inputs.
 
     Raises:
-      RequestError: If the group does not divide the weight's inputs, or the weight is already quantized or low-rank.
+      RequestError: If `group` does not divide the number of inputs. If the weight is already quantized, or has a
+          low-rank adapter.
     """
     node = weights.as_node(w)
     if isinstance(w, LearnedScale):  # `learned.check` compares the format and the group

@@ -38,7 +38,7 @@ class Quantization:
     """Dtype of quantized activations in products: "int8" or "fp8_e4m3" (W8A8); empty if activations are not
     quantized."""
     static_activations: str = ""
-    """Rule that chooses the static scale of a matrix's inputs on calibration data: "max" or "mse"
+    """Criterion for the static scale of a matrix's inputs, which is measured on calibration data: "max" or "mse"
     (`llmctl.compress.quantization.static_inputs`). If empty, every token has its own scale."""
     method: MethodName = "rtn"
     """Method that chooses the rounded weights.

@@ -85,8 +85,8 @@ class QuantizeConfig(CalibrationConfig):
     range from the group's lowest to its highest weight. A zero point has as many bits as a weight, but at least 4."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
     """Formats of single matrices, by patterns on the paths of their modules: { "mlp/*" = "int4", "o" = "none" }. The
-    longest pattern that matches decides; `*` and `?` do not count. none: do not quantize the matrix. All layers of a
-    stack have the same formats."""
+    longest pattern that matches decides; its length does not include `*` and `?`. none: do not quantize the matrix. All
+    layers of a stack have the same formats."""
     average_bits: float = Field(default=0.0, ge=0)
     """Highest number of bits per weight, such as 4.5, on average over the quantized matrices, scales included. The
     format of each matrix is then chosen from `candidates` by the loss on calibration data. `rules` still set the format
@@ -99,8 +99,8 @@ class QuantizeConfig(CalibrationConfig):
     """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3. If
     activations are quantized, int8 and int4."""
     plot: bool = True
-    """Draw the mixtures of formats that a budget chose from, bits per weight against perplexity, as formats.png in the
-    artifact. Requires matplotlib (the `demo` extra)."""
+    """Plot the mixtures of formats that the search for a budget compared, bits per weight against perplexity, as
+    formats.png in the artifact. Requires matplotlib (the `demo` extra)."""
     embeddings: bool = False
     """Also quantize the token embeddings, with one scale per token. If embeddings are tied, the output projection is
     quantized too."""
@@ -111,8 +111,8 @@ class QuantizeConfig(CalibrationConfig):
     fp8_e4m3: for format fp8_e4m3."""
     static_activations: Literal["", "max", "mse"] = ""
     """Use one stored scale for all inputs of a matrix, measured on calibration data, in place of one scale per token.
-    max: the scale of the largest input. mse: the scale with the least squared error, which may clip inputs. Only with
-    `activations`."""
+    max: the smallest scale that clips no input. mse: the scale with the least squared error, which may clip inputs.
+    Only with `activations`."""
     method: MethodName = RTN
     """Method that chooses the rounded weights. rtn: round to nearest, without data. gptq: round one input after the
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
@@ -268,7 +268,7 @@ class QuantizeConfig(CalibrationConfig):
 
     @property
     def formats_to_choose(self) -> list[str]:
-        """Return the names of the formats that a budget chooses from."""
+        """Return the names of the formats from which the search for a budget chooses."""
         return self.candidates or (["int8", "int4"] if self.activations else ["int8", "int4", "int3"])
 
     @property

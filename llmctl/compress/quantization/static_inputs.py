@@ -24,7 +24,8 @@ BINS = OCTAVES * PER_OCTAVE
 POINTS = 8
 """Number of magnitudes that represent a bin. These magnitudes are spread evenly over the bin."""
 FACTORS = tuple(2.0 ** (-k / 8) for k in range(65))
-"""Factors by which the search multiplies the scale of the largest magnitude: from 1 down to 1/256."""
+"""Factors of the scales that `least_squares` tries, from 1 down to 1/256. A factor multiplies the smallest scale that
+clips no input."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["counts"], meta_fields=[])
@@ -32,7 +33,7 @@ FACTORS = tuple(2.0 ** (-k / 8) for k in range(65))
 class Magnitudes:
     """Count the magnitudes of each input of a matrix in a histogram [I, B] with logarithmic bins.
 
-    Magnitudes below the first bin are in the first bin, and magnitudes above the last bin are in the last bin.
+    Magnitudes below the first bin are counted in the first bin, and magnitudes above the last bin in the last bin.
 
     >>> found = Magnitudes.start(1).fold(jnp.array([[0.0], [1.0], [-1.1], [2.0]]), jnp.array([True, True, True, False]))
     >>> [(int(b), int(found.counts[0, b])) for b in jnp.flatnonzero(found.counts[0])]
@@ -78,12 +79,12 @@ def largest(peak_I: np.ndarray, kind: str) -> float:
 
 
 def least_squares(peak_I: np.ndarray, counts_IB: np.ndarray, divisor_I: np.ndarray | None, kind: str) -> float:
-    """Return the scale with the least squared error of the rounded inputs, among the scales that the search tries.
+    """Return the scale with the least squared error of the rounded inputs, among the scales that `FACTORS` gives.
 
     Each bin is represented by evenly spaced magnitudes, so the error of a scale is an estimate.
 
     Args:
-      peak_I: largest magnitude of each input, after the division.
+      peak_I: largest magnitude of each input, after the division by `divisor_I`.
       counts_IB: histogram of each input, before the division (`Magnitudes`).
       divisor_I: numbers by which the inputs are divided; None if they are not divided.
       kind: "int8" or "fp8_e4m3".

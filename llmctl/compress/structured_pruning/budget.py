@@ -23,7 +23,7 @@ from llmctl.model import flops
 from llmctl.model.config import ModelConfig
 
 TOLERANCE = 0.01
-"""Largest difference between the size of a candidate and the budget, as a fraction of the budget."""
+"""Largest accepted difference between the budget and the size of a candidate, as a fraction of the budget."""
 
 Kind = Literal["parameters", "bytes", "flops", "latency"]
 KINDS: tuple[Kind, ...] = ("parameters", "bytes", "flops", "latency")
@@ -57,7 +57,7 @@ class BudgetConfig(Config):
     batch_size: int = Field(default=1, ge=1)
     """Number of texts that run together when the latency is measured."""
     context: int = Field(default=0, ge=0)
-    """Number of tokens per text when the latency is measured; 0 uses the length of the calibration data."""
+    """Number of tokens per text when the latency is measured; 0 means the length of the calibration data."""
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:

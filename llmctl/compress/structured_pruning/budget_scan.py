@@ -99,7 +99,7 @@ class Scan:
         return self.losses[name]
 
     def measured(self, model: ModelConfig) -> bool:
-        """Return whether this run has the loss of a model with these sizes."""
+        """Return whether this run has measured or read the loss of a model with these sizes."""
         return self._name(model) in self.losses
 
     def _name(self, model: ModelConfig) -> str:
@@ -152,7 +152,7 @@ def measure(scan: Scan, method: StructuredMethod, progress: Progress = None) -> 
     """Measure the importance of layers, heads, neurons and channels, all in the unpruned model.
 
     Args:
-      scan: the model and the data, without importance.
+      scan: the model and the data. Its importance is not set yet.
       method: kind of the importance.
       progress: function that is called with the report of each layer.
 

@@ -243,7 +243,7 @@ def _ratio(
 ) -> float:
     """Return the root mean square of a norm's kept channels, before scale and bias of the norm are applied.
 
-    `measured` has the statistics of the norm's outputs, multiplied by `after`.
+    `measured` has the statistics of x * `after`, for the outputs x of the norm.
     """
     gram: Any = measured.parts[GRAM]
     sums: Any = measured.parts[TOTALS].sums

@@ -162,7 +162,7 @@ def measure(
 
 
 def _rising(values: np.ndarray, axes: int) -> np.ndarray:
-    """Return the running maximum along the last axes, at least 0."""
+    """Return the running maximum along each of the last `axes` axes. Negative values become 0."""
     values = np.maximum(values, 0.0)
     for axis in range(values.ndim - axes, values.ndim):
         values = np.maximum.accumulate(values, axis=axis)
@@ -210,7 +210,7 @@ class _Timed:
         return self._once(cfg, depths, cfg.vocab_size, lambda: self._compared(cfg, self.params, 1, latency.NEW))
 
     def _depths(self) -> np.ndarray:
-        """Return [S, S] numbers of layers: `LAYERS` (or more) of one stack, and one of every other stack."""
+        """Return numbers of layers [S, S]. Row s has several layers of stack s, and one layer of every other stack."""
         several = min(2 * LAYERS, max(LAYERS, self.cfg.window_every if self.cfg.window else 0))
         return np.ones((len(self.stacks), len(self.stacks))) + (several - 1) * np.eye(len(self.stacks))
 
@@ -244,7 +244,7 @@ class _Timed:
         return shaped(self.cfg, self.params, model, few, tokens)
 
     def _compared(self, cfg: ModelConfig, params: Params, copies: int, new: int) -> float:
-        """Return the latency of a model, measured in alternation with the reference."""
+        """Return the latency of a model, measured in alternation with a few layers of the unpruned model."""
         reference, first = self._reference
         run = self._runner(cfg, params, copies, new)
         with latency.on_one_device():

@@ -23,7 +23,7 @@ FRACTIONS = (7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
 PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_model"}
 """Map from the name of a size that a search may reduce to the field of ModelConfig that contains the size."""
 QUERIES = "queries"
-"""Name of a further size: the number of query heads per key/value head."""
+"""Name of a size that is not in `PARTS`: the number of query heads per key/value head."""
 
 Size = Callable[[ModelConfig], float]
 """Function that computes the parameters, bytes, FLOPs per token or latency of a model. The result never decreases if a

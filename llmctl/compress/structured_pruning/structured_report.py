@@ -16,7 +16,8 @@ from llmctl.model.config import ModelConfig
 Record = dict[str, Any]
 
 MISSED = 0.1
-"""Largest difference between the measured latency and its target, as a fraction of the target."""
+"""Largest accepted difference between the measured latency and its target, as a fraction of the target. If the
+difference is larger, the target counts as missed."""
 
 
 def layers(before: ModelConfig, after: ModelConfig, found: Mapping[str, Any]) -> list[Record]:

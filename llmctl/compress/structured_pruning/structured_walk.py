@@ -205,7 +205,7 @@ def choose_sizes(
 def _latencies(
     config: StructuredSettings, base: Artifact, params: Params, space: Space, rows: int, saved: Measurements, log: Log
 ) -> tuple[Size, float, dict[str, Any]]:
-    """Measure latencies, and return a function that predicts the latency of a model, the limit, and metrics.
+    """Measure latencies, and return (function that predicts the latency of a model, limit, metrics).
 
     Raises:
       RequestError: If no sizes meet the budget.

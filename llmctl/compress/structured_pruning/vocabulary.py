@@ -217,8 +217,8 @@ def _used(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int]) -> list
 def _most_frequent(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int], number: int) -> list[int]:
     """Return the ids of `number` tokens: tokens that always stay, all characters, and the most frequent tokens.
 
-    A token is added together with the tokens from which it is merged. If all these tokens exceed the number, a less
-    frequent token that needs fewer tokens is added instead.
+    A token is added together with the tokens from which it is merged. If adding all these tokens would exceed `number`,
+    a less frequent token that needs fewer tokens is added instead.
 
     Raises:
       RequestError: If more than `number` tokens always stay or are characters of the texts.

@@ -85,8 +85,8 @@ def truncate_logits(logits_BV: jax.Array, rules: Sampling) -> jax.Array:
 def adjust_logits(logits_BV: jax.Array, seen_BV: jax.Array | None, rules: Sampling) -> jax.Array:
     """Apply the repetition penalty and, if tokens are sampled, the temperature and the truncation to logits.
 
-    The softmax of the result is the distribution from which `choose` samples. Without sampling, its maximum is the
-    selected token.
+    The softmax of the result is the distribution from which `choose` samples. If tokens are not sampled, the token with
+    the largest logit of the result is selected.
 
     Args:
         logits_BV: Logits.

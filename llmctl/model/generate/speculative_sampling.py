@@ -64,7 +64,7 @@ def verify_sampled(
 
 
 def seen_before(seen_BV: jax.Array, proposed_BN: jax.Array) -> jax.Array:
-    """Return the tokens that occurred before each of the M = N + 1 predicted tokens, bool [B, M, V]."""
+    """Return whether each token of the vocabulary occurred before each of the M = N + 1 predicted tokens, [B, M, V]."""
     named_BNV = proposed_BN[..., None] == jnp.arange(seen_BV.shape[-1])
     added_BNV = jnp.cumsum(named_BNV, axis=1) > 0
     return seen_BV[:, None] | jnp.pad(added_BNV, ((0, 0), (1, 0), (0, 0)))

@@ -1,7 +1,7 @@
 """Store a weight together with learned scales for rounding the weight to integers (LSQ).
 
-The weight stays a float. Every product reads the weight rounded to integers times the scales. The stage quantize
-converts the weight to these integers, without changing the rounded values.
+The weight stays a float. Every product reads the rounded weight, integer * scale. The stage quantize converts the
+weight to these integers, without changing the rounded values.
 
 In training, the gradients of the weight and of the scale are computed as in LSQ (Esser et al., 2020, arXiv:1902.08153).
 
@@ -93,7 +93,7 @@ def sums_of_groups(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rounded(w: jax.Array, scale: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    """Return the weight rounded to integers within `bounds` times the scales. The gradients are computed as in LSQ."""
+    """Return the rounded weight, integer * scale, with integers within `bounds`. LSQ defines the gradients."""
     scale = spread(scale, w)
     return jnp.clip(jnp.round(w / scale), *bounds) * scale
 

@@ -19,12 +19,12 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 """Map from names in settings to the dtype of quantized activations."""
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
-"""Largest magnitude of activations in units of a static scale, by name of the type. With 127.5, the last bit of a
-division would decide how the largest input is rounded."""
+"""Largest magnitude of activations in units of a static scale, by name of the type. For int8, 127.5 is not used,
+because the last bit of a division would then decide how the largest input is rounded."""
 
 FEW_TOKENS = 64
 """Maximum number of tokens per product for which groups are multiplied one by one. With more tokens, dequantizing the
-weight is faster, and the sums of all groups would be larger than the weight."""
+weight is faster, and the products of all groups would need more memory than the weight."""
 
 
 @node_type
