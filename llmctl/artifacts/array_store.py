@@ -139,10 +139,8 @@ def first_line(text: str) -> str:
 
 
 def _plain(parts: dict[str, Any] | Mapping[str, Any]) -> Any:
-    """Return the arrays of a weight as Orbax stores them. For a plain weight, this is one array. Otherwise, this is the
-    dict `parts`.
-
-    `parts` is {name in the weight: array}. The name of a plain array is the empty string.
+    """Return the arrays of a weight as Orbax stores them: one array for a plain weight, otherwise the dict `parts`. The
+    array of a plain weight has the name "" in `parts`.
     """
     return parts.get("", parts)
 

@@ -8,7 +8,7 @@ from llmctl.config.errors import RequestError
 
 
 def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str) -> None:
-    """Check that a draft predicts the next token of the same texts as its target.
+    """Check that draft and target read the same token ids, and that both predict the next token.
 
     Args:
         where: Name of the draft in messages.
@@ -17,8 +17,8 @@ def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str)
         target_name: Name of the target in messages.
 
     Raises:
-        RequestError: If the two models differ in tokenizer, architecture or trained prompt. If they do not generate
-            text.
+        RequestError: If the two models differ in tokenizer, architecture or trained prompt. If one of the models does
+            not generate text.
     """
     if draft.model.architecture != target.model.architecture or not draft.model.head_kind.vocabulary:
         kind = f"{with_article(draft.model.architecture)} with the head {draft.model.head!r}"

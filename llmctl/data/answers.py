@@ -2,9 +2,9 @@
 
 A folder of answers contains:
 
-answers.json description: the settings that determine the answers NAME-00000.jsonl one line per prompt: {"row": number,
-"prompt": text, "completion": text} NAME-00000.json number of lines and of tokens, and the checksum of the lines;
-written last
+- `answers.json`: the settings that determine the answers
+- `NAME-00000.jsonl`: one line per prompt, {"row": number, "prompt": text, "completion": text}
+- `NAME-00000.json`: description of this file, written last: number of lines, number of tokens and a checksum
 
 If writing is interrupted, the next writer replaces the file that has no description. The setting
 `data.path = "FOLDER/train-*.jsonl"` reads the answers.
@@ -76,7 +76,7 @@ class AnswerFiles:
         return self._texts
 
     def add(self, prompts: Sequence[str], completions: Sequence[str], tokens: int, cut: int, write: bool) -> None:
-        """Add the answers to the next prompts, and write them to a new file if `write` is true."""
+        """Append the answers to the next prompts. If `write` is true, write these answers to a new file."""
         first, rows = len(self._texts), zip(prompts, completions, strict=True)
         values = [{"row": first + i, "prompt": p, "completion": c} for i, (p, c) in enumerate(rows)]
         content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()

@@ -21,12 +21,16 @@ def is_ordered(rows: Any) -> bool:
 
 
 def numbers(rows: Any, rows_B: np.ndarray) -> np.ndarray:
-    """Return the numbers by which the outputs of rows are stored, int64 [B]."""
+    """Return the keys under which the outputs of rows are stored, int64 [B]: numbers of examples, or row numbers if the
+    content of rows depends on the training order.
+    """
     return rows_B if is_ordered(rows) else rows.examples(rows_B)
 
 
 def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the first `count` rows, ascending and unique, and one row with each number."""
+    """Return the distinct keys (see `numbers`) of the first `count` rows, ascending, and for each key the number of a
+    row with this key.
+    """
     rows_N = np.arange(count)
     if is_ordered(rows):
         return rows_N, rows_N
@@ -35,7 +39,7 @@ def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TaughtRows:
-    """Add stored outputs to rows. All other attributes are the attributes of the rows."""
+    """Add stored outputs to rows. All other attributes are read from the rows."""
 
     def __init__(self, rows: Any, records: Records) -> None:
         self._rows, self._records = rows, records
@@ -53,7 +57,7 @@ class TaughtRows:
 
     @property
     def bare(self) -> Any:
-        """Return the rows without outputs. All of these rows can be read."""
+        """Return the rows without outputs. Reading a row without outputs needs no stored output."""
         return self._rows
 
     def batch(self, rows_B: np.ndarray) -> Batch:

@@ -2,11 +2,12 @@
 
 A folder of outputs contains:
 
-cache.json description: the settings that determine the outputs, and metrics of the teachers NAME-00000.arrayrecord one
-record per row: a fingerprint of the row, and the arrays of the row NAME-00000.json description of this file: row
-numbers, size and checksum; written last
+- `cache.json`: the settings that determine the outputs, and the metrics of the teachers
+- `NAME-00000.arrayrecord`: one record per row, with a fingerprint of the row and the teacher's outputs for the row
+- `NAME-00000.json`: description of this file, written last: row numbers, size and checksum
 
-Files are only added. If writing is interrupted, the next writer replaces the file that has no description.
+Files are never changed, only added. If writing is interrupted, the next writer replaces the file that has no
+description.
 
 Arrays of predicted positions are stored only at positions with a weight above 0. The sizes, fingerprints, ids and
 values that are read are checked.
@@ -40,7 +41,7 @@ ADVICE = "remove the folder and run the stage again"
 LABELS = frozenset({"label", "next_label", "targets", "start", "end", "row_weight", "example"})
 """Names of batch arrays that a teacher does not read. A row's fingerprint does not include these arrays."""
 PER_POSITION = ("teacher_ids", "teacher_log_p", "teacher_rest")
-"""Ends of the names of arrays [B, P, ...] that are stored only at positions with a weight above 0."""
+"""Suffixes of array names. Arrays [B, P, ...] with such a name are stored only at positions with a weight above 0."""
 IDS = "teacher_ids"
 FINGERPRINT = 8
 """Size of a row's fingerprint in bytes."""
@@ -50,7 +51,7 @@ SLACK = 1e-3
 
 @dataclass(frozen=True)
 class Layout:
-    """Describe the arrays of a record: their names, shapes per row and dtypes."""
+    """Describe the arrays in the record of one row: their names, shapes and dtypes."""
 
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of each array in one row, such as (P, k), by name."""
@@ -58,7 +59,7 @@ class Layout:
     """Number of tokens of the vocabulary. All stored ids are smaller."""
 
     def stored(self, name: str) -> np.dtype[Any]:
-        """Return the dtype of an array in a record."""
+        """Return the dtype with which the array `name` is stored in a record."""
         return np.dtype(("<u2" if self.vocab <= 2**16 else "<u4") if name.endswith(IDS) else "<f4")
 
     def row_bytes(self, positions: int | None = None) -> int:
@@ -116,7 +117,7 @@ class Layout:
         return found
 
     def _check(self, found: Batch, kept: np.ndarray | None) -> None:
-        """Check that ids are ascending tokens, and that probabilities add up to 1.
+        """Check that token ids are ascending and in the vocabulary, and that probabilities add up to 1.
 
         Raises:
             ValueError: If a value is invalid.
@@ -213,7 +214,9 @@ def write(folder: Path, description: Description) -> None:
 
 
 class Records:
-    """Give access to the stored outputs of one kind of rows, by row number."""
+    """Give access to the stored outputs for one kind of rows (training or validation), by the key of a row. The key is
+    a row number or the number of an example (`llmctl.data.taught_rows.numbers`).
+    """
 
     def __init__(self, folder: Path, name: str, layout: Layout) -> None:
         """Read the descriptions of all files.
@@ -247,7 +250,7 @@ class Records:
         return sum(shard.bytes for shard in self._shards)
 
     def has(self, numbers_N: np.ndarray) -> np.ndarray:
-        """Return whether the outputs for each row number are stored, bool [N]."""
+        """Return whether the outputs for each of the keys `numbers_N` are stored, bool [N]."""
         return np.isin(numbers_N, self._sorted_R)
 
     def add(self, numbers: Sequence[int], records: Sequence[bytes]) -> None:
@@ -269,8 +272,8 @@ class Records:
         """Return the stored arrays of the rows of a batch, [B, ...].
 
         Args:
-            numbers_B: Row numbers. The outputs of all these rows must be stored.
-            batch: Arrays that the teacher read, with the same rows.
+            numbers_B: Keys of the rows. The outputs for all these keys must be stored.
+            batch: Arrays of the same rows that the teacher read.
 
         Raises:
             RequestError: If a record is damaged, or belongs to another row.

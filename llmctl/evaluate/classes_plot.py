@@ -20,7 +20,7 @@ def classes(results: Sequence[report.Result], path: Path) -> bool:
     """Write a PNG with a row of two plots per classifier.
 
     The left plot is the confusion matrix, normalized per true class. The right plot shows the accuracy of the
-    predictions in each interval of confidence. Calibrated probabilities are on the diagonal.
+    predictions in each confidence bin. Calibrated probabilities are on the diagonal.
 
     Returns:
         True if the PNG was written; False if no artifact is a classifier.

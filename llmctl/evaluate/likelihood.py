@@ -154,7 +154,7 @@ class PackedRows:
 
 
 def rows_per_batch(setup: Setup, length: int, rows: int = 2**31) -> int:
-    """Return the number of rows per batch: about as many tokens per batch as in rows of `SHORTEST` tokens.
+    """Return the number of rows of `length` tokens per batch. A batch has about `setup.batch_size` * `SHORTEST` tokens.
 
     The number is a multiple of the number of devices over which rows are sharded.
     """
@@ -166,8 +166,8 @@ def rows_per_batch(setup: Setup, length: int, rows: int = 2**31) -> int:
 def by_length(sequences: Sequence[ScoredSequence], longest: int) -> dict[int, list[ScoredSequence]]:
     """Group sequences by the length of the packed rows, shortest first.
 
-    A row is at least twice as long as the row's sequences, if the model's maximum length permits. In shorter rows, much
-    would be padding.
+    A row is at least twice as long as each of its sequences, if `longest` permits. Shorter rows would contain much
+    padding.
 
     Args:
         sequences: Sequences of at most `longest` tokens.

@@ -66,9 +66,10 @@ def scoring(
 
 
 def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> Program:
-    """Return the program that scores requests of lm-evaluation-harness in rows of the second length.
+    """Return the program that scores requests of lm-evaluation-harness in rows of the second shortest length.
 
-    Depending on the texts, rows may have other lengths. Batches of all lengths have about the same number of tokens.
+    An evaluation also uses rows of other lengths, depending on the texts. Batches of all lengths have about the same
+    number of tokens.
     """
     harness.check_model(there.model, name)
     sizes = {"seq_len": config.seq_len, "batch_size": config.batch_size, "dtype": config.dtype}

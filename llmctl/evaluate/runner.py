@@ -54,7 +54,8 @@ def results(
     target: Path | None = None,
     before: Stored | None = None,
 ) -> list[Result]:
-    """Measure artifacts on held-out examples and on tasks of lm-evaluation-harness. Time them if `config.speed` is set.
+    """Measure artifacts on held-out examples and on tasks of lm-evaluation-harness. If `config.speed` is set, also time
+    the artifacts.
 
     Args:
         config: Tasks, metrics, batch size and speed settings.
@@ -175,7 +176,7 @@ def _work(
     folder: Path,
     target: str,
 ) -> list[Work]:
-    """Return the measurements of one artifact on held-out examples."""
+    """Describe the measurements of one artifact on held-out examples, one per task."""
     if not tasks:
         return []
     assert examples is not None
@@ -195,7 +196,7 @@ def file_settings(config: MeasureConfig, file: task_files.TaskFile) -> MeasureCo
 def _file_work(
     config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, file: task_files.LoadedTask, folder: Path
 ) -> Work:
-    """Return the measurement of one artifact on the task of a file."""
+    """Describe the measurement of one artifact on the task that a task file defines."""
     own, task = file_settings(config, file.config), registry.TASKS[file.config.task]
     if not own.seq_len and not manifest.seq_len:  # an import does not know the length of its training texts
         own = own.model_copy(update={"seq_len": min(512, manifest.model.max_seq_len)})
@@ -206,7 +207,7 @@ def _file_work(
 def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, target: str) -> str:
     """Return the digest of a measurement: the task, the texts and labels of the examples, and the settings.
 
-    Results of equal weights and equal digests are equal.
+    Two measurements with equal weights and equal digests have equal results.
     """
     labels = held.examples.labels
     answers = hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else ""

@@ -31,7 +31,7 @@ class MeasureConfig(Config):
     truncate: Literal["", "tail", "head_tail"] = ""
     """Truncation of long texts for tasks with a head; empty uses the value of training."""
     stride: int = Field(default=0, ge=0)
-    """Number of new tokens per window for perplexity; 0 uses the context, so that windows do not overlap."""
+    """Number of new tokens per window for perplexity; 0 uses the context length, so that windows do not overlap."""
     batch_size: int = Field(default=32, ge=1)
     """Number of sequences per batch, also for the throughput measurement."""
     dtype: Dtype = "float32"
@@ -46,7 +46,7 @@ class MeasureConfig(Config):
     """Settings for generating answers, for task seq2seq."""
     tasks: list[str] = []
     """Tasks to measure each artifact on, such as masked and next_sentence, and task files (`my_task.toml`) with data of
-    their own. Empty uses the task of the artifact's training."""
+    their own. If empty, the task of the artifact's training."""
 
     harness: list[str] = []
     """Tasks of lm-evaluation-harness (extra `eval`) for decoders: names, YAML files, or folders of YAML files. If
@@ -77,7 +77,7 @@ class MeasureConfig(Config):
 
     @property
     def named_tasks(self) -> list[str]:
-        """Return the names in `tasks` that are no task files."""
+        """Return the elements of `tasks` that are names of tasks, not paths of task files."""
         return [name for name in self.tasks if not name.endswith(".toml")]
 
     @property
@@ -87,7 +87,9 @@ class MeasureConfig(Config):
 
     @property
     def measures_data(self) -> bool:
-        """Return whether a task reads the data of the evaluation. Task files and the harness's tasks have their own."""
+        """Return whether a task reads the data of the evaluation. Task files and the harness's tasks have their own
+        data.
+        """
         return bool(self.named_tasks) or not (self.tasks or self.harness)
 
     @field_validator("tasks")

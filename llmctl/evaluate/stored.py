@@ -20,7 +20,7 @@ from llmctl.evaluate.report import Result
 RESULTS, RECORDS = "results.json", "predictions.jsonl"
 """Names of the files of an evaluation: the results, and the records about examples."""
 PARTIAL = "scored.jsonl"
-"""Name of the file in the stage's temporary folder with the results so far."""
+"""Name of a file in the stage's temporary folder. The file contains the results so far."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stored:
         self._partial = partial
 
     def find(self, weights: str, definition: str, timed: bool) -> Scored | None:
-        """Return the result of an artifact on a task, or None if it was not scored.
+        """Return the result of an artifact on a task. If there is no such result, return None.
 
         Args:
             weights: Digest of the artifact (see `identity`).
@@ -66,7 +66,7 @@ class Stored:
 def identity(of: Result | Manifest) -> str:
     """Return the digest of everything in an artifact that can change predictions.
 
-    Artifacts of earlier versions only have the digest of their weights.
+    If an earlier version of llmctl saved the artifact, the digest covers only the weights.
     """
     content, digest = (of["content"], of["digest"]) if isinstance(of, dict) else (of.content, of.digest)
     return content or digest

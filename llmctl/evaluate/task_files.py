@@ -1,7 +1,7 @@
 """Read task files: TOML files that describe a task by its data, prompts, solved examples and metrics.
 
-A task file names one of llmctl's tasks, which decides how a model is asked: `choice` by the likelihood of each choice,
-`seq2seq` by generated answers, `completions` by perplexity, `embed` by the similarity of texts, and so on.
+A task file names one of llmctl's tasks, which determines how a model is measured: `choice` by the likelihood of each
+choice, `seq2seq` by generated answers, `completions` by perplexity, `embed` by the similarity of texts.
 
     task = "choice"
     examples = 300
@@ -46,17 +46,18 @@ class ShotsConfig(Config):
     count: int = Field(default=0, ge=0)
     """Number of solved examples before each prompt."""
     split: Split = "train"
-    """Split that the solved examples come from; it must not be the measured split."""
+    """Split from which the solved examples are taken. The split must differ from the measured split."""
     seed: int = Field(default=0, ge=0)
     """Seed that selects the solved examples."""
     separator: str = "\n\n"
     """Text after each solved example."""
     answer: str = " "
-    """Text between the prompt and the answer of a solved example. For task choice, it also precedes each choice."""
+    """Text between the prompt and the answer of a solved example. In the task choice, this text also precedes each
+    choice."""
 
 
 class TaskFile(Config):
-    """Configure one task of an evaluation, as a file of its own."""
+    """Configure one task of an evaluation. A task file contains these settings."""
 
     task: Annotated[str, AfterValidator(TASKS.check), TASKS]
     """Task of llmctl that asks the model."""
@@ -65,9 +66,10 @@ class TaskFile(Config):
     split: Split = "test"
     """Split of the data to measure on."""
     examples: int = Field(default=0, ge=0)
-    """Maximum number of examples, sampled by their hash; 0 uses the number of the evaluation."""
+    """Maximum number of examples, sampled by their hash; 0 uses the value of the evaluation."""
     seq_len: int = Field(default=0, ge=0)
-    """Tokens per text; 0 uses the value of the evaluation, and for imported decoders the longest that they read."""
+    """Tokens per text. 0 uses the value of the evaluation, or else of the artifact's training. For imported models, 0
+    uses 512, but at most the model's maximum."""
     shots: ShotsConfig = ShotsConfig()
     """Solved examples before each prompt."""
     metrics: list[Annotated[str, AfterValidator(METRICS.check), METRICS]] = []
@@ -78,7 +80,7 @@ class TaskFile(Config):
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """Store a task file and the examples to measure."""
+    """Store the settings of a task file, and the examples on which models are measured."""
 
     name: str
     """Name of the task in results: the name of its file."""
@@ -96,7 +98,7 @@ class LoadedTask:
 
 
 def is_file(name: str) -> bool:
-    """Return whether the name of a task is a task file."""
+    """Return whether the name of a task is the path of a task file."""
     return name.endswith(ENDING)
 
 
@@ -138,9 +140,8 @@ def load(file: str, limit: int = 0) -> LoadedTask:
 
 
 def _solved(file: str, config: TaskFile, examples: Examples) -> str:
-    """Return the text of the solved examples.
-
-    The seed orders the examples by a hash of their texts, so that more examples begin with the same ones.
+    """Return the text of the solved examples. The examples are ordered by a hash of seed and text. With a larger number
+    of solved examples, the first examples therefore stay the same.
     """
     shots = config.shots
     if shots.split == config.split:

@@ -55,7 +55,7 @@ def run(
 
     Args:
       recipe: the validated recipe.
-      only: names of the stages to run. The inputs of these stages must be up to date. Empty runs all stages.
+      only: names of the stages to run. The inputs of these stages must be up to date. If empty, all stages run.
       say: function that prints one line per stage.
       processes: arguments of `llmctl.distributed.processes.join`.
 

@@ -23,15 +23,16 @@ Weight = Annotated[float, Field(ge=0)] | dict[str, float]
 class SignalsConfig(Config):
     """Set the weights of the distillation losses, which are called signals. A signal without a weight is not used.
 
-    A weight is a number, or a table { from = 1.0, to = 0.0, steps = 0.5 }, which changes it linearly. `steps` is a
-    number of steps, or a fraction of all steps if it is below 1; without it, the change takes all steps.
+    A weight is a number, or a table such as { from = 1.0, to = 0.0, steps = 0.5 }. With a table, the weight changes
+    linearly. `steps` is the number of steps of the change, or a fraction of all steps if below 1. If `steps` is
+    missing, the change takes all steps.
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     logits: Weight = 0.0
-    """Weight of the divergence from the teacher's outputs. If no signal has a weight, the default is 1 - hard (the
-    setting `hard` of the stage)."""
+    """Weight of the divergence from the teacher's outputs. If no signal has a weight, the default is 1 minus the
+    setting `hard` of the stage."""
     hard: Weight = 0.0
     """Weight of the loss on the labels. If no signal has a weight, the default is the setting `hard` of the stage."""
     hidden: Weight = 0.0
@@ -88,12 +89,14 @@ class SignalsConfig(Config):
 
 
 class StudentConfig(Config):
-    """Set which layers of the teacher become the student. To cut widths too, use `prune` with method structured."""
+    """Set which layers of the teacher become the student. To reduce widths too, use the stage `prune` with method
+    structured.
+    """
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
     layers: int = Field(default=0, ge=0)
-    """Number of the teacher's layers that a new student copies, in the encoder and in the decoder. 0 copies no layers,
+    """Number of layers that a new student copies from the teacher's encoder, and from its decoder. 0 copies no layers,
     unless `layer_map` is a list of layers."""
     layer_map: str | list[Any] = "every_other"
     """Layers to copy. every_other: evenly spaced layers, beginning with the first layer, such as every second layer.
@@ -130,14 +133,14 @@ class StudentConfig(Config):
 
 
 class AnswersConfig(Config):
-    """Set the generation of answers: by the teacher in mode "sequence", by the student in mode "on_policy"."""
+    """Set how answers are generated: by the teacher in mode "sequence", by the student in mode "on_policy"."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
     unkeyed: ClassVar[frozenset[str]] = frozenset({"folder"})
 
     folder: str = ""
-    """Folder of the answers, which is also a data set in JSON lines. By default, the folder is next to the artifact,
-    and its name ends with -answers."""
+    """Folder of the answers, which is also a data set in JSON lines. Default: a folder next to the artifact, whose name
+    ends with -answers."""
     max_new: int = Field(default=0, ge=0)
     """Maximum number of tokens per answer. 0 uses 64, but at most half of the teacher's maximum sequence length."""
     beams: int = Field(default=1, ge=1)

@@ -35,12 +35,13 @@ PROJECTIONS = 3
 
 
 def load_teachers(paths: Sequence[Path], mesh: Mesh, bases: Sequence[Path]) -> list[Artifact]:
-    """Load the teachers. Each base is loaded only once, and all its adapters share its arrays.
+    """Load the teachers. If several teachers are adapters of one base, the base is loaded once and its arrays
+    are shared.
 
     Args:
       paths: folders of the teachers.
       mesh: the devices.
-      bases: further folders in which to look for bases.
+      bases: folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
     """
     loaded: dict[str, Artifact] = {}
     found: dict[Path, Artifact] = {}
@@ -57,7 +58,7 @@ def named_teachers(teachers: Sequence[Artifact]) -> dict[str, Any]:
 
 
 def make_learner(config: Any, teachers: Sequence[Artifact], student: Artifact | None, mesh: Mesh) -> Learner:
-    """Return a Learner with the student's initial parameters, its options and the distillation loss.
+    """Return a Learner with the student's initial parameters, the options of the training and the distillation loss.
 
     Args:
       config: config of the stage `distill`.
@@ -142,7 +143,8 @@ def check_alike(teacher: Artifact, other: Artifact) -> None:
 
 
 def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
-    """Return the loss on outputs: the divergence from the teacher, its weight, and the weight of the loss on labels.
+    """Return the divergence from the teacher's outputs, the weight of this divergence, and the weight of the loss on
+    labels.
 
     Raises:
       RequestError: If a divergence of distributions is set and the model predicts a number.
@@ -166,7 +168,8 @@ def signals(config: Any, model: ModelConfig, teacher: ModelConfig, mesh: Mesh) -
     """Return the losses on inner layers. If all weights of these losses are 0, return None.
 
     Raises:
-      RequestError: If the layers or the heads do not fit the models, or if the mesh has a pipeline.
+      RequestError: If `layer_map` names a layer that does not exist. If `relation_heads` does not divide the widths of
+        queries and keys. If the mesh has several pipeline stages.
     """
     given = config.signals
     if not given.inner:
@@ -263,7 +266,7 @@ def shallower(config: Any, teacher: Artifact) -> ModelConfig:
 
 
 def student_model(config: Any, teacher: Artifact, student: Artifact | None) -> ModelConfig:
-    """Return the student's config. The student must have the teacher's outputs.
+    """Return the student's config. The student must have the teacher's head, classes and trained prompt.
 
     If the student's loss reads the teacher, the student must also have the teacher's tokenizer and architecture.
 

@@ -81,8 +81,8 @@ def check(asked: FakeQuantizeConfig, params: Params) -> None:
     """Check that the matrices of a model can be rounded. The arrays may be abstract.
 
     Raises:
-      RequestError: If a group does not divide the inputs of a matrix. If a matrix is quantized or has an adapter. If a
-        pattern of the rules matches no matrix.
+      RequestError: If the group size does not divide the number of inputs of a matrix. If a matrix is quantized or has
+        an adapter. If a pattern of the rules matches no matrix.
     """
     if not asked.active:
         return
@@ -109,7 +109,7 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
 
 
 def log_lines(base: Artifact | None, config: QuantizeConfig) -> list[str]:
-    """Return a list with one log line if the quantization differs from the quantization that `base` was trained for.
+    """Return a list with one log line if `config` differs from the quantization that `base` was trained for.
 
     The line names the settings that differ. If `base` was trained without quantization-aware training, or if no setting
     differs, return [].

@@ -29,7 +29,7 @@ class FakeQuantizeConfig(Config):
     format: Annotated[str, AfterValidator(known_scheme), SCHEMES] = ""
     """Format to which the loss rounds the matrices in every step, as the stage quantize does without data. Gradients
     ignore the rounding. The artifact stores the weights before rounding. Quantize the artifact with the same settings.
-    Empty rounds nothing."""
+    If empty, nothing is rounded."""
     group: int = Field(default=0, ge=0)
     """Number of inputs per scale, as in the stage quantize."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}

@@ -6,8 +6,8 @@ The job gets one more trained array per matrix: the logarithms of its scales. A 
 learning rate for every array. For scales of about 0.01, such a step would be too large, and could make the scales
 negative. A step of the logarithm multiplies the scale by a factor near 1 (as in Jain et al., 2019, arXiv:1903.08066).
 
-The initial scale is 2 mean|w| / sqrt(highest integer), as in LSQ. Zeros are not part of the mean. The result of the job
-has the matrices as `LearnedScale`, which the stage quantize converts to integers with equal values.
+The initial scale is 2 mean|w| / sqrt(highest integer), as in LSQ. The mean is over the nonzero weights. The result of
+the job has the matrices as `LearnedScale`, which the stage quantize converts to integers with equal values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.job import Job, Params
 
 SMALLEST = 1e-8
-"""Lowest initial scale. Groups of zeros have this scale."""
+"""Lowest initial scale. Groups that contain only zeros have this scale."""
 
 
 def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
@@ -64,7 +64,8 @@ def attached(asked: FakeQuantizeConfig, job: Job) -> Job:
 
 
 def as_saved(asked: FakeQuantizeConfig, params: Params) -> Params:
-    """Return abstract parameters as the artifact of the training has them: with nodes in place of rounded matrices.
+    """Return abstract parameters as the artifact of the training stores them: weight nodes replace the rounded
+    matrices.
 
     If the training learns no scales, return the parameters unchanged.
     """

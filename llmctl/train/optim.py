@@ -81,8 +81,8 @@ def build(
     - adamw, and sgd with momentum.
     - adafactor (Shazeer and Stern, 2018, arXiv:1804.04235): no first moment, updates relative to each weight's size.
     - lion (Chen et al., 2023, arXiv:2302.06675).
-    - muon on the matrices of the layers, scaled to AdamW's root mean square (Liu et al., 2025, arXiv:2502.16982), with
-      AdamW on the other arrays.
+    - muon on the matrices of the layers, and AdamW on the other arrays. Muon's updates are scaled to the root mean
+      square of AdamW's updates (Liu et al., 2025, arXiv:2502.16982).
 
     Args:
       config: settings of the optimizer and the schedule.

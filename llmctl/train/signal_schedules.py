@@ -36,8 +36,8 @@ def weight_at(schedule: Mapping[str, float], step: np.ndarray, steps: int) -> np
 
 
 class ScheduledRows:
-    """Add the weights of signals to training rows, as arrays "signal_NAME" [B]. Other attributes are the attributes of
-    the rows.
+    """Add the weights of signals to training rows, as arrays "signal_NAME" [B]. All other attributes are read from
+    `rows`.
 
     Args:
       rows: training rows.

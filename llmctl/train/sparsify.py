@@ -42,7 +42,7 @@ ENTRY = "sparsify"
 
 @dataclass(frozen=True)
 class Schedule:
-    """Compute at which steps masks change, and their sparsity.
+    """Compute the steps at which masks change, and the sparsity of the masks.
 
     >>> rising = Schedule("cubic", start=0, end=4, every=1)
     >>> [float(rising.fraction(step)) for step in (1, 2, 4)]
@@ -250,7 +250,7 @@ def result_metrics(asked: SparsifyConfig, params: Params) -> dict[str, float]:
     """Return the counted sparsity of a training result as a metric. If the training did not prune, return {}.
 
     Raises:
-      WorkError: If the matrices have fewer zeros than asked, because the last steps were skipped.
+      WorkError: If the matrices have fewer zeros than the settings request, because the last steps were skipped.
     """
     if not asked.active:
         return {}

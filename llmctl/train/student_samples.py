@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 SAMPLES = 4
 """Constant that is folded into a run's random key. The resulting key is the key of the samples."""
 STREAM = 2**40
-"""Offset for the random numbers that choose steps. The offset makes the choice independent of the shuffle."""
+"""Offset of the seed for the random numbers that choose steps. With the offset, the choice is independent of the order
+of the training rows."""
 
 
 def is_sampled(seed: int, step: int, fraction: float) -> bool:
@@ -64,9 +65,9 @@ def sampled(
 ) -> Batch:
     """Return the batch with completions that the model generates to the prompts of the batch.
 
-    In a decoder, the prompt of a row ends at the first predicted token. All tokens after the prompt are replaced. In an
-    encoder-decoder, the encoder's tokens are the prompt. A completion ends with an end token, after `max_new` tokens,
-    or at the end of the row. Rows without a predicted token stay as they are.
+    In a decoder, the prompt of a row ends before the first token that the loss predicts. All tokens after the prompt
+    are replaced. In an encoder-decoder, the encoder's tokens are the prompt. A completion ends with an end token, after
+    `max_new` tokens, or at the end of the row. Rows without a token to predict are returned unchanged.
 
     Args:
       model: config of the model.
@@ -178,7 +179,7 @@ class StudentSamples:
         return jax.jit(run)
 
     def attached(self, job: Job) -> Job:
-        """Return the job with samples in place of the batches, in a fraction of the steps."""
+        """Return the job, changed so that a fraction of the steps trains on samples of the student."""
         shapes = dataclasses.replace(job, params=jax.eval_shape(lambda: job.params), extra=dict(job.extra))
         run: Callable[..., Batch] = self.function(shapes)
         fraction, seed = self.config.on_policy_fraction, self.config.seed

@@ -45,7 +45,7 @@ class TeacherAnswers:
     """Generate answers to the prompts of the training split, and of a validation split without completions."""
 
     def __init__(self, config: Any, ctx: Context, teacher: Artifact, text: Text, mesh: jax.sharding.Mesh) -> None:
-        """Prepare the folder, which is next to the artifact if `answers.folder` is not set.
+        """Prepare the folder of the answers. If `answers.folder` is not set, the folder is next to the artifact.
 
         Args:
           config: config of the stage `distill`.
@@ -120,8 +120,8 @@ class TeacherAnswers:
         }
 
     def _check(self, made_for: dict[str, Any], say: Say) -> None:
-        """Compare the folder with the settings. If they differ, discard the stage's own folder, or reject a folder that
-        the user named.
+        """Compare the settings that the folder of answers stores with the current settings. If the settings differ,
+        discard a folder that the stage created, or reject a folder that the user named.
 
         Raises:
           RequestError: If a folder that the user named has other answers.

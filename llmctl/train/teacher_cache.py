@@ -61,7 +61,7 @@ class TeacherCache:
         tokenizer: Tokenizer,
         text: Text,
     ) -> None:
-        """Prepare the comparison.
+        """Prepare the comparison of the folder with the stage's settings.
 
         Args:
           config: config of the stage `distill`.
@@ -156,7 +156,8 @@ class TeacherCache:
         """Return the folder's description. If there is no description, return None.
 
         Raises:
-          RequestError: If the outputs were computed with other settings or digests than `made_for`.
+          RequestError: If the stored outputs were computed with other settings or digests than the settings and digests
+            `made_for`.
         """
         found = read(self.folder)
         if found is None:
@@ -178,8 +179,9 @@ class TeacherCache:
           records: stored outputs of the rows.
           teachers: the teachers.
           rows: the rows.
-          number_N: numbers by which the outputs are stored.
-          row_N: row numbers.
+          number_N: keys under which the outputs are stored (see `llmctl.data.taught_rows.numbers`), one per computed
+            row.
+          row_N: numbers of the rows to compute.
           say: function that prints one line.
         """
         if not len(number_N):

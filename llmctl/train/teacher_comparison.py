@@ -32,9 +32,10 @@ def compared(
 
     NAME is the metric that selects the best parameters. If lower values of this metric are better, NAME is "accuracy".
 
-    - "validation_agreement": fraction of predictions that are equal to the prediction of the teachers' mean
-    - "validation_acceptance": probability that the only teacher accepts a token of the student in speculative decoding.
-      This metric exists only for decoders, and only without a cache
+    - "validation_agreement": fraction of the student's predictions that equal the prediction from the teachers' mean
+      output
+    - "validation_acceptance": probability that the teacher accepts a token of the student in speculative decoding. This
+      metric exists only for decoders with a single teacher, and only without a cache
     - "teacher_NAME": value of the metric NAME for the best teacher
     - "validation_retained": the student's value of NAME, divided by "teacher_NAME"
 
@@ -80,8 +81,7 @@ def metric(learner: Learner) -> str:
 
 
 def judged(config: Any, learner: Learner, teachers: Sequence[Artifact], held_out: Validation) -> dict[str, float]:
-    """Return {name: value for the best teacher} of the metric `metric`. If the task does not define the metric, return
-    {}."""
+    """Return {name of the metric: value for the best teacher}. If the task does not define this metric, return {}."""
     task, name, dtype = learner.task, metric(learner), jnp.dtype(config.train.dtype)
     judges = [task.loss_of(t.model, dtype=dtype, labels=learner.labels) for t in teachers]
     each = [_validation(config, judge, held_out)(t.params) for judge, t in zip(judges, teachers, strict=True)]
@@ -89,7 +89,7 @@ def judged(config: Any, learner: Learner, teachers: Sequence[Artifact], held_out
 
 
 def _validation(config: Any, loss: Any, held_out: Validation) -> Validation:
-    """Return the validation of another loss on the same rows."""
+    """Return a Validation that computes the metrics of `loss` on the rows of `held_out`."""
     train = config.train
     return Validation(loss, held_out.rows, train.batch_size, train.eval_batches, held_out.mesh)
 

@@ -46,7 +46,7 @@ def outputs_of(task: Task, teachers: Sequence[ModelConfig], divergence: Divergen
 
 
 def layout(task: Task, teachers: Sequence[Artifact], divergence: Divergence, train: Any, rows: Any) -> Layout:
-    """Return the shapes and dtypes of the outputs for a row. Only the shapes of the rows are read."""
+    """Return the names and shapes of the teachers' outputs for one row. Only the shapes of `rows` are read."""
     batch = {name: jax.ShapeDtypeStruct((1, *np.shape(a)), np.asarray(a).dtype) for name, a in rows[0].items()}
     params = [jax.eval_shape(lambda p: p, t.params) for t in teachers]
     found = outputs_of(task, [t.model for t in teachers], divergence, train).eval_shape(params, batch)

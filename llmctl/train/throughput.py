@@ -26,9 +26,10 @@ reaches full speed, and takes 0.1 s on two cores.
 class Timer:
     """Measure tokens per second and the fraction of time spent waiting for input, between two log lines.
 
-    timer = Timer()
-    timer.tokens, timer.steps = timer.tokens + 4096, timer.steps + 1  # after each step
-    metrics = timer.read(waited=batches.wait_seconds)
+    Example:
+        timer = Timer()
+        timer.tokens, timer.steps = timer.tokens + 4096, timer.steps + 1  # after each step
+        metrics = timer.read(waited=batches.wait_seconds)
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class Timer:
           waited: seconds spent waiting for input since training began.
           flops: floating-point operations per token.
           peak: peak performance of all devices together, in operations per second. If `peak` is given, the result
-            contains "mfu": the fraction of the peak that the model's own operations reach (Chowdhery et al., 2022,
+            contains "mfu": the model's operations per second, as a fraction of the peak (Chowdhery et al., 2022,
             arXiv:2204.02311, appendix B). Operations on padding and recomputation do not count.
         """
         wait, self.waited = waited - self.waited, waited

@@ -18,7 +18,7 @@ from llmctl.data.splits import Examples
 
 Encode = Callable[[list[Message], list[Any] | None], tuple[list[int], np.ndarray, int]]
 """Function (messages, tools) -> (token ids [N], bool mask [N] of the assistant's tokens, number of lost answers). An
-answer of the assistant is lost if its tokens cannot be found."""
+answer of the assistant is lost if its tokens cannot be found in the rendered conversation."""
 
 
 class ConversationRows(ExampleRows):

@@ -28,8 +28,9 @@ COPIES = 4
 class SyntheticText(Text):
     """Generate a few synthetic examples with the columns that a data config maps.
 
-    text = SyntheticText(config.data, ("text", "label"), seq_len=128)
-    rows = stage_rows(model, text, "train", TOKENIZER, 128, Path(), shuffle=False)
+    Example:
+        text = SyntheticText(config.data, ("text", "label"), seq_len=128)
+        rows = stage_rows(model, text, "train", TOKENIZER, 128, Path(), shuffle=False)
     """
 
     def __init__(

@@ -19,8 +19,8 @@ def constant_scores(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dic
         rows: Training rows, as `llmctl.data.device_batches.Rows`.
         limit: Maximum number of rows to read.
         sentinels: Sentinel ids of span corruption; empty for other objectives. Sentinels always have the same order in
-        the targets, so sentinels are trivial to predict. All sentinels therefore count as one token. A prediction may
-            depend on the type of the previous target: no target, a sentinel, or an ordinary token.
+            the targets, so sentinels are trivial to predict. All sentinels therefore count as one token. A prediction
+            may depend on the type of the previous target: no target, a sentinel, or an ordinary token.
 
     Returns:
         baseline_accuracy: Accuracy if the most frequent target is always predicted.

@@ -68,7 +68,7 @@ class Text:
         return ("text",) if self._prepared else self.splits.examples["train"].columns
 
     def with_examples(self, examples: dict[str, splits.Examples]) -> Text:
-        """Return the same raw text with other examples in each split."""
+        """Return a copy of this object whose splits contain the given examples."""
         found = copy.copy(self)
         found.__dict__["splits"] = dataclasses.replace(self.splits, examples=examples)  # a cached property
         return found

@@ -219,7 +219,7 @@ class PackedRows:
         return out
 
     def _epoch(self, epoch: int) -> tuple[Layout, np.ndarray | None]:
-        """Return the positions of all pieces in an epoch, and the permutation of its rows.
+        """Return the positions of all pieces in an epoch, and the permutation of the epoch's rows.
 
         If the documents are shuffled instead of the rows, the permutation is None.
         """

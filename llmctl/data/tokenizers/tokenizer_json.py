@@ -45,7 +45,7 @@ class JsonTokenizer(Tokenizer):
             model: Content of the file.
             add_bos: Whether texts begin with `bos_id`; by default as the file's post-processor does.
             special: Text of each special token, by the names bos, eos, pad, unk and mask. If a text is missing, the
-            vocabulary is searched for common texts of this token.
+                vocabulary is searched for common texts of this token.
 
         Raises:
             ValueError: If the file is invalid, or has no known end-of-sequence token.

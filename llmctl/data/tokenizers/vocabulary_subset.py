@@ -175,7 +175,9 @@ class _Json(Vocabulary):
         return json.dumps(new, ensure_ascii=False).encode()
 
     def model_of(self, at: dict[int, int]) -> dict[str, Any]:
-        """Return the changed entries of `model` in the file. `at` maps old token ids to new ids."""
+        """Return the entries of the file's object `model` that the new token ids change. `at` maps old token ids to new
+        ids.
+        """
         return {"vocab": {token: at[i] for token, i in self.model["vocab"].items() if i in at}}
 
 

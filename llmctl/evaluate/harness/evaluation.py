@@ -93,7 +93,7 @@ class Suite:
         self._open = contextlib.ExitStack()
         self._loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
         self.definitions: dict[str, str] = {}
-        """Digest of each task and group: the settings, the documents, and the settings of the prompts."""
+        """Digest of each task or group, computed from its settings, its documents and the settings of its prompts."""
 
     def __enter__(self) -> Suite:
         """Load the tasks.
@@ -206,7 +206,7 @@ def _interval(ours: str, metric: str, value: float, error: float, documents: int
 def definition(task: Any, settings: HarnessConfig, limit: int) -> str:
     """Return the digest of a task's settings, documents and prompt settings.
 
-    Results of equal weights and equal digests are equal.
+    Two measurements with equal weights and equal digests have equal results.
     """
     told = {k: v for k, v in task.dump_config().items() if k not in ("metadata", "dataset_kwargs")}
     documents = [doc for _, doc in task.doc_iterator(rank=0, limit=limit or None, world_size=1)]

@@ -111,7 +111,9 @@ class ArtifactLM(TemplateLM):
         return ids if add_special_tokens is False or not begin or ids[:1] == begin else [*begin, *ids]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return (log-likelihood in nats, whether greedy decoding gives the continuation) per request."""
+        """Return, per request, (log-likelihood of the continuation in nats, whether greedy decoding gives the
+        continuation).
+        """
         return super().loglikelihood(list(requests), disable_tqdm=True)
 
     def _loglikelihood_tokens(

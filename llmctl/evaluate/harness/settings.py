@@ -10,13 +10,13 @@ from llmctl.config.base import Config
 
 
 class HarnessConfig(Config):
-    """Configure tasks of lm-evaluation-harness: prompts, and permissions of the tasks."""
+    """Configure the prompts and the permissions of lm-evaluation-harness tasks."""
 
     heading: ClassVar[str] = "Tasks of lm-evaluation-harness"
     common: ClassVar[tuple[str, ...] | None] = ("shots", "chat_template")
 
     shots: int = Field(default=-1, ge=-1)
-    """Number of solved examples in each prompt; -1 uses the number of each task. Tasks that require 0 keep 0."""
+    """Number of solved examples in each prompt; -1 uses the number that the task sets. Tasks that require 0 keep 0."""
     seed: int = Field(default=1234, ge=0)
     """Seed that selects the solved examples."""
     chat_template: bool = False

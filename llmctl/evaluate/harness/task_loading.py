@@ -57,11 +57,12 @@ def files(names: Sequence[str]) -> list[Path]:
 
 @contextlib.contextmanager
 def environment(settings: HarnessConfig) -> Iterator[None]:
-    """Run the harness offline, without progress bars and child processes, and with fixed seeds.
+    """Create a context in which the harness runs offline, without progress bars and child processes, and with
+    fixed seeds.
 
     If `settings.download` is set, the harness may use the network.
 
-    The sandbox for templates is active inside. All changes are reverted at the end.
+    Inside the context, templates run in the sandbox. All changes are reverted at the end of the context.
     """
     check_installed()
     wanted = QUIET | SINGLE | ({} if settings.download else OFFLINE)
@@ -208,7 +209,7 @@ def _check_harmless(file: Path, seen: frozenset[Path] = frozenset()) -> None:
 
 
 def _plain(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file, in which functions are None.
+    """Return the content of a YAML file, with None in place of each function (`!function`).
 
     Raises:
         RequestError: If the file is not a YAML table.

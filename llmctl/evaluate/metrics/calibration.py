@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 BINS = 15
-"""Number of intervals of the confidence, as in Guo et al. (2017)."""
+"""Number of confidence bins, as in Guo et al. (2017)."""
 COLDEST, HOTTEST = 0.05, 20.0
 """Lowest and highest temperature that the search in `temperature` tries."""
 STEPS = 60
@@ -26,8 +26,8 @@ def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
     """Return the expected calibration error, the log loss, and a reliability table.
 
     The confidence of a prediction is the probability of the predicted class. Predictions are grouped by confidence into
-    intervals of equal width. The calibration error is the mean of |accuracy - confidence| over the intervals, weighted
-    by the number of predictions (Guo et al., 2017, arXiv:1706.04599).
+    bins of equal width. The calibration error is the mean of |accuracy - confidence| over the bins, weighted by the
+    number of predictions (Guo et al., 2017, arXiv:1706.04599).
 
     Args:
         p_NC: Probabilities of the classes [N, C].
@@ -36,7 +36,7 @@ def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
     Returns:
         ece: Expected calibration error.
         log_loss: Mean negative log-probability of the true class, in nats.
-        reliability: [count, mean confidence, accuracy] of each interval that has predictions.
+        reliability: [count, mean confidence, accuracy] of each bin that has predictions.
     """
     confidence_N = p_NC.max(-1).astype(np.float64)
     right_N = p_NC.argmax(-1) == label_N

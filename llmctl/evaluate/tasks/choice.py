@@ -112,7 +112,7 @@ class Choice(Task):
     def teacher_arrays(
         self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
     ) -> dict[str, jax.Array]:
-        """Return {"teacher_outputs": [B, K]}, the logits of the choices for the mean probabilities of the teachers."""
+        """Return {"teacher_outputs": [B, K]}, logits whose softmax is the teachers' mean probabilities."""
         scores = [choice_scores(*teacher, batch, dtype) for teacher in teachers]
         allowed_BK = allowed(batch, scores[0])
         each = [only(score_R.reshape(allowed_BK.shape), allowed_BK) for score_R in scores]

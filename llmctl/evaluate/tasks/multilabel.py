@@ -198,8 +198,8 @@ def scores(truth_NC: np.ndarray, predicted_NC: np.ndarray, names: Sequence[str])
     """Return micro and macro F1, the subset accuracy, 95 % intervals, and the metrics of each class.
 
     The interval of micro F1 uses the delta method for a ratio of sums over independent rows. The interval is omitted if
-    all rows have the same share of errors, because its width would be 0. The interval of the subset
-    accuracy is Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
+    all rows have the same fraction of errors, because its width would be 0. The interval of the subset accuracy is
+    Wilson's. Macro F1 is the mean over the classes that occur as a label or a prediction.
 
     Args:
         truth_NC: True classes, bool [N, C].

@@ -81,7 +81,7 @@ def named(name: str, model: ModelConfig) -> Task:
 
 
 def distilled(teacher: Manifest) -> str:
-    """Return the name of the task that a student of this teacher learns.
+    """Return the name of the task that a student learns from a teacher with this manifest.
 
     The name is empty if the student learns the default task of its head.
     """

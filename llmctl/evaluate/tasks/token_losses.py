@@ -52,8 +52,9 @@ class TokenLosses(TokenCrossEntropy):
         """Return the `divergence.top_k` most probable tokens of the teachers at every predicted position.
 
         The arrays are "teacher_ids" [B, T, k], "teacher_log_p" [B, T, k] and "teacher_rest" [B, T] (see `Listed`). If
-        the batch has `places`, the second axis is the axis of `places`, and the names begin with "places_". If all
-        teachers predict next-sentence labels, their logits are "teacher_next_sentence" [B, 2].
+        the batch has the array `places` [B, P] of predicted positions, the shapes are [B, P, k] and [B, P], and the
+        names begin with "places_". If all teachers predict next-sentence labels, their logits are
+        "teacher_next_sentence" [B, 2].
         """
         vocab, temperature = teachers[0][0].vocab_size, divergence.temperature
         sides = [_side(teacher, batch, dtype) for teacher in teachers]
@@ -116,7 +117,9 @@ class TokenLosses(TokenCrossEntropy):
         dtype: Any,
         how: SoftLoss,
     ) -> tuple[jax.Array, Sums]:
-        """Add the distillation loss of the next-sentence labels, multiplied by `places`, and its sums."""
+        """Return `found` plus the distillation loss of the next-sentence labels, multiplied by `places`, and plus the
+        sums of this loss.
+        """
         (total, sums), label_B = found, batch["next_label"]
         weight_B = row_weight(batch, label_B) * (label_B >= 0)
         y_B2 = functional.outputs(*student, batch, dtype)
@@ -141,9 +144,8 @@ def _side(network: Network, batch: Batch, dtype: Any) -> chunked_divergence.Side
 
 
 def _stored(field: str, batch: Batch) -> str:
-    """Return the name in a batch of a field of `Listed`.
-
-    A mesh shards the second axis only if this axis is the sequence.
+    """Return the name of a batch array that stores a field of `Listed` (a teacher's most probable tokens). The name
+    shows whether the second axis is the sequence, which a mesh may shard.
     """
     return f"places_teacher_{field}" if "places" in batch else f"teacher_{field}"
 
@@ -154,7 +156,7 @@ def _listed(batch: Batch) -> Listed:
 
 
 def _named(found: tuple[jax.Array, Sums], how: SoftLoss) -> tuple[jax.Array, Sums]:
-    """Return a loss and its sums, with the names that a task's metrics have."""
+    """Return a loss, and its sums under the names of the task's metrics."""
     total, sums = found
     metric = how.divergence.metric
     return total, {"loss": sums["nll"], metric: sums[metric], "accuracy": sums["correct"], "weight": sums["weight"]}

@@ -61,7 +61,7 @@ class Config(StageConfig):
     generates to the prompts of the data. If no signals are set, the answers are labels, and the student may have
     another tokenizer. on_policy: answers that the student generates during training, which the teacher scores."""
     answers: AnswersConfig = AnswersConfig()
-    """Generation of answers, for the modes sequence and on_policy."""
+    """Settings for generating answers, for the modes sequence and on_policy."""
     on_policy_fraction: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the batches whose completions the student generates in mode on_policy. The other batches have the
     completions of the data."""
@@ -82,8 +82,8 @@ class Config(StageConfig):
     skew: float = Field(default=0.1, gt=0, lt=1)
     """Weight of the teacher in the mixture of divergence skew."""
     top_k: int = Field(default=0, ge=0)
-    """Number of the teacher's most probable classes (or tokens) to compare one by one. All other classes are compared
-    by the sum of their probabilities. 0 compares all classes one by one."""
+    """Number of the teacher's most probable classes (or tokens) whose probabilities the divergence compares one by one.
+    The probabilities of all other classes are summed and compared as one class. 0 compares all classes one by one."""
     signals: SignalsConfig = SignalsConfig()
     """Weights of the losses, such as { logits = 1.0, hidden = 0.5, hard = 0.1 }, instead of `hard`."""
     layer_map: str | list[Any] = "uniform"

@@ -54,8 +54,8 @@ class Config(MeasureConfig, StageConfig):
     of: list[str] = []
     """Artifacts to measure; all models of earlier stages by default."""
     draft_of: str = ""
-    """Target model of speculative decoding, for which the artifacts are drafts. The results then contain the fraction
-    of a draft's tokens that the target accepts."""
+    """Target model of speculative decoding, for which the artifacts are drafts. If set, the results contain the
+    fraction of a draft's tokens that the target accepts."""
     data: DataConfig = DataConfig()
     """Data set; the setting `split` selects the part to measure."""
     plot: bool = True
@@ -117,7 +117,7 @@ def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:
 
 
 def _examples(config: Config, paths: Iterable[Path]) -> Examples:
-    """Read the examples of the split to measure, and report the data."""
+    """Read the held-out examples on which the artifacts are measured, and print the number of rows per split."""
     from llmctl.artifacts import artifact
     from llmctl.data import splits
     from llmctl.pipeline import console

@@ -144,7 +144,7 @@ def _prune_structure(
 def _report(
     config: Config, base: Artifact, before: Shapes, after: Shapes, found: dict[str, Any], ctx: Context
 ) -> list[Path]:
-    """Add the layers and sizes of structured pruning to the metrics, print them, and return the pictures.
+    """Add the layers and sizes of the pruned model to the metrics, print tables of both, and return the plot files.
 
     `before` and `after` are the config and the parameters of the unpruned and of the pruned model.
     """

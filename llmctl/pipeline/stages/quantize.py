@@ -95,8 +95,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def _pictures(config: Config, found: dict[str, Any], ctx: Context) -> list[Path]:
-    """Draw the mixtures of formats, and return the picture files. Nothing is drawn unless a budget chose a mixture and
-    the settings request pictures."""
+    """Plot which format each weight has, and return the plot files. Nothing is plotted unless a budget chose the
+    formats and the settings request plots.
+    """
     from llmctl.compress.quantization import front_plot
 
     if not (config.budget and config.plot):

@@ -35,7 +35,7 @@ def attach(
     The pair adds scale * a @ b to the matrix [..., I, O]. I is the number of inputs, O the number of outputs, and R the
     rank. `a` is initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code.
     `b` is zero, so the model's outputs do not change. For the token embeddings, `a` is zero and `b` is normally
-    distributed, as in PEFT. The reason is that each token reads one row of `a`.
+    distributed, as in PEFT, because each token reads one row of `a`.
 
     Args:
       cfg: config of the model.
@@ -46,8 +46,8 @@ def attach(
       make: function from (weight, a, b, scale) to the adapter; None creates a `LowRank`.
 
     Raises:
-      RequestError: If a target or a pattern names no matrix. If a matrix already has a pair. If a rank does not fit
-        (`check_rank`).
+      RequestError: If a target or a pattern names no matrix. If a matrix already has a pair. If the rank exceeds the
+        smaller side of every matrix (`check_rank`).
     """
     import jax
     import jax.numpy as jnp

@@ -148,7 +148,7 @@ class Prefix(Method):
         return config.prefix.projection > 0
 
     def during(self, config: Any, params: Params, steps: int) -> dict[str, Any]:
-        """Return the fields of the training job that train the network for the prefix, by name.
+        """Return the fields of the training job with which the network for the prefix is trained, by name.
 
         The fields are those of `llmctl.train.job.Job`. If `prefix.projection` is not set, the result is empty.
         """
@@ -192,7 +192,9 @@ def projection(config: Any, params: Params) -> dict[str, jax.Array]:
 
 
 def projected(params: Params, extra: Params) -> Params:
-    """Return `params` with the prefix keys and values that the network with the parameters `extra` computes."""
+    """Return `params` with new keys and values of the prefix. A network with the parameters `extra` computes the new
+    values.
+    """
     import jax.numpy as jnp
 
     from llmctl.model import weights
@@ -206,7 +208,7 @@ def projected(params: Params, extra: Params) -> Params:
 
 
 def vectors(params: Params) -> dict[str, jax.Array]:
-    """Return the trained keys and values of a prefix, arrays [L, P, W], by parameter path. Keys come before values."""
+    """Return {parameter path: array [L, P, W]} for the trained keys and values of a prefix. Keys come before values."""
     from llmctl.model import weights
 
     return {path: w for path, w in sorted(weights.flatten(params).items()) if weights.parse(path).prefix}

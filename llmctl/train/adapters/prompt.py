@@ -1,9 +1,9 @@
 """Train vectors in front of every text (prompt tuning; Lester et al., 2021, arXiv:2104.08691).
 
-The vectors are a separate embedding table, `embed/prompt`. The table of the tokens is frozen, and may be quantized. The
-prompt vectors have the token ids after the vocabulary. The tokenizer is changed so that every text begins with these
-ids. Every command that reads texts therefore uses the prompt. The output projection has no row for the prompt, so the
-model never predicts a prompt vector.
+The vectors are a separate embedding table, `embed/prompt`. The token embedding table is frozen, and may be quantized.
+The ids of the prompt vectors come after the ids of the vocabulary. The tokenizer is changed so that every text begins
+with these ids. Every command that reads texts therefore uses the prompt. The output projection has no row for the
+prompt, so the model never predicts a prompt vector.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Prompt(Method):
         """Check the config as Method.check does, and check that the prompt leaves room for texts.
 
         Raises:
-          RequestError: If a setting selects layers. If the prompt leaves no room for texts. If Method.check fails.
+          RequestError: If a setting freezes layers or selects layers to train. If the prompt leaves no room for texts.
+            If Method.check fails.
         """
         super().check(config, base)
         given = [f"trained.{name}" for name in ("last_layers", "layer_decay", "unfreeze_every") if name in

@@ -10,7 +10,7 @@ Each array has a level, which counts layers from the output to the input:
 - highest level: the embeddings
 
 Learning rates can decay with the level, and layers can be unfrozen one after another. Both methods are from ULMFiT
-(Howard and Ruder, 2018, arXiv:1801.06146). A decay factor per layer is as in ELECTRA (Clark et al., 2020,
+(Howard and Ruder, 2018, arXiv:1801.06146). The decay factor applies per layer, as in ELECTRA (Clark et al., 2020,
 arXiv:2003.10555).
 """
 
@@ -109,7 +109,7 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
 
 
 def _depth(model: ModelConfig) -> int:
-    """Return the number of layers of the encoder or the decoder, whichever has more."""
+    """Return the larger of two numbers: the layers of the encoder, and the layers of the decoder."""
     return max(model.layers, model.encoder_layers)
 
 

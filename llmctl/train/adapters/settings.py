@@ -23,15 +23,15 @@ class LoraConfig(Settings):
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
     """Matrices that get an adapter. In the layers: q, k, v, o, gate, up, down. Outside the layers: lm_head (output
-    projection), and embed (token embeddings) if the method is lora. Empty means all matrices in the layers, except the
+    projection), and embed (token embeddings) if the method is lora. If empty, all matrices in the layers except the
     matrices of bottleneck adapters.
     """
     rslora: bool = False
     """Scale updates by alpha / sqrt(rank) instead of alpha / rank (rsLoRA). High ranks then learn as fast as low
     ranks."""
     plus_ratio: float = Field(default=1.0, gt=0)
-    """Ratio of two learning rates per adapter: rate of the second matrix / rate of the first (LoRA+ advises 16). The
-    adapter of the token embeddings is not affected."""
+    """Ratio of two learning rates per adapter: rate of the second matrix / rate of the first (16 in the paper on
+    LoRA+). The adapter of the token embeddings is not affected."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Ranks of single matrices, by name (q) or by module and name (attn/q). All other matrices use `rank`."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -109,7 +109,7 @@ class PrefixConfig(Settings):
 
 
 class TrainedConfig(Settings):
-    """Set which parameters are trained, how fast, and from which step."""
+    """Set which parameters are trained, with which learning rates, and from which step."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -119,7 +119,7 @@ class TrainedConfig(Settings):
     """
     patterns: list[str] = []
     """Patterns for names of parameters to train, such as norm or attn/*/bias, if the method is full. A pattern matches
-    any part of a name. The task's head is always trained. Empty trains all parameters."""
+    any part of a name. The task's head is always trained. If empty, all parameters are trained."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the learning rate per layer, counted from the output. The factor is applied once to the last layer,
     twice to the second to last layer, and so on. The embeddings have the smallest rate."""

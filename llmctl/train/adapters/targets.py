@@ -81,8 +81,8 @@ def selected(params: Params, targets: Sequence[str]) -> list[weights.Matrix]:
 
 
 def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
-    """Return the value for one matrix in the setting `pattern` ({name: value}). If there is no entry, return the
-    default.
+    """Return the value for one matrix from the setting `pattern` ({name: value}). If `pattern` has no entry for the
+    matrix, return the default.
 
     An entry for the module and the name of the matrix ("attn/q") takes precedence over an entry for the name alone
     ("q").

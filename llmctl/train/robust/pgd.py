@@ -37,8 +37,8 @@ class Pgd(Adversary):
         return 1.0 + options["steps"] * 2 / 3 + (options["weight"] < 1)
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return loss and gradients at the last perturbation. If `weight` is below 1, loss and gradients are averaged
-        with those of clean rows.
+        """Return loss and gradients at the last perturbation. If `weight` is below 1, return the weighted mean with
+        loss and gradients of clean rows.
 
         The metric sums come from the perturbed rows.
         """

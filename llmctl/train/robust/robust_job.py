@@ -7,8 +7,8 @@ The loss is built in this order:
 1. The batch gets noise on embeddings, and class weights.
 2. The task's loss is computed, or the loss of two passes (R-Drop).
 3. The adversarial method computes this loss on perturbed rows.
-4. Before the loss reads the weights, Mixout replaces some weights by their values before finetuning. 5. A penalty on
-the distance from the weights before finetuning is added (L2-SP).
+4. Before the loss reads the weights, Mixout replaces some weights by their values before finetuning.
+5. A penalty on the distance from the weights before finetuning is added (L2-SP).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
     Args:
       config: config of the stage, with `adversarial`, `regularize` and `train`.
       learner: the model, the task and the finetuning method, from which the training job is made.
-      counts: number of training examples of each class, for `class_weights = "balanced"`. Empty means equal numbers.
+      counts: number of training examples of each class, for `class_weights = "balanced"`. If empty, all classes have
+        equal numbers.
 
     Raises:
       RequestError: If a setting does not suit the task or the model, or has no effect.
