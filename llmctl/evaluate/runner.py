@@ -185,7 +185,7 @@ def _work(
 
 
 def file_settings(config: MeasureConfig, file: task_files.TaskFile) -> MeasureConfig:
-    """Return the settings of an evaluation, with those of a task file in place of its own."""
+    """Return the settings of an evaluation, overridden by the settings of a task file."""
     own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
     own |= {"seq_len": file.seq_len or config.seq_len}
     if "generation" in file.model_fields_set:
