@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from llmctl.pipeline.recipe import Step
 
 CHOICES_WIDTH = 56
-"""Maximum number of characters of the choices after a flag. Longer lists of choices are added to the flag's help."""
+"""Maximum number of characters in a list of choices that the help prints directly after a flag. Longer lists are added
+to the flag's help text."""
 HIDDEN = ("kind",)
 """Names of config fields that have no flag, because the command itself determines their values."""
 ARTIFACT = "artifact"

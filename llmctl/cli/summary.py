@@ -241,7 +241,7 @@ EXPORTS = (
     "export: what `llmctl export --to` can write. hf includes compressed-tensors for quantized models and peft for\n"
     "unmerged adapters; gguf is for language models. –: the family exists in llmctl only."
 )
-"""Caption of the table of presets. The caption explains the column "export"."""
+"""Caption of the table of presets, which explains the table's column "export"."""
 
 
 def size_table(found: dict[str, Any]) -> Table:

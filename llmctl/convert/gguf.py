@@ -264,7 +264,7 @@ def _scaling(
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """Return the number by which llama3 scaling divides each rotary frequency, float32 [K/2]."""
+    """Return the number by which llama3 scaling divides each rotary frequency, float32 [K/2], for the head width K."""
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)

@@ -31,7 +31,7 @@ FULL = "trained_in_full"
 replaces."""
 
 FORMATS = {"LORA": peft_lora, "ADALORA": peft_lora, "IA3": peft_ia3}
-"""Map from the value of `peft_type` to the module that reads and writes this kind of adapter."""
+"""Map from a kind of adapter (a value of `peft_type`) to the module that reads and writes adapters of this kind."""
 
 
 def is_adapter(folder: Path) -> bool:

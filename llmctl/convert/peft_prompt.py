@@ -104,7 +104,7 @@ def load(base: Artifact, folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         The config and the parameters of the base with the prompt.
 
     Raises:
-        RequestError: If the prompt does not fit the base, or if a tensor is not understood.
+        RequestError: If the prompt does not fit the base, or if a tensor has an unknown name.
     """
     config, file = folders.read_json(folder / peft.CONFIG), folder / peft.WEIGHTS
     if base.model.prompt_tokens:

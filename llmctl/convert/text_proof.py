@@ -38,7 +38,7 @@ TEXTS = (
     "Ein Satz, 12 Worte?  Two spaces",
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen",
 )
-"""Texts of unequal length; the last text is truncated."""
+"""Sample texts of unequal length. The last text is truncated, because it has more than `LENGTH` tokens."""
 LENGTH = 24
 """Maximum number of tokens per row."""
 COPY = 1.5

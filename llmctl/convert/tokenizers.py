@@ -165,7 +165,8 @@ def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
     """Check that the model's embedding table has a row for every token, and not many further rows.
 
     Raises:
-        RequestError: If the table has fewer rows than tokens, or if the tokens are less than `LEAST` of the rows.
+        RequestError: If the table has fewer rows than tokens. If the number of tokens is less than the fraction `LEAST`
+            of the rows.
     """
     if not LEAST * model.vocab_size <= words.vocab_size <= model.vocab_size:
         raise RequestError(

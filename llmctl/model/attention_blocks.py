@@ -115,15 +115,16 @@ class _Blocks:
         self.indices = jnp.arange(self.B * self.M)
 
     def split(self, a: jax.Array) -> jax.Array:
-        """Return [B * M, 1, g, ...] for an array [B, G, ...]."""
+        """Reshape an array [B, G, ...] to [B * M, 1, g, ...], with one entry per sequence and block of heads."""
         return a.reshape(self.B * self.M, 1, self.plan.heads, *a.shape[2:])
 
     def join(self, a: jax.Array) -> jax.Array:
-        """Return [B, G, ...] for an array [B * M, 1, g, ...]."""
+        """Reshape an array [B * M, 1, g, ...] to [B, G, ...]; inverse of `split`."""
         return a.reshape(self.B, self.G, *a.shape[3:])
 
     def by_query(self, a: jax.Array) -> jax.Array:
-        """Return [1, g, R, T, ...] for an array [1, g, N, ...] or [1, g, R, T, ...]."""
+        """Reshape an array [1, g, N, ...] or [1, g, R, T, ...] to [1, g, R, T, ...], with one axis for the T queries of
+        a head."""
         return a.reshape(1, self.plan.heads, self.R, self.T, -1)
 
     def visible(self, index: jax.Array, queries: slice, keys: slice) -> tuple[jax.Array, jax.Array | None]:

@@ -114,7 +114,10 @@ class Compressed:
         return rotated(wide).astype(dtype)
 
     def key_product(self, q_BGNK: jax.Array) -> jax.Array:
-        """Return the products of queries with these keys [B, G, S, K], float32 [B, G, N, S]."""
+        """Return queries @ transpose(keys), float32 [B, G, N, S], for queries [B, G, N, K].
+
+        The keys are the elements of this object, [B, G, S, K].
+        """
         levels = self._levels(q_BGNK.dtype)
         turned = rotated(q_BGNK)
         queries = jnp.split(turned.astype(q_BGNK.dtype), len(levels), axis=-1)
@@ -125,9 +128,9 @@ class Compressed:
         return found * jnp.abs(scale) + jnp.where(scale < 0, 0, jnp.sum(turned * self.center, axis=-1, keepdims=True))
 
     def value_product(self, p_BGNS: jax.Array, dtype: Any) -> jax.Array:
-        """Return the sums of these values [B, G, S, K], weighted by p, float32 [B, G, N, K].
+        """Return p @ values, float32 [B, G, N, K], for probabilities p [B, G, N, S].
 
-        The products are computed in `dtype`.
+        The values are the elements of this object, [B, G, S, K]. The products are computed in `dtype`.
         """
         p_BGNS = (p_BGNS * self._scale_of_slots()).astype(dtype)
         return rotated(jnp.concatenate([_product(p_BGNS, v, 3, 2) for v in self._levels(dtype)], axis=-1))

@@ -123,7 +123,7 @@ class ModelConfig(Config):
     token_types: int = Field(default=0, ge=0)
     """Number of token types with an embedding each, such as 2 for BERT's first and second text; 0 means none."""
     head_transform: bool = False
-    """Apply a dense layer, activation and norm before the output projection, and a bias after it (BERT)."""
+    """Apply a dense layer, activation and norm before the output projection, and add a bias to the logits (BERT)."""
     head_activation: Literal["", "silu", "gelu", "gelu_tanh", "relu"] = ""
     """Nonlinearity of head_transform; empty uses `activation`."""
     pooler: bool = False

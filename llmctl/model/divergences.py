@@ -45,7 +45,7 @@ class Divergence:
     beta: float = 0.5
     """Weight of the teacher's distribution in `js`."""
     skew: float = 0.1
-    """Weight of the teacher's distribution p in the mixture with which `skew` compares p."""
+    """Weight of p in the mixture skew * p + (1 - skew) * q, if the kind is "skew"."""
     top_k: int = 0
     """Number of the teacher's most probable classes that are compared one by one. The probabilities of all other
     classes are added, and compared as one class. 0 compares all classes one by one."""
@@ -100,9 +100,10 @@ class Listed(NamedTuple):
     ids: jax.Array
     """Classes in ascending order, int32 [..., k]."""
     log_p: jax.Array
-    """Log probabilities of these classes, float32 [..., k]."""
+    """Log probabilities of the classes `ids`, float32 [..., k]."""
     rest: jax.Array
-    """Logarithm of the sum of all other probabilities, float32 [...]; about -1e30 if there are no other classes."""
+    """Logarithm of the total probability of the classes that are not in `ids`, float32 [...]; about -1e30 if there are
+    none."""
 
     @classmethod
     def of(cls, logits_V: jax.Array, k: int, temperature: float) -> Listed:
@@ -124,9 +125,9 @@ class SoftLoss:
 
     divergence: Divergence
     soft: Any
-    """Weight of the divergence, a number or an array that broadcasts to the losses."""
+    """Weight of the divergence: a number, or an array that broadcasts to the array of divergences."""
     hard: Any
-    """Weight of the loss on the labels, a number or an array that broadcasts to the losses."""
+    """Weight of the loss on the labels: a number, or an array that broadcasts to the array of losses."""
 
     def combined(self, divergence: jax.Array, label_loss: jax.Array) -> jax.Array:
         """Return the weighted sum of a divergence and a loss on the labels."""
@@ -177,7 +178,8 @@ def _best(logits_V: jax.Array, k: int) -> jax.Array:
 
 
 def _local(ids: jax.Array, n: int, width: int) -> jax.Array:
-    """Return the indices of classes in each of the n parts, [..., n, k]; `width` stands for classes of other parts."""
+    """Return the index of each class in each of the n parts, [..., n, k]. If the class is in another part, the index is
+    `width`."""
     local = ids[..., None, :] - width * jnp.arange(n)[:, None]
     return jnp.where((local >= 0) & (local < width), local, width)
 
@@ -199,7 +201,8 @@ def _rest(log_p: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def mean_logits(logits: Sequence[jax.Array], temperature: float) -> jax.Array:
-    """Return logits [..., V] whose softmax at `temperature` is the mean of the softmax of several logits [..., V]."""
+    """Return logits [..., V] whose softmax at `temperature` is the mean of the softmaxes of several models' logits
+    [..., V]."""
     if len(logits) == 1:
         return logits[0]
     log_p = jnp.stack([jax.nn.log_softmax(z / temperature, axis=-1) for z in logits])

@@ -125,7 +125,8 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Return the sharding on `mesh` of every array in `params`. The arrays may be abstract.
 
     Raises:
-        RequestError: If `check_mesh` rejects the mesh, or if a mesh axis does not divide a dimension.
+        RequestError: If `check_mesh` rejects the mesh, or if the size of a mesh axis does not divide the length of a
+            dimension.
     """
     check_mesh(cfg, mesh)
     return shard_params(axes(cfg), params, mesh)
@@ -144,8 +145,8 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
     """Check that the mesh fits the model.
 
     Raises:
-        RequestError: If the tensor axis does not divide the number of heads. If the pipeline axis does not divide the
-            number of layers. If a model with prefix tuning has a context axis larger than 1.
+        RequestError: If the size of the tensor axis does not divide the number of heads. If the size of the pipeline
+            axis does not divide the number of layers. If a model with prefix tuning has a context axis larger than 1.
     """
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
     if cfg.prefix_tokens and mesh.shape["context"] > 1:

@@ -30,7 +30,7 @@ def shard_params(axes: dict[str, Any], params: dict[str, Any], mesh: Mesh) -> di
         mesh: The device mesh.
 
     Raises:
-        RequestError: If a mesh axis does not divide a dimension.
+        RequestError: If the size of a mesh axis does not divide the length of a dimension.
     """
     flat_axes = weights.flatten(axes)
     flat: dict[str, Any] = {}

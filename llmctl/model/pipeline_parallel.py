@@ -30,7 +30,7 @@ Layer = Callable[..., jax.Array]
 """Function (layer parameters, input [b, T, D], shared inputs, *per-layer inputs) -> output [b, T, D]."""
 
 PER_STAGE = 4
-"""Default maximum number of microbatches per stage. The bubble is then about one fifth of the time."""
+"""Default maximum number of microbatches per stage. Each stage is then idle for about one fifth of the time."""
 
 _wanted: ContextVar[int] = ContextVar("microbatches", default=0)
 

@@ -48,11 +48,11 @@ class Units:
     """Kind of the units: "attn/heads" or "cross/heads" (query heads), "attn/groups" or "cross/groups" (key and value
     heads), or "mlp/neurons". Names with "cross/" are for cross-attention."""
     writers: tuple[str, ...]
-    """Paths of the modules whose outputs (columns, bias elements) are these heads or neurons, relative to the layer."""
+    """Paths of the modules whose outputs (columns, bias elements) are the heads or neurons, relative to the layer."""
     readers: tuple[str, ...]
-    """Paths of the matrices whose inputs (rows) are the outputs of these heads or neurons, relative to the layer."""
+    """Paths of the matrices whose inputs (rows) are the outputs of the heads or neurons, relative to the layer."""
     count: int
-    """Number of these heads or neurons per layer."""
+    """Number of the heads or neurons per layer."""
     width: int
     """Number of matrix columns or rows per head or neuron."""
     tables: tuple[str, ...] = ()

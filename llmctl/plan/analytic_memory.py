@@ -113,8 +113,8 @@ def _optimizer(setup: Setup, own: Entries) -> float:
 def _factored(setup: Setup, own: Entries) -> float:
     """Return the bytes of Adafactor's second moments on one device.
 
-    A matrix whose sides are both long stores one float32 per row and one per column. Any other array stores one float32
-    per parameter.
+    A matrix with at least `FACTORED_FROM` rows and columns stores one float32 per row and one per column. Any other
+    array stores one float32 per parameter.
     """
     model = setup.model
     D, F = model.d_model, model.d_ff
@@ -165,7 +165,7 @@ def scores(setup: Setup) -> float:
     """Return the bytes of the attention scores on one device. If attention is fused, return 0.
 
     Plain attention holds three float32 arrays: the probabilities, their gradient and a copy. In ring attention, a
-    device computes its queries against the keys of one device at a time.
+    device computes scores of its own queries and of one device's keys at a time.
     """
     if setup.fused:
         return 0.0

@@ -49,7 +49,8 @@ None.
 def meshes(
     setup: Setup, devices: int, *, axes: Sequence[str] = ("data", "fsdp", "context", "tensor")
 ) -> Iterator[Setup]:
-    """Yield a copy of the setup for every mesh of `devices` devices that divides the model's sizes and the batch."""
+    """Yield a copy of the setup for every mesh of `devices` devices whose axis sizes divide the model's sizes and the
+    batch."""
     model = setup.model
     for sizes in _splits(devices, len(axes)):
         mesh = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))

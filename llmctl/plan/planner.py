@@ -136,7 +136,7 @@ def _generation(
 ) -> list[tuple[str, Program]]:
     """Return the programs of `llmctl generate` for the last stage that would write a language model.
 
-    A stage that writes the draft does not count.
+    The stage that writes the draft is not considered.
     """
     writers = {name: there for name, there in made.items() if there.model.head_kind.vocabulary and name != draft}
     if not writers:

@@ -37,8 +37,8 @@ class CalibrationConfig(Config):
     split: Split = "train"
     """Split of the data that is used for calibration."""
     examples: int = Field(default=256, ge=1)
-    """Number of calibration examples, selected by hash. By default, up to 256. If the number is set, the data must have
-    at least this many examples."""
+    """Number of calibration examples, selected by the hash of their texts. By default, up to 256. If the number is set,
+    the data must have at least this many examples."""
     seq_len: int = Field(default=0, ge=0)
     """Number of tokens per sequence; 0 means the training length."""
     truncate: Literal["", Truncate] = ""

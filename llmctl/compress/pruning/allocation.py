@@ -218,8 +218,8 @@ def scan(
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
     """Return the compiled functions of `scan`: (final hidden states of a model, {stack: error of a pruned layer}).
 
-    The keys of the dictionary are "encoder", "decoder" or both. Its functions replace one layer of this stack by the
-    pruned layer, and return the error of the final hidden states.
+    The keys of the dictionary are "encoder", "decoder" or both. The function of a stack replaces one layer of the stack
+    by the pruned layer, and returns the error of the final hidden states.
     """
 
     def error(

@@ -161,8 +161,8 @@ def _sparsegpt_cost(w: Tree) -> Cost:
 def _repair_cost(w: Tree) -> Cost:
     """Return the cost of `repair` for one matrix.
 
-    Only the FLOPs of products with the Gram matrix are counted. Each step needs one product, and the first
-    residual needs one more. The final errors and their rounding errors need four products.
+    Only the FLOPs of products with the Gram matrix are counted. Each step of the conjugate-gradient method needs one
+    product, and the first residual needs one more. The final errors and their rounding errors need four products.
     """
     inputs, outputs = w.shape
     entries, square, products = inputs * outputs, inputs * inputs, repair.STEPS + 5

@@ -58,7 +58,7 @@ class AsymmetricIntegers(IntegerGrid):
         return Affine(scale, jnp.clip(zero, self.lowest, self.lowest + self.bound))
 
     def level(self, w: jax.Array, scale: Any) -> jax.Array:
-        """Return the level nearest to each weight, float32. The arrays are broadcast."""
+        """Return the level nearest to each weight, float32. Scales and zero points are broadcast to the weights."""
         return jnp.clip(jnp.round(w / scale.scale), *self.limits(scale))
 
     def limits(self, scale: Any) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +71,8 @@ class AsymmetricIntegers(IntegerGrid):
         return scale.scale
 
     def round(self, w: jax.Array, scale: Any) -> jax.Array:
-        """Return the representable value nearest to each weight, float32. The arrays are broadcast."""
+        """Return the representable value nearest to each weight, float32. Scales and zero points are broadcast to the
+        weights."""
         return self.level(w, scale) * scale.scale
 
     def nearest(self, unit: jax.Array) -> jax.Array:

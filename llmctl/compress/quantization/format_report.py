@@ -83,7 +83,8 @@ def line(about: Mapping[str, Any]) -> str:
 
 
 def line_after(about: Mapping[str, Any], method: str) -> str:
-    """Return a line about the increase of the perplexity after a method with data has quantized the model."""
+    """Return a line about the increase of the perplexity, for a model that a method with calibration data has
+    quantized."""
     told = f"perplexity on the calibration data {_percent(about['measured_after'])} after {method}"
     over = about["kind"] == "max_perplexity_increase" and not (about["measured_after"] or 0.0) <= about["limit"]
     return told + (f", which is above the limit of {_percent(about['limit'])}" if over else "")

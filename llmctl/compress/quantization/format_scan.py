@@ -101,7 +101,7 @@ def guessed_front(params: Params, found: Targets) -> list[Mixture]:
 
 
 def with_formats(method: Quantization, found: Targets, mixture: Mixture) -> Quantization:
-    """Return the quantization with one rule per matrix. Each rule gives a matrix its format in the mixture."""
+    """Return the quantization with one rule per matrix, so that each matrix gets its format in `mixture`."""
     chosen = {weights.module_path(path): name for path, name in zip(found, mixture.formats, strict=True)}
     unquantized = [rule for rule in method.rules if rule[1] == NONE]
     return replace(method, rules=tuple(sorted([*chosen.items(), *unquantized])))
@@ -117,7 +117,7 @@ def usable(increase: float) -> float:
 
 
 def check_bits(average_bits: float, front: Sequence[Mixture], count: int) -> None:
-    """Check that a mixture has at most `average_bits` bits per weight.
+    """Check that at least one mixture of the front has at most `average_bits` bits per weight.
 
     Args:
       average_bits: the budget; 0 if the budget limits the perplexity.

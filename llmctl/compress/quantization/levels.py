@@ -254,5 +254,6 @@ def _factor(whole: jax.Array, dtype: Any) -> jax.Array:
 
 
 def packed_table(node: Packed) -> Packed:
-    """Return an embedding table from a packed matrix whose arrays were transposed."""
+    """Return an embedding table [V, D], given a packed matrix whose arrays are already transposed to rows of the
+    table."""
     return replace(node, axis=-1)

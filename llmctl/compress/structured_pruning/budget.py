@@ -28,7 +28,7 @@ TOLERANCE = 0.01
 Kind = Literal["parameters", "bytes", "flops", "latency"]
 KINDS: tuple[Kind, ...] = ("parameters", "bytes", "flops", "latency")
 UNITS = {"latency": " µs"}
-"""Units of the kinds of budget, for messages. Kinds without a unit are counts."""
+"""Unit of each kind of budget, for messages. A kind without a unit is a count, such as the number of parameters."""
 
 Curves = Mapping[str, Mapping[int, float]]
 """Measured increase of the loss if only one size is reduced: {name in `PARTS`: {kept count: increase}}."""

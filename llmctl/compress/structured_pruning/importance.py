@@ -83,7 +83,10 @@ def of_units(
 
 
 def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
-    """Return ||X_h O_h||_F [N], each query head's contribution to the residual stream (`o`: [I, D])."""
+    """Return the norm ||X_h O_h||_F of each query head's contribution to the residual stream, [N].
+
+    X_h are the outputs of head h, and O_h are the rows of the matrix `o` [I, D] that read these outputs.
+    """
     heads, width, _ = gram.products.shape
     o_NKD = o.astype(jnp.float32).reshape(heads, width, -1)
     square_N = jnp.einsum("hkl,hkd,hld->h", gram.products, o_NKD, o_NKD)
@@ -91,7 +94,10 @@ def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
 
 
 def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
-    """Return ||x_n||_2 * ||down_n||_2 [N], each neuron's contribution to the residual stream (`down`: [N, D])."""
+    """Return the norm ||x_n||_2 * ||down_n||_2 of each neuron's contribution to the residual stream, [N].
+
+    x_n are the outputs of neuron n, and down_n is row n of the matrix `down` [N, D].
+    """
     return jnp.sqrt(stats.squares) * jnp.linalg.norm(down.astype(jnp.float32), axis=1)
 
 

@@ -111,7 +111,7 @@ def minima(runs: Sequence[Run]) -> list[float]:
 
 @contextmanager
 def on_one_device() -> Iterator[None]:
-    """Set a mesh of the first local device in a `with` block."""
+    """Set the current mesh to the first local device, for the code in a `with` block."""
     with meshes.use(meshes.make(MeshConfig(), jax.local_devices()[:1])):
         yield
 

@@ -46,7 +46,7 @@ Params = dict[str, Any]
 LAYERS = 4
 """Number of layers that are compiled together."""
 TOKENS = 8
-"""Size of the vocabulary in the measurements of layers, so that the output head takes little time."""
+"""Size of the vocabulary when layers are measured: small, so that the output head takes little time."""
 FRACTIONS = (1, 1 / 2, 1 / 4)
 """Fractions of each size at which layers are measured, in addition to the smallest size."""
 
@@ -220,9 +220,7 @@ class _Timed:
         return self._once(model, depths, tokens, lambda: self._run(model, depths, tokens, copies, 1))
 
     def _copies(self, depths: np.ndarray) -> int:
-        """Return the smallest number of copies of a few layers that have together at least as many layers as the
-        model.
-        """
+        """Return how many copies of a few layers are needed to have at least as many layers as the model."""
         every = [functional.depth(self.cfg, stack) for stack in self.stacks]
         return max(-(-n // int(few)) for n, few in zip(every, depths, strict=True))
 
@@ -310,6 +308,6 @@ def shaped(
 
 
 def _points(counts: Sequence[int], whole: int) -> list[int]:
-    """Return the smallest count, the largest count, and the counts that are nearest to `FRACTIONS`, ascending."""
+    """Return the smallest count, `whole`, and the counts that are nearest to the `FRACTIONS` of `whole`, ascending."""
     near = {min(counts, key=lambda n, aim=share * whole: abs(n - aim)) for share in FRACTIONS}
     return sorted({min(counts), *near, whole})

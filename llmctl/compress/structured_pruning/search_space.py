@@ -21,7 +21,7 @@ from llmctl.model.config import ModelConfig
 FRACTIONS = (7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
 """Fractions of each size at which the loss is measured."""
 PARTS = {"layers": "layers", "heads": "kv_heads", "ffn": "d_ff", "hidden": "d_model"}
-"""Map from the name of a size that a search may reduce to the field of ModelConfig that contains the size."""
+"""Sizes that a search may reduce: {name of the size: field of ModelConfig that contains the size}."""
 QUERIES = "queries"
 """Name of a size that is not in `PARTS`: the number of query heads per key/value head."""
 

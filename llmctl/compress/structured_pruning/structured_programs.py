@@ -194,10 +194,11 @@ def _gates(model: ModelConfig, params: Tree, units: dict[str, int], walk: Walk) 
 def _compensation(
     model: ModelConfig, params: Tree, rows: dict[str, tuple[int, int]], walk: Program, mesh: Mesh
 ) -> Program:
-    """Return the program that compensates a matrix for removed inputs (repair), for the matrix with the most inputs.
+    """Return the program of repair, for the matrix with the most inputs.
 
-    This program represents the programs of all matrices. The FLOPs of the Cholesky decomposition and of the triangular
-    solves are not counted. `rows` has the numbers of inputs of each matrix before and after pruning.
+    Repair compensates a matrix for removed inputs. This program represents the programs of all matrices. The FLOPs of
+    the Cholesky decomposition and of the triangular solves are not counted. `rows` has the numbers of inputs of each
+    matrix before and after pruning.
     """
     stack, whole = functional.stacks(model)[-1], meshes.replicated(mesh)
     layer = layer_of(params, stack)

@@ -57,7 +57,7 @@ class Kept:
     folder: Path
     """Folder of the new tokenizer."""
     about: dict[str, Any]
-    """JSON data: the numbers of tokens in the vocabulary and in the corpus, before and after."""
+    """JSON data: the numbers of tokens in the vocabulary and in the corpus, before and after pruning."""
 
 
 def choose(
@@ -107,7 +107,7 @@ def rows_after(config: StructuredSettings, cfg: ModelConfig) -> int:
     """Return the vocabulary size after pruning if it is known before the data is read, otherwise the present size.
 
     Raises:
-      RequestError: If the model has no more tokens than the number to keep.
+      RequestError: If the number of tokens to keep is not less than the vocabulary size.
     """
     if not isinstance(config.vocabulary, int):
         return cfg.vocab_size
@@ -117,7 +117,8 @@ def rows_after(config: StructuredSettings, cfg: ModelConfig) -> int:
 
 
 def cut(cfg: ModelConfig, params: Params, kept: np.ndarray) -> tuple[ModelConfig, Params]:
-    """Return the config and the parameters with only the rows `kept` of all tables of the vocabulary."""
+    """Return the config and the parameters with only the tokens `kept`. All arrays with a vocabulary axis become
+    smaller."""
     target = ModelConfig.model_validate({**cfg.model_dump(), "preset": "", "vocab_size": len(kept)})
     flat = weights.flatten(params)
     take_everywhere(flat, axes(cfg), kept)
@@ -209,7 +210,7 @@ def _of_template(tokenizer: Tokenizer) -> set[int]:
 
 
 def _used(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int]) -> list[int]:
-    """Return the ids of all tokens that the tokenizer needs to encode the counted texts."""
+    """Return the ids of all tokens that the tokenizer needs to encode the texts whose tokens were counted."""
     used = {*np.flatnonzero(counts_V).tolist(), *fixed}
     return sorted(set[int]().union(*(vocabulary.needed(i) for i in used)))
 

@@ -246,7 +246,7 @@ def _kind(i: Instruction) -> str:
 
 
 def _between_slices(i: Instruction) -> str:
-    """Return the kind of collective that a send instruction between TPU slices belongs to. For other instructions,
+    """Return the kind of the collective to which a send instruction between TPU slices belongs. For other instructions,
     return "".
 
     In a collective between slices, each device sends its data to a host, and the hosts compute the result.

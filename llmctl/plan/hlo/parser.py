@@ -43,7 +43,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Return the size in bytes as a packed array. The padding of tiled layouts is not counted."""
+        """Return the size of the array in bytes, without the padding of tiled layouts."""
         return self.size * BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0) / 8
 
     @property

@@ -1,4 +1,4 @@
-"""Read the replica groups of collectives, and determine the mesh axes that they span.
+"""Read the replica groups of collectives, and determine the mesh axes that the groups span.
 
 Devices are numbered in mesh order, with the last axis fastest.
 """
