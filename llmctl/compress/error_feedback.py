@@ -109,10 +109,10 @@ def sweep(w_IO: jax.Array, upper_II: jax.Array, size: int, change: Change[T], st
 
     Args:
       w_IO: the matrix, float32.
-      upper_II: factor R of the inverse Hessian.
+      upper_II: factor R of the inverse Hessian (see `factor`).
       size: number of inputs per block.
       change: function that changes one block (see `Change`). The weights of a block already compensate for the changes
-          of earlier blocks. If `size` does not divide the inputs, the last block is padded with zeros.
+          of earlier blocks. If `size` does not divide the number of inputs, the last block is padded with zeros.
       state: initial value of the third argument of `change`, such as scales that each block may replace.
     """
     inputs = len(w_IO)

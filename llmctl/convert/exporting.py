@@ -237,7 +237,7 @@ def _cast(params: dict[str, Any], dtype: Any, packed: bool) -> dict[str, Any]:
 
     Args:
         params: Parameters of the artifact.
-        dtype: Dtype of the written weights; None keeps every weight as it is.
+        dtype: Dtype of the written weights; if None, every weight keeps its dtype.
         packed: Whether the format is compressed-tensors, in which quantized matrices stay quantized.
 
     Returns:

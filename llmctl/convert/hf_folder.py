@@ -264,7 +264,7 @@ def load(
     Args:
         found: Result of `inspect`.
         place: Function that reads a parameter and places it on devices.
-        dtype: Dtype of the parameters; None keeps the stored dtype.
+        dtype: Dtype of the parameters; if None, the stored dtype.
         wrote: Function that is called with the size in bytes of each slice of a tensor that was read.
 
     Returns:

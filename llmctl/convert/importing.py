@@ -72,7 +72,7 @@ def run(
     Args:
         source: The folder or file.
         out: Folder of the artifact. The folder appears only after everything is written.
-        dtype: Dtype of the parameters; empty keeps the stored dtype (float32 for GGUF).
+        dtype: Dtype of the parameters; if empty, the stored dtype (float32 for GGUF).
         tokenizer: Folder or file of a tokenizer that replaces the tokenizer of the source.
         reference: File with logits to reproduce; `reference.safetensors` of the folder by default, if it exists.
         ignore: Keys of config.json that are known to be irrelevant.

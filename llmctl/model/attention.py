@@ -156,7 +156,7 @@ class Attention(nn.Module):
     layers: int
     cross: bool = False
     choose: Choose | None = None
-    """Function that selects an attention kernel (`attention_kernels.attend`); None uses plain XLA."""
+    """Function that selects an attention kernel (`attention_kernels.attend`). If None, attention runs in plain XLA."""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, shared: Shared, local: jax.Array) -> jax.Array:

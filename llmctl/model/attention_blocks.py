@@ -54,7 +54,8 @@ class Plan(NamedTuple):
 def pays(batch: int, heads: int, queries: int, keys: int) -> bool:
     """Return whether blocks are faster than one product for all scores.
 
-    Blocks are faster if there are at least LEAST_QUERIES queries, and if the scores fill more than 4 blocks."""
+    Blocks are faster if there are at least LEAST_QUERIES queries, and if the scores fill more than 4 blocks.
+    """
     return queries >= LEAST_QUERIES and batch * heads * queries * keys > 4 * BLOCK
 
 

@@ -125,7 +125,7 @@ class ModelConfig(Config):
     head_transform: bool = False
     """Apply a dense layer, activation and norm before the output projection, and add a bias to the logits (BERT)."""
     head_activation: Literal["", "silu", "gelu", "gelu_tanh", "relu"] = ""
-    """Nonlinearity of head_transform; empty uses `activation`."""
+    """Nonlinearity of head_transform; if empty, the value of `activation`."""
     pooler: bool = False
     """Apply a dense layer with tanh to the pooled vector before classification."""
     next_sentence: bool = False

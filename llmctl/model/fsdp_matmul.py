@@ -1,8 +1,8 @@
 """Multiply activations by a weight that is sharded by FSDP.
 
 The weight is gathered once in the forward pass and once in the backward pass. The gradient of the weight is computed by
-a reduce-scatter. Without this module, XLA would gather the weight twice in the backward pass. One gather would serve
-the recomputation of the forward pass, and the other gather the product.
+a reduce-scatter. Without this module, XLA would gather the weight twice in the backward pass. The first of these
+gathers would be for the recomputation of the forward pass, and the second for the product.
 
 Shapes: I inputs, O outputs.
 """

@@ -39,8 +39,9 @@ def add(
 ) -> Shared:
     """Add the relative position bias [H, T, S] to the inputs that all layers share, and return these inputs.
 
-    For a model with P trained keys (prefix tuning), also add the bias [H, T, P] of these keys. Their positions are
-    before the text. For ring attention, which computes the bias block by block, add the bias table [U, H] instead.
+    For a model with P trained keys (prefix tuning), also add the bias [H, T, P] of these keys. The positions of these
+    keys are before the text. For ring attention, which computes the bias block by block, add the bias table [U, H]
+    instead.
 
     Args:
         shared: Shared inputs of the layers.

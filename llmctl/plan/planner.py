@@ -52,12 +52,12 @@ def plans(
     Args:
       recipe: the stages. Only the settings of the stages, and the manifests of artifacts outside the recipe, are read.
       topology: the hardware.
-      chosen: names of the stages to plan; empty plans all.
+      chosen: names of the stages to plan; if empty, all stages are planned.
       tokens: number of training tokens from which chip-hours are computed; 0 means each stage's own number.
       generate: sizes ROWSxPROMPTxNEW of a call of `llmctl generate` with the last stage's language model. The call is
         planned too. If empty, no call is planned.
-      kv_cache: format of cached keys and values in the call of `llmctl generate`; empty for the dtype of the
-          computation.
+      kv_cache: format of cached keys and values in the call of `llmctl generate`; if empty, keys and values have the
+          dtype of the computation.
       draft: draft of the call of `llmctl generate`: the name of a stage, or the folder of an artifact.
       draft_tokens: number of tokens that the draft proposes per step.
       say: function that prints progress lines.

@@ -78,9 +78,9 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
     """Return the number of zeros of each output [O], and whether any output already has more zeros than its share.
 
-    The share of an output is `count` divided by the number of outputs. The numbers include existing zeros. They add up
-    to the larger of `count` and the number of existing zeros. Only outputs with fewer zeros than their share get new
-    zeros, in proportion to the missing zeros. In a block pattern, blocks are counted in place of weights.
+    The share of an output is `count` divided by the number of outputs. The numbers include existing zeros. The sum of
+    the numbers is the larger of `count` and the number of existing zeros. Only outputs with fewer zeros than their
+    share get new zeros, in proportion to the missing zeros. In a block pattern, blocks are counted in place of weights.
     """
     zero_IO = block_pattern.all_true(values_IO == 0, pattern)
     zeros_O = jnp.sum(zero_IO, axis=0)

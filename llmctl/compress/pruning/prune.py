@@ -1,4 +1,4 @@
-"""Prune matrices in unstructured or N:M patterns: set the weights with the lowest scores to zero, or run SparseGPT.
+"""Prune single weights in a sparsity pattern: set the weights with the lowest scores to zero, or run SparseGPT.
 
 The zeros themselves are the mask, and nothing else is stored. If a pruned model is trained further, its zeros stay
 zero. A `SparseMethod` combines a score (`llmctl.compress.pruning.scores`) or SparseGPT with a pattern

@@ -77,5 +77,6 @@ State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def _ratio(numerator_O: jax.Array, denominator_O: jax.Array) -> jax.Array:
     """Return numerator / denominator of each output.
 
-    If the denominator is 0, return 0, so that this output does not change any more."""
+    If the denominator is 0, return 0, so that this output does not change any more.
+    """
     return jnp.where(denominator_O > 0, numerator_O / jnp.where(denominator_O > 0, denominator_O, 1.0), 0.0)

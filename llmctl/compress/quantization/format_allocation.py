@@ -88,11 +88,11 @@ def best_within(front: Sequence[Mixture], bits: float) -> Mixture | None:
 def smallest_within(
     front: Sequence[Mixture], limit: float, measure: Callable[[Mixture], float]
 ) -> tuple[Mixture | None, float]:
-    """Return a mixture with few bits whose measured value is at most `limit`, and this value.
+    """Return a mixture with few bits for which `measure` gives at most `limit`, and the measured value.
 
     The front is searched by bisection, with about log2(number of mixtures) measurements. The value of the returned
-    mixture was measured, and the next smaller mixture exceeds the limit. If the values do not decrease along the front,
-    an even smaller mixture may be within the limit.
+    mixture was measured, and the mixture before it on the front exceeds the limit. If the values do not decrease along
+    the front, a mixture with still fewer bits may be within the limit.
 
     If the mixture with the most bits exceeds the limit, return None and the value of this mixture.
 

@@ -57,7 +57,8 @@ def scales(w_IO: jax.Array, grid: Grid, group: int, dtype: Any, gram_II: jax.Arr
       grid: the levels.
       group: number of inputs of a group; 0 for all inputs.
       dtype: dtype of the matrix before quantization. Some formats store scales in this dtype.
-      gram_II: Gram matrix of the inputs, for the clipping search; None minimizes the error of the weights instead.
+      gram_II: Gram matrix of the inputs, for the clipping search. If None, the search minimizes the error of the
+          weights.
       clip: whether to search for the scale with the least squared error of the group's outputs (AWQ: Lin et al., 2023,
           arXiv:2306.00978). Otherwise, the largest weight of a group determines its scale.
     """

@@ -3,8 +3,9 @@
 All layers share the channels. Matrices read the channels at the outputs of norms. The importance of a channel is
 therefore summed over the outputs of all norms. A first pass of the calibration data measures the unchanged model. With
 repair, a second pass goes through the layers and recomputes the matrices that read the norms. Each matrix becomes the
-least-squares solution on the kept channels. A norm over fewer channels divides by another root mean square. The scale
-of the norm is therefore multiplied by the root mean square of the kept channels.
+least-squares solution on the kept channels. After pruning, a norm divides by the root mean square of the kept channels
+only. To undo the difference, the scale of the norm is multiplied by the ratio of this root mean square to the former
+one.
 
 Shapes: D hidden width, N tokens.
 """

@@ -7,9 +7,9 @@ The latency of a model is the sum of two parts:
 
 For a few hidden widths, layers are measured with a few numbers of heads, and with a few numbers of neurons. In the
 first case, all neurons are kept; in the second case, all heads are kept. The latencies of attention and of the
-feed-forward layer are added. Other sizes are interpolated. A few layers are compiled together, with a vocabulary of a
-few tokens. Several copies of these layers run one after the other, with as many layers in total as the model. The
-weights are then read from the same level of the memory as in the model.
+feed-forward layer are added. The latencies for other sizes are interpolated. A few layers are compiled together, with a
+vocabulary of a few tokens. Several copies of these layers run one after the other, with as many layers in total as the
+model. The weights are then read from the same level of the memory hierarchy as in the model.
 
 Each measurement runs in alternation with a few layers of the unpruned model. The result is multiplied by (first
 measurement of these layers) / (present measurement of these layers). Other work of the machine then slows all

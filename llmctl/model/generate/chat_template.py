@@ -72,12 +72,12 @@ CHATML = """\
 
 
 class Marked(NamedTuple):
-    """Store the tokens of a conversation, and whether the assistant writes each token."""
+    """Store the tokens of a conversation, and a mask of the tokens that the assistant writes."""
 
     ids: list[int]
     """Token ids [N]."""
     counted_N: np.ndarray
-    """Whether the assistant writes the token, bool [N]."""
+    """Mask of the tokens that the assistant writes, bool [N] (see `Template.conversation`)."""
     missed: int
     """Number of answers whose tokens could not be found. The template renders such an answer differently when later
     messages follow."""
@@ -164,12 +164,12 @@ class Template:
         return [*self.tokenizer.prefix, *ids]
 
     def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
-        """Return the token ids of a complete conversation, and whether the assistant writes each token.
+        """Return the token ids of a complete conversation, and a mask of the tokens that the assistant writes.
 
-        The assistant writes all tokens that contain a character of an answer, and the token that ends the answer. The
-        header before the answer and white space after the end token are not included. Messages with the entry "weight":
-        0 are also not included. If the template marks answers without their end tokens, the special token right after
-        an answer counts as its end token. The template gets the date `DAY`.
+        The mask is true for all tokens that contain a character of an answer, and for the token that ends the answer.
+        The mask is false for the header before the answer, and for white space after the end token. The mask is also
+        false for messages with the entry "weight": 0. If the template marks answers without their end tokens, the
+        special token right after an answer counts as its end token. The template gets the date `DAY`.
 
         Raises:
             RequestError: If the template fails or rejects the messages. If the answers cannot be found in the text. If

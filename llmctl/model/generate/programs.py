@@ -64,7 +64,7 @@ def generation(
         platform: Platform that will run the programs; by default the platform of the devices.
         dtype: Dtype of the computation and of the cache.
         kv_cache: Format of cached keys and values, if they are quantized (`Decoder`).
-        draft: Draft of speculative decoding; None generates with the model alone.
+        draft: Draft of speculative decoding; None if the model generates alone.
 
     Raises:
         ValueError: If the model does not generate text, or if prompt and new tokens exceed its maximum sequence length.
