@@ -105,7 +105,8 @@ def convert(words: SentencePieces) -> Tokenizer | None:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Return the merges of a SentencePiece BPE model: all pairs of pieces that form a piece, the best pieces first."""
+    """Return the merges of a SentencePiece BPE model: all pairs of pieces that form a piece, by descending score of the
+    piece."""
     found: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece, i in vocab.items():
         for cut in range(1, len(piece)):

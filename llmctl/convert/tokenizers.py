@@ -162,7 +162,7 @@ def ids_of(value: Any) -> list[int]:
 
 
 def check(words: tokenizers.Tokenizer, model: ModelConfig, where: str) -> None:
-    """Check that the model's embedding table has a row for every token, and not many further rows.
+    """Check that the model's embedding table has a row for every token, and not many more rows than tokens.
 
     Raises:
         RequestError: If the table has fewer rows than tokens. If the number of tokens is less than the fraction `LEAST`

@@ -138,7 +138,7 @@ def walk(
       cfg: config of the model.
       params: parameters of the model. If `change` is given, the parameters of the layers are donated.
       batches: inputs of the model: tokens, segments, positions [B, T]. An encoder-decoder also has the same arrays with
-          the prefix `encoder_`. Padding (segment 0) is not counted.
+          the prefix `encoder_`. Statistics and errors do not include padding (segment 0).
       collect: function that selects the statistic to collect for each matrix (see `Collect`).
       change: compression method, a function that returns the changed layer. If None, the walk only measures.
       gradients: gradients of the unchanged model, summed over batches (`gradients.accumulate`).

@@ -191,8 +191,8 @@ def scan(
 ) -> np.ndarray:
     """Prune one layer at a time, and return the errors [layers, sparsities] of the model's final hidden states.
 
-    An error is the squared norm of the states' change, divided by the squared norm of the unpruned model's states.
-    Padding is not counted.
+    An error is the squared norm of the states' change, divided by the squared norm of the unpruned model's states. The
+    norms do not include padding.
 
     Args:
       cfg: config of the model.

@@ -38,7 +38,7 @@ def quantization(
       model: config of the model.
       params: abstract parameters of the model.
       mesh: the devices.
-      held: further arrays that are in memory.
+      held: arrays that are in memory in addition to `params`.
       method: how the model is quantized.
       walk: the calibration walk; None for a method that reads no data.
     """
@@ -77,7 +77,7 @@ def format_search(
       model: config of the model.
       params: abstract parameters of the model.
       mesh: the devices.
-      held: further arrays that are in memory.
+      held: arrays that are in memory in addition to `params`.
       walk: calibration batches with labels or targets.
 
     Raises:
@@ -114,7 +114,7 @@ def rotated(model: ModelConfig, params: Tree, mesh: Mesh, held: list[Tree]) -> t
       model: config of the model.
       params: abstract parameters of the model.
       mesh: the devices.
-      held: further arrays that are in memory.
+      held: arrays that are in memory in addition to `params`.
     """
     small = jax.eval_shape(lambda p: rotation.rotated(model, p, 0), params)
     left = functional.laid_out(rotation.untied(model), small, mesh)

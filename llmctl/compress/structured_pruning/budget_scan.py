@@ -4,7 +4,8 @@ The search has four steps:
 
 - Measure the importance of all layers, heads, neurons and channels in the unpruned model.
 - Reduce each size alone to a few counts, and measure the loss on the calibration data.
-- Reduce all sizes together, and measure the loss of the best candidates and of the candidate with uniform ratios.
+- Reduce all sizes together, and measure the loss of the candidates with the lowest estimates and of the candidate with
+  uniform ratios.
 - Choose the candidate with the lowest loss.
 
 The final pruning uses the same importance. Without repair, the pruned model therefore has the measured loss.

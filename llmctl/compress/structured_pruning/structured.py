@@ -38,9 +38,9 @@ UnitScores = dict[str, list[dict[str, np.ndarray]]]
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the query heads and of the key/value heads to keep, ascending.
 
-    A group is a key/value head with its query heads. Every kept group keeps the same number of query heads. The best
-    query heads of each group are selected first. Then the groups are selected, by the norm of the scores of these query
-    heads.
+    A group is a key/value head with its query heads. Every kept group keeps the same number of query heads. The query
+    heads with the highest scores in each group are selected first. Then the groups are selected, by the norm of the
+    scores of these query heads.
     """
     each = keep_heads // keep_groups
     score_GR = score_H.reshape(groups, -1)

@@ -1,7 +1,7 @@
 """Find the matrices of a model that pruning, quantization and adapters process.
 
-Norms, biases and position tables are not included. Layers are stacked: for example, the query matrices of all L decoder
-layers are one array [L, I, O].
+Norms, biases and position tables do not count as matrices. Layers are stacked: for example, the query matrices of all L
+decoder layers are one array [L, I, O].
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def layer_of(tree: Any, index: int) -> Any:
 def value_names(params: Params) -> frozenset[str]:
     """Return the names of the arrays that store the elements of the layers' matrices.
 
-    For a quantized matrix, this is the array of integers. Scales and adapter arrays are not included.
+    For a quantized matrix, this is the array of integers. The names of scales and of adapter arrays are not returned.
     """
     found = ((m.path, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, part in found if part is not None)
