@@ -136,7 +136,7 @@ class TrainConfig(Config):
     tensorboard: bool = True
     """Write TensorBoard events to the run's folder `tensorboard`."""
     wandb: str = ""
-    """Weights & Biases project for logging (extra `wandb`); empty disables it."""
+    """Weights & Biases project to log to (extra `wandb`). If empty, nothing is logged there."""
     profile: str = ""
     """Steps to profile, as first:last. The trace is written next to the TensorBoard events, for TensorBoard or
     XProf."""

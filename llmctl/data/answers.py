@@ -4,7 +4,7 @@ A folder of answers contains:
 
 - `answers.json`: the settings that determine the answers
 - `NAME-00000.jsonl`: one line per prompt, {"row": number, "prompt": text, "completion": text}
-- `NAME-00000.json`: description of this file, written last: number of lines, number of tokens and a checksum
+- `NAME-00000.json`: description of `NAME-00000.jsonl`, written last, with numbers of lines and tokens and a checksum
 
 If writing is interrupted, the next writer replaces the file that has no description. The setting
 `data.path = "FOLDER/train-*.jsonl"` reads the answers.
@@ -47,7 +47,7 @@ class AnswerFiles:
     """Read and write the files of one split's answers."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        """Read the descriptions of all files.
+        """Read the descriptions of all files of the split.
 
         Raises:
             RequestError: If a file is missing or damaged.

@@ -172,14 +172,16 @@ class DeviceBatches:
     def for_one_pass(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
         """Return an object that builds batches for one pass over `rows` rows.
 
-        The batch size is the smaller of `size` and `rows`. The batch size is rounded up to a multiple of the number of
-        devices that shard the rows.
+        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the number of devices that shard
+        the rows.
         """
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         return cls(mesh, -(-min(size, rows) // ways) * ways)
 
     def training(self, rows: Rows, start: int, stop: int, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
-        """Iterate over the batches of the steps [start, stop), copied to the devices by `place` or `self.place`."""
+        """Iterate over the batches of the steps [start, stop). The function `place`, by default `self.place`, copies
+        each batch to the devices.
+        """
         return prefetch(rows, self.size, start, stop, place or self.place, spans=self.spans)
 
     def once(self, rows: Rows, limit: int | None = None, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:

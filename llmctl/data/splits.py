@@ -202,7 +202,7 @@ class Splits:
 
 
 def examples(cfg: DataConfig, split: Split, labels: bool = True, conversations: bool = False) -> Examples:
-    """Load the examples of one split. `load` returns all splits, and takes the same time.
+    """Load the examples of one split. To get several splits, call `load` once, which takes no longer.
 
     Raises:
         RequestError: If the data is missing or invalid (see `load`), or if the split is empty.

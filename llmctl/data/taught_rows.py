@@ -1,8 +1,8 @@
 """Add a teacher's stored outputs to training rows.
 
-If each row contains one example, the outputs are stored by the number of the example. The stored outputs then serve all
-epochs, seeds and batch sizes. All other rows, such as packed texts, differ in each epoch. Their outputs are stored by
-row number in the training order. A longer training therefore stores further rows.
+If each row contains one example, the outputs are stored under the number of the example. The stored outputs then serve
+all epochs, seeds and batch sizes. All other rows, such as packed texts, differ in each epoch. The outputs of such rows
+are stored under the row number in the training order. A longer training therefore stores further rows.
 """
 
 from __future__ import annotations

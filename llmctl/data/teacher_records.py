@@ -4,7 +4,7 @@ A folder of outputs contains:
 
 - `cache.json`: the settings that determine the outputs, and the metrics of the teachers
 - `NAME-00000.arrayrecord`: one record per row, with a fingerprint of the row and the teacher's outputs for the row
-- `NAME-00000.json`: description of this file, written last: row numbers, size and checksum
+- `NAME-00000.json`: description of `NAME-00000.arrayrecord`, written last, with keys of the rows, size and checksum
 
 Files are never changed, only added. If writing is interrupted, the next writer replaces the file that has no
 description.
@@ -156,7 +156,7 @@ def fingerprint(row: Batch) -> bytes:
 
 
 class Shard(BaseModel):
-    """Describe one ArrayRecord file: its row numbers in order, its size and its checksum."""
+    """Describe one ArrayRecord file: the keys of its rows in order, its size and its checksum."""
 
     numbers: list[int]
     bytes: int = Field(ge=0)
@@ -175,7 +175,7 @@ class Description(BaseModel):
     """SHA-256 of the fields above."""
 
     def text(self) -> str:
-        """Return the content of the file, including the digest of the other fields."""
+        """Return the content of `cache.json`, including the digest of the other fields."""
         values = self.model_dump(mode="json", exclude={"digest"})
         return json.dumps(values | {"digest": checksums.of_json(values)}, indent=1) + "\n"
 
@@ -219,7 +219,7 @@ class Records:
     """
 
     def __init__(self, folder: Path, name: str, layout: Layout) -> None:
-        """Read the descriptions of all files.
+        """Read the descriptions of all files whose names begin with `name`.
 
         Args:
             folder: Folder of outputs, which may be missing.

@@ -97,7 +97,7 @@ class Scorer:
         return [Score(float(total), bool(greedy)) for total, greedy in zip(total_Q, greedy_Q, strict=True)]
 
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:
-        """Return the different inputs of the queries, each with all of its targets."""
+        """Return one sequence per distinct input, with the targets of all queries that have this input."""
         found: dict[tuple[int, ...], ScoredSequence] = {}
         for q, (context, continuation) in enumerate(queries):
             count = len(continuation)

@@ -65,7 +65,9 @@ class Counts:
 
 
 def count(texts: Sequence[str], tokens: int) -> Counts:
-    """Count the words (separated by white space) and the UTF-8 bytes of texts. `tokens` is stored unchanged."""
+    """Count the words (separated by white space) and the UTF-8 bytes of texts. The result also has the argument
+    `tokens`.
+    """
     return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 

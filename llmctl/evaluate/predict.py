@@ -35,7 +35,7 @@ length."""
 
 
 class Predictor:
-    """Predict rows with one artifact: its parameters, its task and its compiled function."""
+    """Predict rows with one artifact. Store the artifact's parameters, its task and the compiled function."""
 
     def __init__(self, source: Path | Artifact, batch_size: int = 32, seq_len: int = 0, dtype: str = "float32"):
         """Load the artifact onto all devices.

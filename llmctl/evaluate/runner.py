@@ -160,7 +160,7 @@ def results(
 
 
 def _tasks(config: MeasureConfig, manifest: Manifest) -> list[Task]:
-    """Return the tasks to measure an artifact on with the data of the evaluation."""
+    """Return the tasks on which an artifact is measured with the data of the evaluation."""
     if not config.measures_data:
         return []
     return [registry.TASKS[t] for t in config.named_tasks] or [registry.of(manifest)]
@@ -217,7 +217,7 @@ def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, targ
 
 
 def _renamed(scored: Scored, name: str) -> Scored:
-    """Return an earlier result of equal weights under the name that the artifact has now."""
+    """Return an earlier result, with the artifact's current name. The weights have not changed since that result."""
     records = [{**record, "artifact": name} for record in scored.records]
     return Scored({**scored.result, "artifact": name}, records)
 

@@ -50,8 +50,8 @@ class MeasureConfig(Config):
 
     harness: list[str] = []
     """Tasks of lm-evaluation-harness (extra `eval`) for decoders: names, YAML files, or folders of YAML files. If
-    `tasks` is empty, no other task is measured and no data is needed. `examples` takes the first
-    documents of each."""
+    `tasks` is empty, no other task is measured and no data is needed. `examples` limits the number of documents per
+    task, from the first document on."""
     lm_eval: HarnessConfig = HarnessConfig()
     """Settings of the tasks in `harness`."""
     again: bool = False

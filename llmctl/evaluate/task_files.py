@@ -206,7 +206,7 @@ class _Spaced(_Wrapped):
 
 
 def inputs(names: Sequence[str]) -> list[str]:
-    """Return the task files among the names of tasks, and the data files that they read.
+    """Return the task files among the names of tasks, and the data files that these task files name.
 
     Raises:
         RequestError: If a file is missing or invalid.

@@ -120,7 +120,7 @@ class Writer:
         Args:
             rows: Prompts, as the method `rows` returns them. Each answer is stored in its prompt's row.
             check_stop: Function that is called before each batch. The function may raise an exception to stop.
-            max_new: Maximum number of tokens per answer; 0 uses the number of the settings.
+            max_new: Maximum number of tokens per answer; 0 uses the maximum that the settings define.
             sampling: Sampling rules; None generates greedily or by beam search.
             seed: Seed of the sampling.
             first: Index of the first row among all rows with the same seed.

@@ -238,7 +238,7 @@ def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], N
 
 
 def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: bool) -> None:
-    """Check that the inputs of the stages in `only` are up to date. The user chose these stages.
+    """Check that the inputs of the stages `only`, which the user chose, are up to date.
 
     Raises:
       RequestError: If an input is not up to date, and the stage that writes the input is not chosen.

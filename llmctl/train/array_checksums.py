@@ -1,9 +1,9 @@
 """Compute checksums of arrays on their devices, to detect bits that changed between saving and restoring.
 
 A checksum consists of two sums over the bits of all numbers, modulo 2^32. Each number is multiplied by an odd hash of
-its position in the array. A change of a single number therefore always changes the checksum. Almost all other changes
-do too. The checksum does not depend on the sharding or on the layout of the files. To compute the checksum, each array
-is read once.
+its position in the array. A change of a single number therefore always changes the checksum. Almost every change of
+several numbers also changes the checksum. The checksum does not depend on the sharding or on the layout of the files.
+To compute the checksum, each array is read once.
 
 Example:
   >>> of_arrays({"w": jnp.arange(3.0)}) == of_arrays({"w": jnp.arange(3.0) + 0})

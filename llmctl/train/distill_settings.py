@@ -13,7 +13,7 @@ from llmctl.config.base import Config
 from llmctl.config.settings import KVCache
 
 INNER = ("hidden", "relations", "embeddings")
-"""Names of the signals that compare inner layers."""
+"""Names of the signals that compare inner layers of student and teacher."""
 
 
 Weight = Annotated[float, Field(ge=0)] | dict[str, float]
@@ -36,13 +36,14 @@ class SignalsConfig(Config):
     hard: Weight = 0.0
     """Weight of the loss on the labels. If no signal has a weight, the default is the setting `hard` of the stage."""
     hidden: Weight = 0.0
-    """Weight of the distance between the hidden states of the layer pairs in `layer_map`. If the widths differ, a
-    trained projection maps the student's states to the teacher's width."""
+    """Weight of the distance between hidden states of student and teacher, for the layer pairs in `layer_map`. If the
+    widths differ, a trained projection maps the student's states to the teacher's width."""
     relations: Weight = 0.0
-    """Weight of the divergence between the relations of tokens, in the last layer pair of `layer_map`. Relations are
-    the softmax of the scaled products of queries with queries, keys with keys, and values with values."""
+    """Weight of the divergence between the token relations of student and teacher, in the last layer pair of
+    `layer_map`. Relations are the softmax of the scaled products of queries with queries, keys with keys, and values
+    with values."""
     embeddings: Weight = 0.0
-    """Weight of the distance between the inputs of the first layers."""
+    """Weight of the distance between the student's and the teacher's inputs of the first layer."""
 
     @property
     def active(self) -> bool:

@@ -189,7 +189,7 @@ def signals(config: Any, model: ModelConfig, teacher: ModelConfig, mesh: Mesh) -
 
 
 def layer_pairs(layer_map: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    """Return the compared layers as pairs (layer of the student, layer of the teacher).
+    """Return the layers that the losses on inner layers compare, as pairs (layer of the student, layer of the teacher).
 
     Args:
       layer_map: the pairs. "uniform": evenly spaced pairs, ending with the last layers. "last": only the pair of the
@@ -247,7 +247,8 @@ def shallower(config: Any, teacher: Artifact) -> ModelConfig:
     """Return the config of a student that copies layers of the teacher.
 
     Raises:
-      RequestError: If the teacher has too few layers, or if a copied layer would get another kind of attention.
+      RequestError: If the teacher has too few layers, or if a copied layer would get another kind of attention than in
+        the teacher.
     """
     like, update = teacher.model, {}
     for stack in functional.stacks(like):

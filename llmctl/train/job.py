@@ -49,7 +49,7 @@ class Job:
     """Arrays that the loss reads as its last arguments and that no step changes, such as the parameters of a
     teacher."""
     metric: str = "loss"
-    """Validation metric that selects the best parameters. Its entry in `llmctl.evaluate.metrics.base.METRICS` tells
+    """Validation metric that selects the best parameters. Its entry in `llmctl.evaluate.metrics.base.METRICS` defines
     whether higher or lower values are better.
     """
     keep_best: bool = False
@@ -66,8 +66,8 @@ class Job:
     not change. `NEVER` freezes the array in all steps.
     """
     frozen_layers: int = 0
-    """Number of frozen layers of the encoder and of the decoder, counted from the first layer. If this number is above
-    0, the embeddings are frozen too."""
+    """Number of frozen layers in the encoder, and also in the decoder, counted from the first layer. If this number is
+    above 0, the embeddings are frozen too."""
     holds_zeros: Callable[[str], bool] = lambda _: False
     """Predicate on array names: True for arrays whose zeros stay zero, such as pruned matrices."""
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -75,7 +75,7 @@ def raise_if_requested() -> None:
 
 @contextlib.contextmanager
 def requests(mesh: jax.sharding.Mesh) -> Iterator[Stop]:
-    """Handle signals in this context, and yield the object that tells whether the run has to stop.
+    """Handle signals in this context, and yield a `Stop`, whose method `requested` returns whether the run has to stop.
 
     SIGTERM and the first Ctrl-C request a checkpoint and a stop. A second Ctrl-C exits immediately.
 

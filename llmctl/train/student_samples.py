@@ -145,7 +145,7 @@ class StudentSamples:
     def of(
         cls, config: Any, model: ModelConfig, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, ends: Sequence[int]
     ) -> StudentSamples:
-        """Return the generator of samples for a run, after a check of the mesh.
+        """Return the StudentSamples of a run, after a check of the mesh.
 
         Raises:
           RequestError: If the mesh shards sequences or layers.

@@ -47,7 +47,7 @@ class Vocabulary(ABC):
         return {i for i, token in self.tokens.items() if token in texts}
 
     def on_the_way(self, text: str) -> set[int]:
-        """Return tokens that must be kept although they are not in the tokenized text: parts of unknown words."""
+        """Return tokens that must be kept although encoding never returns these tokens: parts of unknown words."""
         return set()
 
     @abstractmethod

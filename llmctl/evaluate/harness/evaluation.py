@@ -160,7 +160,7 @@ def _protocol(settings: HarnessConfig, setup: Setup, truncated: int) -> str:
 
 
 def _result(name: str, found: dict[str, Any], said: str, digest: str) -> HarnessResult:
-    """Convert the results of one task or group."""
+    """Convert the harness's results for one task or group to a HarnessResult."""
     values = found["results"][name] | found.get("groups", {}).get(name, {})
     samples = found.get("samples", {}).get(name, [])
     documents = found["n-samples"].get(name, {}).get("effective", values.get("sample_len", 0))

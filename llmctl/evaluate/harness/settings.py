@@ -22,7 +22,7 @@ class HarnessConfig(Config):
     chat_template: bool = False
     """Use the chat template of the artifact, with separate messages for each solved example and answer."""
     system: str = ""
-    """Text of the system message, or of the beginning of each prompt if there is no chat template."""
+    """Text of the system message. If there is no chat template, each prompt begins with this text."""
     allow_code: bool = False
     """Run Python code that a local task file names (`!function`), and tasks that run generated programs."""
     download: bool = False

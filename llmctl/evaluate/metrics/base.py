@@ -123,7 +123,7 @@ METRICS: Registry[Metric] = Registry("metric", {m.name: m for m in _OWN})
 
 
 def find(name: str) -> Metric | None:
-    """Return the registered metric of this name, or None if there is none.
+    """Return the registered metric called `name`, or None if there is no such metric.
 
     If the name has the prefix `validation_`, the title of the returned metric begins with "val.".
     """

@@ -132,7 +132,9 @@ class Choice(Task):
         return loss_of_scores(*student, batch, dtype, compute)
 
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
-        """Return how often student and teachers prefer the same choice: the sums "agreement" and "weight"."""
+        """Return the sums "agreement" and "weight". The first sum divided by the second is the fraction of questions
+        for which student and teachers prefer the same choice.
+        """
         score_R = choice_scores(*student, batch, dtype)
         allowed_BK = allowed(batch, score_R)
         y_BK = only(score_R.reshape(allowed_BK.shape), allowed_BK)

@@ -106,7 +106,7 @@ class Embed(Task):
     def teacher_arrays(
         self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
     ) -> dict[str, jax.Array]:
-        """Return {"teacher_outputs": [B, 2, D]}, the mean vectors of the teachers for both texts of each row."""
+        """Return {"teacher_outputs": [B, 2, sum of D]}, the result of `mean_output` for both texts of each row."""
         found = super().teacher_arrays(teachers, batch, dtype, divergence)
         return {name: y.reshape(-1, 2, y.shape[-1]) for name, y in found.items()}
 
@@ -147,7 +147,7 @@ class Embed(Task):
             raise RequestError(f"{artifact.path}: embeds texts, and the data has no pairs; map a second text to pair")
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> vectors of the texts and of the second texts, each [B, D]."""
+        """Return the compiled function (params, batch) -> vectors of the first and of the second texts, each [B, D]."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

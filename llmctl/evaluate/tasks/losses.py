@@ -29,7 +29,7 @@ Network = tuple[ModelConfig, functional.Params, jax.Array]
 
 
 MOST_PROBABLE = Divergence(top_k=1)
-"""Divergence for which `Losses.teacher_arrays` returns the arrays that `Losses.taught_agreement` reads."""
+"""Divergence to pass to `Losses.teacher_arrays` if `Losses.taught_agreement` will read the result."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Losses(TaskRecord):
         return self.soft_score(_taught(batch), functional.outputs(*student, batch, dtype), batch, how)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return one output of the task head that stands for the mean prediction of several teachers.
+        """Return an output of the task head whose prediction is the mean of the teachers' predictions.
 
         By default, outputs are logits of classes, and the class probabilities at `temperature` are averaged.
         """
@@ -200,7 +200,8 @@ class Losses(TaskRecord):
         return (there + back) / 2
 
     def agreement(self, student: Network, teachers: Sequence[Network], batch: Batch, dtype: Any) -> Sums:
-        """Return how often student and teachers predict the same label: the sums "agreement" and "weight".
+        """Return the sums "agreement" and "weight". The first sum divided by the second is the fraction of labels that
+        student and teachers predict equally.
 
         The predictions of several teachers are averaged. The result is {} if the outputs are numbers or vectors.
         """
@@ -295,5 +296,5 @@ def signal_weight(batch: Batch, name: str, weight: float) -> Any:
 
 
 def weighted(how: SoftLoss, batch: Batch) -> SoftLoss:
-    """Return the loss of the outputs with the weights of this step."""
+    """Return `how` with the weights that divergence and loss on the labels have in this step."""
     return replace(how, soft=signal_weight(batch, "logits", how.soft), hard=signal_weight(batch, "hard", how.hard))

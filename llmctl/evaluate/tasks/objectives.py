@@ -77,7 +77,7 @@ class TextObjective(Language):
         objective_rows.check(self.name, model.architecture, model.next_sentence)
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
-        """Measure loss and accuracy of the targets in all rows of the held-out texts."""
+        """Measure the loss and the accuracy of predicting the targets in all rows of the held-out texts."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
         settings = RowSettings(setup.seq_len, corpus=held.corpus)
         rows = self.rows(artifact.model, held.examples, tokenizer, settings)

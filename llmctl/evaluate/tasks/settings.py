@@ -45,7 +45,7 @@ class ChatConfig(Config):
 
     template: str = ""
     """Chat template: a file with a Jinja template, or chatml for the ChatML format. The finetuned artifact gets this
-    template. Empty uses the template of the tokenizer."""
+    template. If empty, the template of the tokenizer is used."""
 
     def inputs(self) -> list[str]:
         """Return [path of the template's file], or [] if the setting names no file.

@@ -94,7 +94,8 @@ class TokenLosses(TokenCrossEntropy):
         return found | {"acceptance": sums["weight"] - sums[how.divergence.metric]}
 
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
-        """Return how often student and teachers predict the same token: the sums "agreement" and "weight".
+        """Return the sums "agreement" and "weight". The first sum divided by the second is the fraction of tokens that
+        student and teachers predict equally.
 
         Only predicted positions count.
         """

@@ -91,7 +91,8 @@ class Config(StageConfig):
     spaced teacher layers. last: the last layers. A list of pairs (student layer, teacher layer) counts from 0. In an
     encoder-decoder, these are layers of the decoder."""
     hidden_distance: Literal["mse", "cosine"] = "mse"
-    """Distance of hidden states and embeddings. mse: mean squared difference. cosine: 1 - cosine similarity."""
+    """Distance between student and teacher, for hidden states and embeddings. mse: mean squared difference. cosine: 1 -
+    cosine similarity."""
     relation_heads: int = Field(default=0, ge=0)
     """Number of parts into which queries, keys and values are split. signals.relations compares the relations in each
     part. 0 uses the greatest common divisor of the numbers of heads."""

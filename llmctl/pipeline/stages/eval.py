@@ -57,7 +57,7 @@ class Config(MeasureConfig, StageConfig):
     """Target model of speculative decoding, for which the artifacts are drafts. If set, the results contain the
     fraction of a draft's tokens that the target accepts."""
     data: DataConfig = DataConfig()
-    """Data set; the setting `split` selects the part to measure."""
+    """Data set. The setting `split` selects the part on which artifacts are measured."""
     plot: bool = True
     """Plot quality against size as tradeoff.png, and the predictions of classifiers as classes.png. Requires matplotlib
     (extra `demo`)."""

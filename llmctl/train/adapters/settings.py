@@ -99,7 +99,8 @@ class PrefixConfig(Settings):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     tokens: int = Field(default=20, ge=1)
-    """Number of trained keys and values before every text, per layer. Texts begin at this position."""
+    """Number of trained keys and values before every text, per layer. The first token of a text has the position with
+    this number."""
     projection: int = Field(default=0, ge=0)
     """Inner width of a two-layer network that computes all keys and values from trained vectors during training. The
     saved model contains only the outputs of the network. 0 trains the keys and values themselves.
@@ -114,8 +115,8 @@ class TrainedConfig(Settings):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     last_layers: int = Field(default=0, ge=0)
-    """Number of last layers of the encoder and of the decoder to train. Earlier layers and the embeddings are frozen. 0
-    trains all layers.
+    """Number of layers to train, counted from the last layer of the encoder, and from the last layer of the decoder.
+    Earlier layers and the embeddings are frozen. 0 trains all layers.
     """
     patterns: list[str] = []
     """Patterns for names of parameters to train, such as norm or attn/*/bias, if the method is full. A pattern matches

@@ -95,19 +95,19 @@ class RegularizeConfig(Settings):
     added: ClassVar[frozenset[str]] = frozenset({"mixout"})
 
     r_drop: float = Field(default=0.0, ge=0)
-    """Factor of the divergence between the outputs of two passes with different dropout (R-Drop). 0 disables it."""
+    """Factor of the divergence between the outputs of two passes with different dropout (R-Drop). 0 disables R-Drop."""
     neftune: float = Field(default=0.0, ge=0)
     """Alpha of NEFTune: uniform noise of at most alpha / sqrt(tokens * width) is added to each entry of the token
-    embeddings. 5 is usual. 0 disables it.
+    embeddings. 5 is usual. 0 adds no noise.
     """
     l2_start: float = Field(default=0.0, ge=0)
     """Factor of half the squared distance between the weights and the weights before finetuning (L2-SP). The task's
-    head is excluded. Set optim.weight_decay = 0 too, because weight decay pulls these weights to zero. 0 disables it.
+    head is excluded. Set optim.weight_decay = 0 too, because weight decay pulls the weights to zero. 0 disables L2-SP.
     """
     mixout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which a training step replaces a weight by its value before finetuning (Mixout). The task's head
     is excluded. 0.1 to 0.9 are usual, in place of dropout. The finetuning method must train the weights of the model. 0
-    disables it."""
+    disables Mixout."""
     class_weights: Annotated[Any, AfterValidator(_weights)] = {}
     """Weight of each class in the loss, as a table such as {"rare" = 5.0}. Classes that the table does not contain have
     weight 1. balanced: weights inversely proportional to the number of training examples of the class."""
