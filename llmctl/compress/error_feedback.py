@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from llmctl.compress.calibration.settings import DAMPING
 
 BLOCK = 128
-"""Number of inputs per block, as in the papers."""
+"""Number of inputs per block, as in the papers of SparseGPT and GPTQ."""
 ATTEMPTS = 4
 """Number of damping values that are tried. Each value is ten times the value before."""
 

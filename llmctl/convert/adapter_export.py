@@ -1,4 +1,4 @@
-"""Write an artifact's adapter in PEFT's format, and compare the outputs with the artifact's outputs."""
+"""Write an artifact's adapter in PEFT's format, and compare outputs of the written adapter and of the artifact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from llmctl.model import weights
 
 
 def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an artifact's adapter to the folder `draft`, and compare the outputs with the artifact's outputs.
+    """Write an artifact's adapter to the folder `draft`, and compare outputs of the written adapter and of the
+    artifact.
 
     Args:
         found: The artifact.
@@ -50,7 +51,7 @@ def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[flo
 
 
 def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an adapter, load it onto the base with PEFT, and compare the outputs with the artifact's outputs.
+    """Write an adapter, load it onto the base with PEFT, and compare the base's outputs with the artifact's outputs.
 
     If PEFT is not installed, llmctl loads the adapter.
 
@@ -88,7 +89,8 @@ def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple
 
 
 def _vectors(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write a trained prompt or prefix, load it with PEFT, and compare the outputs with the artifact's outputs.
+    """Write a trained prompt or prefix, load it onto the base with PEFT, and compare the base's outputs with the
+    artifact's.
 
     Returns:
         The same as `write`.

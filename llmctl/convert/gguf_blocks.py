@@ -167,5 +167,5 @@ def _k_bytes(code_NK: np.ndarray, part_NS: np.ndarray, d_N1: np.ndarray) -> np.n
 
 
 def _spread(values_RG: np.ndarray, size: int) -> np.ndarray:
-    """Repeat the values of groups, or one value per row, to `size` values per row."""
+    """Repeat the values [R, G] along the last axis, and return an array [R, size]."""
     return np.repeat(values_RG, size // values_RG.shape[1], axis=1)

@@ -73,7 +73,8 @@ def _write_model_beside(folder: Path, kept: Sequence[int], old: Tokenizer, out: 
 
 
 def _renumbered(name: str, content: dict[str, Any], at: dict[int, int]) -> dict[str, Any]:
-    """Return the content of the tokenizer file `name`, with the new token ids `at`. Removed tokens are omitted."""
+    """Return the content of the tokenizer file `name` with new token ids, for `at` = {old id: new id}. Removed tokens
+    are omitted."""
     if name == "added_tokens.json":
         return {token: at[i] for token, i in content.items() if i in at}
     out = dict(content)

@@ -113,7 +113,8 @@ def pools_last(model: ModelConfig) -> bool:
 def _recorded(
     words: tokenizers.Tokenizer, folder: Path, model: ModelConfig, config: Mapping[str, Any]
 ) -> TextTemplate | None:
-    """Return the special tokens that transformers adds around a text, or None if llmctl adds the same by default."""
+    """Return the special tokens that transformers adds around a text, or None if llmctl adds the same tokens by
+    default."""
     found = _template(words, folder)
     pad = config.get("pad_token_id")
     if pools_last(model) and isinstance(pad, int):

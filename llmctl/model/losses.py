@@ -93,7 +93,8 @@ def soft_class_sums(
     how: SoftLoss,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return a classifier's distillation loss: cross-entropy and divergence from the teacher, weighted and summed.
+    """Return a classifier's distillation loss: a weighted sum of the cross-entropy and of the divergence from the
+    teacher.
 
     Args:
         teacher_BC: Logits of the teacher.
@@ -117,9 +118,8 @@ def soft_number_sums(
 ) -> tuple[jax.Array, Sums]:
     """Return the distillation loss of a regression.
 
-    The loss has two terms: the squared differences from the teacher, and from the labels. Both terms are summed over
-    the rows, weighted by row. `how.soft` and `how.hard` are the weights of the two terms; the divergence of `how` is
-    not used.
+    The loss has two terms: the squared differences from the teacher, and from the labels. Both terms are weighted sums
+    over the rows. `how.soft` and `how.hard` are the weights of the two terms; the divergence of `how` is not used.
 
     Returns:
         (loss, sums). The sums are the same as in `number_sums`, for the labels.

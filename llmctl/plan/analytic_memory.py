@@ -165,7 +165,7 @@ def scores(setup: Setup) -> float:
     """Return the bytes of the attention scores on one device. If attention is fused, return 0.
 
     Plain attention holds three float32 arrays: the probabilities, their gradient and a copy. In ring attention, a
-    device computes scores of its own queries and of one device's keys at a time.
+    device holds the scores of its own queries for one device's keys at a time.
     """
     if setup.fused:
         return 0.0

@@ -15,7 +15,8 @@ from llmctl.model.config import ModelConfig
 
 
 def loss_program(task: Task, cfg: ModelConfig, dtype: Any) -> Any:
-    """Return a compiled function (parameters, batch) -> float32 [2]: the total loss and the total weight."""
+    """Return a compiled function (parameters, batch) -> float32 [2]: the sum of the losses and the sum of their
+    weights."""
     loss = task.loss_of(cfg, dtype=dtype)
 
     def run(params: dict[str, Any], batch: dict[str, Any]) -> jax.Array:

@@ -108,7 +108,7 @@ def with_formats(method: Quantization, found: Targets, mixture: Mixture) -> Quan
 
 
 def usable(increase: float) -> float:
-    """Return the increase of the loss that the allocation uses.
+    """Return the loss increase with which formats are allocated, given the measured `increase`.
 
     The result is 0 if the loss decreased, infinity if the loss is NaN, otherwise `increase` itself. A matrix whose
     rounding decreases the loss by chance therefore cannot outweigh other matrices.

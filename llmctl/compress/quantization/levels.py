@@ -82,7 +82,7 @@ class Grid(abc.ABC):
         return jnp.where(scale < SMALLEST, 1.0, scale)
 
     def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """Return the nearest level to each weight, float32. `scale` is broadcast to the shape of `w`."""
+        """Return the level nearest to each weight, float32. `scale` is broadcast to the shape of `w`."""
         return self.nearest(w / scale)
 
     def round(self, w: jax.Array, scale: jax.Array) -> jax.Array:

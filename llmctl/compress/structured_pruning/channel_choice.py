@@ -184,7 +184,8 @@ def _compensated(
     """Repair the matrices that read norms, for the channels `kept`. `prune_channels` describes the other arguments.
 
     Returns:
-      The parameters, and {path of a norm: factor by which its scale must be multiplied, [layers] or []}.
+      The parameters, and {path of a norm: factors by which the norm's scale must be multiplied}. The factors are an
+      array [layers], or a scalar for a norm outside of the layers.
     """
     feeds = norm_feeds(cfg)
     flat = weights.flatten(params)

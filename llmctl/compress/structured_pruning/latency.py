@@ -124,7 +124,7 @@ def zeros(params: Any) -> Any:
 
 
 def runner(cfg: ModelConfig, copies: Sequence[Any], timing: Timing, dtype: Any = jnp.float32, tokens: int = 1) -> Run:
-    """Return a function that runs a model, and returns the seconds per prefill or per new token of each copy.
+    """Return a function that runs a model, and returns the seconds of each copy, per prefill or per new token.
 
     Args:
       cfg: config of the model.

@@ -81,7 +81,7 @@ class LatencyTable:
 
     grid: Grid
     fixed_H: np.ndarray
-    """Fixed part of the latency (see the module docstring)."""
+    """Latency of the embeddings, the output head and the program's overhead, for each hidden width in the grid."""
     layers_SHGQF: np.ndarray
     """Latency of one layer of each stack."""
     stacks: tuple[str, ...]

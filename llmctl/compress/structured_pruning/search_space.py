@@ -32,7 +32,7 @@ size grows."""
 
 @dataclass(frozen=True)
 class Space:
-    """Store the values that each size may take.
+    """Store the values that each size of a pruned model may take, such as the allowed hidden widths.
 
     >>> space = Space(ModelConfig(preset="smollm2-135m"), multiple=64)
     >>> space.hidden

@@ -65,7 +65,7 @@ def to_config(cfg: Any) -> Fields:
 
 
 def shared_to_keys(cfg: Any) -> Fields:
-    """Return the keys of config.json that BERT and RoBERTa have in common, for a ModelConfig."""
+    """Convert a ModelConfig to the keys of config.json that BERT and RoBERTa have in common."""
     free = ("max_seq_len", "norm_eps", "activation", "token_types", "vocab_size", "head_transform", "pooler")
     needed = {k: v for k, v in FLAGS.items() if k not in (*free, "next_sentence", "pooling")}
     hf_config.refuse(

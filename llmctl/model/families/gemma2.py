@@ -38,7 +38,7 @@ NORMS = {
 
 
 def shared_from_keys(keys: Keys, every: int) -> Fields:
-    """Return the fields of ModelConfig for the keys of config.json that Gemma 2 and 3 have in common.
+    """Convert the keys of config.json that Gemma 2 and 3 have in common to fields of ModelConfig.
 
     Args:
         keys: The config.json to read.
@@ -62,7 +62,8 @@ def shared_from_keys(keys: Keys, every: int) -> Fields:
 
 
 def shared_to_keys(cfg: Any) -> Fields:
-    """Return the keys of config.json that Gemma 2 and 3 have in common; inverse of `shared_from_keys`."""
+    """Convert a ModelConfig to the keys of config.json that Gemma 2 and 3 have in common; inverse of
+    `shared_from_keys`."""
     scalar = (cfg.attn_scale or cfg.head_dim**-0.5) ** -2
     if abs(scalar - round(scalar)) > 1e-6 * scalar:
         raise RequestError(f"Gemma models have no attn_scale = {cfg.attn_scale}: its square is not one over an integer")

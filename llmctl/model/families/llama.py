@@ -117,7 +117,7 @@ BUFFERS = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"(model\.
 
 
 def sizes_from_keys(keys: Keys) -> Fields:
-    """Return the size fields of ModelConfig for a config.json of a family derived from Llama."""
+    """Convert a config.json of a family derived from Llama to the size fields of ModelConfig."""
     d_model, heads = keys.take("hidden_size"), keys.take("num_attention_heads")
     return {
         "vocab_size": keys.take("vocab_size"),
@@ -133,7 +133,7 @@ def sizes_from_keys(keys: Keys) -> Fields:
 
 
 def sizes_to_keys(cfg: Any) -> Fields:
-    """Return the keys of config.json for the size fields of a ModelConfig; inverse of `sizes_from_keys`."""
+    """Convert the size fields of a ModelConfig to keys of config.json; inverse of `sizes_from_keys`."""
     return {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,

@@ -24,7 +24,7 @@ SIZES: dict[str, Fields] = {
 
 
 def shared_from_keys(keys: Keys) -> Fields:
-    """Return the fields of ModelConfig for the keys of config.json that Qwen2 and Qwen3 have in common."""
+    """Convert the keys of config.json that Qwen2 and Qwen3 have in common to fields of ModelConfig."""
     keys.check("use_mrope", False)
     sizes = llama.sizes_from_keys(keys)
     keys.set_default("sliding_window", 4096)
@@ -45,7 +45,8 @@ def shared_from_keys(keys: Keys) -> Fields:
 
 
 def shared_to_keys(cfg: Any) -> Fields:
-    """Return the keys of config.json that Qwen2 and Qwen3 have in common; inverse of `shared_from_keys`."""
+    """Convert a ModelConfig to the keys of config.json that Qwen2 and Qwen3 have in common; inverse of
+    `shared_from_keys`."""
     first = next((i for i, local in enumerate(cfg.local_layers(cfg.layers)) if local), cfg.layers)
     return {
         **llama.sizes_to_keys(cfg),

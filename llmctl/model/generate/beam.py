@@ -209,7 +209,7 @@ class BeamSearch:
 
 
 def _repeated(state: State, B: int, W: int) -> State:
-    """Repeat the decoding state of each of B prompts (cache and position) W times, once per beam."""
+    """Repeat the decoding state (cache and position) of each of B prompts W times, once per beam."""
 
     def cached(a: jax.Array) -> jax.Array:
         rows = jnp.repeat(a.reshape(B, -1, *a.shape[-2:]), W, axis=0)  # merge axes of size 1; see `cache_shape`

@@ -99,7 +99,8 @@ def layer_of(tree: Any, index: int) -> Any:
 def value_names(params: Params) -> frozenset[str]:
     """Return the names of the arrays that store the elements of the layers' matrices.
 
-    For a quantized matrix, this is the array of integers. The names of scales and of adapter arrays are not returned.
+    For a quantized matrix, this is the name of the array of integers. The names of scales and of adapter arrays are not
+    returned.
     """
     found = ((m.path, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, part in found if part is not None)
@@ -108,8 +109,8 @@ def value_names(params: Params) -> frozenset[str]:
 def zero_names(params: Params) -> frozenset[str]:
     """Return the names of the arrays in which pruning sets elements to zero.
 
-    These are the floating-point arrays of the matrices in layers. Adapter arrays are excluded, because their zeros come
-    from initialization and not from pruning.
+    These names belong to the floating-point arrays of the matrices in layers. Adapter arrays are excluded, because
+    their zeros come from initialization and not from pruning.
     """
     found = ((m.path, m.node, m.node.values_part) for m in matrices(params, "block"))
     return frozenset(names.join(path, part) for path, node, part in found if part is not None and not node.is_integer)

@@ -69,7 +69,8 @@ class Name(NamedTuple):
 
     @property
     def embeds(self) -> bool:
-        """Return True if the parameter belongs to the embeddings: tokens, positions, types or their norm."""
+        """Return True if the parameter belongs to the embeddings of tokens, positions or types, or to the norm after
+        them."""
         return self.path.startswith(f"{EMBED}/")
 
     def belongs(self, module: str) -> bool:
