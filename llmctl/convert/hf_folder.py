@@ -265,7 +265,7 @@ def load(
         found: Result of `inspect`.
         place: Function that reads a parameter and places it on devices.
         dtype: Dtype of the parameters; if None, the stored dtype.
-        wrote: Function that is called with the size in bytes of each slice of a tensor that was read.
+        wrote: Function that is called after each slice of a tensor was read, with the size of the slice in bytes.
 
     Returns:
         The parameter tree of the arrays that `place` returned.

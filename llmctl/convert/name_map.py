@@ -138,7 +138,7 @@ def read(
         place: Function that reads a parameter and puts it on its devices.
         dtype: Dtype of all parameters. If None, each parameter keeps the dtype of its tensors. If the dtypes differ
             between layers, the parameter gets the `common` dtype.
-        wrote: Function that is called after every slice of a tensor that was read, with the slice's size in bytes.
+        wrote: Function that is called after each slice of a tensor was read, with the size of the slice in bytes.
 
     Returns:
         The parameter tree of the arrays that `place` returned.

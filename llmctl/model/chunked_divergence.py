@@ -142,7 +142,7 @@ def listed_distillation(
 
 
 def _weights_per_token(how: SoftLoss, weights_BT: jax.Array) -> dict[str, jax.Array]:
-    """Return the weights of `how` that are arrays, by name, as arrays [B, T] that a chunk can read.
+    """Return the weights in `how` by name, each as an array [B, T] with one weight per token.
 
     Weights that are numbers are omitted.
     """

@@ -1,4 +1,4 @@
-"""Look up embeddings in a table whose columns are sharded over the devices that also shard the tokens.
+"""Look up embeddings in a table whose columns are sharded over the same devices as the tokens.
 
 There are two methods. In the first, every device gathers the table. In the second, every device looks up its own
 columns for the tokens of all devices. An all-to-all then sends each device the missing columns of its own tokens. The

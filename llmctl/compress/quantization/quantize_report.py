@@ -39,9 +39,9 @@ def weight_errors(layers: Sequence[Record]) -> dict[str, float]:
 
 
 def unscaled(layers: Sequence[Record]) -> list[str]:
-    """Return one line per stack (encoder, decoder) that lists the matrices whose inputs could not be scaled.
+    """Return one line per stack (encoder, decoder) about matrices whose inputs could not be scaled.
 
-    A line is omitted if all inputs could be scaled.
+    The line lists these matrices. A line is omitted if all inputs of the stack could be scaled.
     """
     found: dict[str, dict[str, None]] = {}
     for layer in layers:

@@ -210,7 +210,7 @@ def _of_template(tokenizer: Tokenizer) -> set[int]:
 
 
 def _used(vocabulary: Vocabulary, counts_V: np.ndarray, fixed: set[int]) -> list[int]:
-    """Return the ids of all tokens that the tokenizer needs to encode the texts whose tokens were counted."""
+    """Return the ids of all tokens that the tokenizer needs to encode the texts of the data."""
     used = {*np.flatnonzero(counts_V).tolist(), *fixed}
     return sorted(set[int]().union(*(vocabulary.needed(i) for i in used)))
 

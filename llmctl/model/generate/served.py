@@ -19,7 +19,7 @@ Served = tuple[functional.Params, list[functional.Params]]
 
 
 class Shared:
-    """Cache converted arrays, so that an array that several models use is converted and stored only once.
+    """Cache converted arrays. If several models use an array, the array is converted and stored only once.
 
     Example:
         >>> import jax.numpy as jnp

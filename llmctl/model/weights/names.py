@@ -1,4 +1,5 @@
-"""Parse the names of parameters, to find out which are matrices, which belong to layers, and so on.
+"""Parse parameter names, to find out whether a parameter is a matrix, whether a parameter belongs to a layer, and so
+on.
 
 The path of a weight consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`.
 If the weight is one plain array, the name of the array is the path. A weight node has several arrays. The name of each

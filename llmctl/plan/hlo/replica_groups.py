@@ -38,7 +38,7 @@ def group_of(i: Instruction, devices: int) -> list[int]:
 
 
 def slices_of(i: Instruction) -> int:
-    """Return the number of TPU slices that take part in the collective to which the send instruction `i` belongs.
+    """Return the number of TPU slices in the collective of the send instruction `i`.
 
     The attribute {1,2}x{0:3} means two slices (1 and 2) with four devices each.
     """
