@@ -54,7 +54,7 @@ def check_apart(folder: Path, out: Path, flag: str) -> None:
 
 
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
-"""Pattern of NumPy's error message for an array that was written only in part, because the disk is full."""
+"""Regular expression for NumPy's error message if an array was written only in part, because the disk is full."""
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def writing(out: Path) -> Iterator[Path]:
     """Yield a temporary folder, which is renamed to `out` at the end of the `with` statement.
 
     If the body raises an error, the temporary folder is deleted and `out` is unchanged. With several processes, process
-    0 creates, renames and deletes the folder. All processes may use it in the body.
+    0 creates, renames and deletes the folder. All processes may use the folder in the body.
 
     Raises:
         RequestError: If another process writes `out`.

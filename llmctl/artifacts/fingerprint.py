@@ -19,7 +19,7 @@ makes about a fifth of normally distributed weights zero."""
 def digest(flat: Mapping[str, Any]) -> str:
     """Return the SHA-256 digest of all arrays as hex digits. One weight at a time is copied to the host.
 
-    If there are several processes, all of them must call this function.
+    If there are several processes, all processes must call this function.
 
     Args:
         flat: Weights of the model by their path in the parameter tree.

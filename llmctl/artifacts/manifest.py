@@ -190,7 +190,9 @@ class Manifest(BaseModel):
         return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
 
     def as_parent(self) -> Parent:
-        """Return the name and the digests of this artifact, for the field `parent` of artifacts made from it."""
+        """Return the name and the digests of this artifact. An artifact that starts from this artifact stores the
+        result as `parent`.
+        """
         return Parent(name=self.name, digest=self.digest, content=self.content)
 
 

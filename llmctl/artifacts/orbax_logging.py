@@ -1,8 +1,8 @@
 """Discard log lines about reads and writes that fail after Orbax has already raised an error.
 
 If several arrays cannot be read or written, Orbax raises the first error and closes its event loop. TensorStore's other
-operations end later. They also fail, or find no event loop, and print tracebacks. These tracebacks add nothing to the
-first error.
+operations end later. These operations also fail, or find no event loop, and print tracebacks. These tracebacks add
+nothing to the first error.
 """
 
 from __future__ import annotations

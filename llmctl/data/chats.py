@@ -43,7 +43,7 @@ def is_chat(value: Any) -> bool:
 
 
 def read(value: Any, clean: Callable[[str], str] = str, *, answered: bool = True) -> list[Message]:
-    """Convert a conversation to messages in OpenAI's format, as chat templates read them.
+    """Convert a conversation to messages in OpenAI's format, which chat templates read.
 
     Keys without a value are dropped. The text parts of a message are joined. The arguments of tool calls,
     which data sets often store as text, become JSON data. A message with "weight" 0 does not count in the loss. The

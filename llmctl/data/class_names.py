@@ -49,7 +49,7 @@ def _names(feature: Any) -> tuple[str, ...]:
 
 
 def of_schema(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Return {column: class names} as the metadata of an Arrow schema declares them.
+    """Return the class names that the metadata of an Arrow schema declares, as {column: class names}.
 
     The result is empty if the metadata is unreadable or declares no class names.
     """

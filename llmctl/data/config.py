@@ -82,9 +82,9 @@ class SourceConfig(Config):
     """Map from canonical column names to the source's column names, such as {text = "review"}. If empty, the columns
     with canonical names are read. Canonical names of text columns are text, pair, prompt, completion, chosen and
     rejected (a better and a worse completion), context and question. Other canonical names are label, tokens (a list of
-    words), tags (one label per word) and answers (in SQuAD's format {text = [...], answer_start = [...]}, with empty
-    lists if there is no answer). Multiple choice has choices (a list of texts) and answer (the index, the text or the
-    name of the right choice). Conversations have messages (also called conversations) and tools."""
+    words), tags (one label per word) and answers. answers has SQuAD's format {text = [...], answer_start = [...]}, with
+    empty lists if there is no answer. Multiple choice has choices (a list of texts) and answer (the index, the text or
+    the name of the right choice). Conversations have messages (also called conversations) and tools."""
     filter: dict[str, Scalar | list[Scalar]] = {}
     """Allowed values by column of the source: one value or a list. Rows with other values are dropped."""
     template: dict[str, str] = {}

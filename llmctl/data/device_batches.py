@@ -172,8 +172,7 @@ class DeviceBatches:
     def for_one_pass(cls, mesh: Mesh, size: int, rows: int) -> DeviceBatches:
         """Return an object that builds batches for one pass over `rows` rows.
 
-        The batch size is the smaller of `size` and `rows`, rounded up to a multiple of the number of devices that shard
-        the rows.
+        The batch size is min(`size`, `rows`), rounded up to a multiple of the number of devices that shard the rows.
         """
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         return cls(mesh, -(-min(size, rows) // ways) * ways)

@@ -1,7 +1,7 @@
 """Create text columns from the other columns of a row, by Jinja templates.
 
 With a template, labeled texts can be turned into prompts and completions, for example. Templates are part of recipes,
-which other people may have written. They therefore run in the sandbox of `llmctl.data.template_sandbox`.
+which other people may have written. Templates therefore run in the sandbox of `llmctl.data.template_sandbox`.
 
 Example:
     >>> templates = RowTemplates({"prompt": "{{ text }} It was", "completion": " {{ words[label] }}"}, {"pos": "great"})

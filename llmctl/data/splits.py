@@ -1,4 +1,5 @@
-"""Read the rows that a data config describes, remove duplicates, and split them into train, validation and test.
+"""Read the rows that a data config describes, remove duplicates, and split the other rows into train, validation and
+test.
 
 The split of a row depends only on its text, not on its position, the filters or other rows. A text in the test split of
 one stage is therefore never in another stage's training data. This also holds if the stages have different filters.

@@ -28,9 +28,7 @@ def numbers(rows: Any, rows_B: np.ndarray) -> np.ndarray:
 
 
 def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct keys (see `numbers`) of the first `count` rows, ascending, and for each key the number of a
-    row with this key.
-    """
+    """Return the distinct keys (see `numbers`) of the first `count` rows, ascending, and one row number per key."""
     rows_N = np.arange(count)
     if is_ordered(rows):
         return rows_N, rows_N

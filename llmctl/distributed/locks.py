@@ -1,4 +1,4 @@
-"""Prevent two llmctl processes from writing one folder, and name the temporary files next to it."""
+"""Prevent two llmctl processes from writing one folder, and name the temporary files next to the folder."""
 
 from __future__ import annotations
 

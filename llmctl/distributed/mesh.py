@@ -1,4 +1,5 @@
-"""Build the device mesh, and shard arrays over it. One table of rules maps the logical axes of arrays to mesh axes.
+"""Build the device mesh, and shard arrays over the mesh. One table of rules maps the logical axes of arrays to mesh
+axes.
 
 Example:
   >>> from llmctl.config.settings import MeshConfig

@@ -65,8 +65,8 @@ class Predictor:
     def predictions(self, rows: Sequence[Row]) -> list[Any]:
         """Return the unformatted prediction for each row, such as class probabilities or a number.
 
-        The predictions are in the order of `rows`. Rows with a second text and rows without one run in separate
-        batches. The prediction of a row therefore does not depend on the other rows.
+        The predictions are in the order of `rows`. Rows with a second text and rows without a second text run in
+        separate batches. The prediction of a row therefore does not depend on the other rows.
         """
         truncate, labels = self.manifest.truncate or "tail", tuple(self.manifest.labels)
         settings, found = RowSettings(self._seq_len, truncate=truncate, labels=labels), [None] * len(rows)

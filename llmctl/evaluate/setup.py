@@ -77,7 +77,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """Store the metrics of one artifact on one task, and functions that time it."""
+    """Store the metrics of one artifact on one task, and functions whose speed can be measured."""
 
     task: str
     protocol: str

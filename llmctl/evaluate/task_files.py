@@ -119,8 +119,8 @@ def load(file: str, limit: int = 0) -> LoadedTask:
         limit: Maximum number of examples if the file sets none; 0 uses all.
 
     Raises:
-        RequestError: If a file is missing, a setting is invalid, the split is empty, or solved examples are requested
-            for a task that has no prompts.
+        RequestError: If a file is missing. If a setting is invalid. If the split is empty. If solved examples are
+            requested for a task without prompts.
     """
     config = read(file)
     task = TASKS[config.task]

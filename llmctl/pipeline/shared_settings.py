@@ -17,7 +17,7 @@ def of_stages(doc: dict[str, Any], classes: list[type[StageConfig]], file: str) 
     """Return, for each stage, the shared settings that its config class defines.
 
     Raises:
-      RequestError: If no stage defines a shared setting.
+      RequestError: If a shared setting is defined by no stage.
     """
     shared = {k: v for k, v in doc.items() if k not in ("name", "run", "stage")}
     used: set[str] = set()
@@ -54,7 +54,7 @@ def _check_all_used(
     """Check that each shared setting is used by at least one stage.
 
     Raises:
-      RequestError: If no stage uses a shared setting.
+      RequestError: If a shared setting is used by no stage.
     """
     for path in paths(shared):
         if path in used:

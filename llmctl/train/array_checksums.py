@@ -31,7 +31,7 @@ FACTORS = (0x9E3779B1, 0x85EBCA77)
 def of_arrays(tree: Any) -> dict[str, list[int]]:
     """Return the checksum of every array of a tree, by the array's path, as two integers.
 
-    If a run has several processes, all of them must call this function.
+    If a run has several processes, all processes must call this function.
     """
     named = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
     return {name: [int(n) for n in host_arrays.read(sums)] for name, sums in _sums(named).items()}

@@ -247,8 +247,8 @@ def shallower(config: Any, teacher: Artifact) -> ModelConfig:
     """Return the config of a student that copies layers of the teacher.
 
     Raises:
-      RequestError: If the teacher has too few layers, or if a copied layer would get another kind of attention than in
-        the teacher.
+      RequestError: If the teacher has too few layers. If a copied layer would get another kind of attention than in the
+        teacher.
     """
     like, update = teacher.model, {}
     for stack in functional.stacks(like):

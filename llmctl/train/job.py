@@ -38,8 +38,8 @@ class Job:
     suffice for compiling."""
     loss: Callable[..., tuple[jax.Array, Sums]]
     """Function (params, batch, dropout key, *constants) -> (sum of losses, metric sums). The step divides the sum of
-    losses by the metric sum "weight". If the job has `extra` arrays, the loss also gets them as the keyword argument
-    `extra`.
+    losses by the metric sum "weight". If the job has `extra` arrays, the loss also gets these arrays as the keyword
+    argument `extra`.
     """
     rows: Any
     """Training rows (token sequences with their labels), with random access by row number."""
@@ -73,7 +73,7 @@ class Job:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Trained arrays that are not part of the model, by name. Examples are projections for the distillation of hidden
     states, and a network that computes a trained prefix. These arrays keep their sharding and are trained in float32.
-    The optimizer state, the moving average and the checkpoints include them.
+    The optimizer state, the moving average and the checkpoints include these arrays.
     """
     result: Callable[[Params, Params], Params] = lambda params, extra: params
     """Function (params, extra) -> the parameters that are validated and returned. The argument `extra` contains the

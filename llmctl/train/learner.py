@@ -41,7 +41,7 @@ class Learner:
     """Describe the model, the task and the options of a training run, without its data. The arrays may be abstract."""
 
     model: ModelConfig
-    """Config of the trained model, as it is saved."""
+    """Config of the model that is trained and saved."""
     params: dict[str, Any]
     """Initial parameters of the model."""
     task: Task
@@ -65,8 +65,8 @@ class Learner:
     arguments, by name.
     """
     adapt_job: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
-    """Function (job, number of steps) -> the job to run. The function may, for example, replace the loss. By default it
-    returns the same job.
+    """Function (job, number of steps) -> the job to run. The function may, for example, replace the loss. By default
+    the function returns the job unchanged.
     """
 
     @property
@@ -116,8 +116,8 @@ def job(config: Any, learner: Learner, rows: Any, validate: Any, steps: int) -> 
 def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
     """Return (`config.train` with its number of steps, log lines).
 
-    If `train.epochs` is set, it determines the number of steps, and a log line reports this number. Otherwise there are
-    no log lines.
+    If `train.epochs` is set, the epochs determine the number of steps, and a log line reports this number. Otherwise
+    there are no log lines.
 
     Raises:
       RequestError: If the data settings also limit the epochs, or the data has fewer rows than all steps need.

@@ -215,7 +215,7 @@ class _Loop:
     def raise_if_bad(self, state: State) -> None:
         """Raise WorkError if too many consecutive steps were bad.
 
-        A step is bad if its loss is not finite, if its batch has no label, or if its loss or gradient norm is an
+        A step is bad in three cases: its loss is not finite, its batch has no label, or its loss or gradient norm is an
         outlier. The training state counts the bad steps. It therefore suffices to call this function before log lines
         and checkpoints.
         """

@@ -59,7 +59,7 @@ class Reporter:
     A Reporter is a context manager.
 
     A resumed run passes its first step as `start`. Lines of later steps are removed, because the resumed run writes
-    them again. The log therefore contains every step once.
+    these lines again. The log therefore contains every step once.
 
     On a terminal a bar shows step, metrics, elapsed and remaining time. Otherwise a plain line is printed at most every
     `every` seconds, and at the last step. Bar and lines are written to stderr, because stdout is for results.

@@ -107,8 +107,8 @@ class ChoiceRows(ExampleRows):
     def _prompt(self, i: int) -> np.ndarray:
         """Return the token ids of the prompt of question i.
 
-        For decoders, a long prompt is truncated at its beginning so that it fits with the longest choice. All choices
-        then have the same prompt.
+        For decoders, a long prompt is truncated at its beginning, so that prompt and longest choice fit into a row. All
+        choices then have the same prompt.
         """
         prompt = self._prompts[i]
         if self._architecture != "decoder":

@@ -51,7 +51,8 @@ class AnswerRows(ExampleRows):
         """Tokenize the examples and split contexts into windows.
 
         Raises:
-            RequestError: If the examples have no question or no context, or if `seq_len` is too small for them.
+            RequestError: If the examples have no question or no context, or if `seq_len` is too small for question and
+                context.
         """
         if missing := [c for c in ("question", "context") if c not in examples.columns]:
             raise RequestError(f'the data has no column "{missing[0]}"; map one in data.columns')
@@ -115,7 +116,7 @@ class AnswerRows(ExampleRows):
 def token_span(spans_N2: np.ndarray, first: int, last: int) -> tuple[int, int] | None:
     """Return the indices of the first and the last token that overlap the characters `first` to `last` - 1.
 
-    Return None if no token overlaps them.
+    Return None if no token overlaps these characters.
 
     Args:
         spans_N2: Character range [first, last) of each token.

@@ -33,9 +33,9 @@ IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
 class PairRows:
     """Build rows `bos A eos B eos` with masked tokens, for next-sentence prediction.
 
-    A passage is a part of a document. It is divided at a sentence boundary into A and B. A row contains A and B from
-    the same passage (next_label 0), or from passages of different documents (next_label 1). A and B have up to half a
-    row each, for both labels, so that lengths do not reveal the label.
+    A passage is a part of a document. Each passage is divided at a sentence boundary into A and B. A row contains A and
+    B from the same passage (next_label 0), or from passages of different documents (next_label 1). A and B have up to
+    half a row each, for both labels, so that lengths do not reveal the label.
 
     Four rows combine two passages of different documents: each A with its own B, then each A with the other B. In the
     two rows with the same A, the masked tokens of A are the same. This also holds for B. Every passage therefore has
@@ -278,9 +278,9 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
 def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (passage of A, passage of B, next_label) of every row, int [2N] each.
 
-    For partners (two combined passages) a and b, there are two rows with label 0, (a, a) and (b, b), then two rows with
-    label 1, (a, b) and (b, a). The passages without a partner follow at the end of the group, without a label. Two such
-    passages c and d have the rows (c, c), (d, d), (c, c), (d, d).
+    Two combined passages a and b are called partners. They have two rows with label 0, (a, a) and (b, b), then two rows
+    with label 1, (a, b) and (b, a). The passages without a partner follow at the end of the group, without a label. Two
+    such passages c and d have the rows (c, c), (d, d), (c, c), (d, d).
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

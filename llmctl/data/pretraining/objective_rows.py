@@ -67,8 +67,8 @@ class Objective:
             shuffle: Whether to shuffle in every epoch.
 
         Raises:
-            RequestError: If the tokenizer lacks special tokens or adds a trained prompt (prompt tuning) to texts, or if
-                there are too few documents.
+            RequestError: If the tokenizer lacks special tokens. If the tokenizer adds a trained prompt (prompt tuning)
+                to texts. If there are too few documents.
         """
         if tokenizer.prefix:
             raise RequestError(

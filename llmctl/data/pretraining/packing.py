@@ -5,8 +5,8 @@ after the other into one long sequence of tokens, the epoch's token sequence. Ro
 sequence, from token r * T on. The sequence is never stored. Only the offset of each piece in the sequence is known, and
 a binary search finds the pieces of a row. The time per row therefore hardly depends on the size of the corpus.
 
-A row depends only on the corpus, the settings and the row number. It is therefore the same after a resume and for any
-number of hosts.
+A row depends only on the corpus, the settings and the row number. A row is therefore the same after a resume and for
+any number of hosts.
 
 Shapes: P pieces, B rows, T tokens per row, D documents.
 """

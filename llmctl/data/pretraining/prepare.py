@@ -1,4 +1,4 @@
-"""Tokenize a corpus once, in parallel processes, and save it as shards (files of documents) that training can read.
+"""Tokenize a corpus once, in parallel processes, and save the tokens as shards (files of documents) for training.
 
 The index of a document in its source determines its shard, and each shard is written by one process. The result is
 therefore the same for any number of processes. If a preparation is interrupted, the next preparation writes only the

@@ -236,7 +236,7 @@ def _wrong_lengths(where: epath.Path, part: Part) -> str:
 def check_settings(found: Prepared, part: SourceConfig, cfg: DataConfig, path: str) -> None:
     """Check that filters, replacements, deduplication and split fractions are the same as when the data was prepared.
 
-    Only `llmctl prepare` applies these settings. Training on prepared data cannot change them.
+    Only `llmctl prepare` applies these settings. Training on prepared data cannot change these settings.
 
     Args:
         found: Description of the prepared data.

@@ -20,7 +20,7 @@ SPELLINGS = {
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
 }
-"""Common texts of special tokens, for folders that do not specify them."""
+"""Common texts of special tokens, for folders that do not specify these texts."""
 MAX_GROWTH = 1000
 """Maximum number of characters into which replacements may convert one character. Published tokenizers replace a space
 by one character."""

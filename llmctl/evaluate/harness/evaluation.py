@@ -76,7 +76,7 @@ def setup(mesh: Any, manifest: Manifest, path: str, *, seq_len: int, batch_size:
 
 
 class Suite:
-    """Load tasks once for an evaluation, and measure artifacts on them.
+    """Load tasks once for an evaluation, and measure artifacts on these tasks.
 
     Use the class as a context manager. Tasks are loaded before any artifact.
     """

@@ -101,8 +101,8 @@ class ArtifactLM(TemplateLM):
 
         Args:
             string: The text. It may spell special tokens.
-            add_special_tokens: Whether the ids begin with the begin-of-sequence token. If None, the token is added if
-                the tokenizer adds the token to texts, and the text does not spell the token.
+            add_special_tokens: Whether the ids begin with the begin-of-sequence token. None adds the token if the
+                tokenizer does so by default, unless the text itself spells the token.
             kwargs: Ignored.
         """
         words = self._words
@@ -141,8 +141,8 @@ class ArtifactLM(TemplateLM):
         Requests with equal settings are generated together, shortest prompt first.
 
         Raises:
-            RequestError: If a task has a generation setting that llmctl does not know, or if the answers leave no room
-                for a prompt.
+            RequestError: If a task has a generation setting that llmctl does not know. If the answers leave no room for
+                a prompt.
         """
         out = [""] * len(requests)
         groups: dict[str, list[int]] = {}

@@ -49,7 +49,7 @@ def check() -> None:
 
 
 def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> dict[str, float]:
-    """Compute BLEU, chrF, ROUGE and exact match of generated texts, and return them by name.
+    """Return BLEU, chrF, ROUGE and exact match of generated texts, by name.
 
     Args:
         references: True text of each example.

@@ -28,7 +28,9 @@ class ExportMethods(TaskRecord):
         return fields | ({"problem_type": self.problem_type} if self.problem_type else {})
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Read values such as fitted thresholds from a config.json, and return them by name; {} if there are none."""
+        """Return the fitted values in a config.json, such as thresholds, by name. If there are no such values, return
+        {}.
+        """
         return {}
 
     def peft_task_type(self, model: ModelConfig) -> str:

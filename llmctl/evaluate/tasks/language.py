@@ -66,7 +66,7 @@ class Language(TokenLosses, Task):
 def scored(
     task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
 ) -> tuple[Any, dict[str, Any]]:
-    """Score all rows with a compiled function, and return (this function, metrics).
+    """Score all rows with a compiled function, and return (compiled function, metrics).
 
     The metrics include metrics of a baseline that ignores the context.
 

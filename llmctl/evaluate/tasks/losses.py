@@ -39,9 +39,9 @@ class Options:
     dtype: Any = jnp.float32
     """Dtype of the computation."""
     label_smoothing: float = 0.0
-    """Weight of the uniform distribution in the targets; the metrics do not use it."""
+    """Weight of the uniform distribution in the targets. The metrics are computed without label smoothing."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2 in the loss, for the normalizer Z of the softmax; the metrics do not use it."""
+    """Weight of log(Z)^2 in the loss, for the normalizer Z of the softmax. The metrics do not include this term."""
     temperature: float = COSINE_TEMPERATURE
     """Divisor of the similarities of embeddings before the softmax."""
     labels: Sequence[str] = ()

@@ -33,7 +33,7 @@ DIGITS = 6
 
 
 class Predicts:
-    """Define the methods of a task that predict new rows. The defaults suit tasks with one output per row."""
+    """Define the methods of a task that predict new rows. The default methods suit tasks with one output per row."""
 
     asks: ClassVar[tuple[str, ...]] = ("text",)
     """Columns that a new row must have, by llmctl's own column names."""

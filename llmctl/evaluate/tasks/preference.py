@@ -1,4 +1,4 @@
-"""Train on preferences, so that the chosen completion of a prompt becomes more likely than the rejected one.
+"""Train on preferences, so that the chosen completion of a prompt becomes more likely than the rejected completion.
 
 Losses: DPO (Rafailov et al., 2023, arXiv:2305.18290), IPO (Azar et al., 2023, arXiv:2310.12036) and SimPO (Meng et al.,
 2024, arXiv:2405.14734). The reference model of DPO and IPO is the model in training, without its adapters. A second
@@ -133,7 +133,9 @@ class Preference(Language):
         return score
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Any:
-        """Measure how often the chosen completion is more likely than the rejected one, without a reference model."""
+        """Measure how often the chosen completion is more likely than the rejected completion, without a reference
+        model.
+        """
         return super(Language, self).evaluate(artifact, held, setup)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:

@@ -89,7 +89,8 @@ class GenerationConfig(Config):
     """Format of cached keys and values, quantized with one scale per token and head: int8, fp8_e4m3 or int4. If empty,
     the cache has the dtype of the computation."""
     stops: list[str] = []
-    """Strings that end an answer, such as a line break after solved examples. The answer does not include them."""
+    """Strings that end an answer, such as a line break after solved examples. The answer does not include these
+    strings."""
     examples: int = Field(default=200, ge=0)
     """Maximum number of examples per validation in training, chosen by their hash; 0 generates none."""
     bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = "13a"

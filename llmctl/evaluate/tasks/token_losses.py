@@ -51,9 +51,9 @@ class TokenLosses(TokenCrossEntropy):
     ) -> dict[str, jax.Array]:
         """Return the `divergence.top_k` most probable tokens of the teachers at every predicted position.
 
-        The arrays are "teacher_ids" [B, T, k], "teacher_log_p" [B, T, k] and "teacher_rest" [B, T] (see `Listed`). If
-        the batch has the array `places` [B, P] of predicted positions, the shapes are [B, P, k] and [B, P], and the
-        names begin with "places_". If all teachers predict next-sentence labels, their logits are
+        The arrays are "teacher_ids" [B, T, k], "teacher_log_p" [B, T, k] and "teacher_rest" [B, T] (see `Listed`). The
+        batch may have an array `places` [B, P] of predicted positions. The shapes are then [B, P, k] and [B, P], and
+        the names begin with "places_". If all teachers predict next-sentence labels, their logits are
         "teacher_next_sentence" [B, 2].
         """
         vocab, temperature = teachers[0][0].vocab_size, divergence.temperature
@@ -105,7 +105,7 @@ class TokenLosses(TokenCrossEntropy):
         return {"agreement": jnp.sum(same_BP * weights_BP), "weight": jnp.sum(weights_BP)}
 
     def _follows(self, cfgs: Sequence[ModelConfig], batch: Batch) -> bool:
-        """Return whether the batch has next-sentence labels, and all models predict them."""
+        """Return whether the batch has next-sentence labels, and all models predict such labels."""
         return "next_label" in batch and all(cfg.next_sentence for cfg in cfgs)
 
     def _with_next_sentence(

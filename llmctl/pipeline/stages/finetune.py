@@ -85,7 +85,8 @@ class Config(StageConfig):
     prefix: PrefixConfig = PrefixConfig()
     """Settings of method prefix."""
     merge: bool = True
-    """Merge adapters into the matrices after training; false stores them separately. Only for methods with adapters."""
+    """Merge adapters into the matrices after training; false stores the adapters separately. Only for methods with
+    adapters."""
     store: Literal["model", "adapter"] = "model"
     """Content of the artifact. model: all parameters. adapter: only the trained parameters, including adapters that are
     not merged. Later commands then also need the base, the artifact from which training started. Commands search for

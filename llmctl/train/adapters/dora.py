@@ -1,7 +1,7 @@
 """Train each matrix as a magnitude times a direction (DoRA; Liu et al., 2024, arXiv:2402.09353).
 
-A low-rank adapter changes the direction. The matrices may be quantized. Ranks, scales, targets and initialization are
-the same as in LoRA.
+A low-rank adapter changes the direction. The matrices of the model may be quantized. Ranks, scales, targets and
+initialization are the same as in LoRA.
 """
 
 from __future__ import annotations

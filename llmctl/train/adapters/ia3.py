@@ -1,6 +1,6 @@
 """Train factors that multiply keys, values, and inner activations of feed-forward layers.
 
-The method is called (IA)^3 (Liu et al., 2022, arXiv:2205.05638). The matrices may be quantized.
+The method is called (IA)^3 (Liu et al., 2022, arXiv:2205.05638). The matrices of the model may be quantized.
 """
 
 from __future__ import annotations

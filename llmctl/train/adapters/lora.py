@@ -1,7 +1,8 @@
 """Train low-rank adapters of frozen matrices (LoRA; Hu et al., 2021, arXiv:2106.09685).
 
-The matrices may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314). Settings select the scale of rsLoRA
-(Kalajdzievski, 2023, arXiv:2312.03732) and the learning rates of LoRA+ (Hayou et al., 2024, arXiv:2402.12354).
+The matrices of the model may be quantized (QLoRA; Dettmers et al., 2023, arXiv:2305.14314). Settings select the scale
+of rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732) and the learning rates of LoRA+ (Hayou et al., 2024,
+arXiv:2402.12354).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def attach(
     The pair adds scale * a @ b to the matrix [..., I, O]. I is the number of inputs, O the number of outputs, and R the
     rank. `a` is initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code.
     `b` is zero, so the model's outputs do not change. For the token embeddings, `a` is zero and `b` is normally
-    distributed, as in PEFT, because each token reads one row of `a`.
+    distributed, as in PEFT. There, each token reads one row of `a`.
 
     Args:
       cfg: config of the model.

@@ -14,7 +14,8 @@ The subclass overrides methods:
 
     METHOD = Norms()
 
-Modules of methods import JAX only inside functions, because the settings import them and must load without JAX.
+Modules of methods import JAX only inside functions, because the modules of settings import these modules and must load
+without JAX.
 """
 
 from __future__ import annotations

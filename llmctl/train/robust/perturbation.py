@@ -51,8 +51,9 @@ class Site(NamedTuple):
         return meshes.constrain(offset_BTD, "batch", "seq", "act_embed")
 
     def added(self, batch: Batch, offset_BTD: jax.Array) -> Batch:
-        """Return the batch with the perturbation added. If the batch already has a perturbation, return the sum of
-        both."""
+        """Return the batch with the perturbation added. If the batch already has a perturbation, the result has the sum
+        of both perturbations.
+        """
         return batch | {self.name: batch[self.name] + offset_BTD if self.name in batch else offset_BTD}
 
     def size(self, params: Params, norm: str) -> jax.Array:
