@@ -39,7 +39,7 @@ class Query(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Store the log-likelihood of a continuation in nats, and whether greedy decoding would generate the continuation."""
+    """Store the log-likelihood of a continuation in nats, and whether the continuation is the greedy choice."""
 
     log_likelihood: float
     greedy: bool
