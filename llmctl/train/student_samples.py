@@ -164,8 +164,7 @@ class StudentSamples:
     def rules(self) -> Sampling:
         """Return the sampling rules. The temperature is 1 by default, as in the paper."""
         answers = self.config.answers
-        temperature = answers.temperature if "temperature" in answers.model_fields_set else 1.0
-        return Sampling(temperature, answers.top_k, answers.top_p)
+        return Sampling(answers.temperature, answers.top_k, answers.top_p)
 
     def function(self, job: Job) -> Any:
         """Return the compiled function (arrays of the job by name, batch, step) -> batch of samples."""

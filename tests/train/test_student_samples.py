@@ -7,6 +7,7 @@ import pytest
 import tiny_distillation as tiny
 
 from llmctl.artifacts import artifact
+from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig, OptimConfig
 from llmctl.data.examples.completions import completion_batch, sequence_batch
@@ -115,6 +116,17 @@ def test_eight_devices_train_on_the_samples_of_one(architecture, tmp_path):
     assert tiny.largest_difference(one, many) < 2e-4
 
 
+def test_the_key_of_a_stage_has_the_temperature_of_the_samples():
+    """The default is 1, and 0 samples nothing: two students that need two keys."""
+    sampled, greedy = (
+        distill.Config(teacher="t", mode="on_policy", answers=answers) for answers in ({}, {"temperature": 0.0})
+    )
+    assert (sampled.answers.temperature, greedy.answers.temperature) == (1.0, 0.0)
+    assert keyed(sampled) != keyed(greedy)
+    assert distill.Config.model_validate(sampled.model_dump()) == sampled
+    assert not {"answers"} & keyed(distill.Config(teacher="t", mode="sequence")).keys()
+
+
 def test_plan_knows_the_samples_of_the_student(tmp_path):
     mesh = meshes.make(MeshConfig())
     teacher, student = (artifact.abstract(tiny.made(tmp_path, tiny.MODELS["decoder"]), mesh) for _ in range(2))
@@ -145,4 +157,4 @@ def test_data_and_meshes_that_do_not_fit_samples(tmp_path):
     ):
         with pytest.raises(RequestError, match=line):
             tiny.go(tmp_path / "run", decoder, decoder, **settings(tmp_path, **changes))
-    assert not (tmp_path / "run" / "out").exists()
+    assert not (tmp_path / "run" / "out").exists() and not any((tmp_path / "run" / "work").iterdir())

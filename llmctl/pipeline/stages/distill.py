@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from llmctl.artifacts.workspace import Context
 from llmctl.config.errors import RequestError
@@ -120,6 +120,14 @@ class Config(StageConfig):
         """Return whether the student is a new model or a copy of layers of the teacher."""
         return self.model is not None or self.student.active
 
+    @field_validator("answers")
+    @classmethod
+    def _samples_by_default(cls, value: AnswersConfig, info: ValidationInfo) -> AnswersConfig:
+        # The temperature becomes a value of the settings, so that the stage's key has it.
+        if info.data.get("mode") == "on_policy" and "temperature" not in value.model_fields_set:
+            return value.model_copy(update={"temperature": 1.0})
+        return value
+
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Config:
         if not self.teacher and not self.teachers:
@@ -172,6 +180,11 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
             f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}{advice}"
         )
 
+    samples = None
+    if config.mode == "on_policy":
+        if not learns.task.reads_conversations and not {"prompt", "completion"} <= set(text.columns):
+            raise RequestError('mode = "on_policy": the data has no prompts with completions; map them in data.columns')
+        samples = StudentSamples.of(config, learns.model, devices, tokens, end_ids(words, tokens))
     spent = {}
     if config.mode == "sequence":
         answers = teacher_answers.TeacherAnswers(config, ctx, teacher, text, devices)
@@ -189,11 +202,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         judged = cache.judged
     if config.signals.schedules:
         learn = ScheduledRows(learn, config, learner.with_length(config, learn)[0].steps)
-    if config.mode == "on_policy":
-        if not learns.task.reads_conversations and not {"prompt", "completion"} <= set(text.columns):
-            raise RequestError('mode = "on_policy": the data has no prompts with completions; map them in data.columns')
-        samples = StudentSamples.of(config, learns.model, devices, tokens, end_ids(words, tokens))
-        learns = dataclasses.replace(learns, adapt_job=lambda job, _: samples.attached(job))
+    if samples:
+        attached = samples.attached
+        learns = dataclasses.replace(learns, adapt_job=lambda job, _: attached(job))
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
     beside = {}
     if reads_teacher(config):
