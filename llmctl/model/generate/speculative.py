@@ -50,7 +50,8 @@ class Acceptance:
     steps: int = 0
     """Number of target steps. A step of the batch counts once for each row that has not ended."""
     judged: int = 0
-    """Number of proposed tokens that the target accepted or rejected. Tokens after a rejection are not judged."""
+    """Number of proposed tokens that the target accepted or rejected. Tokens after a rejection, and after the end of a
+    row, are not judged."""
     accepted: int = 0
     """Number of accepted tokens."""
     tokens: int = 0
@@ -280,8 +281,8 @@ class SpeculativeDecoder:
             "previous": previous_B,
             "done": state["done"] | ended_B & live_B | (state["made"] + made_B >= limit),
             "steps": state["steps"] + jnp.sum(live_B),
-            "judged": state["judged"] + jnp.sum(jnp.minimum(accepted_B + 1, N) * live_B),
-            "accepted": state["accepted"] + jnp.sum(accepted_B * live_B),
+            "judged": state["judged"] + jnp.sum(jnp.minimum(jnp.minimum(accepted_B + 1, N), made_B)),
+            "accepted": state["accepted"] + jnp.sum(jnp.minimum(accepted_B, made_B)),
             "tokens": state["tokens"] + jnp.sum(made_B),
         }
         if "seen" in state:

@@ -14,7 +14,7 @@ from llmctl.model.config import ModelConfig
 from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING
 from llmctl.model.generate.sampling import Sampling, adjust_logits
-from llmctl.model.generate.speculative import SpeculativeDecoder
+from llmctl.model.generate.speculative import Acceptance, SpeculativeDecoder
 from llmctl.model.generate.speculative_sampling import verify_sampled
 
 
@@ -62,13 +62,20 @@ def test_rows_alone_and_together_end_and_stream_as_without_a_draft(llama):
 
 
 def test_acceptance_of_the_target_as_its_own_draft(llama):
-    """Equal models accept every token: 1 + 4 * 5 tokens take four steps, which are counted per row."""
+    """Equal models accept every token: 1 + 4 * 5 tokens take four steps, which are counted per row.
+
+    If the last step of a row has room for three tokens, two of its five tokens are not judged.
+    """
     target = llama[0]
     fast = SpeculativeDecoder(target, target, 4)
     np.testing.assert_array_equal(generate(fast, PROMPTS, 21), generate(target, PROMPTS, 21))
     counts = fast.acceptance
     assert (counts.steps, counts.judged, counts.accepted, counts.tokens) == (12, 48, 48, 60)
     assert counts.rate == 1.0 and counts.tokens_per_step == 5.0
+    fast.acceptance = Acceptance()
+    generate(fast, PROMPTS, 19)
+    counts = fast.acceptance
+    assert (counts.steps, counts.judged, counts.accepted, counts.tokens) == (12, 45, 45, 54)
 
 
 def test_the_longest_sequence_is_filled_to_the_last_position():
