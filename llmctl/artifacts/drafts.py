@@ -26,6 +26,8 @@ def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str)
         raise RequestError(f"{where}: is {kind}, and {target_name} is {other}; a draft continues texts as its target")
     if target.model.architecture == "encoder":
         raise RequestError(f"{where}: {target_name} is an encoder, and continues no text")
+    if not target.model.head_kind.vocabulary:
+        raise RequestError(f"{where}: {target_name} has the head {target.model.head!r}, and continues no text")
     if draft.tokenizer != target.tokenizer:
         raise RequestError(f"{where}: has another tokenizer than {target_name}; a draft needs its target's")
     if draft.model.prompt_tokens != target.model.prompt_tokens:

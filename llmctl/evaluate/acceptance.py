@@ -8,6 +8,7 @@ a text. During generation, the models read the generated text, so the acceptance
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.evaluate.setup import Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.rows import RowSettings
+from llmctl.evaluate.tasks.token_losses import TokenLosses
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import Sums
@@ -38,6 +40,19 @@ def check(draft: Manifest, target: Manifest, name: str) -> None:
     sizes = draft.model.vocab_size, target.model.vocab_size
     if sizes[0] != sizes[1]:
         raise RequestError(f"draft_of: {name} has {sizes[0]:,} tokens, and {target.name} has {sizes[1]:,}")
+
+
+def check_tasks(tasks: Sequence[Task], name: str) -> None:
+    """Check that there are texts to measure on: that all tasks of an artifact predict the tokens of the data's texts.
+
+    Raises:
+        RequestError: If a task has other predictions, or if no task reads the data.
+    """
+    if not tasks:
+        raise RequestError(f"draft_of: {name}: no task reads the texts of the data; add one to tasks, such as lm")
+    for task in tasks:
+        if not isinstance(task, TokenLosses):
+            raise RequestError(f"draft_of: {name}: task {task.name} predicts no tokens that a target could accept")
 
 
 def scorer(task: Task, models: tuple[ModelConfig, ModelConfig], dtype: str) -> Any:

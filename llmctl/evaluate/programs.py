@@ -55,6 +55,8 @@ def scoring(
     if not config.measures_data:
         return programs
     tasks = [TASKS[task] for task in config.named_tasks] or [of(chosen[name].manifest)]
+    if target:
+        acceptance.check_tasks(tasks, name)
     setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
     for task in tasks:
         programs.append(_program(config, data, name, chosen, setup, task))

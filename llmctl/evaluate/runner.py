@@ -90,6 +90,7 @@ def results(
             harness.check_model(manifest.model, str(chosen[name]))
         if target:
             acceptance.check(manifest, artifact.read_manifest(target), str(chosen[name]))
+            acceptance.check_tasks(asked[name], str(chosen[name]))
     generates = [task.generates for tasks in asked.values() for task in tasks]
     generates += [registry.TASKS[file.config.task].generates for file in files]
     if _set(config) and not any(generates):

@@ -2,10 +2,13 @@
 
 from types import SimpleNamespace
 
+import pytest
+
+from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.data.config import DataConfig
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate import programs
+from llmctl.evaluate import acceptance, programs
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.model import flops, functional
 from llmctl.model.config import ModelConfig
@@ -54,3 +57,7 @@ def test_a_draft_is_measured_with_its_target():
     assert found.title == "acceptance of a" and found.tokens == 64
     assert found.flops == 64 * sum(flops.flops(cfg, 32) for cfg in models)
     assert found.trace().out_info.keys() == {"acceptance", "agreement", "weight"}
+    with pytest.raises(RequestError, match="draft_of: a: task choice predicts no tokens"):
+        programs.scoring(MeasureConfig(tasks=["choice"]), DataConfig(), "a", {"a": draft}, mesh, target)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RequestError, match="draft_of: a: no task reads the texts"):
+        acceptance.check_tasks([], "a")

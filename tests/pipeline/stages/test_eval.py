@@ -207,6 +207,8 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(run_
         ({"names": []}, "nothing to measure"),
         ({"names": ["lm"], "draft_of": "lm"}, "nothing to measure"),
         ({"names": ["big", "lm"], "draft_of": "lm"}, "a draft continues texts as its target"),
+        ({"names": ["lm", "big"], "draft_of": "big"}, "has the head 'classify', and continues no text"),
+        ({"names": ["lm"], "of": ["lm"], "draft_of": "lm", "tasks": ["choice"]}, "task choice predicts no tokens"),
     ]
     for i, (case, message) in enumerate(cases):
         (tmp_path / str(i)).mkdir()
