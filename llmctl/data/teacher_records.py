@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -158,7 +158,7 @@ def fingerprint(row: Batch) -> bytes:
 class Shard(BaseModel):
     """Describe one ArrayRecord file: the keys of its rows in order, its size and its checksum."""
 
-    numbers: list[int]
+    numbers: list[Annotated[int, Field(ge=0, lt=2**63)]]
     bytes: int = Field(ge=0)
     sha256: str
 

@@ -197,7 +197,8 @@ def fitted(config: Any, learner: Learner, params: dict[str, Any], held_out: Vali
     """
     with meshes.use(held_out.mesh):
         params = fake_quantize.rounded(config.fake_quantize, params)
-        return learner.task.fit(learner.model, params, held_out.rows, _setup(config, held_out))
+        rows = getattr(held_out.rows, "bare", held_out.rows)  # outputs of a teacher may be stored for some rows only
+        return learner.task.fit(learner.model, params, rows, _setup(config, held_out))
 
 
 def _setup(config: Any, held_out: Validation) -> Setup:

@@ -11,6 +11,7 @@ files.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from llmctl.config.errors import Interrupted, RequestError
 from llmctl.data.device_batches import DeviceBatches
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.taught_rows import SelectedRows, TaughtRows, is_ordered, needed
-from llmctl.data.teacher_records import FORMAT, Description, Records, read, write
+from llmctl.data.teacher_records import FORMAT, LABELS, Description, Records, read, write
 from llmctl.distributed import host_arrays, locks, processes
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.tasks.losses import MOST_PROBABLE
@@ -113,6 +114,7 @@ class TeacherCache:
             wanted = {name: needed(of_split[name], counts[name]) for name in records}
             absent = {name: ~records[name].has(wanted[name][0]) for name in records}
             judge = {"rows": counts["validation"], "metric": teacher_comparison.metric(self.learner)}
+            judge |= self._labels(unseen, counts["validation"])
             known = found is not None and {k: found.judged.get(k) for k in judge} == judge
             if any(a.any() for a in absent.values()) or not known:
                 processes.barrier("cache")  # every process has read the folder
@@ -217,6 +219,21 @@ class TeacherCache:
                     say(f"cache in {self.folder}: {written:,} of {len(number_N):,} {records.name} rows written")
                     if stop.requested(now=True):
                         raise Interrupted(f"{title}: stopped while writing the cache; the same command goes on there")
+
+    def _labels(self, unseen: Any, count: int) -> dict[str, str]:
+        """Return {"labels": hash of the labels of the first `count` validation rows}, or {} if there are no labels.
+
+        The metrics of the teachers depend on the labels, and the stored outputs do not.
+        """
+        if not self.learner.task.reads_labels:
+            return {}
+        found: dict[str, Any] = {}
+        size = self.config.train.batch_size
+        for first in range(0, count, size):
+            batch = unseen.batch(np.arange(first, min(first + size, count)))
+            for name in sorted(batch.keys() & LABELS):
+                found.setdefault(name, hashlib.sha256()).update(np.ascontiguousarray(batch[name]).data)
+        return {"labels": checksums.of_json([[name, total.hexdigest()] for name, total in sorted(found.items())])}
 
     def _judge(self, teachers: Sequence[Artifact], unseen: Any) -> dict[str, float]:
         train = self.config.train

@@ -110,6 +110,10 @@ def test_files_are_added_read_and_checked(tmp_path):
     file.write_bytes(content[:-1])
     with pytest.raises(RequestError, match=r"train-00000.arrayrecord: missing or damaged"):
         Records(tmp_path, "train", LAYOUT)
+    note = tmp_path / "train-00000.json"
+    note.write_text(note.read_text().replace("[4,0]", f"[{2**64},0]"))
+    with pytest.raises(RequestError, match=r"train-00000.json: damaged"):
+        Records(tmp_path, "train", LAYOUT)
 
 
 def test_descriptions_are_checked(tmp_path):

@@ -1,12 +1,16 @@
 """Length of a training run: steps, epochs, and what the sources hold."""
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from llmctl.config.errors import RequestError
-from llmctl.config.settings import TrainConfig
+from llmctl.config.settings import MeshConfig, TrainConfig
 from llmctl.data.config import DataConfig
+from llmctl.data.taught_rows import TaughtRows
+from llmctl.distributed import mesh as meshes
+from llmctl.pipeline.stages import distill
 from llmctl.train import learner
 
 
@@ -37,3 +41,14 @@ def test_epochs_beyond_those_of_prepared_sources_are_refused_before_training():
         learner.with_length(config(epochs=2), Rows(total=15))
     with pytest.raises(RequestError, match=r"train.epochs and data.epochs exclude each other"):
         learner.with_length(config(DataConfig(epochs=1), epochs=2), Rows())
+
+
+def test_values_are_fitted_on_all_rows_of_a_cached_training():
+    """A cache has the outputs of the rows that validation reads, which may be fewer."""
+    rows, read, none = Rows(), [], cast(Any, None)
+    fit: Any = SimpleNamespace(fit=lambda model, params, rows, setup: {"rows": read.append(rows)})
+    learns: Any = SimpleNamespace(task=fit, model=None)
+    batches = SimpleNamespace(size=2)
+    held_out: Any = SimpleNamespace(mesh=meshes.make(MeshConfig()), rows=TaughtRows(rows, none), batches=batches)
+    learner.fitted(distill.Config(teacher="t"), learns, {}, held_out)
+    assert read == [rows]
