@@ -130,9 +130,9 @@ class TeacherAnswers:
         found = described(self.folder)
         if found is None or found == made_for:
             return
-        name = next(name for name in made_for if found.get(name) != made_for[name])
+        name = next(name for name in (*made_for, *found) if found.get(name) != made_for.get(name))
         what = {"teacher": "has answers of another teacher", "prompts": "has answers to other prompts"}.get(name)
-        what = what or f"was written with {name} = {found.get(name)}, not {made_for[name]}"
+        what = what or f"was written with {name} = {found.get(name)}, not {made_for.get(name)}"
         if not self.own:
             raise RequestError(f"answers: {self.folder}: {what}; choose another folder, or remove this one")
         say(f"answers: {self.folder}: {what}; discarded")

@@ -1,6 +1,8 @@
 """distill from a teacher's answers: the answers are those of the teacher, a killed run goes on, other tokenizers."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import tiny_distillation as tiny
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
+from llmctl.data import answers as answer_files
 from llmctl.data.tokenizers import loading
 from llmctl.distributed import mesh as meshes
 from llmctl.model import functional
@@ -161,3 +164,11 @@ def test_teachers_and_data_without_answers_are_refused(tmp_path):
         with pytest.raises(RequestError, match=line):
             tiny.go(tmp_path / "run", teacher, teacher, data=tiny.data(tmp_path, *data), **ASK)
     assert not (tmp_path / "run" / "out-answers").exists()
+
+
+def test_a_folder_with_a_setting_of_a_later_version_is_refused(tmp_path):
+    asked = {"train.seq_len": 16}
+    answer_files.describe(tmp_path, asked | {"answers.later": 3})
+    there: Any = SimpleNamespace(folder=tmp_path, own=False)
+    with pytest.raises(RequestError, match=r"was written with answers.later = 3, not None"):
+        teacher_answers.TeacherAnswers._check(there, asked, print)
