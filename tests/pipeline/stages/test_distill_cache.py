@@ -168,13 +168,13 @@ def test_a_cache_of_something_else_is_refused(tmp_path, untrained):
     language = tiny.made(tmp_path, tiny.MODELS["encoder"])
     with pytest.raises(RequestError, match="cache: stores the most probable tokens only; set top_k"):
         tiny.go(tmp_path / "run", language, language, **given | {"top_k": 0, "data": tiny.data(tmp_path, "text")})
-    file = tmp_path / "rows.jsonl"  # the outputs for the same texts with the other label serve, and no metric does
-    file.write_text(file.read_text().replace('"n"', '"x"').replace('"p"', '"n"').replace('"x"', '"p"'))
+    file = tmp_path / "rows.jsonl"  # for the same texts with other labels the outputs serve, and the accuracy does not
+    file.write_text(file.read_text().replace('"p"', '"n"', 25))
     fill(tmp_path, teacher, student, **given)
     after = contents(tmp_path / "cache")
     assert {name for name in after if after[name] != before[name]} == {"cache.json"}
     was, now = (json.loads(files["cache.json"])["judged"]["values"]["accuracy"] for files in (before, after))
-    assert now == pytest.approx(1 - was) and now != was
+    assert now != was
 
 
 @pytest.mark.parametrize(("signals", "line"), [
