@@ -1,4 +1,4 @@
-"""Choose the columns to read from a source, and give advice if a source has no such columns."""
+"""Choose the columns to read from a source, and give advice if a source lacks columns."""
 
 from __future__ import annotations
 

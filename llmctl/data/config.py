@@ -181,7 +181,7 @@ class DataConfig(SourceConfig):
     examples_per_class: int = Field(default=0, ge=0)
     """Number of training examples per class (few-shot); 0 uses all. Other splits are not reduced."""
     examples_seed: int = Field(default=0, ge=0)
-    """Seed that chooses the examples of `examples_per_class`."""
+    """Seed that selects the examples of `examples_per_class`."""
     dedup: bool = True
     """Drop repeated texts (up to case, Unicode form and white space) before splitting. Rows with the text of a held-out
     file or split (test_path, test_split, …) are always dropped."""

@@ -17,7 +17,7 @@ from typing import Any
 from llmctl.config.errors import RequestError
 
 LETTER = re.compile(r"\s*[A-Z][.)]\s")
-"""Beginning of a choice with its letter."""
+"""Regular expression for the letter at the beginning of a choice, such as "A. "."""
 
 
 def holds_choices(value: Any) -> bool:

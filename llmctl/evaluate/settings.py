@@ -82,7 +82,7 @@ class MeasureConfig(Config):
 
     @property
     def files_of_tasks(self) -> list[str]:
-        """Return the task files in `tasks`."""
+        """Return the elements of `tasks` that are paths of task files."""
         return [name for name in self.tasks if name.endswith(".toml")]
 
     @property

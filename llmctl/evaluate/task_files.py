@@ -60,7 +60,7 @@ class TaskFile(Config):
     """Configure one task of an evaluation. A task file contains these settings."""
 
     task: Annotated[str, AfterValidator(TASKS.check), TASKS]
-    """Task of llmctl that asks the model."""
+    """Task of llmctl, which determines how a model is measured."""
     data: DataConfig
     """Data of the task."""
     split: Split = "test"
@@ -179,7 +179,7 @@ class _Wrapped(Source):
         return self._source.where(i)
 
     def changed(self, row: Row) -> Row:
-        """Return the columns that differ."""
+        """Return the changed columns of a row, by name."""
         raise NotImplementedError
 
 

@@ -129,7 +129,7 @@ def sampled(
 
 @dataclasses.dataclass(frozen=True)
 class StudentSamples:
-    """Generate the samples of a training run."""
+    """Generate completions with the student during a training run."""
 
     config: Any
     """Config of the stage `distill`."""

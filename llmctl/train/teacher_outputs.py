@@ -1,4 +1,4 @@
-"""Compute the outputs of teachers that a distillation loss reads, by a compiled pass over a batch."""
+"""Compute the teachers' outputs that a distillation loss reads, by a compiled forward pass."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Suite:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the environment."""
+        """Revert the changes that `task_loading.environment` made."""
         self._open.close()
 
     def measure(self, artifact: Artifact, setup: Setup, pending: Collection[str]) -> list[HarnessResult]:

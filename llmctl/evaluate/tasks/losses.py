@@ -288,7 +288,7 @@ def _taught(batch: Batch) -> jax.Array:
 
 
 def signal_weight(batch: Batch, name: str, weight: float) -> Any:
-    """Return the weight of a signal in this step.
+    """Return the weight of a signal in the current step.
 
     If the weight changes during training, the array "signal_NAME" [B] of the batch contains the weight.
     """
@@ -296,5 +296,5 @@ def signal_weight(batch: Batch, name: str, weight: float) -> Any:
 
 
 def weighted(how: SoftLoss, batch: Batch) -> SoftLoss:
-    """Return `how` with the weights that divergence and loss on the labels have in this step."""
+    """Return the settings `how` of the distillation loss with the weights of the current step."""
     return replace(how, soft=signal_weight(batch, "logits", how.soft), hard=signal_weight(batch, "hard", how.hard))

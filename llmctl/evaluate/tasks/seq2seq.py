@@ -79,7 +79,7 @@ class SequenceToSequence(Completions):
         batch_size: int,
         dtype: str,
     ) -> list[Program]:
-        """Return the programs that generate greedy answers in validation and evaluation.
+        """Return the programs that generate answers, greedily or by beam search, in validation and evaluation.
 
         Prompts and answers have the maximum length. The beams of a beam search are counted as rows.
         """

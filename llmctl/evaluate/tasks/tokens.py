@@ -146,7 +146,9 @@ class Tokens(Classify):
         return metrics, None
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TagRows, metrics: dict[str, Any]) -> str:
-        """Return a description of the measurement: the number of counted words, and the comparison of entities."""
+        """Return a description of the measurement: the number of counted words, and the rule by which entities are
+        compared.
+        """
         text = f"{held.split} split, {len(held.examples)} examples, labels at the first token of a word, "
         text += f"{rows.words - rows.cut} of {rows.words} words within {setup.seq_len} tokens, {setup.dtype}"
         marks = entities.is_scheme(artifact.manifest.labels)

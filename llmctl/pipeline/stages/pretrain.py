@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """Train a language model on raw text. If `from` is given, continue to train this artifact on other text."""
+    """Train a language model on raw text. If `from` is given, training continues from that artifact."""
 
     common: ClassVar[tuple[str, ...] | None] = ("objective",)
     added: ClassVar[frozenset[str]] = frozenset({"fake_quantize", "sparsify"})
