@@ -84,7 +84,8 @@ def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction)
     total = 0.0
     for user in inner.users[parameter.name]:
         if user.opcode in _SAME:
-            total += _parameter_bytes(module, inner, user)
+            read = _parameter_bytes(module, inner, user)
+            total += read * (_width(parameter, user) if user.opcode == "convert" else 1)
         elif user.opcode in SLICES and user.operands[0] == parameter.name:
             total += sum(a.bytes for a in user.arrays)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
@@ -93,11 +94,18 @@ def _parameter_bytes(module: Module, inner: Computation, parameter: Instruction)
             nested = module.computations[user.called["calls"][0]]
             places = [n for n, o in enumerate(user.operands) if o == parameter.name]
             for given in (nested.parameters[n] for n in places):
-                passed = _passes(nested, given)
-                total += _parameter_bytes(module, *((inner, user) if passed else (nested, given)))
+                if _passes(nested, given):
+                    total += _parameter_bytes(module, inner, user) * _width(parameter, user)
+                else:
+                    total += _parameter_bytes(module, nested, given)
         else:
             return sum(a.bytes for a in parameter.arrays)
     return total
+
+
+def _width(before: Instruction, after: Instruction) -> float:
+    """Return the ratio of bytes per element of two arrays with equal elements, such as 2 for float32 and bfloat16."""
+    return before.arrays[0].bytes / after.arrays[0].bytes if after.arrays[0].bytes else 1.0
 
 
 def _passes(inner: Computation, parameter: Instruction) -> bool:

@@ -242,6 +242,18 @@ def test_bytes_of_slices_updates_and_the_chips_own_memory():
   ROOT %c.2 = f32[64,8]{0,1} copy(%p.2)
 }
 
+%narrow (p.4: f32[64,8]) -> bf16[64,8] {
+  %p.4 = f32[64,8]{1,0} parameter(0)
+  ROOT %c.4 = bf16[64,8]{1,0} convert(%p.4)
+}
+
+%narrow_product (p.5: f32[64,8]) -> bf16[64] {
+  %p.5 = f32[64,8]{1,0} parameter(0)
+  %m.5 = bf16[64,8]{1,0} fusion(%p.5), kind=kLoop, calls=%narrow
+  %z.5 = bf16[] constant(0)
+  ROOT %r.5 = bf16[64]{0} reduce(%m.5, %z.5), dimensions={1}, to_apply=%part
+}
+
 %product (p.3: f32[64,8]) -> f32[64] {
   %p.3 = f32[64,8]{1,0} parameter(0)
   %m.3 = f32[64,8]{0,1} fusion(%p.3), kind=kLoop, calls=%moved
@@ -257,12 +269,15 @@ def test_bytes_of_slices_updates_and_the_chips_own_memory():
 %far = f32[64,8]{1,0:S(5)} copy(%a)
 %moves = f32[64,8]{0,1} fusion(%a), kind=kLoop, calls=%moved
 %product = f32[64]{0} fusion(%a), kind=kLoop, calls=%product
+%narrow = bf16[64,8]{1,0} fusion(%a), kind=kLoop, calls=%narrow
+%narrowed = bf16[64]{0} fusion(%a), kind=kLoop, calls=%narrow_product
 ROOT %sum = f32[64,8]{1,0} add(%a, %two)"""
     parsed = parser.parse(module(body, more))
     main = parsed.computations["main"]
     row, whole = 8 * 4, 64 * 8 * 4
     expected = {"one": row, "two": row, "far": whole, "sum": 3 * whole}
     expected |= {"moves": 2 * whole, "product": whole + 64 * 4}  # a copy within a fusion reads what it copies
+    expected |= {"narrow": 1.5 * whole, "narrowed": whole + 64 * 2}  # a conversion reads the array before it
     assert {n: hbm_traffic.of(parsed, main, main.by_name[n]) for n in expected} == expected
 
 
