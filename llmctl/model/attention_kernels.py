@@ -102,7 +102,8 @@ def attend(
             return cudnn(q_BTHK, k_BSGK, v_BSGK, mask_BTS, cfg)
     bias_HTS = None if cross else shared.bias_HTS
     B, T, H, _ = q_BTHK.shape
-    if uses_blocks() and attention_blocks.pays(B, H, T, mask_BTS.shape[2]):
+    one_bias = bias_HTS is None or bias_HTS.ndim == 3  # blocks know no bias per row
+    if uses_blocks() and one_bias and attention_blocks.pays(B, H, T, mask_BTS.shape[2]):
         only_before = shared.causal_BT is not None and not cross
         return attention_blocks.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, bias_HTS, cfg, causal=only_before)
     return attention_xla.attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, bias_HTS, cfg)

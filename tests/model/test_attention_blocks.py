@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.model import attention_blocks, attention_xla
-from llmctl.model.attention import share
+from llmctl.config.settings import MeshConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.model import attention_blocks, attention_kernels, attention_xla
+from llmctl.model.attention import Shared, share
 from llmctl.model.config import ModelConfig
 
 T = 160  # not a multiple of the block
@@ -49,6 +51,20 @@ def test_fewer_queries_than_keys():
     cfg = ModelConfig(preset="llama-tiny", d_model=16, heads=2, kv_heads=2, head_dim=8)
     got = jax.jit(lambda q: attention_blocks.attend(q, k, v, mask, None, cfg, causal=False))(q)
     np.testing.assert_allclose(got, attention_xla.attend(q, k, v, mask, None, cfg), atol=1e-6)
+
+
+def test_a_bias_per_row_is_computed_without_blocks():
+    """Rows at different positions of a cache have different biases (T5 with a draft)."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.normal(size=(2, 192, 4, 8)).astype(np.float32) for _ in range(3))
+    bias, mask = jnp.asarray(rng.normal(size=(2, 4, 192, 192)).astype(np.float32)), jnp.ones((2, 192, 192), bool)
+    cfg = ModelConfig(preset="llama-tiny", d_model=32, heads=4, kv_heads=4, head_dim=8)
+    with meshes.use(meshes.make(MeshConfig())):
+        assert attention_kernels.uses_blocks() and attention_blocks.pays(2, 4, 192, 192)
+        got = attention_kernels.attend(q, k, v, mask, Shared(mask, bias_HTS=bias), jnp.array(False), cfg, cross=False)
+    for i in range(2):
+        want = attention_xla.attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], mask[i : i + 1], bias[i], cfg)
+        np.testing.assert_allclose(got[i : i + 1], want, atol=1e-5)
 
 
 def test_block_sizes():
