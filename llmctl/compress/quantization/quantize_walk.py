@@ -162,7 +162,8 @@ def quantize_layer(
         fixed = None
         if method.static_activations:
             fixed, more = _input_scale(parts, scales.get(m.module), method)
-            notes[m.module] |= more
+            fallbacks = [note["fallback"] for note in (notes[m.module], more) if "fallback" in note]
+            notes[m.module] |= more | ({"fallback": "; ".join(fallbacks)} if fallbacks else {})
         return quantize.with_activations(node, -2, method.activations, fixed)
 
     return weights.map_layer(layer, change), notes

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import qwix
 
-from llmctl.compress.calibration.calibrate import walk
+from llmctl.compress.calibration.calibrate import Visit, walk
 from llmctl.compress.quantization import static_inputs
 from llmctl.compress.quantization.quantize_method import Quantization
-from llmctl.compress.quantization.quantize_walk import collector, quantize_layer
+from llmctl.compress.quantization.quantize_walk import NO_INPUTS, NO_SCALE, collector, quantize_layer
 from llmctl.model import functional, layerwise, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.weights import Product, Quantized
@@ -94,3 +94,13 @@ def test_the_walk_measures_the_inputs_of_each_matrix(family, make_rows):
     assert found.keys() == set(functional.stacks(cfg))
     for matrices in found.values():
         assert matrices["attn/q"]["input_scale"] == matrices["attn/k"]["input_scale"] > 0
+
+
+def test_every_fallback_of_a_matrix_is_named():
+    """Without calibration inputs, gptq rounds to nearest, and each token has a scale."""
+    cfg = ModelConfig(preset="llama-tiny", vocab_size=32, d_model=16, layers=1, heads=2, head_dim=8, d_ff=24)
+    layer = jax.tree.map(lambda a: jnp.ones(a.shape[1:]), functional.abstract(cfg)["decoder"]["blocks"])
+    method = Quantization("int8", method="gptq", activations="int8", static_activations="max")
+    new, notes = quantize_layer(cfg, Visit("decoder", 0, layer, {}), method)
+    assert notes["attn/q"]["fallback"] == f"{NO_INPUTS}; {NO_SCALE}"
+    assert new["attn"]["q"]["kernel"].input_scale is None
