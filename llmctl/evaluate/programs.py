@@ -50,7 +50,7 @@ def scoring(
     programs = [_harness(config, name, chosen[name], mesh)] if config.harness else []
     for file in config.files_of_tasks:
         told = task_files.read(file)
-        own = scoring(runner.file_settings(config, told), told.data, name, chosen, mesh)
+        own = scoring(runner.file_settings(config, told, chosen[name].manifest), told.data, name, chosen, mesh)
         programs += [replace(program, title=f"{program.title}: {Path(file).stem}") for program in own]
     if not config.measures_data:
         return programs

@@ -59,7 +59,7 @@ def determined(results: Sequence[Result]) -> list[Result]:
         record = find(name)
         return record is None or record.aspect != "speed"
 
-    kept = [{k: v for k, v in r.items() if k not in ("bytes", "timed_on")} for r in results]
+    kept = [{k: v for k, v in r.items() if k != "bytes" and not k.startswith("timed_")} for r in results]
     return [{**r, "metrics": {k: v for k, v in r["metrics"].items() if same(k)}} for r in kept]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +14,13 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
-from llmctl.evaluate import acceptance, speed, task_files
+from llmctl.evaluate import acceptance, speed, stored, task_files
 from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Measured, Setup
-from llmctl.evaluate.stored import Scored, Stored, digest, identity
+from llmctl.evaluate.stored import Scored, Stored, identity
 from llmctl.evaluate.tasks import registry
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.settings import GenerationConfig
@@ -79,6 +78,7 @@ def results(
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
     asked = {name: _tasks(config, m) for name, m in manifests.items()}
     files = [task_files.load(file, config.examples) for file in config.files_of_tasks]
+    harness_setups: dict[str, Setup] = {}
     for name, manifest in manifests.items():
         for task, metrics in [
             *((task, config.metrics) for task in asked[name]),
@@ -88,6 +88,14 @@ def results(
             check_metrics(metrics, task, str(chosen[name]))
         if config.harness:
             harness.check_model(manifest.model, str(chosen[name]))
+            harness_setups[name] = harness.setup(
+                mesh,
+                manifest,
+                str(chosen[name]),
+                seq_len=config.seq_len,
+                batch_size=config.batch_size,
+                dtype=config.dtype,
+            )
         if target:
             acceptance.check(manifest, artifact.read_manifest(target), str(chosen[name]))
             acceptance.check_tasks(asked[name], str(chosen[name]))
@@ -103,14 +111,16 @@ def results(
     for name, manifest in manifests.items():
         wanted[name] += [_file_work(config, mesh, chosen[name], manifest, file, work) for file in files]
     done: dict[str, list[Scored]] = {name: [] for name in chosen}
+    timing = _timing(config, mesh) if config.speed else {}
     timed: list[tuple[Measured, Result]] = []
-    with harness.Suite(config.harness, config.lm_eval, config.examples) as suite:
+    sizes = {"seq_len": config.seq_len, "dtype": config.dtype}
+    with harness.Suite(config.harness, config.lm_eval, config.examples, **sizes) as suite:
         pending: dict[str, tuple[list[Work], list[str]]] = {}
         for name, manifest in manifests.items():
             weights = identity(manifest)
-            found = [before.find(weights, w.definition, config.speed) for w in wanted[name]]
-            more = {n: before.find(weights, d, False) for n, d in suite.definitions.items()}
-            done[name] += [_renamed(s, name) for s in (*found, *more.values()) if s]
+            found = [before.find(weights, w.definition, timing) for w in wanted[name]]
+            more = {n: before.find(weights, d) for n, d in suite.definitions.items()}
+            done[name] += [_renamed(s, name, manifest) for s in (*found, *more.values()) if s]
             left = [w for w, s in zip(wanted[name], found, strict=True) if not s]
             pending[name] = (left, [n for n, s in more.items() if not s])
             if done[name]:
@@ -136,22 +146,13 @@ def results(
                     before.add(done[name][-1])
                 say(f"{name}: {headline(result)}")
             if tasks := pending[name][1]:
-                settings = harness.setup(
-                    mesh,
-                    manifests[name],
-                    str(chosen[name]),
-                    seq_len=config.seq_len,
-                    batch_size=config.batch_size,
-                    dtype=config.dtype,
-                )
-                for found in suite.measure(there, settings, tasks):
+                for found in suite.measure(there, harness_setups[name], tasks):
                     done[name].append(_scored(name, manifests[name], found))
                     before.add(done[name][-1])
                     say(f"{name}: {headline(done[name][-1].result)}")
     if timed:
-        kinds = Counter(d.device_kind for d in mesh.devices.flat)
         for _, result in timed:
-            result["timed_on"] = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+            result.update(timing)
         say(f"timing {', '.join(chosen)}, in turn, {config.repeats} rounds")
         _time(timed, config)
     for scored in (s for found in done.values() for s in found):
@@ -182,13 +183,17 @@ def _work(
         return []
     assert examples is not None
     settings, held = setup(config, mesh, path, manifest), Held(examples, config.split, folder)
-    return [Work(config, task, held, settings, definition(config, task, held, settings, target)) for task in tasks]
+    return [
+        Work(config, task, held, settings, stored.definition(config, task, held, settings, target)) for task in tasks
+    ]
 
 
-def file_settings(config: MeasureConfig, file: task_files.TaskFile) -> MeasureConfig:
-    """Return the settings of an evaluation, overridden by the settings of a task file."""
+def file_settings(config: MeasureConfig, file: task_files.TaskFile, manifest: Manifest) -> MeasureConfig:
+    """Return the settings for the evaluation of one artifact, overridden by the settings of a task file."""
     own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
     own |= {"seq_len": file.seq_len or config.seq_len}
+    if not own["seq_len"] and not manifest.seq_len:  # an import does not know the length of its training texts
+        own["seq_len"] = min(512, manifest.model.max_seq_len)
     if "generation" in file.model_fields_set:
         own["generation"] = file.generation
     return config.model_copy(update=own)
@@ -198,29 +203,17 @@ def _file_work(
     config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, file: task_files.LoadedTask, folder: Path
 ) -> Work:
     """Describe the measurement of one artifact on the task that a task file defines."""
-    own, task = file_settings(config, file.config), registry.TASKS[file.config.task]
-    if not own.seq_len and not manifest.seq_len:  # an import does not know the length of its training texts
-        own = own.model_copy(update={"seq_len": min(512, manifest.model.max_seq_len)})
+    own, task = file_settings(config, file.config, manifest), registry.TASKS[file.config.task]
     settings, held = setup(own, mesh, path, manifest), Held(file.examples, own.split, folder / file.name)
-    return Work(own, task, held, settings, digest(definition(own, task, held, settings, ""), file.digest), file.name)
+    return Work(
+        own, task, held, settings, stored.digest(stored.definition(own, task, held, settings), file.digest), file.name
+    )
 
 
-def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, target: str) -> str:
-    """Return the digest of a measurement: the task, the texts and labels of the examples, and the settings.
-
-    Two measurements with equal weights and equal digests have equal results.
-    """
-    labels = held.examples.labels
-    answers = hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else ""
-    settings = {k: v for k, v in vars(setup).items() if k not in ("mesh", "batch_size", "generation")}
-    settings |= {"generation": setup.generation.model_dump()} if task.generates else {}
-    return digest(task.name, held.split, held.examples.digest, answers, settings, list(config.metrics), target)
-
-
-def _renamed(scored: Scored, name: str) -> Scored:
-    """Return an earlier result, with the artifact's current name. The weights have not changed since that result."""
+def _renamed(scored: Scored, name: str, manifest: Manifest) -> Scored:
+    """Return an earlier result of equal weights, with the name and the sizes that the artifact has now."""
     records = [{**record, "artifact": name} for record in scored.records]
-    return Scored({**scored.result, "artifact": name}, records)
+    return Scored(scored.result | _about(name, manifest), records)
 
 
 def _scored(name: str, manifest: Manifest, found: harness.HarnessResult) -> Scored:
@@ -267,6 +260,13 @@ def _result(name: str, manifest: Manifest, measured: Measured, work: Work) -> Re
     protocol = f"{measured.task}, {measured.protocol}" if work.name else measured.protocol
     scored = {"task": work.name or measured.task, "protocol": protocol, "metrics": dict(measured.metrics)}
     return _about(name, manifest) | scored | {"definition": work.definition, "record": work.name or work.task.name}
+
+
+def _timing(config: MeasureConfig, mesh: Mesh) -> dict[str, Any]:
+    """Return the fields of a result that describe the measurement of its times."""
+    kinds = Counter(d.device_kind for d in mesh.devices.flat)
+    devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    return {"timed_on": devices, "timed_batch": config.batch_size, "timed_rounds": config.repeats}
 
 
 def _time(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> None:

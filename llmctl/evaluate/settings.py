@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
@@ -66,9 +67,9 @@ class MeasureConfig(Config):
         """
         found: list[str] = []
         if self.harness:
-            from llmctl.evaluate.harness import task_loading
+            from llmctl.evaluate.harness import task_yaml
 
-            found += [str(path) for path in task_loading.files(self.harness)]
+            found += [str(path) for path in task_yaml.files(self.harness)]
         if len(self.named_tasks) < len(self.tasks):
             from llmctl.evaluate import task_files
 
@@ -95,4 +96,8 @@ class MeasureConfig(Config):
     @field_validator("tasks")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        return [name if name.endswith(".toml") else TASKS.check(name) for name in names]
+        known = [name if name.endswith(".toml") else TASKS.check(name) for name in names]
+        titles = [Path(name).stem if name.endswith(".toml") else name for name in known]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f"two tasks are named {twice[0]!r}; results are stored by this name")
+        return known

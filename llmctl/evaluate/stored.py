@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmctl.artifacts.manifest import Manifest
+from llmctl.data.config import TEXT_COLUMNS
 from llmctl.distributed import processes
 from llmctl.evaluate.report import Result
+from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.setup import Held, Setup
+from llmctl.evaluate.tasks.base import Task
 
 RESULTS, RECORDS = "results.json", "predictions.jsonl"
 """Names of the files of an evaluation: the results, and the records about examples."""
@@ -35,7 +39,7 @@ class Stored:
     """Find the results of earlier evaluations, and save new results before the evaluation ends.
 
     Example:
-        >>> Stored([]).find("a digest", "another", timed=False) is None
+        >>> Stored([]).find("a digest", "another") is None
         True
     """
 
@@ -44,16 +48,18 @@ class Stored:
         self._found = {(identity(s.result), s.result["definition"]): s for s in found if "definition" in s.result}
         self._partial = partial
 
-    def find(self, weights: str, definition: str, timed: bool) -> Scored | None:
-        """Return the result of an artifact on a task. If there is no such result, return None.
+    def find(self, weights: str, definition: str, timing: Mapping[str, Any] | None = None) -> Scored | None:
+        """Return the result of an artifact on a task, or None if it was not scored.
 
         Args:
             weights: Digest of the artifact (see `identity`).
             definition: Digest of the task.
-            timed: Whether the result must have times. If false, a result with times is also returned.
+            timing: Fields of the result that describe the measurement of its times. A result that was timed otherwise,
+                or not at all, counts as missing. None or empty accepts every result.
         """
         scored = self._found.get((weights, definition))
-        return scored if scored is not None and (not timed or "timed_on" in scored.result) else None
+        same = scored is not None and all(scored.result.get(key) == value for key, value in (timing or {}).items())
+        return scored if same else None
 
     def add(self, scored: Scored) -> None:
         """Append a new result to the file of the interrupted evaluation."""
@@ -75,6 +81,24 @@ def identity(of: Result | Manifest) -> str:
 def digest(*parts: Any) -> str:
     """Return the digest of a definition that consists of JSON data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, target: str = "") -> str:
+    """Return the digest of a measurement: the task, the texts and labels of the examples, and the settings.
+
+    The labels include all columns that are no texts, such as the answers to questions and the labels of words. Results
+    of equal weights and equal digests are equal.
+    """
+    examples = held.examples
+    answers = hashlib.sha256(repr((examples.classes, examples.columns)).encode())
+    if examples.labels is not None:
+        answers.update(examples.labels.tobytes())
+    if columns := [c for c in examples.columns if c not in (*TEXT_COLUMNS, "label")]:
+        for row in examples:
+            answers.update(repr([row.get(column) for column in columns]).encode())
+    settings = {k: v for k, v in vars(setup).items() if k not in ("mesh", "batch_size", "generation")}
+    settings |= {"generation": setup.generation.model_dump()} if task.generates else {}
+    return digest(task.name, held.split, examples.digest, answers.hexdigest(), settings, list(config.metrics), target)
 
 
 def read(folder: Path, work: Path) -> Stored:

@@ -52,8 +52,7 @@ class ShotsConfig(Config):
     separator: str = "\n\n"
     """Text after each solved example."""
     answer: str = " "
-    """Text between the prompt and the answer of a solved example. In the task choice, this text also precedes each
-    choice."""
+    """Text before each choice, also in solved examples. Completions follow their prompts without a text between."""
 
 
 class TaskFile(Config):

@@ -150,6 +150,7 @@ def test_refusals_end_with_one_line_and_write_nothing(folder, tmp_path, capsys, 
 
 
 def test_a_task_file_has_a_program_for_plan(folder):
+    """Imports do not know the length of their training texts; they are planned with the length of the evaluation."""
     mesh = meshes.make(MeshConfig())
     cfg = ModelConfig(preset="llama-tiny", vocab_size=300, layers=1, max_seq_len=64)
     manifest = SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={})
@@ -158,3 +159,6 @@ def test_a_task_file_has_a_program_for_plan(folder):
     found = programs.scoring(config, DataConfig(), "a", chosen, mesh)  # pyright: ignore[reportArgumentType]
     assert [p.title for p in found] == ["scoring of a: choose"]
     assert found[0].batch["choice1_tokens"].shape == (2, 32)
+    manifest.seq_len = 0
+    (found,) = programs.scoring(config, DataConfig(), "a", chosen, mesh)  # pyright: ignore[reportArgumentType]
+    assert found.batch["choice1_tokens"].shape == (2, 64)

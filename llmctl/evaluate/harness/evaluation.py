@@ -81,15 +81,20 @@ class Suite:
     Use the class as a context manager. Tasks are loaded before any artifact.
     """
 
-    def __init__(self, names: Sequence[str], settings: HarnessConfig, limit: int) -> None:
+    def __init__(
+        self, names: Sequence[str], settings: HarnessConfig, limit: int, *, seq_len: int = 0, dtype: str = "float32"
+    ) -> None:
         """Store the names and settings of the tasks to load.
 
         Args:
             names: Names of tasks, groups or tags of the harness, YAML files, or folders of YAML files.
             settings: Settings of the tasks.
             limit: Number of documents per task, counted from the first document; 0 uses all documents.
+            seq_len: Maximum number of tokens that a model reads; 0 if each model reads up to its own maximum.
+            dtype: Dtype of the computation.
         """
         self._names, self._settings, self._limit = list(names), settings, limit
+        self._context = {"seq_len": seq_len, "dtype": dtype}
         self._open = contextlib.ExitStack()
         self._loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
         self.definitions: dict[str, str] = {}
@@ -101,14 +106,19 @@ class Suite:
         Raises:
             RequestError: If the harness is missing, or a task cannot be loaded.
         """
-        if self._names:
+        if not self._names:
+            return self
+        with self._open:  # closed here only if loading fails
             self._open.enter_context(task_loading.environment(self._settings))
             self._loaded = task_loading.load(self._names, self._settings)
-            tasks = self._loaded["tasks"]
-            self.definitions = {name: definition(task, self._settings, self._limit) for name, task in tasks.items()}
+            tasks, context = self._loaded["tasks"], self._context | {"harness": metadata.version("lm_eval")}
+            self.definitions = {
+                name: definition(task, self._settings, self._limit, context) for name, task in tasks.items()
+            }
             for name, group in self._loaded.get("groups", {}).items():
                 members = [self.definitions[task.task_name] for task in group.get_all_tasks()]
                 self.definitions[name] = _digest([name, members])
+            self._open = self._open.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,6 +127,8 @@ class Suite:
 
     def measure(self, artifact: Artifact, setup: Setup, pending: Collection[str]) -> list[HarnessResult]:
         """Measure an artifact on the tasks `pending`. If a group is pending, all tasks are measured.
+
+        The random numbers begin anew for each artifact, so that all artifacts get the same solved examples.
 
         Raises:
             RequestError: If the model cannot do a task.
@@ -132,6 +144,7 @@ class Suite:
         model, settings = ArtifactLM(artifact, setup), self._settings
         if settings.chat_template and model.chat_template() is None:
             raise RequestError(f"{artifact.path}: lm_eval.chat_template: its tokenizer has no chat template")
+        task_loading.seed(chosen["tasks"], settings)
         try:
             found: Any = evaluator.evaluate(
                 model,
@@ -203,8 +216,8 @@ def _interval(ours: str, metric: str, value: float, error: float, documents: int
     return {f"{ours}_stderr": error, f"{ours}_low": low, f"{ours}_high": high}
 
 
-def definition(task: Any, settings: HarnessConfig, limit: int) -> str:
-    """Return the digest of a task's settings, documents and prompt settings.
+def definition(task: Any, settings: HarnessConfig, limit: int, context: dict[str, Any]) -> str:
+    """Return the digest of a task's settings, documents and prompt settings, and of the model's settings `context`.
 
     Two measurements with equal weights and equal digests have equal results.
     """
@@ -212,7 +225,7 @@ def definition(task: Any, settings: HarnessConfig, limit: int) -> str:
     documents = [doc for _, doc in task.doc_iterator(rank=0, limit=limit or None, world_size=1)]
     solved = list(task.fewshot_docs() or []) if task.get_config("num_fewshot") else []
     prompts = settings.model_dump(include={"seed", "chat_template", "system"})
-    return _digest([told, getattr(task, "VERSION", None), documents, solved, prompts])
+    return _digest([told, getattr(task, "VERSION", None), documents, solved, prompts, context])
 
 
 def _digest(value: Any) -> str:

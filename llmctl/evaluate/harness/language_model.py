@@ -46,14 +46,13 @@ class ArtifactLM(TemplateLM):
         self._score = Scorer(artifact.model, artifact.params, setup, self._words.prefix)
         self._template: Template | None = None
         self._writer: Writer | None = None
+        self._cut = 0
         self.max_length = self._score.longest
 
     @property
     def truncated(self) -> int:
-        """Return the number of likelihood requests with a context that was too long. The beginning of such a context
-        was removed.
-        """
-        return self._score.truncated
+        """Return the number of requests whose context was too long, so that its beginning was removed."""
+        return self._score.truncated + self._cut
 
     @property
     def eot_token_id(self) -> int:
@@ -155,9 +154,10 @@ class ArtifactLM(TemplateLM):
                 raise RequestError(
                     f"a task generates {max_new} tokens, which leave no room for a prompt within {self.max_length}"
                 )
-            prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+            prompts = [self.tok_encode(requests[i].args[0]) for i in members]
+            self._cut += sum(len(ids) > room for ids in prompts)
             prefix = list(self._words.prefix)
-            rows = [Continuation("", [*prefix, *ids], stops) for ids in prompts]
+            rows = [Continuation("", [*prefix, *ids[-room:]], stops) for ids in prompts]
             self._held().fill(rows, max_new=max_new, sampling=sampling)
             for i, row in zip(members, rows, strict=True):
                 out[i] = row.text

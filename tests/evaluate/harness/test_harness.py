@@ -127,8 +127,10 @@ def test_rolling_log_likelihoods_equal_those_of_the_harness(both):
 def test_generated_texts_equal_those_of_the_harness(both):
     settings = {"until": ["t", "\x19"], "max_gen_toks": 12, "do_sample": False}
     free = {"until": [], "max_gen_toks": 8}
-    asked = [("The cat", settings), ("Dogs bark", settings), ("moon", free), ("cats " * 40, free)]
+    asked = [("The cat", settings), ("Dogs bark", settings), ("moon", free), ("a" * 200, free)]
+    before = both[0].truncated
     ours, theirs = (lm.generate_until(requests("generate_until", *asked)) for lm in both)
+    assert both[0].truncated == before + 1
     assert ours == theirs
     assert any(ours)
 
@@ -190,11 +192,60 @@ def test_eval_stores_results_with_version_shots_and_error_and_scores_nothing_twi
     assert "are kept" not in capsys.readouterr().err
 
 
+def test_all_artifacts_get_the_same_solved_examples(both, task, monkeypatch):
+    """Two artifacts are measured one after the other, with the same tasks."""
+    from llmctl.evaluate.harness.evaluation import Suite
+    from llmctl.evaluate.harness.language_model import ArtifactLM
+    from llmctl.evaluate.harness.settings import HarnessConfig
+
+    asked = []
+
+    def answered(self, requests, disable_tqdm=True):
+        asked.append([request.args for request in requests])
+        return [(0.0, False)] * len(requests)
+
+    monkeypatch.setattr(ArtifactLM, "loglikelihood", answered)
+    with Suite([str(task)], HarnessConfig(shots=2), 0) as suite:
+        for _ in range(2):
+            suite.measure(both[0]._artifact, both[0]._setup, ["moon"])
+    assert asked[0] == asked[1] and asked[0][0][0].count("\n\n") == 2
+
+
+def test_a_definition_covers_the_settings_of_the_model(task):
+    from llmctl.evaluate.harness.evaluation import Suite
+    from llmctl.evaluate.harness.settings import HarnessConfig
+
+    found = []
+    for settings in ({}, {}, {"seq_len": 32}, {"dtype": "bfloat16"}):
+        with Suite([str(task)], HarnessConfig(), 0, **settings) as suite:
+            found.append(suite.definitions["moon"])
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_the_files_of_a_task_are_all_files_that_it_reads(task):
+    """A recipe's stage is repeated if one of these files changes."""
+    from llmctl.evaluate.harness import task_yaml
+
+    (task.parent / "code.py").write_text("")
+    other = task.with_name("sun.yaml")
+    other.write_text("include: moon.yaml\ntask: sun\nprocess_docs: !function code.docs\n")
+    names = [file.name for file in task_yaml.files([str(other)])]
+    assert names == ["sun.yaml", "moon.yaml", "code.py", "questions.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "line"),
     [
         (("doc_to_target: \"{{label}}\"", "doc_to_target: !function code.target"), [], "line 10 names Python code"),
         (("metric: acc_norm", "metric: ./evil"), [], "metric './evil' would be loaded as code"),
+        (("task: moon", "group: g\ntask: [{task: moon, metric_list: [{metric: ./evil, hf_evaluate: true}]}]\nother: 1"),
+         [], "metric './evil' would be loaded as code"),
+        (("[{metric: acc}, {metric: acc_norm}]", "acc"), [], "metric_list: must be a list of tables"),
+        (("task: moon", "task: moon\ninclude: [../tasks/moon.yaml]"), [], "includes itself"),
+        (("dataset_path: json", "dataset_path: pandas"), [], "reads pickles"),
+        (("task: moon", "task: moon\ninclude: 5"), [], "include: must be a path"),
+        (("dataset_kwargs: {", "dataset_kwargs: {data_dir: 'https://localhost/x', "), [], "is in the network"),
+        (("{validation: ", "{test: 5, validation: "), [], "data_files: test: must be a path"),
         (("task: moon", "other: moon"), [], "defines neither a task nor a group"),
         (("dataset_path: json", "dataset_path: a/dataset"), [], "lm_eval.download = true downloads missing data"),
         (("{{label}}", "{{ ''.__class__.__mro__ }}"), [], "unsafe"),

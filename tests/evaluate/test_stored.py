@@ -1,0 +1,52 @@
+"""Results of earlier evaluations: a result is kept only if everything that can change its numbers is the same."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from llmctl.data import splits
+from llmctl.data.config import DataConfig
+from llmctl.evaluate import stored
+from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.setup import Held, Setup
+from llmctl.evaluate.stored import Scored, Stored
+from llmctl.evaluate.tasks.registry import TASKS
+
+
+def test_times_of_another_measurement_are_not_kept():
+    timing = {"timed_on": "1 x cpu", "timed_batch": 32, "timed_rounds": 15}
+    result = {"content": "", "digest": "a", "definition": "b", **timing}
+    before = Stored([Scored(result)])
+    assert before.find("a", "b") and before.find("a", "b", timing)
+    for name, value in (("timed_on", "8 x cpu"), ("timed_batch", 8), ("timed_rounds", 1)):
+        assert before.find("a", "b", timing | {name: value}) is None
+    del result["timed_on"]
+    assert before.find("a", "b") and before.find("a", "b", timing) is None
+
+
+ROWS = {
+    "choice": [{"prompt": p, "choices": ["a", "b"], "answer": 0} for p in ("one", "two")],
+    "tokens": [{"tokens": ["one", "two"], "tags": ["O", "B-X"]}, {"tokens": ["three"], "tags": ["O"]}],
+    "span": [{"context": "one two", "question": "q", "answers": {"text": ["two"], "answer_start": [4]}}],
+}
+CORRECTED = {
+    "choice": {"answer": 1},
+    "tokens": {"tags": ["B-X", "O"]},
+    "span": {"answers": {"text": ["one"], "answer_start": [0]}},
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_corrected_labels_of_the_same_texts_are_another_definition(task, tmp_path):
+    """The texts do not change."""
+    setup = Setup(SimpleNamespace(), 32, 32, 4, "tail", "float32")  # pyright: ignore[reportArgumentType]
+    rows, found = ROWS[task], []
+    for changed in (rows, rows, [rows[0] | CORRECTED[task], *rows[1:]]):
+        file = tmp_path / "data.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        data = DataConfig(source="jsonl", path=str(file), test=1.0, validation=0.0)
+        examples = splits.load(data)["test"]
+        assert len(examples) == len(rows)
+        found.append(stored.definition(MeasureConfig(), TASKS[task], Held(examples, "test", tmp_path), setup))
+    assert found[0] == found[1] != found[2]
