@@ -43,10 +43,10 @@ def check(draft: Manifest, target: Manifest, name: str) -> None:
 
 
 def check_tasks(tasks: Sequence[Task], name: str) -> None:
-    """Check that there are texts to measure on: that all tasks of an artifact predict the tokens of the data's texts.
+    """Check that a draft has a task, and that each of its tasks predicts the tokens of the data's texts.
 
     Raises:
-        RequestError: If a task has other predictions, or if no task reads the data.
+        RequestError: If a task predicts something else than tokens, or if no task reads the data.
     """
     if not tasks:
         raise RequestError(f"draft_of: {name}: no task reads the texts of the data; add one to tasks, such as lm")

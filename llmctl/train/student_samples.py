@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SAMPLES = 4
 """Constant that is folded into a run's random key. The resulting key is the key of the samples."""
 STREAM = 2**40
-"""Offset of the seed for the random numbers that choose steps. With the offset, the choice is independent of the order
-of the training rows."""
+"""Number in place of the epoch, for the random numbers that choose steps. No epoch of the shuffle has this number, so
+the choice is independent of the order of the training rows."""
 
 
 def is_sampled(seed: int, step: int, fraction: float) -> bool:

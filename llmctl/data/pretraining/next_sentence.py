@@ -278,9 +278,9 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
 def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (passage of A, passage of B, next_label) of every row, int [2N] each.
 
-    Two combined passages a and b are called partners. They have two rows with label 0, (a, a) and (b, b), then two rows
-    with label 1, (a, b) and (b, a). The passages without a partner follow at the end of the group, without a label. Two
-    such passages c and d have the rows (c, c), (d, d), (c, c), (d, d).
+    Two combined passages a and b are called partners. Partners have two rows with label 0, (a, a) and (b, b), then two
+    rows with label 1, (a, b) and (b, a). The passages without a partner follow at the end of the group, without a
+    label. Two such passages c and d have the rows (c, c), (d, d), (c, c), (d, d).
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

@@ -69,7 +69,8 @@ class Config(MeasureConfig, StageConfig):
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
-    """Evaluate the artifacts in the setting `of`, or only the parent, and write the results to `ctx.out`.
+    """Evaluate the artifacts in the setting `of`, and write the results to `ctx.out`. If `of` names no artifact,
+    evaluate the parent.
 
     The files are results.json, table.md, tradeoff.png, predictions.jsonl and, for classifiers, classes.png. The file
     predictions.jsonl has the generated texts of a task, or the wrong predictions of a classifier.
