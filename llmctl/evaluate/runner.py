@@ -211,7 +211,9 @@ def _file_work(
 
 
 def _renamed(scored: Scored, name: str, manifest: Manifest) -> Scored:
-    """Return an earlier result of equal weights, with the name and the sizes that the artifact has now."""
+    """Return an earlier result, with the current name and sizes of the artifact. The weights have not changed since
+    that result.
+    """
     records = [{**record, "artifact": name} for record in scored.records]
     return Scored(scored.result | _about(name, manifest), records)
 
@@ -263,7 +265,7 @@ def _result(name: str, manifest: Manifest, measured: Measured, work: Work) -> Re
 
 
 def _timing(config: MeasureConfig, mesh: Mesh) -> dict[str, Any]:
-    """Return the fields of a result that describe the measurement of its times."""
+    """Return the fields of a result that describe how times are measured: devices, batch size and rounds."""
     kinds = Counter(d.device_kind for d in mesh.devices.flat)
     devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
     return {"timed_on": devices, "timed_batch": config.batch_size, "timed_rounds": config.repeats}

@@ -49,13 +49,13 @@ class Stored:
         self._partial = partial
 
     def find(self, weights: str, definition: str, timing: Mapping[str, Any] | None = None) -> Scored | None:
-        """Return the result of an artifact on a task, or None if it was not scored.
+        """Return the result of an artifact on a task. If there is no such result, return None.
 
         Args:
             weights: Digest of the artifact (see `identity`).
             definition: Digest of the task.
-            timing: Fields of the result that describe the measurement of its times. A result that was timed otherwise,
-                or not at all, counts as missing. None or empty accepts every result.
+            timing: Fields that describe how times are measured. A result whose fields differ, or that has no times,
+                counts as missing. If None or empty, every result is accepted.
         """
         scored = self._found.get((weights, definition))
         same = scored is not None and all(scored.result.get(key) == value for key, value in (timing or {}).items())
@@ -86,8 +86,8 @@ def digest(*parts: Any) -> str:
 def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, target: str = "") -> str:
     """Return the digest of a measurement: the task, the texts and labels of the examples, and the settings.
 
-    The labels include all columns that are no texts, such as the answers to questions and the labels of words. Results
-    of equal weights and equal digests are equal.
+    The labels include all columns without texts, such as the answers to questions and the labels of words. Two
+    measurements with equal weights and equal digests have equal results.
     """
     examples = held.examples
     answers = hashlib.sha256(repr((examples.classes, examples.columns)).encode())

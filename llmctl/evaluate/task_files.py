@@ -52,7 +52,7 @@ class ShotsConfig(Config):
     separator: str = "\n\n"
     """Text after each solved example."""
     answer: str = " "
-    """Text before each choice, also in solved examples. Completions follow their prompts without a text between."""
+    """Text before each choice, in solved examples too. A completion follows its prompt directly."""
 
 
 class TaskFile(Config):

@@ -90,7 +90,7 @@ class Suite:
             names: Names of tasks, groups or tags of the harness, YAML files, or folders of YAML files.
             settings: Settings of the tasks.
             limit: Number of documents per task, counted from the first document; 0 uses all documents.
-            seq_len: Maximum number of tokens that a model reads; 0 if each model reads up to its own maximum.
+            seq_len: Maximum number of tokens that a model reads; 0 uses the maximum sequence length of each model.
             dtype: Dtype of the computation.
         """
         self._names, self._settings, self._limit = list(names), settings, limit
@@ -128,7 +128,7 @@ class Suite:
     def measure(self, artifact: Artifact, setup: Setup, pending: Collection[str]) -> list[HarnessResult]:
         """Measure an artifact on the tasks `pending`. If a group is pending, all tasks are measured.
 
-        The random numbers begin anew for each artifact, so that all artifacts get the same solved examples.
+        The random generators are reset for each artifact, so that all artifacts get the same solved examples.
 
         Raises:
             RequestError: If the model cannot do a task.
@@ -217,7 +217,8 @@ def _interval(ours: str, metric: str, value: float, error: float, documents: int
 
 
 def definition(task: Any, settings: HarnessConfig, limit: int, context: dict[str, Any]) -> str:
-    """Return the digest of a task's settings, documents and prompt settings, and of the model's settings `context`.
+    """Return the digest of a task's settings, documents and prompt settings, and of the settings `context` of the
+    model.
 
     Two measurements with equal weights and equal digests have equal results.
     """

@@ -51,7 +51,7 @@ class ArtifactLM(TemplateLM):
 
     @property
     def truncated(self) -> int:
-        """Return the number of requests whose context was too long, so that its beginning was removed."""
+        """Return the number of requests whose context was too long. The beginning of such a context was removed."""
         return self._score.truncated + self._cut
 
     @property

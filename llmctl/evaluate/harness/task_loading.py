@@ -79,7 +79,9 @@ def environment(settings: HarnessConfig) -> Iterator[None]:
 
 
 def seed(tasks: Mapping[str, Any], settings: HarnessConfig) -> None:
-    """Reset the random numbers of tasks, including the global generators, which tasks of the harness may use."""
+    """Reset the random generators that tasks may use: the generator of each task, and the global generators of Python
+    and NumPy.
+    """
     random.seed(0)
     np.random.seed(1234)  # noqa: NPY002
     for task in tasks.values():
@@ -131,8 +133,8 @@ def _local(name: str, settings: HarnessConfig) -> list[dict[str, Any]]:
     """Return the tasks of a YAML file, or of all YAML files of a folder that define a task.
 
     Raises:
-        RequestError: If a file is no task. If a file may run code, or names data in the network, and the settings do
-            not permit it.
+        RequestError: If a file is no task. If a file may run code, or names data on the network, and the settings do
+            not permit this.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -1,6 +1,6 @@
 """Read the YAML files of tasks of lm-evaluation-harness without running code, and check what these files name.
 
-A file can name Python functions (`!function`), metrics that the harness would load as code, and data in the network.
+A file can name Python functions (`!function`), metrics that the harness would load as code, and data on the network.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def check_harmless(first: Path) -> None:
 def check_offline(file: Path, task: dict[str, Any]) -> None:
     """Check that the data of a task is local.
 
-    The harness's own offline mode is not enough: its data library asks a server for the size of a file.
+    The offline mode of the harness is not enough, because the harness's data library asks a server for the size of a
+    file.
 
     Raises:
         RequestError: If a setting of the data is a URL.
@@ -112,7 +113,7 @@ def _included(file: Path) -> list[Path]:
 def merged(file: Path) -> dict[str, Any]:
     """Return the content of a YAML file with the content of all included files, as the harness merges them.
 
-    Functions are None.
+    Each function (`!function`) is replaced by None.
     """
     _chain(file)  # refuses a file that includes itself
     found: dict[str, Any] = {}
@@ -171,12 +172,16 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def tables(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield the tables within a value, the value included. A group may contain the tables of tasks and groups."""
+    """Yield all tables inside a value, and the value itself if it is a table. A group may contain the tables of tasks
+    and groups.
+    """
     return (part for part in _parts(value) if isinstance(part, dict))
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """Yield a value, and all values within its lists and tables. In YAML, a list may contain itself."""
+    """Yield a value, and all values inside its lists and tables. Each list or table is read once, because a list in
+    YAML may contain itself.
+    """
     todo, seen = [value], set[int]()
     while todo:
         part = todo.pop()
@@ -189,7 +194,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _table(file: Path, task: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a table of a task's settings; empty if the task has no such setting."""
+    """Return the table `name` of a task's settings. If the task has no such setting, the table is empty."""
     found = task.get(name) or {}
     if not isinstance(found, dict):
         raise RequestError(f"{file}: {name}: must be a table in YAML")
@@ -197,7 +202,9 @@ def _table(file: Path, task: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _listed(file: Path, task: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return a list of tables of a task's settings; empty if the task has no such setting."""
+    """Return the list `name` of a task's settings, whose elements are tables. If the task has no such setting, the list
+    is empty.
+    """
     found = task.get(name) or []
     if not isinstance(found, list) or not all(isinstance(part, dict) for part in found):
         raise RequestError(f"{file}: {name}: must be a list of tables in YAML")

@@ -23,8 +23,8 @@ class LoraConfig(Settings):
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
     """Matrices that get an adapter. In the layers: q, k, v, o, gate, up, down. Outside the layers: lm_head (output
-    projection), and embed (token embeddings) if the method is lora. If empty, all matrices in the layers except the
-    matrices of bottleneck adapters.
+    projection), and embed (token embeddings) if the method is lora. If empty, all matrices in the layers get an
+    adapter, except the matrices of bottleneck adapters.
     """
     rslora: bool = False
     """Scale updates by alpha / sqrt(rank) instead of alpha / rank (rsLoRA). High ranks then learn as fast as low
