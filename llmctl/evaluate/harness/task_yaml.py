@@ -66,7 +66,7 @@ def check_harmless(first: Path) -> None:
                 raise RequestError(f"{file}: line {node.start_mark.line + 1} names Python code ({node.tag}){refusal}")
         for table in tables(_plain(file)):  # a group may define tasks
             for metric in _listed(file, table, "metric_list"):
-                if metric.get("hf_evaluate") or metric.get("metric") not in metric_registry:
+                if metric.get("hf_evaluate") or str(metric.get("metric")) not in metric_registry:
                     raise RequestError(f"{file}: metric {metric.get('metric')!r} would be loaded as code{refusal}")
             if table.get("dataset_path") == "pandas":
                 raise RequestError(f"{file}: dataset_path pandas reads pickles, which run code{refusal}")
