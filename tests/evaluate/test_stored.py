@@ -50,3 +50,11 @@ def test_corrected_labels_of_the_same_texts_are_another_definition(task, tmp_pat
         assert len(examples) == len(rows)
         found.append(stored.definition(MeasureConfig(), TASKS[task], Held(examples, "test", tmp_path), setup))
     assert found[0] == found[1] != found[2]
+
+
+def test_two_tasks_of_one_name_are_refused():
+    """Results and records are stored by the name of the task."""
+    assert MeasureConfig(tasks=["a/one.toml", "b/two.toml", "lm"]).named_tasks == ["lm"]
+    for tasks in (["a/one.toml", "b/one.toml"], ["lm", "lm.toml"]):
+        with pytest.raises(ValueError, match="two tasks are named"):
+            MeasureConfig(tasks=tasks)
