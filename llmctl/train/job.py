@@ -62,8 +62,8 @@ class Job:
     number or, for an array of stacked layers [L, ...], one factor per layer [L, 1, ...]."""
     starts: Callable[[str], Any] = lambda _: 0
     """Function from the name of a trained array to the number of updates after which its training starts. The result is
-    a number, or for stacked layers one number per layer [L, 1, ...]. Until then, the array and its optimizer state do
-    not change. `NEVER` freezes the array in all steps.
+    a number, or for stacked layers one number per layer [L, 1, ...]. Before this update, the array and its optimizer
+    state do not change. `NEVER` freezes the array in all steps.
     """
     frozen_layers: int = 0
     """Number of frozen layers in the encoder, and also in the decoder, counted from the first layer. If this number is

@@ -61,7 +61,7 @@ class Allocator:
     sensitivity: float
     """Decay rate of the moving average of the sensitivities |weight * gradient|."""
     uncertainty: float
-    """Decay rate of the moving average of the uncertainties of the sensitivities."""
+    """Decay rate of the moving average of the uncertainties |sensitivity - moving average of the sensitivity|."""
 
     def memory(self, named: Named) -> State:
         """Return the initial values of the arrays that are kept between steps.

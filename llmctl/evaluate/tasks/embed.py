@@ -181,7 +181,7 @@ class Embed(Task):
 
 
 def similarities(z_ND: jax.Array, batch: Batch) -> jax.Array:
-    """Return the cosine similarity of the first text of each row with the second text of each row, [B, B].
+    """Return the cosine similarities of all first texts with all second texts of the batch, [B, B].
 
     If the batch has scores, return only the cosine [B] between the two texts of each row. Second texts from all devices
     are used, so that each text is compared with the complete batch (arXiv:1807.03748, arXiv:1705.00652).

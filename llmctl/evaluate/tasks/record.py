@@ -55,5 +55,5 @@ class TaskRecord:
     """Value of `problem_type` in Hugging Face's config.json; empty omits the field."""
 
     def head_for(self, model: ModelConfig) -> str:
-        """Return the head that a model of this architecture needs, a key of `HEAD_KINDS`."""
+        """Return the head that a model of the given architecture needs, a key of `HEAD_KINDS`."""
         return self.head
