@@ -202,10 +202,16 @@ def _result(name: str, found: dict[str, Any], said: str, digest: str) -> Harness
     }
     numbers: set[str] = {k for row in samples for k in row["metrics"] if isinstance(row[k], (int, float))}
     examples = [
-        {"document": row["doc_id"], "filter": row["filter"]} | {NAMES.get(k, k): row[k] for k in sorted(numbers)}
+        {"document": row["doc_id"], "filter": row["filter"]}
+        | {NAMES.get(k, k): _finite(row[k]) for k in sorted(numbers)}
         for row in samples
     ]
     return HarnessResult(name, ", ".join([*head, said]), metrics, about, examples)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value, or None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _interval(ours: str, metric: str, value: float, error: float, documents: int) -> dict[str, float]:

@@ -222,6 +222,20 @@ def test_a_definition_covers_the_settings_of_the_model(task):
     assert found[0] == found[1] and len(set(found)) == 3
 
 
+def test_numbers_that_json_does_not_have_are_missing():
+    from llmctl.evaluate.harness.evaluation import _result
+
+    about = {"filter": "none", "metrics": ["perplexity"]}
+    rows = [{"doc_id": 0, "perplexity": -2.0, **about}, {"doc_id": 1, "perplexity": -math.inf, **about}]
+    found = {
+        "results": {"t": {"perplexity,none": math.inf, "acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "samples": {"t": rows}, "n-samples": {"t": {"effective": 2}}, "versions": {"t": 1}, "n-shot": {"t": 0},
+    }  # fmt: skip
+    got = _result("t", found, "said", "digest")
+    assert got.metrics["document_perplexity"] is None and got.metrics["accuracy"] == 0.5
+    assert [row["document_perplexity"] for row in got.examples] == [-2.0, None]
+
+
 def test_the_files_of_a_task_are_all_files_that_it_reads(task):
     """A recipe's stage is repeated if one of these files changes."""
     from llmctl.evaluate.harness import task_yaml
