@@ -223,6 +223,10 @@ def check(config: Any) -> None:
         for name in ("beams", "kv_cache", "folder"):
             if name in config.answers.model_fields_set:
                 raise ValueError(f'answers.{name}: only mode = "sequence" reads it')
+        if config.fake_quantize.learns:
+            raise ValueError(
+                'fake_quantize.scales: mode = "on_policy" generates without learned scales; set scales = "current"'
+            )
     elif "on_policy_fraction" in given:
         raise ValueError('on_policy_fraction: only mode = "on_policy" reads it')
     if config.cache:

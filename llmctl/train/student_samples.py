@@ -26,6 +26,7 @@ from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.padded_prompts import NOTHING, Prompts, padded_ends
 from llmctl.model.generate.sampling import Sampling
 from llmctl.model.program import Pass, Program
+from llmctl.train import fake_quantize
 from llmctl.train import step as steps
 from llmctl.train.job import Batch, Job, Params, joined
 
@@ -173,7 +174,8 @@ class StudentSamples:
 
         def run(named: Params, batch: Batch, step: jax.Array) -> Batch:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SAMPLES), step)
-            return sampled(self.model, joined(job, named), batch, key, dtype=jnp.dtype(train.dtype), **how)
+            params = fake_quantize.rounded(self.config.fake_quantize, joined(job, named))
+            return sampled(self.model, params, batch, key, dtype=jnp.dtype(train.dtype), **how)
 
         return jax.jit(run)
 

@@ -13,10 +13,11 @@ from llmctl.config.settings import MeshConfig, OptimConfig
 from llmctl.data.examples.completions import completion_batch, sequence_batch
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.distributed import mesh as meshes
-from llmctl.model import functional
+from llmctl.model import functional, weights
 from llmctl.model.generate.sampling import Sampling
 from llmctl.pipeline.stages import distill
-from llmctl.train import loop, student_samples
+from llmctl.train import fake_quantize, loop, student_samples
+from llmctl.train.job import Job
 
 WORDS, T = ByteTokenizer.new(), 16
 PROMPTS = [np.array(WORDS.encode(text)) for text in ("abc", "a long prompt", "z", "")]
@@ -105,6 +106,21 @@ def test_a_resumed_run_samples_the_same_texts(tmp_path, monkeypatch):
     assert tiny.digest(plain) != tiny.digest(whole)
 
 
+def test_the_student_that_samples_is_the_rounded_one(monkeypatch):
+    """With fake quantization, the loss reads rounded matrices, so the samples are those of the rounded student."""
+    model, quantized = tiny.MODELS["decoder"], {"format": "int4"}
+    monkeypatch.setattr(student_samples, "sampled", lambda model, params, *_, **__: params)
+    params = functional.init(model, jax.random.key(0))
+    job = Job(params=params, loss=lambda *_: None, rows=None, validate=lambda _: {})
+    config = distill.Config(teacher="t", mode="on_policy", fake_quantize=quantized)
+    samples = student_samples.StudentSamples(config, model, meshes.make(MeshConfig()), [1], 0)
+    found = samples.function(job)(weights.flatten(params), {}, np.int32(0))
+    want = jax.jit(lambda p: fake_quantize.rounded(config.fake_quantize, p))(params)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    up = "decoder/blocks/mlp/up/kernel"
+    assert not np.array_equal(weights.flatten(found)[up], weights.flatten(params)[up])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 def test_eight_devices_train_on_the_samples_of_one(architecture, tmp_path):
@@ -140,6 +156,7 @@ def test_plan_knows_the_samples_of_the_student(tmp_path):
     ({"hard": 0.2}, 'hard: the samples of mode = "on_policy" have no labels'),
     ({"signals": {"logits": 1.0, "hard": 0.2}}, 'hard: the samples of mode = "on_policy" have no labels'),
     ({"answers": {"beams": 2}}, 'answers.beams: only mode = "sequence" reads it'),
+    ({"fake_quantize": {"format": "int4", "scales": "learned"}}, "fake_quantize.scales: mode = .* without learned"),
     ({"mode": "teacher_forced", "on_policy_fraction": 0.5}, 'on_policy_fraction: only mode = "on_policy" reads it'),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_samples(settings, line):
