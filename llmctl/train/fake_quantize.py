@@ -32,7 +32,10 @@ from llmctl.train import learned_scales
 from llmctl.train.fake_quantize_settings import FakeQuantizeConfig
 from llmctl.train.job import Job, Params
 
-CHANGING = ("method", "clip", "smooth", "rotate", "symmetric", "activations", "average_bits", "max_perplexity_increase")
+CHANGING = (
+    *("method", "clip", "smooth", "rotate", "symmetric", "double_quantize", "activations"),
+    *("average_bits", "max_perplexity_increase"),
+)
 """Settings of the stage quantize whose effect is not simulated in training if they differ from their defaults."""
 
 

@@ -38,6 +38,7 @@ FORMATS: dict[str, list[Any]] = {
     "int3 g128": ["--format", "int3", "--group", 128],
     "int2 g32": ["--format", "int2", "--group", 32],
     "nf4": ["--format", "nf4"],
+    "nf4 double": ["--format", "nf4", "--double-quantize"],
     "mxfp4": ["--format", "mxfp4"],
     "nvfp4": ["--format", "nvfp4"],
 }

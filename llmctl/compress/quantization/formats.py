@@ -15,3 +15,5 @@ class Format:
     """Number of inputs per scale; 0 for one scale per output."""
     symmetric: bool = True
     """Whether the values are symmetric around 0. Otherwise, the values are integers with zero points."""
+    double_quantize: bool = False
+    """Whether the scales of nf4 are stored in 8 bits."""

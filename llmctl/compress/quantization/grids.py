@@ -36,6 +36,8 @@ ASYMMETRIC: dict[str, Grid] = {f"int{bits}": AsymmetricIntegers(bits) for bits i
 
 def levels_of(form: Format) -> tuple[Grid, int]:
     """Return the grid of a format, and the number of inputs per scale; 0 for one scale per output."""
+    if form.double_quantize:
+        return NormalFloats(double_quantize=True), form.group
     return (GRIDS if form.symmetric else ASYMMETRIC)[form.scheme], form.group
 
 

@@ -223,6 +223,9 @@ class BlockFloats(Grid):
 class NormalFloats(Grid):
     """Define the 16 levels of NF4, from -1 to 1."""
 
+    double_quantize: bool = False
+    """Whether scales are stored in 8 bits. Rounding and calibrated methods use the scales before this step."""
+
     @property
     def bound(self) -> float:
         """Return max|w| / scale of a block: 1, the largest level."""
@@ -246,7 +249,12 @@ class NormalFloats(Grid):
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> NormalFloat:
         """Return the weight node that stores the 4-bit codes and the scales of a matrix."""
-        return NormalFloat(nf4.codes(level_IO), scale_GO.astype(jnp.float32))
+        if not self.double_quantize:
+            return NormalFloat(nf4.codes(level_IO), scale_GO.astype(jnp.float32))
+        # A block of zeros has the scale 1 (see `scale`), which would dominate the groups of scales.
+        filled_GO = jnp.any(level_IO.reshape(len(scale_GO), -1, level_IO.shape[-1]) != 0, axis=1)
+        scale_GO = jnp.where(filled_GO, scale_GO, 0.0).astype(jnp.float32)
+        return NormalFloat(nf4.codes(level_IO), scale_GO).double_quantized()
 
 
 def _factor(whole: jax.Array, dtype: Any) -> jax.Array:

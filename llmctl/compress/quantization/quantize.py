@@ -38,6 +38,7 @@ def quantize(
     clip: bool = False,
     rules: Rules = (),
     symmetric: bool = True,
+    double_quantize: bool = False,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Quantize the matrices of a parameter tree. Norms, biases and position tables do not change.
 
@@ -53,6 +54,7 @@ def quantize(
       clip: whether to search for the scales with the least squared error of the weights.
       rules: formats of the matrices whose module paths match patterns, in place of `scheme`.
       symmetric: whether integers are symmetric around 0. Otherwise, each group has a zero point.
+      double_quantize: whether the scales of nf4 matrices are stored in 8 bits.
 
     Returns:
       The tree with quantized weights, and the relative error (Frobenius) of each quantized weight by path.
@@ -62,7 +64,10 @@ def quantize(
           quantized, or has a low-rank adapter. If a pattern of `rules` matches no weight.
     """
     flat, errors = flatten(params), {}
-    method = Quantization(scheme, group, embeddings=embeddings, head=head, rules=rules, symmetric=symmetric)
+    method = Quantization(
+        scheme, group, embeddings=embeddings, head=head, rules=rules, symmetric=symmetric,
+        double_quantize=double_quantize,
+    )  # fmt: skip
     for path, target in chosen(flat, method).items():
         node, error = measured(flat[path], target, clip)
         errors[path] = float(error)
@@ -149,7 +154,7 @@ def measured(w: jax.Array | LearnedScale, target: Target, clip: bool = False) ->
     form, inputs = target.format, target.inputs
     if isinstance(w, LearnedScale):
         node, w = learned.converted(w, inputs), w.weight
-    elif clip or not form.symmetric:
+    elif clip or not form.symmetric or form.double_quantize:
         grid, group = grids.levels_of(form)
         node = grids.quantized(w, grid, inputs, group, clip)
     else:

@@ -68,6 +68,8 @@ class Quantization:
     """Number of AutoRound's gradient steps per layer (`llmctl.compress.quantization.autoround`)."""
     symmetric: bool = True
     """Whether integers are symmetric around 0. Otherwise, each group has a zero point. Floats are always symmetric."""
+    double_quantize: bool = False
+    """Whether the scales of nf4 matrices are stored in 8 bits."""
 
     @property
     def calibrated(self) -> bool:
@@ -104,7 +106,7 @@ class Quantization:
 
         >>> method = Quantization("int4", group=128, rules=(("attn/*", "nvfp4"), ("lm_head", "none")))
         >>> [method.format_of(module) for module in ("decoder/blocks/attn/q", "lm_head")]
-        [Format(scheme='nvfp4', group=16, symmetric=True), None]
+        [Format(scheme='nvfp4', group=16, symmetric=True, double_quantize=False), None]
 
         Args:
           module: path of the module, such as `decoder/blocks/attn/q`.
@@ -112,10 +114,11 @@ class Quantization:
         name = rules.format_of(module, self.rules, self.scheme)
         if name == rules.NONE:
             return None
-        return Format(name, inputs_per_scale(name, self.group), self.symmetric or name not in INTEGERS)
+        double = self.double_quantize and name == "nf4"
+        return Format(name, inputs_per_scale(name, self.group), self.symmetric or name not in INTEGERS, double)
 
     @property
     def rounding(self) -> dict[str, Any]:
         """Return the keyword arguments of `llmctl.compress.quantization.quantize.quantize`, by name."""
         names = ("scheme", "group", "embeddings", "head", "activations", "clip", "rules", "symmetric")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "double_quantize")}

@@ -26,8 +26,8 @@ def quantized(cfg, params, batches, method):
 
 
 @pytest.mark.parametrize("method", [
-    INT4, Quantization("nf4", group=8, method="gptq"), Quantization("int4", group=8, method="awq", head=True),
-    Quantization("int8", activations="int8", smooth=True),
+    INT4, Quantization("nf4", group=8, method="gptq", double_quantize=True),
+    Quantization("int4", group=8, method="awq", head=True), Quantization("int8", activations="int8", smooth=True),
 ], ids=str)  # fmt: skip
 def test_every_matrix_of_the_layers_is_quantized(tiny, params, batches, method):
     original = {m.path: m.weight for m in weights.matrices(jax.tree.map(np.asarray, params), "block")}

@@ -7,7 +7,7 @@ import pytest
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
 from llmctl.config.errors import RequestError
-from llmctl.config.settings import OptimConfig, TrainConfig
+from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.convert import exporting, importing
 from llmctl.model import weights
 from llmctl.pipeline.stages import finetune, quantize
@@ -22,22 +22,40 @@ def go(module, config, parent, folder):
     return artifact.load(ctx.out)
 
 
+NF4 = quantize.Config(format="nf4", group=8)
+DOUBLE = quantize.Config(format="nf4", group=8, double_quantize=True)
+
+
 @pytest.fixture(scope="module")
 def small(artifacts, tmp_path_factory):
-    """A language model in NF4, in blocks of 8."""
-    return go(quantize, quantize.Config(format="nf4", group=8), artifacts / "lm", tmp_path_factory.mktemp("nf4"))
+    """A language model in NF4 with scales in 8 bits, in blocks of 8."""
+    return go(quantize, DOUBLE, artifacts / "lm", tmp_path_factory.mktemp("nf4"))
 
 
-def test_the_manifest_and_the_size(small, artifacts):
+@pytest.mark.parametrize("config", [NF4, DOUBLE], ids=["float32 scales", "8-bit scales"])
+def test_the_manifest_and_the_size(small, artifacts, tmp_path, config):
+    small = small if config is DOUBLE else go(quantize, config, artifacts / "lm", tmp_path)
     nodes = {m.path: m.node for m in weights.matrices(small.params, "block")}
     assert {w.kind for w in nodes.values()} == {"nf4"} and small.manifest.config["format"] == "nf4"
     rest = small.manifest.parameters - sum(w.count() for w in nodes.values())
     four = sum(w.count() for w in nodes.values())
-    assert small.manifest.bits == pytest.approx((32 * rest + four * (4 + 32 / 8)) / small.manifest.parameters)
+    scales = sum(w.count() / 8 for w in nodes.values())
+    bits = 32 * scales
+    if config is DOUBLE:  # the rows of scales have fewer than 256 outputs: one float32 per row, and one per matrix
+        bits = 8 * scales + sum(32 * w.scale[..., 0].size + 32 * len(w.scale) for w in nodes.values())
+    assert small.manifest.bits == pytest.approx((32 * rest + 4 * four + bits) / small.manifest.parameters)
     before = artifact.load(artifacts / "lm")
     for path, w in nodes.items():
         lost = np.asarray(w.dense()) - np.asarray(weights.flatten(before.params)[path])
-        assert 0 < np.abs(lost).max() <= 0.16 * np.asarray(w.scale).max()  # half of the widest gap of levels
+        assert 0 < np.abs(lost).max() <= 0.16 * np.asarray(w.scales()).max()  # half of the widest gap of levels
+
+
+def test_eight_devices_store_what_one_stores(small, artifacts, tmp_path):
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    many = go(quantize, DOUBLE.model_copy(update={"mesh": mesh}), artifacts / "lm", tmp_path)
+    for one, other in zip(*(weights.matrices(a.params, "block") for a in (small, many)), strict=True):
+        for (name, a), b in zip(one.node.parts().items(), other.node.parts().values(), strict=True):
+            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), rtol=1e-6, err_msg=name)
 
 
 def test_lora_trains_beside_the_codes(small, reviews, tmp_path):

@@ -120,18 +120,19 @@ def test_formats_are_saved_and_run(artifacts, tmp_path, reviews, name):
     assert artifact.load(tmp_path / "pruned").manifest.sparsity >= 0.5
 
 
-@pytest.mark.parametrize(("name", "group", "symmetric", "bits"), [
-    ("int3", 128, True, 3.25), ("mxfp4", 0, True, 4.25), ("nvfp4", 0, True, 4.5), ("int4", 128, False, 4.28125),
-    ("int2", 64, False, 2.5625),
+@pytest.mark.parametrize(("name", "group", "settings", "bits"), [
+    ("int3", 128, {}, 3.25), ("mxfp4", 0, {}, 4.25), ("nvfp4", 0, {}, 4.5),
+    ("int4", 128, {"symmetric": False}, 4.28125), ("int2", 64, {"symmetric": False}, 2.5625),
+    ("nf4", 64, {"double_quantize": True}, 4 + 8 / 64 + 32 / (64 * 256)),
 ])  # fmt: skip
-def test_bytes_on_disk_are_those_of_arithmetic(artifacts, tmp_path, name, group, symmetric, bits):
+def test_bytes_on_disk_are_those_of_arithmetic(artifacts, tmp_path, name, group, settings, bits):
     """All matrices of the layers; the table and the norms stay as they are."""
     base = artifact.load(artifacts / "lm")
     model = base.model.model_copy(update={"d_model": 256, "head_dim": 64, "d_ff": 1024, "layers": 2})
     params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))
     common = {"stage": "pretrain", "key": "k", "config": {}, "tokenizer_dir": base.tokenizer_dir}
     artifact.save(tmp_path / "wide", params, model, **common)
-    made = run(tmp_path, tmp_path, "wide", format=name, group=group, symmetric=symmetric)
+    made = run(tmp_path, tmp_path, "wide", format=name, group=group, **settings)
     matrices = sum(m.weight.size for m in weights.matrices(params, "block"))
     rest = artifact.read_manifest(tmp_path / "wide").parameters - matrices
     expected = matrices * bits / 8 + 4 * rest
@@ -172,7 +173,8 @@ def test_a_rotated_model_is_saved_with_its_own_output_projection(artifacts, tmp_
 
 
 @pytest.mark.parametrize(("settings", "title"), [
-    ({"rotate": True, "symmetric": False, "group": 8, "rules": {"up": "nf4"}}, "rotation of decoder/blocks/attn/o"),
+    ({"rotate": True, "symmetric": False, "double_quantize": True, "group": 8, "rules": {"up": "nf4"}},
+     "rotation of decoder/blocks/attn/o"),
     ({"method": "autoround", "tuning_steps": 2, "examples": 20}, "gradient step of a layer's rounding"),
     ({"activations": "int8", "static_activations": "mse", "examples": 20}, "rounding of"),
 ])  # fmt: skip
@@ -222,6 +224,8 @@ def test_data_is_no_part_of_the_key_without_calibration(reviews):
     ({"method": "autoround", "clip": True}, "clip: not with method 'autoround'"),
     ({"symmetric": False, "format": "nf4"}, "symmetric = false: not for format 'nf4'; choose one of int8, int4"),
     ({"symmetric": False, "activations": "int8"}, "symmetric = false: not with quantized activations"),
+    ({"double_quantize": True, "format": "mxfp4"}, "double_quantize: not for format 'mxfp4'; set format to 'nf4'"),
+    ({"double_quantize": True, "average_bits": 4.5}, "double_quantize: not for format 'int8'; set format to 'nf4'"),
     ({"rules": {"": "int4"}}, "a pattern is empty"),
     ({"rules": {"mlp/*": "nf4"}, "activations": "int8"}, "activations: not for format 'nf4'"),
     ({"plot": True}, "plot: only with average_bits or max_perplexity_increase"),
