@@ -85,7 +85,7 @@ class NormalFloat(Node):
     """Mean of the scales of each matrix, float32 [..., 1, 1]. None if scales are not quantized."""
 
     shape = property(lambda self: self.codes.shape)
-    dtype = property(lambda self: np.dtype(np.float32))
+    dtype = property(lambda self: (self.scale if self.scale_max is None else self.scale_max).dtype)
     is_integer = property(lambda self: True)
 
     @classmethod
@@ -115,7 +115,7 @@ class NormalFloat(Node):
         return replace(self, scale=found, scale_max=jnp.squeeze(most, -1), scale_mean=mean)
 
     def scales(self) -> jax.Array:
-        """Return the scale of each block, float32, in the shape of `scale`."""
+        """Return the scale of each block as a float, in the shape of `scale`."""
         return _scales(self.scale, self.scale_max, self.scale_mean)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
@@ -156,11 +156,11 @@ class NormalFloat(Node):
         if found := super().misfit():
             return found
         if self.scale_max is None or self.scale_mean is None:
-            return "" if self.scale_max is self.scale_mean and self.scale.dtype == np.float32 else "scale"
-        *lead, rows, columns = self.scale.shape
-        fitting = (*lead, rows, -(-columns // SCALES)), (*lead, -(-rows // SCALES), columns)
+            return "" if self.scale_max is self.scale_mean and self.scale.dtype != np.uint8 else "scale"
         if self.scale.dtype != np.uint8:
             return "scale"
+        *lead, rows, columns = self.scale.shape
+        fitting = (*lead, rows, -(-columns // SCALES)), (*lead, -(-rows // SCALES), columns)
         if self.scale_max.shape not in fitting:
             return "scale_max"
         return "" if self.scale_mean.shape == (*lead, 1, 1) else "scale_mean"
@@ -189,12 +189,12 @@ def levels(codes: jax.Array) -> jax.Array:
 
 
 def _scales(scale: jax.Array, most: jax.Array | None, mean: jax.Array | None) -> jax.Array:
-    """Return scales in float32, given their codes, or given the scales themselves if `most` is None.
+    """Return scales as floats, given their codes, or given the scales themselves if `most` is None.
 
     Negative results are replaced by 0. They are possible because of rounding, and would flip the signs of weights.
     """
     if most is None or mean is None:
-        return scale.astype(jnp.float32)
+        return scale
     for axis, (size, groups) in enumerate(zip(scale.shape, most.shape, strict=True)):
         if size != groups:
             most = jax.lax.slice_in_dim(jnp.repeat(most, SCALES, axis=axis), 0, size, axis=axis)
@@ -206,4 +206,4 @@ def _values(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     """Return LEVELS[code] * scale for all codes. Each scale belongs to a block of codes along one axis."""
     for axis, (size, blocks) in enumerate(zip(codes.shape, scale.shape, strict=True)):
         scale = jnp.repeat(scale, size // blocks, axis=axis) if size != blocks else scale
-    return (levels(codes) * scale).astype(dtype)
+    return (levels(codes) * scale.astype(jnp.float32)).astype(dtype)
