@@ -58,7 +58,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     """Parse a TOML text and return it as a dict.
 
     Raises:
-        ValueError: If the text is not TOML or is nested too deeply. If a number is too large.
+        ValueError: If the text is not TOML, is nested too deeply, or contains too large a number.
     """
     if _LONG_KEY.search(text):  # the parser's time grows with the square of the number of parts
         raise ValueError(_TOO_DEEP)

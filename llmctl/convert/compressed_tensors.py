@@ -48,7 +48,7 @@ class Scheme(NamedTuple):
     group: int = 0
     """Number of inputs per scale; 0 for one scale per output."""
     activations: str = ""
-    """Type of quantized activations in llmctl; empty if activations are not quantized."""
+    """Name that llmctl uses for the data type of quantized activations; empty if activations are not quantized."""
     symmetric: bool = True
     """Whether the weights have no zero points."""
     static: bool = False

@@ -183,9 +183,9 @@ def _part(
     wrote: Callable[[int], None],
     index: tuple[slice, ...] = (),
 ) -> np.ndarray:
-    """Return the values of a parameter at an index, such as the shard of a device.
+    """Return the slice `index` of a parameter, such as the shard that one device holds.
 
-    Files are memory-mapped, so only bytes of the shard are read.
+    Files are memory-mapped, so only the bytes of the slice are read.
     """
     ranges = [range(n)[s] for n, s in zip(shape, index or (slice(None),) * len(shape), strict=True)]
     out = np.empty([len(r) for r in ranges], dtype)

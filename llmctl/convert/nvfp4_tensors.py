@@ -1,4 +1,4 @@
-"""Write and read layers in the format nvfp4-pack-quantized of compressed-tensors.
+"""Write and read layers in the format `nvfp4-pack-quantized` of compressed-tensors.
 
 A layer has three tensors:
 

@@ -89,7 +89,7 @@ def _indices(classes: tuple[str, ...], labels: list[str], sizes: list[int]) -> n
     Args:
         classes: Class names.
         labels: Class name of each row; for sets, the names of all rows concatenated.
-        sizes: Number of labels per row; empty if rows have one label each.
+        sizes: Number of labels of each row; empty if every row has exactly one label.
     """
     number = {c: k for k, c in enumerate(classes)}
     found = np.array([number[c] for c in labels], np.int32)

@@ -1,4 +1,4 @@
-"""Measure how often a target accepts the tokens of a draft, without generating text.
+"""Measure the fraction of a draft's tokens that a target accepts, without generating text.
 
 Let p be the distribution of the target, and q the distribution of the draft. With sampling at temperature 1, the target
 accepts a token of the draft with probability sum(min(p, q)) (Leviathan et al., 2023, arXiv:2211.17192). Greedy decoding

@@ -133,7 +133,7 @@ def _program(
 
 
 def _acceptance(data: DataConfig, name: str, draft: Artifact, target: Artifact, setup: Setup, task: Task) -> Program:
-    """Return the program that measures how often a target accepts the tokens of a draft."""
+    """Return the program that measures the acceptance: the fraction of a draft's tokens that a target accepts."""
     step = acceptance.scorer(task, (draft.model, target.model), setup.dtype)
     text = synthetic.SyntheticText(data, task.columns, setup.seq_len)
     row = task.rows(draft.model, text.splits["train"], synthetic.TOKENIZER, RowSettings(setup.seq_len))[0]

@@ -44,7 +44,7 @@ class MeasureConfig(Config):
     repeats: int = Field(default=15, ge=1)
     """Number of rounds in the speed measurement."""
     generation: GenerationConfig = GenerationConfig()
-    """Settings for generating answers, for task seq2seq."""
+    """Settings for generating answers, for the task `seq2seq`."""
     tasks: list[str] = []
     """Tasks to measure each artifact on, such as masked and next_sentence, and task files (`my_task.toml`) with data of
     their own. If empty, the task of the artifact's training is used."""

@@ -102,10 +102,11 @@ class Rows:
             context: Maximum number of inputs per window, and the row length.
             stride: Number of newly scored tokens per window.
             given: Number of tokens at the beginning of each document (the prompt) that are context only.
-            repeated: Number of tokens from the start of `prefix` that replace the oldest inputs of every later window.
+            repeated: Number of tokens of a trained prompt, with which `prefix` begins. In every window after a
+                document's first, these tokens replace the oldest inputs. 0 without a trained prompt.
 
         Raises:
-            ValueError: If a later window would score the targets of repeated tokens.
+            ValueError: If `stride` is above `context - repeated`. Windows would then score targets of repeated tokens.
         """
         if repeated and stride > context - repeated:
             raise ValueError(f"stride ({stride}) must be at most {context - repeated}: {repeated} inputs are repeated")

@@ -1,4 +1,4 @@
-"""Read task files: TOML files that describe a task by its data, prompts, solved examples and metrics.
+"""Read task files: TOML files that describe a task by its data, prompts, few-shot examples and metrics.
 
 A task file names one of llmctl's tasks, which determines how a model is measured: `choice` by the likelihood of each
 choice, `seq2seq` by generated answers, `completions` by perplexity, `embed` by the similarity of texts.
@@ -39,20 +39,20 @@ ENDING = ".toml"
 
 
 class ShotsConfig(Config):
-    """Configure the solved examples that precede each prompt (few-shot)."""
+    """Configure the few-shot examples: rows with their answers that precede each prompt."""
 
     added: ClassVar[frozenset[str]] = frozenset()
 
     count: int = Field(default=0, ge=0)
-    """Number of solved examples before each prompt."""
+    """Number of few-shot examples before each prompt."""
     split: Split = "train"
-    """Split from which the solved examples are taken. The split must differ from the measured split."""
+    """Split from which the few-shot examples are taken. The split must differ from the measured split."""
     seed: int = Field(default=0, ge=0)
-    """Seed that selects the solved examples."""
+    """Seed that selects the few-shot examples."""
     separator: str = "\n\n"
-    """Text after each solved example."""
+    """Text after each few-shot example."""
     answer: str = " "
-    """Text before each choice, in solved examples too. A completion follows its prompt directly."""
+    """Text before each choice, in few-shot examples too. A completion follows its prompt directly."""
 
 
 class TaskFile(Config):
@@ -70,11 +70,11 @@ class TaskFile(Config):
     """Tokens per text. 0 uses the value of the evaluation, or else of the artifact's training. For imported models, 0
     uses 512, but at most the model's maximum."""
     shots: ShotsConfig = ShotsConfig()
-    """Solved examples before each prompt."""
+    """Few-shot examples before each prompt."""
     metrics: list[Annotated[str, AfterValidator(METRICS.check), METRICS]] = []
     """Additional metrics to compute from references and predictions."""
     generation: GenerationConfig = GenerationConfig()
-    """Settings for generating answers, for task seq2seq."""
+    """Settings for generating answers, for the task `seq2seq`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class LoadedTask:
     config: TaskFile
     examples: Examples
     solved: str
-    """Text of the solved examples, which precedes each prompt."""
+    """Text of the few-shot examples, which precedes each prompt."""
 
     @property
     def digest(self) -> str:
@@ -118,7 +118,7 @@ def load(file: str, limit: int = 0) -> LoadedTask:
         limit: Maximum number of examples if the file sets none; 0 uses all.
 
     Raises:
-        RequestError: If a file is missing. If a setting is invalid. If the split is empty. If solved examples are
+        RequestError: If a file is missing. If a setting is invalid. If the split is empty. If few-shot examples are
             requested for a task without prompts.
     """
     config = read(file)
@@ -139,8 +139,8 @@ def load(file: str, limit: int = 0) -> LoadedTask:
 
 
 def _solved(file: str, config: TaskFile, examples: Examples) -> str:
-    """Return the text of the solved examples. The examples are ordered by a hash of seed and text. With a larger number
-    of solved examples, the first examples therefore stay the same.
+    """Return the text of the few-shot examples. The examples are ordered by a hash of seed and text. With a larger
+    number of few-shot examples, the first examples therefore stay the same.
     """
     shots = config.shots
     if shots.split == config.split:

@@ -53,7 +53,8 @@ class Signals:
     """Distance between vectors, as a mean over tokens. mse: mean squared difference of the elements. cosine: 1 - cosine
     similarity."""
     relation_heads: int = 1
-    """Number of parts into which queries, keys and values are divided for their relations."""
+    """Number of parts into which queries, keys and values are split. A relation is the attention-like similarity of all
+    pairs of tokens within one part, as in MiniLMv2 (`llmctl.model.token_relations`)."""
 
     def weight(self, name: str) -> float:
         """Return the weight of a signal: "hidden", "relations" or "embeddings"."""

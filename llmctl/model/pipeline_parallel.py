@@ -153,7 +153,7 @@ def _stage(layer: Layer, P: int, M: int, layers: Tree, moving: Tree, still: Shar
 
 
 def _split(M: int, along: str | None, a: jax.Array) -> jax.Array:
-    """Split rows into microbatches, [B, ...] -> [M, b, ...]; `along` is the logical axis of the second dimension."""
+    """Split an array [B, X, ...] into M microbatches, [M, b, X, ...]. `along` is the logical axis of X."""
     a = a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1)
     return meshes.constrain(a, *[None, "batch", along, None][: a.ndim])
 

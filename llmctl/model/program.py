@@ -110,15 +110,16 @@ class Program:
     steps: int = 0
     """Number of calls of the program in the stage; 0 if unknown."""
     parameters: Tree = ()
-    """Weights in memory while the program runs."""
+    """Shapes, dtypes and shardings of the weights in memory while the program runs."""
     optimizer: Tree = ()
-    """Optimizer state in memory while the program runs."""
+    """Shapes, dtypes and shardings of the optimizer state in memory while the program runs."""
     batch: Tree = ()
-    """Inputs in memory while the program runs."""
+    """Shapes, dtypes and shardings of the inputs in memory while the program runs."""
     cache: Tree = ()
-    """Key-value cache, or calibration statistics, in memory while the program runs."""
+    """Shapes, dtypes and shardings of the key-value cache, or of the calibration statistics, in memory while the
+    program runs."""
     beside: Tree = ()
-    """Arrays in memory that are not arguments of the program. These arrays are also in `parameters`, `optimizer`,
+    """Abstract arrays in memory that are not arguments of the program. They are also in `parameters`, `optimizer`,
     `batch` or `cache`."""
     artifact_bytes: int = 0
     """Size of the arrays of the artifact that the stage writes, in bytes; 0 if the stage writes no arrays."""

@@ -80,7 +80,7 @@ def summary(found: list[dict[str, Any]]) -> Table:
 
 
 def _runs(one: dict[str, Any]) -> str:
-    """Return how often a stage runs the program, as text for a table.
+    """Return the number of times that a stage runs the program, as text for a table.
 
     The number is unknown if the stage sets `train.epochs`, because a plan does not count the data's rows.
     """

@@ -21,7 +21,8 @@ from llmctl.train.job import Job, Params
 
 
 class BestParameters:
-    """Select the best parameters so far, and save them if the run returns the best parameters."""
+    """Select the best parameters so far. They are saved only if the run returns the best parameters in place of the
+    last."""
 
     def __init__(self, job: Job, train: TrainConfig, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
         self.metric = train.best_by or job.metric

@@ -80,8 +80,8 @@ class Checkpoints:
     def save_best(self, step: int, named: Any) -> None:
         """Store the parameters of `step` as the best parameters, and remove the previous best parameters.
 
-        If a resumed run reaches the step of the stored parameters again, nothing is saved, because the bits are the
-        same.
+        If the parameters of `step` are already stored, nothing is saved. A resumed run that repeats this step computes
+        the same parameters.
         """
         if self.has_best(step):
             return
@@ -152,7 +152,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """Move a damaged checkpoint to the folder `damaged`.
 
-        The checkpoint is not deleted, because the machine may have caused the damage.
+        The checkpoint is not deleted. If a hardware fault made the read fail, the files may be intact.
         """
         aside = self.folder / "damaged" / str(step)
         shutil.rmtree(aside, ignore_errors=True)

@@ -91,7 +91,7 @@ class SignalsConfig(Config):
 
 class StudentConfig(Config):
     """Set which layers of the teacher become the student. To reduce widths too, use the stage `prune` with method
-    structured.
+    `structured`.
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -147,7 +147,7 @@ class AnswersConfig(Config):
     beams: int = Field(default=1, ge=1)
     """Number of beams of a beam search; 1 generates greedily, or samples if temperature is above 0."""
     temperature: float = Field(default=0.0, ge=0)
-    """Temperature of sampling; 0 takes the most probable token. The default of mode on_policy is 1."""
+    """Temperature of sampling; 0 takes the most probable token. The default of the mode `on_policy` is 1."""
     top_k: int = Field(default=0, ge=0)
     """Number of most probable tokens to sample from; 0 keeps all."""
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -5,7 +5,7 @@
 In every step, the loss reads rounded matrices. The matrices are rounded by the scheme of the chosen format, with scales
 computed from the current weights. The rounding has the gradient of the identity (straight-through estimator; Bengio et
 al., 2013, arXiv:1308.3432). The optimizer updates the weights before rounding, and the artifact stores these weights.
-The stage quantize rounds the weights with the same scheme, so the quantized artifact computes the function that was
+The stage `quantize` rounds the weights with the same scheme, so the quantized artifact computes the function that was
 trained. Validation measures the same function.
 
 With `scales = "learned"`, the scales are trained too (`llmctl.train.learned_scales`).
@@ -36,7 +36,7 @@ CHANGING = (
     *("method", "clip", "smooth", "rotate", "symmetric", "double_quantize", "activations"),
     *("average_bits", "max_perplexity_increase"),
 )
-"""Settings of the stage quantize whose effect is not simulated in training if they differ from their defaults."""
+"""Settings of the stage `quantize` whose effect is not simulated in training if they differ from their defaults."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -27,20 +27,20 @@ class FakeQuantizeConfig(Config):
     added: ClassVar[frozenset[str]] = frozenset({"scales"})
 
     format: Annotated[str, AfterValidator(known_scheme), SCHEMES] = ""
-    """Format to which the loss rounds the matrices in every step, as the stage quantize does without data. Gradients
+    """Format to which the loss rounds the matrices in every step, as the stage `quantize` does without data. Gradients
     ignore the rounding. The artifact stores the weights before rounding. Quantize the artifact with the same settings.
     If empty, nothing is rounded."""
     group: int = Field(default=0, ge=0)
-    """Number of inputs per scale, as in the stage quantize."""
+    """Number of inputs per scale, as in the stage `quantize`."""
     rules: Annotated[dict[str, str], AfterValidator(known_rules)] = {}
-    """Formats for single matrices, by patterns of module paths, as in the stage quantize."""
+    """Formats for single matrices, by patterns of module paths, as in the stage `quantize`."""
     embeddings: bool = False
     """Also round the token embeddings."""
     head: bool = False
     """Also round the output projection and the task head."""
     scales: Literal["current", "learned"] = "current"
     """Scales of the rounded matrices. current: computed from the weights in every step. learned: trained with the
-    weights (LSQ), for integers. The artifact then also has the scales, and the stage quantize uses these scales."""
+    weights (LSQ), for integers. The artifact then also has the scales, and the stage `quantize` uses these scales."""
 
     @model_validator(mode="after")
     def _fits(self) -> FakeQuantizeConfig:

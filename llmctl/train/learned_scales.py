@@ -7,7 +7,7 @@ learning rate for every array. For scales of about 0.01, such a step would be to
 negative. A step of the logarithm multiplies the scale by a factor near 1 (as in Jain et al., 2019, arXiv:1903.08066).
 
 The initial scale is 2 mean|w| / sqrt(highest integer), as in LSQ. The mean is over the nonzero weights. The result of
-the job has the matrices as `LearnedScale`, which the stage quantize converts to integers with equal values.
+the job has the matrices as `LearnedScale`, which the stage `quantize` converts to integers with equal values.
 """
 
 from __future__ import annotations

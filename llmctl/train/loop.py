@@ -75,8 +75,9 @@ def fit(
       (parameters, metrics by name). If `optim.ema` is set, the returned parameters are the moving averages.
 
     Raises:
-      Interrupted: If SIGTERM or Ctrl-C arrived. A checkpoint was written, and the same command continues the run.
-      WorkError: If the run diverges or the disk is full. The same command continues from the last checkpoint.
+      Interrupted: If SIGTERM or Ctrl-C arrived. A checkpoint was written. If the same command is run again, it resumes.
+      WorkError: If the run diverges or the disk is full. If the same command is run again, it resumes from the last
+          checkpoint.
     """
     _check_batch(train, mesh)
     is_minimized(train.best_by or job.metric)  # reject an unknown metric before the first compilation

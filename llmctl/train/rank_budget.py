@@ -25,7 +25,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Compute how many singular values all low-rank updates together may keep at a training step.
+    """Compute the number of singular values that all low-rank updates together may keep at a training step.
 
     A triplet is a singular value with its two singular vectors.
     """
@@ -66,7 +66,8 @@ class Allocator:
     def memory(self, named: Named) -> State:
         """Return the initial values of the arrays that are kept between steps.
 
-        The arrays are moving averages, which are zero, and masks of the triplets to keep, which are all True.
+        The moving averages of sensitivity and uncertainty begin with 0. The masks of the singular values to keep begin
+        with True.
         """
         entries = {join(path, part): named[join(path, part)] for path in self.shapes for part in ("a", "b", "e")}
         return {
@@ -77,7 +78,12 @@ class Allocator:
         }
 
     def after_step(self, state: State, step: jax.Array) -> State:
-        """Return the state with updated averages, and with the singular values of removed triplets set to zero."""
+        """Return the state with updated moving averages and masks, and set the singular values of removed triplets to
+        zero.
+
+        A triplet is a singular value with its two singular vectors. The averages are those of sensitivity and
+        uncertainty.
+        """
         params, gradients, memory = state["params"], state["gradients"], state["memory"]
         budget = self.budget
         measures = step < budget.settled

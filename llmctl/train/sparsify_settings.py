@@ -42,8 +42,8 @@ class SparsifyConfig(Config):
     steps."""
     end: float = Field(default=0.75, gt=0)
     """Step from which the zeros no longer change. A value up to 1 is a fraction of all steps. Only parameters from this
-    step on can be selected as the best, and train.patience counts from this step. With schedule constant and score
-    magnitude, the zeros no longer change after step start."""
+    step on can be selected as the best, and train.patience counts from this step. With schedule `constant` and score
+    `magnitude`, the zeros no longer change after step start."""
     every: float = Field(default=0.01, gt=0)
     """Number of steps between changes of the zeros. A value below 1 is a fraction of all steps."""
 
@@ -90,8 +90,8 @@ class SparsifyConfig(Config):
     def steps(self, total: int) -> tuple[int, int, int]:
         """Return (start, end, every) in steps of a run of `total` steps.
 
-        If the schedule is constant and the score is magnitude, the zeros are chosen once. `end` is then 1 step after
-        `start`.
+        If the schedule is `constant` and the score is `magnitude`, the zeros are chosen once. `end` is then 1 step
+        after `start`.
 
         Raises:
           RequestError: If no step is left between `start` and `end`, or `end` is after the last step.

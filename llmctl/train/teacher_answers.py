@@ -77,7 +77,7 @@ class TeacherAnswers:
         Raises:
           RequestError: If the folder has answers of another teacher, to other prompts or with other settings. If the
             folder is damaged. If no answer has text.
-          Interrupted: If SIGTERM or Ctrl-C arrived. The same command continues.
+          Interrupted: If SIGTERM or Ctrl-C arrived. If the same command is run again, it resumes.
         """
         asked = self._asked()
         made_for = self._made_for(asked)

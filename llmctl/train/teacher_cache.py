@@ -97,7 +97,7 @@ class TeacherCache:
 
         Raises:
           RequestError: If the folder belongs to other teachers, data or settings. If the folder is damaged.
-          Interrupted: If SIGTERM or Ctrl-C arrived. The same command continues.
+          Interrupted: If SIGTERM or Ctrl-C arrived. If the same command is run again, it resumes.
         """
         train = self.config.train
         of_split = {"train": rows, "validation": unseen}

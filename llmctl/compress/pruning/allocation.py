@@ -1,8 +1,8 @@
 """Choose how sparse each layer becomes in unstructured pruning: by outliers (OWL), or by measured sensitivity.
 
-This module chooses how many weights become zero. A pruning score then chooses which weights of a matrix become zero.
-All matrices of a layer get the same sparsity. The zeros of all matrices together give exactly the requested sparsity of
-the model.
+This module chooses the number of weights that become zero in each matrix. A pruning score then chooses which weights of
+a matrix become zero. All matrices of a layer get the same sparsity. The zeros of all matrices together give exactly the
+requested sparsity of the model.
 
 Shapes: B batch, T sequence, D model width.
 """

@@ -1,6 +1,7 @@
-"""Choose how many weights of each matrix become zero, if the weights of all matrices compete (global pruning).
+"""Choose the number of weights that become zero in each matrix, if the weights of all matrices compete (global
+pruning).
 
-One threshold separates the lowest scores of the complete model. This module counts how many scores of each matrix are
+One threshold separates the lowest scores of the complete model. This module counts the scores of each matrix that are
 below the threshold. Each matrix is then pruned separately, by this number of weights.
 """
 

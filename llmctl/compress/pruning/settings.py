@@ -60,15 +60,15 @@ class SparseSettings(MethodSettings):
     added: ClassVar[frozenset[str]] = MethodSettings.added | {"damping", "allocation", "spread", "outlier", "store"}
 
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    """Fraction of each matrix to set to zero, if the method prunes single weights. If the method is wanda, the fraction
-    applies to the inputs of each output. If the allocation is not uniform, the fraction applies to all matrices
-    together."""
+    """Fraction of each matrix to set to zero, if the method prunes single weights. If the method is `wanda`, the
+    fraction applies to the inputs of each output. If the allocation is not uniform, the fraction applies to all
+    matrices together."""
     pattern: str = "unstructured"
     """Pattern of the zeros, if the method prunes single weights. unstructured: zeros at any position. N:M, such as 2:4:
     keep N of every M inputs; N and M determine the sparsity. AxB, such as 128x1: prune the blocks of A inputs and B
     outputs with the lowest sums of scores."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
-    """Fraction of the Hessian's mean diagonal entry to add to the diagonal, if the method is sparsegpt. If a Hessian
+    """Fraction of the Hessian's mean diagonal entry to add to the diagonal, if the method is `sparsegpt`. If a Hessian
     has no inverse, the fraction is multiplied by 10, and the matrix is reported."""
 
     allocation: AllocationName = "uniform"

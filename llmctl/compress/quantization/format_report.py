@@ -1,4 +1,7 @@
-"""Report how formats were chosen: the Pareto front of bits per weight and perplexity, as JSON data and as a table."""
+"""Report how formats were chosen: the Pareto front of bits per weight and perplexity, as JSON data and as a table.
+
+A mixture assigns one format to each matrix.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,8 @@ def losses(increases: Mapping[tuple[str, Target], float]) -> dict[str, dict[str,
 def table(front: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of a Pareto front for the terminal. The chosen mixture is bold.
 
-    The table has every measured mixture, and a few others that are evenly spread over the front.
+    A mixture assigns one format to each matrix. The table contains every measured mixture, and at most `ROWS` further
+    mixtures at equal distances on the front.
 
     Args:
       front: mixtures as JSON data (`counted`), in ascending order of bits.

@@ -3,8 +3,9 @@
 A grid is a set of levels, such as the integers from -7 to 7. A quantized weight is a level times the scale of its
 group. Grids serve methods that choose their own scales, or that round one input at a time. Plain rounding without data
 calls the format's scheme instead (`llmctl.compress.quantization.schemes`). If scales are not clipped, grids and schemes
-give the same weights, with one exception. In int4, a negative weight with the largest magnitude of its group is halfway
-between -7 and -8. A grid rounds this weight to -7, and a scheme may round this weight to -8.
+give the same weights, with one exception. In int4, the scale maps the largest magnitude of a group to 7.5. A negative
+weight with this magnitude is therefore halfway between -7 and -8. A grid rounds this weight to -7, and a scheme may
+round this weight to -8.
 
 Shapes: I inputs, O outputs, G groups of K inputs.
 """

@@ -72,7 +72,7 @@ class QuantizeConfig(CalibrationConfig):
     }
 
     bits: int = 8
-    """Bits per weight: 8 or 4, for the formats int8 and int4."""
+    """Bits per weight: 8 or 4, for the formats `int8` and `int4`."""
     format: Annotated[str, AfterValidator(known_scheme), SCHEMES] = ""
     """Format of the weights. int8, int4, int3, int2: integers. fp8_e4m3, fp8_e5m2: 8-bit floats. mxfp4, nvfp4: 4-bit
     floats with 8-bit scales for blocks of 32 and of 16 inputs. nf4: 4-bit quantiles of the normal distribution, for
@@ -110,8 +110,8 @@ class QuantizeConfig(CalibrationConfig):
     head: bool = False
     """Also quantize the output projection and the task head."""
     activations: Literal["", "int8", "fp8_e4m3"] = ""
-    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8). int8: for formats int8 and int4.
-    fp8_e4m3: for format fp8_e4m3."""
+    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8). int8: for formats `int8` and
+    `int4`. fp8_e4m3: for the format `fp8_e4m3`."""
     static_activations: Literal["", "max", "mse"] = ""
     """Use one stored scale for all inputs of a matrix, measured on calibration data, in place of one scale per token.
     max: the smallest scale that clips no input. mse: the scale with the least squared error, which may clip inputs.
@@ -123,7 +123,7 @@ class QuantizeConfig(CalibrationConfig):
     then gptq. autoround: tune the rounding of each layer's weights by gradient steps, to minimize the error of the
     layer's output. Token embeddings are always rounded to nearest."""
     tuning_steps: int = Field(default=200, ge=1)
-    """Number of gradient steps per layer, if the method is autoround. Each step reads one batch."""
+    """Number of gradient steps per layer, if the method is `autoround`. Each step reads one batch."""
     clip: bool = False
     """Search for scales with the least squared error. Such scales may clip the largest weights. Method `rtn` minimizes
     the error of the weights, and the other methods minimize the error of the outputs. Method `awq` always searches."""
@@ -137,12 +137,12 @@ class QuantizeConfig(CalibrationConfig):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Migration strength of `smooth`: 0 scales by the weights alone, 1 by the activations alone."""
     damping: float = Field(default=DAMPING, gt=0, le=1)
-    """Fraction of the Hessian's mean diagonal entry to add to the diagonal, if the method is gptq. If a Hessian has
+    """Fraction of the Hessian's mean diagonal entry to add to the diagonal, if the method is `gptq`. If a Hessian has
     no inverse, the fraction is multiplied by 10, and the matrix is reported."""
     act_order: bool = True
-    """Round inputs with larger sums of squares first, if the method is gptq."""
+    """Round inputs with larger sums of squares first, if the method is `gptq`."""
     static_groups: bool = True
-    """Use scales of the unchanged weights, if the method is gptq and inputs have groups. If false, a group's scale is
+    """Use scales of the unchanged weights, if the method is `gptq` and inputs have groups. If false, a group's scale is
     determined when the group's first input is rounded, and act_order must be false."""
 
     _unread: tuple[str, ...] = PrivateAttr(default=())

@@ -174,7 +174,7 @@ def finalists(found: list[Candidate], number: int) -> list[Candidate]:
 
 
 def estimate(cfg: ModelConfig, model: ModelConfig, curves: Curves) -> float:
-    """Estimate by how much the loss increases if `cfg` is reduced to the sizes of `model`.
+    """Estimate the increase of the loss if `cfg` is reduced to the sizes of `model`.
 
     The increase that each size alone causes is interpolated from `curves`. The increases of all sizes are added.
     """

@@ -1,11 +1,11 @@
 """Select the channels of the residual stream to keep for a smaller hidden width, and compensate for removed channels.
 
-All layers share the channels. Matrices read the channels at the outputs of norms. The importance of a channel is
-therefore summed over the outputs of all norms. A first pass of the calibration data measures the unchanged model. With
-repair, a second pass goes through the layers and recomputes the matrices that read the norms. Each matrix becomes the
-least-squares solution on the kept channels. After pruning, a norm divides by the root mean square of the kept channels
-only. To undo the difference, the scale of the norm is multiplied by the ratio of this root mean square to the former
-one.
+All layers share the channels, and matrices read the channels from the outputs of norms. The importance of a channel is
+therefore summed over the outputs of all norms. A first pass over the calibration data measures the unchanged model. If
+the matrices are repaired, a second pass goes through the layers and recomputes each matrix whose input is the output of
+a norm. Each such matrix becomes the least-squares solution on the kept channels. After pruning, a norm divides by the
+root mean square of the kept channels only. To undo the difference, the scale of the norm is multiplied by the ratio of
+this root mean square to the former one.
 
 Shapes: D hidden width, N tokens.
 """
@@ -53,7 +53,7 @@ def prune_channels(
 
     Args:
       cfg: config of the model.
-      params: parameters of the model. With repair, the parameters of the layers are donated.
+      params: parameters of the model. If `method.repair` is true, the parameters of the layers are donated.
       batches: calibration batches.
       keep: number of channels to keep.
       method: kind of the importance, and whether to repair.
@@ -157,9 +157,10 @@ def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
 
 
 def grams(cfg: ModelConfig) -> Collect:
-    """Return the `Collect` function for repair.
+    """Return the `Collect` function whose statistics repair needs.
 
-    For each matrix that reads a norm, the function selects the Gram matrix and the sum of the inputs.
+    Repair recomputes matrices whose inputs were removed, by least squares. The function selects the matrices whose
+    input is the output of a normalization layer. For each, it collects the Gram matrix and the sum of the inputs.
     """
     names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
 
@@ -181,7 +182,8 @@ def _compensated(
     dtype: Any,
     saved: Saved | None,
 ) -> tuple[Params, dict[str, np.ndarray]]:
-    """Repair the matrices that read norms, for the channels `kept`. `prune_channels` describes the other arguments.
+    """Recompute the matrices whose input is the output of a norm, by least squares on the channels `kept`.
+    `prune_channels` describes the other arguments.
 
     Returns:
       The parameters, and {path of a norm: factors by which the norm's scale must be multiplied}. The factors are an

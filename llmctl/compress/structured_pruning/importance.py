@@ -9,7 +9,8 @@ Each importance is one function of a sublayer's matrices and of calibration stat
 - magnitude: norm of the weights that compute and read the head or neuron
 - random: random numbers, a baseline
 
-Shapes: L layers, N heads or neurons (the units), K width of a unit, I = N * K inputs of the matrix that reads them, D
+Shapes: L layers, N heads or neurons (the units), K width of a unit, I = N * K inputs of the matrix whose inputs are
+    their outputs, D
 model width.
 """
 
@@ -63,7 +64,8 @@ def of_units(
       method: the method.
       units: description of the heads or neurons.
       layer: parameters of the layer.
-      measured: the statistic of the inputs of the matrix that reads the units; None if the method reads no statistic.
+      measured: statistic of the units' outputs, which are the inputs of a matrix; None if the method needs no
+          statistic.
       gates_N: derivatives of the loss with respect to a factor on each unit, for "taylor"
           (`llmctl.compress.structured_pruning.gates`).
       at: (stack, index of the layer).

@@ -76,7 +76,8 @@ class Grid:
 class LatencyTable:
     """Predict the latency of a model in microseconds.
 
-    The predictions never decrease with any size, because the running maximum of the measurements is interpolated.
+    If any size of the model increases, the prediction never decreases. Before interpolation, each measurement is
+    replaced by the running maximum along each axis of the grid.
     """
 
     grid: Grid
@@ -220,7 +221,7 @@ class _Timed:
         return self._once(model, depths, tokens, lambda: self._run(model, depths, tokens, copies, 1))
 
     def _copies(self, depths: np.ndarray) -> int:
-        """Return how many copies of a few layers are needed to have at least as many layers as the model."""
+        """Return the number of copies of a few layers that together have at least as many layers as the model."""
         every = [functional.depth(self.cfg, stack) for stack in self.stacks]
         return max(-(-n // int(few)) for n, few in zip(every, depths, strict=True))
 

@@ -33,49 +33,49 @@ class StructuredSettings(MethodSettings):
     heads: float = Field(default=0.0, ge=0)
     """Shorthand: a value of 1 or more sets keep_heads, a value below 1 sets remove_heads, and 0 keeps all heads."""
     keep_heads: int = Field(default=0, ge=0, strict=True)
-    """Number of query heads to keep per layer, if the method is structured."""
+    """Number of query heads to keep per layer, if the method is `structured`."""
     remove_heads: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Fraction of the query heads to remove per layer, if the method is structured."""
+    """Fraction of the query heads to remove per layer, if the method is `structured`."""
     heads_by: Literal["groups", "queries", "both"] = "groups"
-    """Unit of the removed heads, if the method is structured. groups: remove key/value heads with all their query
+    """Unit of the removed heads, if the method is `structured`. groups: remove key/value heads with all their query
     heads. queries: remove the same number of query heads from every key/value head. both: the search for a budget
     compares all combinations of groups and queries."""
     ffn: float = Field(default=0.0, ge=0)
     """Shorthand: a value of 1 or more sets keep_ffn, a value below 1 sets remove_ffn, and 0 keeps all neurons."""
     keep_ffn: int = Field(default=0, ge=0, strict=True)
-    """Number of neurons to keep per feed-forward layer, if the method is structured."""
+    """Number of neurons to keep per feed-forward layer, if the method is `structured`."""
     remove_ffn: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Fraction of the neurons to remove per feed-forward layer, if the method is structured."""
+    """Fraction of the neurons to remove per feed-forward layer, if the method is `structured`."""
     hidden: float = Field(default=0.0, ge=0)
     """Shorthand: a value of 1 or more sets keep_hidden, a value below 1 sets remove_hidden, and 0 keeps all
     channels."""
     keep_hidden: int = Field(default=0, ge=0, strict=True)
-    """Number of hidden channels to keep (the width of the residual stream), if the method is structured."""
+    """Number of hidden channels to keep (the width of the residual stream), if the method is `structured`."""
     remove_hidden: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Fraction of the hidden channels to remove, if the method is structured."""
+    """Fraction of the hidden channels to remove, if the method is `structured`."""
     multiple: int = Field(default=1, ge=1)
-    """Divisor of the numbers of kept neurons and hidden channels, if the method is structured (128 suits TPUs)."""
+    """Divisor of the numbers of kept neurons and hidden channels, if the method is `structured` (128 suits TPUs)."""
     layers: float = Field(default=0.0, ge=0)
     """Shorthand: a value of 1 or more sets keep_layers, a value below 1 sets remove_layers, and 0 keeps all layers."""
     keep_layers: int = Field(default=0, ge=0, strict=True)
-    """Number of layers to keep, if the method is structured."""
+    """Number of layers to keep, if the method is `structured`."""
     remove_layers: float = Field(default=0.0, ge=0, lt=1, strict=True)
-    """Fraction of the layers to remove, if the method is structured."""
+    """Fraction of the layers to remove, if the method is `structured`."""
     vocabulary: Literal["", "unused"] | Annotated[int, Field(ge=1)] = ""
-    """Tokens to keep, if the method is structured. unused: remove the tokens that no text of the data contains.
+    """Tokens to keep, if the method is `structured`. unused: remove the tokens that no text of the data contains.
     A number: keep this number of the most frequent tokens. Special tokens and bytes stay. The tokenizer is
     rewritten."""
     budget: BudgetConfig = BudgetConfig()
-    """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is structured. A search
+    """Size of the pruned model, in place of heads, ffn, layers and hidden, if the method is `structured`. A search
     chooses these four sizes by the loss on the calibration data, and prints the candidates."""
     latency: bool = False
-    """Measure the latency before and after pruning, on one device, if the method is structured. The latency is the time
+    """Whether structured pruning measures the latency before and after pruning, on one device. The latency is the time
     of a prompt and of each new token."""
     plot: bool = False
-    """Plot the importance of layers, heads, neurons and channels as importance.png, if the method is structured.
+    """Plot the importance of layers, heads, neurons and channels as importance.png, if the method is `structured`.
     Requires matplotlib (the `demo` extra)."""
     importance: ImportanceName = "contribution"
-    """Score of a head, neuron or channel, if the method is structured; the parts with the lowest scores are removed.
+    """Score of a head, neuron or channel, if the method is `structured`; the parts with the lowest scores are removed.
     contribution: norm of the part's contribution to the next outputs. activation: mean norm of the part's output.
     taylor: first-order change of the loss without the part. magnitude: norm of the part's weights. random: random
     numbers. Layers are always selected by block influence."""

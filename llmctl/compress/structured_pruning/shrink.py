@@ -93,7 +93,7 @@ def target(
 
 
 def _keep(field: str, request: float, groups: float, size: int) -> int:
-    """Return how many groups of heads, neurons or layers to keep. A group is kept or removed as a whole.
+    """Return the number of groups of heads, neurons or layers to keep. A group is kept or removed as a whole.
 
     Args:
       field: name of the setting, for errors.

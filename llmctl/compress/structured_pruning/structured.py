@@ -2,8 +2,8 @@
 
 All layers of an encoder or decoder keep equally many heads and neurons, because `lax.scan` runs the layers. Each layer
 selects its own heads and neurons, by their importance (`llmctl.compress.structured_pruning.importance`). The layers are
-processed in order. A removed head or neuron is first disabled by zero rows in the matrix that reads its output. Later
-layers therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
+processed in order. A removed head or neuron is first disabled by zero rows in the matrix whose input is its output.
+Later layers therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons, D model width.
 """
@@ -32,7 +32,8 @@ from llmctl.model import functional, layerwise, wiring
 from llmctl.model.config import ModelConfig
 
 UnitScores = dict[str, list[dict[str, np.ndarray]]]
-"""Importance of heads and neurons: "encoder" or "decoder" -> layer -> path of the matrix that reads them -> scores."""
+"""Importance of heads and neurons: "encoder" or "decoder" -> layer -> path of the matrix whose inputs are their outputs
+-> scores."""
 
 
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:

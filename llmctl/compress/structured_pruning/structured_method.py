@@ -1,4 +1,5 @@
-"""Describe how structured pruning selects the parts to remove, and whether matrices compensate for removed inputs.
+"""Describe how structured pruning selects the parts to remove, and whether it repairs matrices whose inputs were
+removed.
 
 The module does not import JAX, so that settings can be checked early.
 """
@@ -23,7 +24,7 @@ class StructuredMethod:
     """Importance of a head, neuron or channel; the parts with the lowest importance are removed
     (`llmctl.compress.structured_pruning.importance`)."""
     repair: bool = False
-    """Whether matrices whose inputs were removed are recomputed by least squares on the calibration data."""
+    """Whether matrices whose inputs were removed are repaired: recomputed by least squares on the calibration data."""
     seed: int = 0
     """Seed of random importance."""
 

@@ -222,7 +222,7 @@ def _latencies(
 
 
 def search_steps(space: Space, method: StructuredMethod, *candidates: int) -> int:
-    """Return how many layers and losses a budget search logs.
+    """Return the number of layers and losses that a budget search logs.
 
     `candidates` is the number of candidates that the search measures; by default the maximum.
     """
@@ -238,7 +238,8 @@ def _most_steps(space: Space, method: StructuredMethod) -> int:
 
 
 def pruning_steps(model: ModelConfig, target: ModelConfig, method: StructuredMethod, *, known: bool = False) -> int:
-    """Return how many layers `prune_structure` logs. `known` is true if a search measured the importance."""
+    """Return the number of layer steps that `prune_structure` logs. `known` is true if a search measured the
+    importance."""
     before, after = (cfg.layers + cfg.encoder_layers for cfg in (model, target))
     steps = before if structured.fewer_layers(model, target) and not known else 0
     if model.d_model != target.d_model:
@@ -250,7 +251,7 @@ def pruning_steps(model: ModelConfig, target: ModelConfig, method: StructuredMet
 
 
 def _channel_walks(method: StructuredMethod) -> int:
-    """Return how many walks measure the importance of channels."""
+    """Return the number of calibration walks that measure the importance of channels: 0 or 1."""
     return int(method.importance in ("contribution", "activation"))
 
 

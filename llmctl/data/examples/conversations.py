@@ -88,8 +88,8 @@ class ConversationRows(ExampleRows):
 
     @property
     def log_lines(self) -> list[str]:
-        """Return log lines: how many conversations are truncated or dropped, and how many answers do not count in the
-        loss."""
+        """Return log lines: the numbers of conversations that are truncated or dropped, and of answers that do not
+        count in the loss."""
         reasons = {
             "lose their first exchanges": self.shortened,
             "lose the end of the last answer": self.cut,

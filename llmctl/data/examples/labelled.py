@@ -61,8 +61,9 @@ class ClassificationRows(ExampleRows):
     int32 [B], a number float32 [B], or a set of classes uint8 [B, C].
 
     A row is the text with the tokenizer's special tokens around it, followed by padding. By default, `eos` comes after
-    the text. If the tokenizer adds `bos`, `bos` comes before the text. If the text is too long, its end (`tail`) or its
-    middle (`head_tail`) is removed. The special tokens are never removed.
+    the text. If the tokenizer adds `bos`, `bos` comes before the text. If the text is too long, `tail` removes its end
+    and keeps its beginning. `head_tail` removes its middle, and keeps its beginning and its end. The special tokens are
+    never removed.
 
     If the data has a column "pair", the row continues with the text of this column and another `eos`. The batch then
     also has types [B, T], which are 1 for this second part. If both texts together are too long, the longer text is
@@ -86,7 +87,7 @@ class ClassificationRows(ExampleRows):
             examples: Labeled examples.
             tokenizer: Tokenizer of the model.
             seq_len: Number of tokens per row, T.
-            truncate: Part of a long text to remove.
+            truncate: Part of a long text to remove: the end ("tail") or the middle ("head_tail").
             seed: Seed of the shuffle.
             shuffle: Whether to shuffle in every epoch.
             corpus: Tokenized texts from `corpus.cached`, in the order of `examples`; None tokenizes them.

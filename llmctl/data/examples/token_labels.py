@@ -1,4 +1,4 @@
-"""Build rows of words with one label each, such as named entities or parts of speech.
+"""Build rows of words, each of which has a label, such as the tag of a named entity or a part of speech.
 
 Shapes: B rows, T tokens per row, N tokens of a text, W words.
 """

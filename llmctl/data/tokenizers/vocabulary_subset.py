@@ -175,8 +175,8 @@ class _Json(Vocabulary):
         return json.dumps(new, ensure_ascii=False).encode()
 
     def model_of(self, at: dict[int, int]) -> dict[str, Any]:
-        """Return the entries of the file's object `model` that the new token ids change. `at` maps old token ids to new
-        ids.
+        """Return new values for the entries of the file's object `model` that contain token ids. `at` maps old token
+        ids to new ids.
         """
         return {"vocab": {token: at[i] for token, i in self.model["vocab"].items() if i in at}}
 

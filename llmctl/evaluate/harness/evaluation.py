@@ -46,7 +46,7 @@ class HarnessResult:
     protocol: str
     metrics: dict[str, Any]
     about: dict[str, Any]
-    """Digest of the task's definition, versions of the harness and of the task, and number of solved examples."""
+    """Digest of the task's definition, versions of the harness and of the task, and number of few-shot examples."""
     examples: list[dict[str, Any]]
     """One record per document: the document's number, and the value of each metric."""
 
@@ -128,7 +128,7 @@ class Suite:
     def measure(self, artifact: Artifact, setup: Setup, pending: Collection[str]) -> list[HarnessResult]:
         """Measure an artifact on the tasks `pending`. If a group is pending, all tasks are measured.
 
-        The random generators are reset for each artifact, so that all artifacts get the same solved examples.
+        The random generators are reset for each artifact, so that all artifacts get the same few-shot examples.
 
         Raises:
             RequestError: If the model cannot do a task.

@@ -16,11 +16,12 @@ class HarnessConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ("shots", "chat_template")
 
     shots: int = Field(default=-1, ge=-1)
-    """Number of solved examples in each prompt; -1 uses the number that the task sets. Tasks that require 0 keep 0."""
+    """Number of few-shot examples (rows with their answers) in each prompt; -1 uses the number that the task sets.
+    Tasks that require 0 keep 0."""
     seed: int = Field(default=1234, ge=0)
-    """Seed that selects the solved examples."""
+    """Seed that selects the few-shot examples."""
     chat_template: bool = False
-    """Use the chat template of the artifact, with separate messages for each solved example and answer."""
+    """Use the chat template of the artifact, with separate messages for each few-shot example and answer."""
     system: str = ""
     """Text of the system message. If there is no chat template, each prompt begins with this text."""
     allow_code: bool = False

@@ -89,7 +89,7 @@ def seed(tasks: Mapping[str, Any], settings: HarnessConfig) -> None:
 
 
 def load(names: Sequence[str], settings: HarnessConfig) -> dict[str, Any]:
-    """Load tasks, and set the number of their solved examples.
+    """Load tasks, and set the number of their few-shot examples.
 
     Call this inside `environment`.
 

@@ -13,9 +13,11 @@ Entity = tuple[str, int, int]
 
 
 SCHEMES = ("BIES", "BILU", "BMES", "BMEW")
-"""Tag letters (without O) of the supported schemes: IOBES, which includes IOB2; BILOU; BMES; BMEWO."""
+"""Prefixes of entity tags in each supported scheme, without O. A prefix is the first letter of a tag, such as B in
+B-PER. The schemes: IOBES (which includes IOB2), BILOU, BMES, BMEWO."""
 LETTER = {"M": "I", "L": "E", "U": "S", "W": "S"}
-"""Map from letters of other schemes to letters of BIES: M (middle) to I, L (last) to E, U (unit) and W (whole) to S."""
+"""Map from the prefixes of other schemes to the prefixes of IOBES: M (middle) to I, L (last) to E, U (unit) and W
+(whole) to S."""
 UNTYPED = "entity"
 """Entity type for tags without a type, such as the tags of word segmentation."""
 
@@ -23,9 +25,9 @@ UNTYPED = "entity"
 def is_scheme(tags: Iterable[str]) -> bool:
     """Return True if the labels `tags` are entity tags.
 
-    Each tag must be "O", or have the form LETTER-TYPE such as "B-PER", with letters of one scheme in `SCHEMES`. At
-    least one tag must differ from "O". Tags without a type are accepted if there are at least three different tags,
-    including "B".
+    Each tag must be "O", or have the form PREFIX-TYPE such as "B-PER". All prefixes must belong to one scheme in
+    `SCHEMES`. At least one tag must differ from "O". Tags without a type are accepted if there are at least three
+    different tags, including "B".
 
     >>> is_scheme(["B-PER", "L-PER", "U-PER"]), is_scheme(["B", "M", "E", "S"]), is_scheme(["B", "E"])
     (True, True, False)
@@ -39,7 +41,8 @@ def is_scheme(tags: Iterable[str]) -> bool:
 
 
 def parsed(tag: str) -> tuple[str, str]:
-    """Return the letter (one of "OBIES") and the entity type of a tag in any scheme. The type of "O" is ""."""
+    """Return the IOBES prefix (one letter of "OBIES") and the entity type of a tag in any scheme. The type of "O" is
+    ""."""
     letter, _, kind = tag.partition("-")
     return LETTER.get(letter, letter), "" if tag == "O" else kind or UNTYPED
 
@@ -48,8 +51,8 @@ def marks(labels: Sequence[str]) -> np.ndarray | None:
     """Convert entity tags to numbers.
 
     Returns:
-        int32 [C, 2], one row per label: the index of the letter in "OBIES", and the number of the entity type. None if
-        the labels are not entity tags.
+        int32 [C, 2], one row per label: the index of the label's prefix in "OBIES", and the number of the entity type.
+        None if the labels are not entity tags.
     """
     if not is_scheme(labels):
         return None
@@ -64,7 +67,8 @@ def entities(tags: Sequence[str]) -> set[Entity]:
     An entity begins at B- and S-. An entity also begins at I- and E-, if the previous tag is not inside an entity of
     the same type. The previous tag is then O, ends an entity (E-, S-), or has another type. For example, "I-PER" after
     "O" begins an entity. An entity ends before the next word that begins an entity or has the tag O. This is the
-    lenient interpretation of conlleval and of seqeval's default. L- counts as E-, M- as I-, U- and W- as S-.
+    lenient interpretation of conlleval and of seqeval's default. Tags of other schemes are converted to IOBES: L- to
+    E-, M- to I-, U- and W- to S-.
 
     >>> sorted(entities(["B-PER", "L-PER", "O", "U-LOC", "B-ORG", "M-ORG", "E-ORG"]))
     [('LOC', 3, 3), ('ORG', 4, 6), ('PER', 0, 1)]

@@ -22,7 +22,7 @@ def sums(
     """Return two sums over the texts. The first sum divided by the second is the entity F1.
 
     Args:
-        mark_C2: Result of `entities.marks`: letter and type of each label.
+        mark_C2: Result of `entities.marks`: prefix (B, I, E, S or O) and entity type of each label.
         truth_BT: True labels, read only at the first token of each word.
         predicted_BT: Predicted labels, read only at the first token of each word.
         weight_BT: Weights, which are positive only at the first token of each word.

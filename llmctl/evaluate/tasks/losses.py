@@ -102,13 +102,16 @@ class Losses(TaskRecord):
         """Return the distillation loss, a function whose result is (loss, metrics summed over the batch).
 
         The arguments of the loss are the student's parameters, a batch, a dropout key, and the parameters of each
-        teacher. With `signals`, the keyword argument `extra` has the projections of `Signals.projections`.
+        teacher. If `signals` is given, the loss has a further keyword argument `extra`: the result of
+        `Signals.projections`.
 
         Args:
             cfg: Config of the student.
-            teacher_cfgs: Config of each teacher. If there is none, batches have the result of `teacher_arrays`.
+            teacher_cfgs: Config of each teacher. If the sequence is empty, each batch must contain the teachers' stored
+                outputs (the arrays that `teacher_arrays` returns).
             how: Divergence from the teachers, and the weights of the divergence and of the loss on the labels.
-            signals: Further losses that compare inner layers of the student and its only teacher; None means none.
+            signals: Losses that compare inner layers of the student and its only teacher; None if there are no such
+                losses.
             dtype: Dtype of the computation.
             remat: Rematerialization policy of the backward pass.
         """

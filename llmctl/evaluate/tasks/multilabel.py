@@ -1,5 +1,8 @@
 """Classify a text, or a pair of texts, into any number of classes per row, or into none.
 
+A class is predicted if its probability is at least its threshold. The function `thresholds` chooses the threshold of
+each class from the true classes and the predicted probabilities of validation rows.
+
 Example:
     >>> truth_NC = np.array([[1, 1], [1, 0], [0, 0]])
     >>> thresholds(truth_NC, np.array([[0.9, 0.5], [0.3, 0.2], [0.1, 0.4]]))

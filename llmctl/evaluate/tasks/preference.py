@@ -33,8 +33,8 @@ from llmctl.model.losses import Loss, Sums, row_weight
 
 
 class Preference(Language):
-    """Train with a loss on the log-likelihoods of two completions; measure how often the chosen completion is
-    likelier."""
+    """Train with a loss on the log-likelihoods of two completions; measure the fraction of pairs whose chosen
+    completion is likelier."""
 
     name = "preference"
     title = "preferences"
@@ -133,13 +133,14 @@ class Preference(Language):
         return score
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Any:
-        """Measure how often the chosen completion is more likely than the rejected completion, without a reference
-        model.
+        """Measure the fraction of pairs whose chosen completion is more likely than the rejected completion, without a
+        reference model.
         """
         return super(Language, self).evaluate(artifact, held, setup)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return how often the chosen completion is likelier than the rejected completion, and the mean difference.
+        """Return the fraction of pairs whose chosen completion is likelier than the rejected one, and the mean
+        difference.
 
         "accuracy" compares log-likelihoods summed over the tokens of a completion. "accuracy_per_token" compares means
         per token. "margin" is the mean difference of the summed log-likelihoods, in nats.

@@ -40,7 +40,7 @@ class RowSettings:
     seed: int = 0
     """Seed of the shuffle."""
     truncate: Truncate = "tail"
-    """Truncation mode, which selects the part of a long text that is kept."""
+    """Part of a long text to remove: the end ("tail") or the middle ("head_tail")."""
     target_len: int = 0
     """Maximum number of tokens per completion, for encoder-decoders only. 0 uses `seq_len`."""
     labels: tuple[str, ...] = ()

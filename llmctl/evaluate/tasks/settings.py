@@ -18,7 +18,7 @@ CHATML = "chatml"
 
 
 class PreferenceConfig(Config):
-    """Configure the loss of the task preference, which compares chosen and rejected completions."""
+    """Configure the task `preference`, whose loss compares chosen and rejected completions."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -39,7 +39,7 @@ class PreferenceConfig(Config):
 
 
 class ChatConfig(Config):
-    """Configure the task chat: the template that renders conversations."""
+    """Configure the task `chat`: the template that renders conversations."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -76,7 +76,7 @@ class ChatConfig(Config):
 
 
 class GenerationConfig(Config):
-    """Configure the answers that validation and evaluation generate, for task seq2seq."""
+    """Configure the answers that validation and evaluation generate, for the task `seq2seq`."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
     added: ClassVar[frozenset[str]] = frozenset({"kv_cache", "stops"})
@@ -89,7 +89,7 @@ class GenerationConfig(Config):
     """Format of cached keys and values, quantized with one scale per token and head: int8, fp8_e4m3 or int4. If empty,
     the cache has the dtype of the computation."""
     stops: list[str] = []
-    """Strings that end an answer, such as a line break after solved examples. The answer does not include these
+    """Strings that end an answer, such as a line break after few-shot examples. The answer does not include these
     strings."""
     examples: int = Field(default=200, ge=0)
     """Maximum number of examples per validation in training, chosen by their hash; 0 generates none."""

@@ -47,7 +47,7 @@ class Adapter(Node):
     def for_decoding(self, on_cpu: bool) -> Any:
         """Return the weight with its adapter merged, as a plain array.
 
-        If decoding uses the integers of a quantized base directly, return this object unchanged.
+        If the base is quantized and decoding multiplies by its integers directly, return this object unchanged.
         """
         base = as_node(self.base)
         return self if base.is_integer and base.for_decoding(on_cpu) is base else self.dense()

@@ -145,7 +145,7 @@ class Node(abc.ABC):
         return jnp.take(self.dense(dtype), ids, axis=0)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the same weight in the form that is fastest for decoding."""
+        """Return the same weight in the form that is fastest for decoding. `on_cpu` tells whether a CPU decodes."""
         return self
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:

@@ -1,6 +1,6 @@
 """Store a weight together with learned scales for rounding the weight to integers (LSQ).
 
-The weight stays a float. Every product reads the rounded weight, integer * scale. The stage quantize converts the
+The weight stays a float. Every product reads the rounded weight, integer * scale. The stage `quantize` converts the
 weight to these integers, without changing the rounded values.
 
 In training, the gradients of the weight and of the scale are computed as in LSQ (Esser et al., 2020, arXiv:1902.08153).
@@ -68,7 +68,7 @@ class LearnedScale(Node):
         return jnp.asarray(rounded(weight, scale, limits(self.bits)), dtype).reshape(*ids.shape, -1)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the rounded weight as a plain array. Otherwise, the weight would be rounded again for every token."""
+        """Return the rounded weight as a plain array, so that the weight is not rounded again for every token."""
         return self.dense(self.dtype)
 
     def masked(self, mask: jax.Array) -> LearnedScale:

@@ -12,13 +12,13 @@ import fnmatch
 from typing import Literal, NamedTuple
 
 Place = Literal["block", "head", "embedding"]
-"""Location of a matrix: a layer of a stack, an output head (language model, pooler, task), or the token embedding
-table."""
+"""Part of the model that contains a matrix: a layer of a stack, an output head (language model, pooler, task), or the
+token embedding table."""
 
 BLOCKS, KERNEL, BIAS, EMBED, HEAD = "blocks", "kernel", "bias", "embed", "head"
 RELATIVE = "relative_bias"
 VECTORS = ("factor", "magnitude", "e")
-"""Names of adapter arrays that are one vector per matrix, such as the magnitudes of DoRA."""
+"""Names of adapter arrays that have one vector per adapted matrix, such as the magnitudes of DoRA."""
 
 
 class Name(NamedTuple):
@@ -43,7 +43,8 @@ class Name(NamedTuple):
 
     @property
     def place(self) -> Place | None:
-        """Return the location of this matrix, or None for other weights (norms, biases, position tables)."""
+        """Return the part of the model that contains this matrix, or None if the weight is a norm, a bias or a position
+        table."""
         if self.leaf == KERNEL:
             return "block" if self.stack else "head"
         return "embedding" if self.path == f"{EMBED}/tokens" else None
@@ -55,7 +56,8 @@ class Name(NamedTuple):
 
     @property
     def vector(self) -> bool:
-        """Return True if the array is one vector per matrix of an adapter: factors, magnitudes or singular values."""
+        """Return True if the array belongs to an adapter and has one vector per adapted matrix. Such arrays are the
+        factors of (IA)^3, the magnitudes of DoRA and the singular values of AdaLoRA."""
         return self.part in VECTORS
 
     @property

@@ -130,7 +130,8 @@ class NormalFloat(Node):
         return _values(jnp.take(self.codes, ids, axis=0), scale, dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return a plain array on CPUs, because a CPU would convert the codes again for every token."""
+        """Return a plain array if `on_cpu` is true, because a CPU would convert the codes again for every token.
+        Otherwise, return this weight unchanged."""
         return self.dense() if on_cpu else self
 
     def masked(self, mask: jax.Array) -> NormalFloat:

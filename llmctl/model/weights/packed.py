@@ -82,7 +82,7 @@ class Packed(Node):
 
         Args:
             name: Name of the format.
-            level_IO: Values of the weights before scaling. The format must represent each value exactly.
+            level_IO: Weights divided by their scales. The format must represent each value exactly.
             scale_GO: Scales, in the dtype that the format stores. For mxfp4, they are powers of two in float32.
             whole: Factor by which all scales are multiplied, [1, 1].
             zero_GO: Zero points of integers, int4; None if the values are symmetric around 0.
@@ -101,7 +101,8 @@ class Packed(Node):
         return self._values(*rows).astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return a plain array on CPUs, because a CPU would unpack the codes again for every token."""
+        """Return a plain array if `on_cpu` is true, because a CPU would unpack the codes again for every token.
+        Otherwise, return this weight unchanged."""
         return self.dense() if on_cpu else self
 
     def masked(self, mask: jax.Array) -> Packed:
@@ -144,7 +145,8 @@ class Packed(Node):
 
 
 def codes(name: str, level: jax.Array) -> jax.Array:
-    """Encode levels of the format `name` (values before scaling) as codes, uint8. Floats keep the sign of zeros."""
+    """Encode levels of the format `name` as codes, uint8. A level is a weight divided by its scale. Floats keep the
+    sign of zeros."""
     if name.startswith("int"):
         return (level.astype(jnp.int32) & (2 ** BITS[name] - 1)).astype(jnp.uint8)
     size = jnp.abs(level)
@@ -155,7 +157,8 @@ def codes(name: str, level: jax.Array) -> jax.Array:
 
 
 def levels(name: str, code: jax.Array) -> jax.Array:
-    """Decode codes of the format `name` to levels (values before scaling), float32; inverse of `codes`."""
+    """Decode codes of the format `name` to levels, float32; inverse of `codes`. A level is a weight divided by its
+    scale."""
     if name.startswith("int"):
         half = 2 ** (BITS[name] - 1)
         return ((code.astype(jnp.int32) ^ half) - half).astype(jnp.float32)

@@ -115,10 +115,10 @@ class Quantized(Node):
         return (q_ND * spread(self.array.scale)).astype(dtype)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return a plain array on CPUs, because a CPU would convert the integers again for every token.
+        """Return a plain array if `on_cpu` is true, because a CPU would convert the integers again for every token.
 
-        On other platforms, return the quantized weight unchanged. If the inputs are also quantized, return the weight
-        unchanged on CPUs too, because a plain array would give other results.
+        Otherwise, return this weight unchanged. If the inputs are also quantized, the weight is always returned
+        unchanged, because a plain array would give other results.
         """
         return self.dense() if on_cpu and not self.activations else self
 

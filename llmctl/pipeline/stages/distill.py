@@ -61,12 +61,12 @@ class Config(StageConfig):
     generates to the prompts of the data. If no signals are set, the answers are labels, and the student may have
     another tokenizer. on_policy: answers that the student generates during training, which the teacher scores."""
     answers: AnswersConfig = AnswersConfig()
-    """Settings for generating answers, for the modes sequence and on_policy."""
+    """Settings for generating answers, for the modes `sequence` and `on_policy`."""
     on_policy_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of the batches whose completions the student generates in mode on_policy. The other batches have the
-    completions of the data."""
+    """Fraction of the batches whose completions the student generates in the mode `on_policy`. The other batches have
+    the completions of the data."""
     data: DataConfig = DataConfig()
-    """Training examples, with the columns that the stage finetune needs for the teacher's task."""
+    """Training examples, with the columns that the stage `finetune` needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer."""
     hard: float = Field(default=0.1, ge=0, le=1)
@@ -77,10 +77,10 @@ class Config(StageConfig):
     generalized Jensen-Shannon divergence with `beta`. skew: KL(p || skew * p + (1 - skew) * q).
     total_variation: sum of |p - q| / 2, which makes a student a good draft (`generate --draft`)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
-    """Weight of the teacher in divergence js. Near 0, js approaches beta * forward. Near 1, js approaches (1 - beta) *
-    reverse."""
+    """Weight of the teacher in the divergence `js`. Near 0, js approaches beta * forward. Near 1, js approaches (1 -
+    beta) * reverse."""
     skew: float = Field(default=0.1, gt=0, lt=1)
-    """Weight of the teacher in the mixture of divergence skew."""
+    """Weight of the teacher in the mixture of the divergence `skew`."""
     top_k: int = Field(default=0, ge=0)
     """Number of the teacher's most probable classes (or tokens) whose probabilities the divergence compares one by one.
     The probabilities of all other classes are summed and compared as one class. 0 compares all classes one by one."""
@@ -94,8 +94,9 @@ class Config(StageConfig):
     """Distance between student and teacher, for hidden states and embeddings. mse: mean squared difference. cosine: 1 -
     cosine similarity."""
     relation_heads: int = Field(default=0, ge=0)
-    """Number of parts into which queries, keys and values are split. signals.relations compares the relations in each
-    part. 0 uses the greatest common divisor of the numbers of heads."""
+    """Number of parts into which queries, keys and values are split, for the loss signals.relations. The loss compares
+    the relations in each part: similarities of all pairs of tokens, as in MiniLMv2. 0 uses the greatest common divisor
+    of the numbers of heads."""
     student: StudentConfig = StudentConfig()
     """Layers of the teacher to copy into a shallower student. The student then starts from neither `from` nor `model`.
     """
@@ -103,7 +104,8 @@ class Config(StageConfig):
     """Folder of the teacher's outputs on the training rows. Missing outputs are computed once and stored. The student
     then trains without the teacher in memory, and so do later students. Language models need `top_k`."""
     truncate: Truncate = "tail"
-    """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
+    """Truncation of long texts. tail: remove the end, and keep the beginning. head_tail: remove the middle, and keep
+    beginning and end."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate of the student."""
     train: TrainConfig = TrainConfig(steps=500, eval_every=100, eval_batches=1000)

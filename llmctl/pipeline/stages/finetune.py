@@ -75,15 +75,15 @@ class Config(StageConfig):
     text. prefix: keys and values before every text in each layer. ia3: factors of keys, values and inner activations.
     bitfit: biases. head: nothing else."""
     lora: LoraConfig = LoraConfig()
-    """Settings of the methods lora, dora and adalora."""
+    """Settings of the methods `lora`, `dora` and `adalora`."""
     adalora: AdaLoraConfig = AdaLoraConfig()
-    """Settings of method adalora."""
+    """Settings of the method `adalora`."""
     houlsby: HoulsbyConfig = HoulsbyConfig()
-    """Settings of method houlsby."""
+    """Settings of the method `houlsby`."""
     prompt: PromptConfig = PromptConfig()
-    """Settings of method prompt."""
+    """Settings of the method `prompt`."""
     prefix: PrefixConfig = PrefixConfig()
-    """Settings of method prefix."""
+    """Settings of the method `prefix`."""
     merge: bool = True
     """Merge adapters into the matrices after training; false stores the adapters separately. Only for methods with
     adapters."""
@@ -96,25 +96,26 @@ class Config(StageConfig):
     trained: TrainedConfig = TrainedConfig()
     """Parameters to train, their learning rates, and the steps at which their training starts."""
     pooling: Literal["", "last", "mean", "first"] = ""
-    """Vector of a text to classify or embed: last token, mean, or first token. Default: the mean for task embed and for
-    encoder-decoders, otherwise the pooling of the model. After a short pretraining the mean is often better than the
-    first token."""
+    """Vector of a text to classify or embed: last token, mean, or first token. Default: the mean for the task `embed`
+    and for encoder-decoders, otherwise the pooling of the model. After a short pretraining the mean is often better
+    than the first token."""
     truncate: Truncate = "tail"
-    """Truncation of long texts. tail: remove the end. head_tail: remove the middle."""
+    """Truncation of long texts. tail: remove the end, and keep the beginning. head_tail: remove the middle, and keep
+    beginning and end."""
     temperature: float = Field(default=0.05, gt=0)
-    """Divisor of the similarities in the contrastive loss, if the task is embed and the data has no scores. The loss
+    """Divisor of the similarities in the contrastive loss, if the task is `embed` and the data has no scores. The loss
     compares the pairs of a batch, or of a microbatch if train.accumulate is above 1."""
     chat: ChatConfig = ChatConfig()
-    """Settings of task chat."""
+    """Settings of the task `chat`."""
     preference: PreferenceConfig = PreferenceConfig()
-    """Settings of task preference."""
+    """Settings of the task `preference`."""
     generation: GenerationConfig = GenerationConfig()
-    """Settings for generating answers to validation prompts, if the task is seq2seq. BLEU, chrF, ROUGE and exact match
-    of the answers are computed. train.best_by = "bleu" keeps the parameters with the best BLEU."""
+    """Settings for generating answers to validation prompts, if the task is `seq2seq`. BLEU, chrF, ROUGE and exact
+    match of the answers are computed. train.best_by = "bleu" keeps the parameters with the best BLEU."""
     calibrate: bool = False
-    """Divide the logits by a temperature after training, if the task is classify. The temperature minimizes the loss on
-    the validation examples. Predicted probabilities are then closer to the accuracy. The head's parameters are scaled;
-    predicted classes do not change."""
+    """Divide the logits by a temperature after training, if the task is `classify`. The temperature minimizes the loss
+    on the validation examples. Predicted probabilities are then closer to the accuracy. The head's parameters are
+    scaled; predicted classes do not change."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate."""
     seeds: int = Field(default=1, ge=1)
@@ -129,9 +130,9 @@ class Config(StageConfig):
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, beta2=0.98)
     """Optimizer and schedule."""
     sparsify: SparsifyConfig = SparsifyConfig()
-    """Settings of pruning during training, for method full."""
+    """Settings of pruning during training, for the method `full`."""
     fake_quantize: FakeQuantizeConfig = FakeQuantizeConfig()
-    """Settings of quantization-aware training, for method full."""
+    """Settings of quantization-aware training, for the method `full`."""
 
     @model_validator(mode="after")
     def _belongs(self) -> Config:

@@ -73,8 +73,8 @@ def job_fields(config: Any, method: Method, model: ModelConfig, params: Params) 
 def during(config: Any, method: Method, model: ModelConfig, params: Params, steps: int) -> dict[str, Any]:
     """Return the fields of a training job that depend on the number of `steps`, by name (see `llmctl.train.job.Job`).
 
-    These are the fields that the finetuning method sets, and `starts`: the step at which the training of each array
-    starts.
+    The result contains every field that the finetuning method sets. If layers start later or stay frozen, the result
+    also contains the field `starts`: a function that returns the step at which the training of an array begins.
 
     Raises:
       RequestError: If `trained.unfreeze_every` leaves layers frozen to the end, or is rounded to 0 steps.

@@ -23,7 +23,7 @@ class LoraConfig(Settings):
     """Scale of the adapters: each update is multiplied by alpha / rank."""
     targets: list[str] = []
     """Matrices that get an adapter. In the layers: q, k, v, o, gate, up, down. Outside the layers: lm_head (output
-    projection), and embed (token embeddings) if the method is lora. If empty, all matrices in the layers get an
+    projection), and embed (token embeddings) if the method is `lora`. If empty, all matrices in the layers get an
     adapter, except the matrices of bottleneck adapters.
     """
     rslora: bool = False
@@ -43,8 +43,8 @@ class LoraConfig(Settings):
 
 
 class AdaLoraConfig(Settings):
-    """Set the rank budget that all adapters share, for method adalora. At the end of training, the mean rank of the
-    adapters is `lora.rank`.
+    """Set the rank budget that all adapters share, for the method `adalora`. At the end of training, the mean rank of
+    the adapters is `lora.rank`.
     """
 
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -67,7 +67,7 @@ class AdaLoraConfig(Settings):
 
 
 class HoulsbyConfig(Settings):
-    """Set size and form of the bottleneck adapters, for method houlsby."""
+    """Set size and form of the bottleneck adapters, for the method `houlsby`."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -82,7 +82,7 @@ class HoulsbyConfig(Settings):
 
 
 class PromptConfig(Settings):
-    """Set the length and the initial values of a trained prompt, for method prompt."""
+    """Set the length and the initial values of a trained prompt, for the method `prompt`."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -94,7 +94,7 @@ class PromptConfig(Settings):
 
 
 class PrefixConfig(Settings):
-    """Set the number and the initial values of trained keys and values, for method prefix."""
+    """Set the number and the initial values of trained keys and values, for the method `prefix`."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -119,8 +119,8 @@ class TrainedConfig(Settings):
     Earlier layers and the embeddings are frozen. 0 trains all layers.
     """
     patterns: list[str] = []
-    """Patterns for names of parameters to train, such as norm or attn/*/bias, if the method is full. A pattern matches
-    any part of a name. The task's head is always trained. If empty, all parameters are trained."""
+    """Patterns for names of parameters to train, such as norm or attn/*/bias, if the method is `full`. A pattern
+    matches any part of a name. The task's head is always trained. If empty, all parameters are trained."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the learning rate per layer, counted from the output. The factor is applied once to the last layer,
     twice to the second to last layer, and so on. The embeddings have the smallest rate."""

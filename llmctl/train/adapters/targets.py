@@ -1,4 +1,7 @@
-"""Select the matrices that get an adapter, and replace each matrix by an adapter that contains the matrix."""
+"""Select the matrices that get an adapter, such as LoRA, and replace each matrix by a weight node.
+
+The weight node contains the matrix and the arrays of the adapter.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Fgm(Adversary):
         return 2.0
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return the weighted means of losses and gradients over clean and perturbed rows.
+        """Return weight * perturbed + (1 - weight) * clean, for the loss and the gradients, with the setting `weight`.
 
         The metric sums come from the clean rows.
         """

@@ -37,10 +37,10 @@ class Pgd(Adversary):
         return 1.0 + options["steps"] * 2 / 3 + (options["weight"] < 1)
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return loss and gradients at the last perturbation. If `weight` is below 1, return the weighted mean with
-        loss and gradients of clean rows.
+        """Return loss and gradients at the last perturbation.
 
-        The metric sums come from the perturbed rows.
+        If the setting `weight` is below 1, return weight * perturbed + (1 - weight) * clean, for the loss and the
+        gradients. The metric sums come from the perturbed rows.
         """
         import jax
         import jax.numpy as jnp
