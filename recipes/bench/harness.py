@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmctl.artifacts import artifact
 from llmctl.config.settings import MeshConfig
@@ -91,7 +91,7 @@ def main() -> None:
         words = tokenizers.load(there.tokenizer_dir)
         names = {name: text for name, text in words.special_spellings.items() if name != "unk_token"}
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(given.hf / "tokenizer.json"), **names)
-        theirs = HFLM(
+        theirs = cast(Any, HFLM)(  # its decorators hide the signature
             pretrained=str(given.hf), tokenizer=tokenizer, batch_size=given.batch_size, device="cpu", dtype="float32"
         )
         b = timed("torch likelihood", figures, lambda: theirs.loglikelihood(likelihood))
