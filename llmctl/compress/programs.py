@@ -187,7 +187,8 @@ def _of_other_type(params: Tree, after: Tree, stack: str) -> Tree:
 def _layer_write(walk: Program, params: Tree, held: Tree, stack: str, layer: Tree, index: Any, made: Tree) -> Program:
     """Return the program that writes one changed layer into the stacked parameters, in place.
 
-    If weights change their type (`made`), the program writes these weights into new stacked arrays.
+    `made` has new stacked arrays for the weights that change their type, such as from dense to quantized. The program
+    writes these weights into `made`.
     """
     blocks = params[stack]["blocks"]
     rest = {**params, stack: {name: part for name, part in params[stack].items() if name != "blocks"}}

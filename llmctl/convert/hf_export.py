@@ -36,7 +36,7 @@ def config_of(
         labels: Class names.
         tokens: Ids of special tokens ("bos_token_id", …).
         dtype: Name of the dtype of the weights.
-        fitted: Values that were fitted on validation data after training, such as thresholds.
+        fitted: Values that were fitted on validation data after training, such as the decision threshold of each class.
 
     Raises:
         RequestError: If the family's format cannot express this config.

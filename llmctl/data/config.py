@@ -71,11 +71,11 @@ class SourceConfig(Config):
     """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. If the
     source is hf or prepared, the path is the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
-    """Name of the TFDS data set, if the source is tfds. Config and version are optional, as in `glue/sst2:2.0.0`."""
+    """Name of the TFDS data set, if the source is `tfds`. Config and version are optional, as in `glue/sst2:2.0.0`."""
     split: str = "train"
-    """Split to read, if the source is tfds or hf. tfds supports slices and sums, as in `train[:80%]+test`."""
+    """Split to read, if the source is `tfds` or `hf`. tfds supports slices and sums, as in `train[:80%]+test`."""
     data_dir: str = ""
-    """Folder of the TFDS data sets, if the source is tfds; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
+    """Folder of the TFDS data sets, if the source is `tfds`; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     download: bool = False
     """Download and prepare the data set if it is missing and the source is tfds."""
     columns: dict[str, str] = {}
@@ -95,7 +95,7 @@ class SourceConfig(Config):
     replace: dict[str, str] = {}
     """Replacements {substring: new text} in every text column, applied in the given order."""
     documents: Literal["file", "line", "paragraph"] = "file"
-    """Unit that is one document, if the source is text: the whole file, a line, or a paragraph. Blank lines separate
+    """Unit that is one document, if the source is `text`: the whole file, a line, or a paragraph. Blank lines separate
     paragraphs."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     """Character between fields, if the source is csv."""

@@ -134,7 +134,7 @@ class StudentConfig(Config):
 
 
 class AnswersConfig(Config):
-    """Set how answers are generated: by the teacher in mode "sequence", by the student in mode "on_policy"."""
+    """Set how answers are generated: by the teacher in the mode `sequence`, by the student in the mode `on_policy`."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
     unkeyed: ClassVar[frozenset[str]] = frozenset({"folder"})

@@ -98,7 +98,7 @@ class Sparsifier:
     def memory(self, named: Params) -> dict[str, Any]:
         """Return the initial values of the arrays that are kept between steps.
 
-        For score movement, these include the scores, and the last values of weights that became zero.
+        If the score is `movement`, the arrays include the scores, and the last values of weights that became zero.
         """
         own = {name: named[name] for name in self.names}
         found: dict[str, Any] = {"settled": jnp.zeros((), bool), "sparsity": _sparsity(own)}

@@ -33,7 +33,7 @@ class SparsifyConfig(Config):
     score: Literal["magnitude", "movement"] = "magnitude"
     """Score of the weights. Weights with the lowest scores become zero. magnitude: absolute value. Zeros stay zero.
     movement: sum over steps of -weight * gradient, which is high for weights that move away from zero. Until step end,
-    zeros may return to their last nonzero value. The score movement needs 8 more bytes per weight."""
+    zeros may return to their last nonzero value. The score `movement` needs 8 more bytes per weight."""
     pattern: str = "unstructured"
     """Pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N of every M inputs. N and M
     determine the sparsity. AxB, such as 128x1: blocks of A inputs and B outputs."""

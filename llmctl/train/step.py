@@ -36,8 +36,8 @@ The loss reads these arrays in addition to the trained arrays.
 """
 
 TOO_MANY_BAD = 20
-"""Number of consecutive bad steps that ends a run. After this number, no step changes anything, so the host need not
-check the count at every step.
+"""Number of consecutive bad steps that ends a run. A bad step has no labels, or a loss or gradient that is not finite
+or is an outlier. After this number, no step changes anything, so the host need not check the count at every step.
 """
 SETTLED = 20
 """Number of good steps after which outliers are skipped. Until then the running mean and variance are unreliable."""

@@ -5,7 +5,8 @@ The state is a dictionary:
 - "params": the trained arrays, by name. Arrays that are not trained are not in the state.
 - "optimizer": the state of the optimizer.
 - "step": the number of finished steps.
-- "skipped" and "skips": the number of consecutive bad steps, and of all bad steps.
+- "skipped" and "skips": the number of consecutive bad steps, and of all bad steps. A bad step has no labels, or a loss
+  or gradient that is not finite or is an outlier.
 - "ema": the moving average of the trained arrays, if `optim.ema` is set.
 - "usual": the running mean and variance of loss and gradient norm, if outliers are skipped.
 - "memory": further arrays that the job keeps between steps, if there are any (`Job.memory`).

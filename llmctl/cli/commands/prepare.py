@@ -31,9 +31,9 @@ def prepare(
     ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print what was prepared as one JSON object.")] = False,
 ) -> None:
-    """Tokenize a corpus once, in parallel, for training with data.source = "prepared" and data.path = the folder.
+    """Tokenize a corpus once, in parallel. To train on it, set data.source = "prepared" and data.path to the folder.
 
-    If the command was interrupted, the same command resumes the work.
+    If the command is interrupted, run it again to resume.
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table

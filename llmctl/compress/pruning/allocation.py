@@ -1,4 +1,4 @@
-"""Choose how sparse each layer becomes in unstructured pruning: by outliers (OWL), or by measured sensitivity.
+"""Choose the sparsity of each layer in unstructured pruning: by outliers (OWL), or by measured sensitivity.
 
 This module chooses the number of weights that become zero in each matrix. A pruning score then chooses which weights of
 a matrix become zero. All matrices of a layer get the same sparsity. The zeros of all matrices together give exactly the
@@ -252,10 +252,10 @@ def allocate(
 ) -> Counts:
     """Choose a sparsity for each layer of a model, and return the number of zeros of every matrix.
 
-    First the calibration batches pass through the unpruned model, to measure the inputs of every matrix. If
-    `method.allocation` is by sensitivity, each layer is then pruned alone, and the error is measured on the first batch
-    (`scan`). This pruning uses the method's score without repair. If the method is SparseGPT, this pruning uses Wanda's
-    score. The parameters do not change.
+    First the calibration batches pass through the unpruned model, to measure the inputs of every matrix. If the
+    allocation is "sensitivity", each layer is then pruned alone, and the error is measured on the first batch (`scan`).
+    This pruning uses the method's score without repair. If the method is SparseGPT, this pruning uses Wanda's score.
+    The parameters do not change.
 
     Args:
       cfg: config of the model.

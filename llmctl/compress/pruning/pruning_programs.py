@@ -87,7 +87,7 @@ def pruning(model: ModelConfig, params: Tree, method: SparseMethod, mesh: Mesh, 
 
 
 def _allocation(model: ModelConfig, params: Tree, method: SparseMethod, walk: Walk) -> list[Program]:
-    """Return the programs that choose how sparse each layer becomes.
+    """Return the programs that choose the sparsity of each layer.
 
     The first programs collect statistics of the unpruned layers' inputs. For OWL, one more program counts the outliers
     of a layer. For the allocation by sensitivity, two more programs run the model: without changes, and with one pruned

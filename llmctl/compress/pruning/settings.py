@@ -77,9 +77,9 @@ class SparseSettings(MethodSettings):
     changes the final hidden states more. global: the lowest scores of the complete model are pruned. owl, sensitivity
     and global set exactly the fraction `sparsity` of the model to zero."""
     spread: float = Field(default=0.08, gt=0, lt=0.5)
-    """Differences of sparsity between layers, if the allocation is owl or sensitivity. owl: half the difference between
-    the highest and the lowest sparsity among the layers. sensitivity: largest difference between a layer's sparsity and
-    the model's sparsity."""
+    """Differences of sparsity between layers, if the allocation is `owl` or `sensitivity`. owl: half the difference
+    between the highest and the lowest sparsity among the layers. sensitivity: largest difference between a layer's
+    sparsity and the model's sparsity."""
     outlier: float = Field(default=5.0, gt=0)
     """Threshold for the scores of outliers, if the allocation is owl: a multiple of the layer's mean score. The scores
     are computed by wanda."""

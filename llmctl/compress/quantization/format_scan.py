@@ -8,8 +8,9 @@ The search has three steps:
   a limit of the perplexity, measure mixtures of the front, and choose the mixture with the fewest bits within the
   limit.
 
-The search always rounds matrices to nearest. A method that reads calibration data, such as GPTQ, would need one
-calibration walk per measurement. Every loss is saved, so that an interrupted run measures only what is missing.
+The search always rounds every weight to the nearest level. A method that reads calibration data, such as GPTQ, would
+need one calibration walk per measurement. Every loss is saved, so that an interrupted run measures only what is
+missing.
 """
 
 from __future__ import annotations

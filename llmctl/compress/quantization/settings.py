@@ -96,8 +96,8 @@ class QuantizeConfig(CalibrationConfig):
     of single matrices. 0: no budget."""
     max_perplexity_increase: Annotated[float, BeforeValidator(fraction)] = Field(default=0.0, ge=0)
     """Highest relative increase of the perplexity on calibration data, such as "1%" or 0.01, in place of average_bits.
-    A search chooses formats with few bits within this limit. The search rounds all matrices to nearest. 0: no
-    limit."""
+    A search chooses formats with few bits within this limit. The search rounds every weight to the nearest level,
+    without data. 0: no limit."""
     candidates: list[Annotated[str, AfterValidator(known_scheme), SCHEMES]] = []
     """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3. If
     activations are quantized, int8 and int4."""
@@ -121,12 +121,13 @@ class QuantizeConfig(CalibrationConfig):
     other, and let later weights compensate for the errors, by the Hessian of calibration data. awq: scale the inputs of
     matrices by the inputs' magnitudes in calibration data, clip, and round to nearest. awq+gptq: the scales of awq,
     then gptq. autoround: tune the rounding of each layer's weights by gradient steps, to minimize the error of the
-    layer's output. Token embeddings are always rounded to nearest."""
+    layer's output. Token embeddings are always rounded to the nearest levels."""
     tuning_steps: int = Field(default=200, ge=1)
     """Number of gradient steps per layer, if the method is `autoround`. Each step reads one batch."""
     clip: bool = False
-    """Search for scales with the least squared error. Such scales may clip the largest weights. Method `rtn` minimizes
-    the error of the weights, and the other methods minimize the error of the outputs. Method `awq` always searches."""
+    """Search for scales with the least squared error. Such scales may clip the largest weights. The method `rtn`
+    minimizes the error of the weights, and the other methods minimize the error of the outputs. The method `awq` always
+    searches."""
     smooth: bool = False
     """Divide activations by one scale per channel, and multiply the channel's weights by the same scale (SmoothQuant).
     Outliers of activations then have less effect. Requires calibration data and activations = "int8"."""

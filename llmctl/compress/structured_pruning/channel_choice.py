@@ -85,9 +85,9 @@ def norm_feeds(cfg: ModelConfig) -> list[wiring.Feed]:
 
 
 def gate_paths(cfg: ModelConfig, params: Params) -> dict[str, int]:
-    """Return {path of a norm's scale: hidden width}, to compute gates of channels with `gates.accumulate`.
+    """Return the number of gates per norm: {path of the norm's scale: hidden width}, one gate per channel.
 
-    A norm is omitted if no matrix reads its outputs.
+    The result is the argument `units` of `gates.accumulate`. A norm is omitted if its output is the input of no matrix.
     """
     flat = weights.flatten(params)
     scales = {f"{feed.producer}/scale" for feed in norm_feeds(cfg)}

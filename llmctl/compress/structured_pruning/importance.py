@@ -6,12 +6,10 @@ Each importance is one function of a sublayer's matrices and of calibration stat
 - activation: sum over tokens of the norm of the head's output or of the neuron's output (Minitron: Muralidharan et al.,
   2024, arXiv:2407.14679)
 - taylor: change of the loss, to first order, if the output is removed (Molchanov et al., 2019, arXiv:1906.10771)
-- magnitude: norm of the weights that compute and read the head or neuron
+- magnitude: norm of the weights that compute the unit's output, and of the weights that multiply this output
 - random: random numbers, a baseline
 
-Shapes: L layers, N heads or neurons (the units), K width of a unit, I = N * K inputs of the matrix whose inputs are
-    their outputs, D
-model width.
+Shapes: L layers, N heads or neurons (the units), K width of a unit, I = N * K outputs of all units, D model width.
 """
 
 from __future__ import annotations
@@ -104,7 +102,8 @@ def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
 
 
 def _squares(units: wiring.Units, layer: dict[str, Any]) -> list[jax.Array]:
-    """Return one array [N] per matrix that computes or reads the units: the sum of squares of each unit's weights."""
+    """Return one array [N] per matrix that computes the units' outputs or multiplies them: the sum of squares of each
+    unit's weights."""
 
     def of(path: str, axis: int) -> jax.Array:
         square = jnp.sum(jnp.square(dense(_kernel(layer, path))), axis=axis)

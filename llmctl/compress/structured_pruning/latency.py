@@ -76,7 +76,8 @@ def timing(cfg: ModelConfig, phase: Phase, rows: int, context: int) -> Timing:
 
 
 def phases(cfg: ModelConfig, context: int) -> list[Timing]:
-    """Return a `Timing` of one text for each phase that the model has."""
+    """Return a `Timing` of one text for each phase of the model: "prefill" and, if the model generates text,
+    "decode"."""
     names: tuple[Phase, ...] = ("prefill", "decode") if generates(cfg) else ("prefill",)
     return [timing(cfg, name, 1, context) for name in names]
 

@@ -148,10 +148,10 @@ def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = 
 
 
 def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
-    """Return {path of a matrix: number of heads or neurons that the matrix reads}, to compute gates.
+    """Return the number of gates per matrix: {path of the matrix: number of heads or neurons}.
 
-    The result is the argument `units` of `gates.accumulate`. A matrix is omitted if `target` keeps all heads or neurons
-    that the matrix reads.
+    The inputs of the matrix are the outputs of these heads or neurons, and each of them has one gate. The result is the
+    argument `units` of `gates.accumulate`. A matrix is omitted if `target` keeps all of its heads or neurons.
     """
     return {
         f"{stack}/blocks/{path}/kernel": units.count
@@ -264,7 +264,8 @@ def disable(
 ) -> dict[str, Any]:
     """Return a dense layer with zero rows for all inputs except `kept`.
 
-    With repair, the kept rows and the bias are recomputed from the statistics `measured`, to compensate for the change.
+    If `method.repair` is true, the kept rows and the bias are recomputed from the statistics `measured`, to compensate
+    for the change.
     """
     kernel = dense["kernel"]
     if method.repair and measured is not None:

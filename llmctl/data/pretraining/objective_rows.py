@@ -43,11 +43,11 @@ class Objective:
 
     name: ObjectiveName = "causal"
     rate: float = 0.15
-    """Fraction of tokens to predict, for the objectives masked, next_sentence and spans."""
+    """Fraction of tokens to predict, for the objectives `masked`, `next_sentence` and `spans`."""
     span: float = 3.0
-    """Mean number of consecutive tokens that one sentinel replaces, for the objective spans."""
+    """Mean number of consecutive tokens that one sentinel replaces, for the objective `spans`."""
     whole_words: bool = False
-    """Whether to mask all tokens of a word or none, for the objectives masked and next_sentence."""
+    """Whether to mask all tokens of a word or none, for the objectives `masked` and `next_sentence`."""
 
     def sentinels(self, tokenizer: Tokenizer) -> Sequence[int]:
         """Return the ids of the sentinels that appear in the targets; empty for objectives without sentinels."""

@@ -19,7 +19,8 @@ class ExportMethods(TaskRecord):
         Args:
             model: Config of the model.
             labels: Class names.
-            fitted: Values that were fitted on validation rows after training, such as thresholds.
+            fitted: Values that were fitted on validation rows after training, such as the decision threshold of each
+                class.
         """
         if not self.classes:
             return {}
@@ -28,8 +29,8 @@ class ExportMethods(TaskRecord):
         return fields | ({"problem_type": self.problem_type} if self.problem_type else {})
 
     def fitted_of(self, keys: Keys, labels: Sequence[str]) -> dict[str, Any]:
-        """Return the fitted values in a config.json, such as thresholds, by name. If there are no such values, return
-        {}.
+        """Return the fitted values in a config.json, such as decision thresholds, by name. If there are no such values,
+        return {}.
         """
         return {}
 

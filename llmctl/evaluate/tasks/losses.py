@@ -177,7 +177,8 @@ class Losses(TaskRecord):
         return {f"teacher_{'token_' * HEAD_KINDS[self.head].per_token}outputs": mean}
 
     def taught_loss(self, student: Network, batch: Batch, dtype: Any, how: SoftLoss) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and the summed metrics, from a batch with the result of `teacher_arrays`."""
+        """Return the distillation loss and the summed metrics. The batch contains the teachers' outputs
+        (`teacher_arrays`)."""
         return self.soft_score(_taught(batch), functional.outputs(*student, batch, dtype), batch, how)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
@@ -212,8 +213,8 @@ class Losses(TaskRecord):
         return self.taught_agreement(student, batch | taught, dtype)
 
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
-        """Return the result of `agreement`, computed from a batch with the result of `teacher_arrays` for
-        `MOST_PROBABLE`.
+        """Return the result of `agreement`, for a batch that contains the teachers' outputs. The outputs are the result
+        of `teacher_arrays` for the divergence `MOST_PROBABLE`.
         """
         labels = self.decided(_taught(batch), batch)
         if not labels:

@@ -117,7 +117,8 @@ class MultiLabel(Classify):
         return {"labels": labels, "probabilities": given if every else {n: given[n] for n in labels}}
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
-        """Return the metrics at the artifact's thresholds, and the true and predicted class names of each example.
+        """Return the metrics of predictions with the artifact's thresholds, and the true and predicted class names of
+        each example.
 
         The class names of an example are a tuple.
         """

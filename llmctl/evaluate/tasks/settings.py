@@ -23,9 +23,9 @@ class PreferenceConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"
-    """Loss on log-likelihoods of chosen and rejected completions. dpo, ipo: subtract the log-likelihoods of the model
-    without its adapters. These losses need a method with adapters, such as lora. simpo: use means per token, without a
-    reference model."""
+    """Loss on log-likelihoods of chosen and rejected completions. dpo, ipo: subtract the log-likelihoods of the
+    reference model, which is the model without its adapters. The finetuning method must therefore add adapters, as
+    `lora` does. simpo: use means per token, without a reference model."""
     beta: float = Field(default=0.0, ge=0)
     """Scale of the log-likelihoods in the loss. For dpo and ipo, a larger value keeps the model closer to its initial
     parameters. 0 uses 0.1 for dpo and ipo, and 2 for simpo."""

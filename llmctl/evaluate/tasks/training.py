@@ -130,7 +130,8 @@ class TrainingMethods(Losses):
         raise NotImplementedError
 
     def fit(self, model: ModelConfig, params: functional.Params, rows: Rows, setup: Setup) -> dict[str, Any]:
-        """Return values that are fitted on validation rows after training, such as thresholds; {} if there are none.
+        """Return values that are fitted on validation rows after training, such as the decision threshold of each
+        class; {} if there are none.
 
         The artifact stores the values as `fitted`.
         """

@@ -32,7 +32,8 @@ class Shared:
         self._made: dict[tuple[Any, ...], tuple[list[Any], Any]] = {}
 
     def get(self, purpose: str, arrays: Iterable[Any], make: Callable[[], Any]) -> Any:
-        """Return the stored result for a purpose and arrays. If there is none, call `make` and store the result.
+        """Return the result that is stored for these arrays under the name `purpose`. If there is none, call `make` and
+        store its result.
 
         Arrays are compared by identity.
         """

@@ -190,9 +190,9 @@ def levels(codes: jax.Array) -> jax.Array:
 
 
 def _scales(scale: jax.Array, most: jax.Array | None, mean: jax.Array | None) -> jax.Array:
-    """Return scales as floats, given their codes, or given the scales themselves if `most` is None.
+    """Return scales as floats. `scale` contains their 8-bit codes or, if `most` is None, the scales themselves.
 
-    Negative results are replaced by 0. They are possible because of rounding, and would flip the signs of weights.
+    Rounding can make a scale negative, which would flip the signs of weights. Negative scales are replaced by 0.
     """
     if most is None or mean is None:
         return scale

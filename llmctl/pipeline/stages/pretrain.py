@@ -52,11 +52,11 @@ class Config(StageConfig):
     prefix: predict the rest of a text, for encoder-decoders. completions: predict the completion of a prompt, from the
     columns prompt and completion. By default, the model's architecture determines the objective."""
     rate: float = Field(default=0.15, gt=0, lt=1)
-    """Fraction of tokens to predict, if the objective is masked, next_sentence or spans."""
+    """Fraction of tokens to predict, if the objective is `masked`, `next_sentence` or `spans`."""
     span: float = Field(default=3.0, ge=1)
-    """Mean length of a span in tokens, if the objective is spans."""
+    """Mean length of a span in tokens, if the objective is `spans`."""
     whole_words: bool = False
-    """Mask whole words instead of single tokens, if the objective is masked or next_sentence."""
+    """Mask whole words instead of single tokens, if the objective is `masked` or `next_sentence`."""
     train: TrainConfig = TrainConfig()
     """Number of steps, batch size and validation."""
     optim: OptimConfig = OptimConfig()

@@ -72,7 +72,8 @@ def toward_start(own: Loss, factor: float) -> Loss:
 
 
 def mixout(own: Loss, rate: float) -> Loss:
-    """Return the loss function `own`, computed with some weights replaced by their values before finetuning.
+    """Return a loss function that replaces some weights by their values before finetuning, and then computes the loss
+    `own`.
 
     Each weight w is replaced by its value w0 before finetuning, with probability `rate`. The other weights become w0 +
     (w - w0) / (1 - rate). The expected value is therefore w. With w0 = 0 this is dropout of the weights. The training

@@ -27,7 +27,8 @@ class Smart(Adversary):
     """Add two output divergences to the loss: clean versus perturbed rows, and current versus averaged weights.
 
     A divergence is the mean of the KL divergences in both directions. If the task predicts numbers, the divergence is
-    the squared difference. The paper has the sum of both directions, so the paper's factors of 1 correspond to 2 here.
+    the squared difference. The paper adds both directions in place of their mean, so each factor is twice the factor in
+    the paper.
     """
 
     name = "smart"
