@@ -66,8 +66,8 @@ def app(chosen: str = "") -> typer.Typer:
     ) -> None:
         """Turn raw text into a small, fast, measured language model.
 
-        Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted (the same command resumes the
-        work).
+        Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted (run the same command again to
+        resume).
         """
         if version:
             typer.echo(f"llmctl {__version__}")

@@ -69,7 +69,7 @@ class SourceConfig(Config):
     prepare`). Files of the kinds text, jsonl and csv may be compressed as .gz or .zst."""
     path: str = ""
     """File, glob (`reviews/*.csv`) or file inside an installed package (`pkg:NAME/path`); local or `gs://`. If the
-    source is hf or prepared, the path is the folder that `save_to_disk` or `llmctl prepare` wrote."""
+    source is `hf` or `prepared`, the path is the folder that `save_to_disk` or `llmctl prepare` wrote."""
     name: str = ""
     """Name of the TFDS data set, if the source is `tfds`. Config and version are optional, as in `glue/sst2:2.0.0`."""
     split: str = "train"
@@ -77,7 +77,7 @@ class SourceConfig(Config):
     data_dir: str = ""
     """Folder of the TFDS data sets, if the source is `tfds`; $TFDS_DATA_DIR or ~/tensorflow_datasets by default."""
     download: bool = False
-    """Download and prepare the data set if it is missing and the source is tfds."""
+    """Download and prepare the data set if it is missing, for the source `tfds`."""
     columns: dict[str, str] = {}
     """Map from canonical column names to the source's column names, such as {text = "review"}. If empty, the columns
     with canonical names are read. Canonical names of text columns are text, pair, prompt, completion, chosen and

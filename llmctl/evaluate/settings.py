@@ -46,8 +46,8 @@ class MeasureConfig(Config):
     generation: GenerationConfig = GenerationConfig()
     """Settings for generating answers, for the task `seq2seq`."""
     tasks: list[str] = []
-    """Tasks to measure each artifact on, such as masked and next_sentence, and task files (`my_task.toml`) with data of
-    their own. If empty, the task of the artifact's training is used."""
+    """Tasks to measure each artifact on, such as `masked` and `next_sentence`, and task files (`my_task.toml`) with
+    data of their own. If empty, the task of the artifact's training is used."""
 
     harness: list[str] = []
     """Tasks of lm-evaluation-harness (extra `eval`) for decoders: names, YAML files, or folders of YAML files. If

@@ -7,9 +7,9 @@ that a resumed run has the same masks. Between two changes of the mask, each ste
 (`llmctl.train.step.hold_zeros`). The sparsity is computed from the step number within the compiled step, so nothing is
 compiled again.
 
-Score magnitude is |w|. A zero stays zero. Score movement (Sanh et al., 2020, arXiv:2005.07683) is the sum over steps of
--w g. Zeros have gradients too. For a zero, w in this sum is the last nonzero value of the weight. If the score of a
-zero rises, the zero gets this value back.
+The score `magnitude` is |w|, and a zero stays zero. The score `movement` (Sanh et al., 2020, arXiv:2005.07683) is the
+sum over steps of -w g. Zeros have gradients too. For a zero, w in this sum is the last nonzero value of the weight. If
+the score of a zero rises, the zero gets this value back.
 
 Shapes: L layers, I inputs, O outputs.
 """

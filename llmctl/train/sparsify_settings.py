@@ -25,25 +25,25 @@ class SparsifyConfig(Config):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     sparsity: float = Field(default=0.0, ge=0, lt=1)
-    """Prune during training: set this fraction of each matrix in the layers to zero. 0 prunes nothing, unless pattern
-    is N:M. Later stages keep the zeros."""
+    """Prune during training: set this fraction of each matrix in the layers to zero. 0 prunes nothing, unless the
+    pattern is N:M. Later stages keep the zeros."""
     schedule: Literal["cubic", "once", "constant"] = "cubic"
-    """Sparsity by step. cubic: rise from 0 at step start to the full sparsity at step end, fast at first. once: prune
-    at step end. constant: full sparsity from step start on."""
+    """Sparsity by step. cubic: rise from 0 at step `start` to the full sparsity at step `end`, fast at first. once:
+    prune at step `end`. constant: full sparsity from step `start` on."""
     score: Literal["magnitude", "movement"] = "magnitude"
     """Score of the weights. Weights with the lowest scores become zero. magnitude: absolute value. Zeros stay zero.
-    movement: sum over steps of -weight * gradient, which is high for weights that move away from zero. Until step end,
-    zeros may return to their last nonzero value. The score `movement` needs 8 more bytes per weight."""
+    movement: sum over steps of -weight * gradient, which is high for weights that move away from zero. Until step
+    `end`, zeros may return to their last nonzero value. The score `movement` needs 8 more bytes per weight."""
     pattern: str = "unstructured"
     """Pattern of the zeros. unstructured: zeros at any position. N:M, such as 2:4: keep N of every M inputs. N and M
     determine the sparsity. AxB, such as 128x1: blocks of A inputs and B outputs."""
     start: float = Field(default=0.0, ge=0)
-    """Step after which weights become zero, if schedule is cubic or constant. A value below 1 is a fraction of all
-    steps."""
+    """Step after which weights become zero, if the schedule is `cubic` or `constant`. A value below 1 is a fraction of
+    all steps."""
     end: float = Field(default=0.75, gt=0)
     """Step from which the zeros no longer change. A value up to 1 is a fraction of all steps. Only parameters from this
-    step on can be selected as the best, and train.patience counts from this step. With schedule `constant` and score
-    `magnitude`, the zeros no longer change after step start."""
+    step on can be selected as the best, and train.patience counts from this step. If the schedule is `constant` and the
+    score is `magnitude`, the zeros no longer change after step `start`."""
     every: float = Field(default=0.01, gt=0)
     """Number of steps between changes of the zeros. A value below 1 is a fraction of all steps."""
 

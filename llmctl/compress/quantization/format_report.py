@@ -22,7 +22,9 @@ ROWS = 12
 
 
 def perplexity_increase(loss_increase: float) -> float:
-    """Return the relative increase of the perplexity, exp(loss), if the loss increases by `loss_increase`.
+    """Return the relative increase of the perplexity if the loss increases by `loss_increase`.
+
+    The perplexity is exp(loss).
 
     >>> round(perplexity_increase(0.00995), 6)
     0.01

@@ -110,7 +110,7 @@ class QuantizeConfig(CalibrationConfig):
     head: bool = False
     """Also quantize the output projection and the task head."""
     activations: Literal["", "int8", "fp8_e4m3"] = ""
-    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8). int8: for formats `int8` and
+    """Also quantize the inputs of quantized matrices, with one scale per token (W8A8). int8: for the formats `int8` and
     `int4`. fp8_e4m3: for the format `fp8_e4m3`."""
     static_activations: Literal["", "max", "mse"] = ""
     """Use one stored scale for all inputs of a matrix, measured on calibration data, in place of one scale per token.

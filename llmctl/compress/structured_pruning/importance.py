@@ -85,7 +85,7 @@ def of_units(
 def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
     """Return the norm ||X_h O_h||_F of each query head's contribution to the residual stream, [N].
 
-    X_h are the outputs of head h, and O_h are the rows of the matrix `o` [I, D] that read these outputs.
+    X_h are the outputs of head h, and O_h are the rows of the matrix `o` [I, D] that multiply these outputs.
     """
     heads, width, _ = gram.products.shape
     o_NKD = o.astype(jnp.float32).reshape(heads, width, -1)

@@ -309,6 +309,7 @@ def shaped(
 
 
 def _points(counts: Sequence[int], whole: int) -> list[int]:
-    """Return the smallest count, `whole`, and the counts that are nearest to the `FRACTIONS` of `whole`, ascending."""
+    """Return, ascending: the smallest count, the full count `whole`, and the counts nearest to the `FRACTIONS` of
+    `whole`."""
     near = {min(counts, key=lambda n, aim=share * whole: abs(n - aim)) for share in FRACTIONS}
     return sorted({min(counts), *near, whole})

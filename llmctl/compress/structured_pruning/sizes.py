@@ -94,7 +94,7 @@ def timing(config: StructuredSettings, base: Artifact) -> latency.Timing:
     """Return the `Timing` that a budget of latency measures.
 
     Raises:
-      RequestError: If the model has no such phase, or the context is too long.
+      RequestError: If the model lacks the phase that `latency_of` names, or the context is too long.
     """
     own, longest = config.budget, base.model.max_seq_len
     if own.context > longest:

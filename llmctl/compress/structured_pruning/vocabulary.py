@@ -8,7 +8,7 @@ First, the tokens in the texts of all splits are counted. The setting `vocabular
 
 Finally, all texts are tokenized again to check the new tokenizer.
 
-Shapes: V tokens before.
+Shapes: V tokens in the vocabulary before pruning.
 """
 
 from __future__ import annotations

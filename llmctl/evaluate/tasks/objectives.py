@@ -116,8 +116,8 @@ def sliding(
         tokenizer: The artifact's tokenizer.
         texts: Scored texts. Their words and bytes are counted, for the perplexity per word and the bits per byte.
         documents: Token ids of the scored texts.
-        given: Number of tokens at the beginning of each document that are context only, such as a prompt; None means
-            none.
+        given: Number of tokens at the beginning of each document that are context only, such as a prompt. If None, all
+            tokens are scored.
 
     Raises:
         RequestError: If the context has no room for text after a trained prompt.

@@ -30,7 +30,8 @@ class PreferenceConfig(Config):
     """Scale of the log-likelihoods in the loss. For dpo and ipo, a larger value keeps the model closer to its initial
     parameters. 0 uses 0.1 for dpo and ipo, and 2 for simpo."""
     gap: float = Field(default=1.0, ge=0)
-    """Target difference between the scaled mean log-likelihoods of chosen and rejected completions, for simpo."""
+    """Target difference between the scaled mean log-likelihoods of chosen and rejected completions, for the loss
+    `simpo`."""
 
     @property
     def scale(self) -> float:

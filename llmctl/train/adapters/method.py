@@ -2,7 +2,6 @@
 
 A method defines the parameters that it adds, the parameters that it trains, and the models that it rejects.
 
-
 A new method is a subclass of `Method`. An instance of the subclass is registered in `llmctl.train.adapters.registry`.
 The subclass overrides methods:
 

@@ -54,21 +54,21 @@ class AdversarialConfig(Settings):
     """Norm of a row's perturbation. l2: Euclidean norm of all entries. linf: largest absolute value of an entry.
     Default: linf for the method `smart`, l2 for the other methods."""
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Number of steps in the search for a perturbation, for methods `pgd`, `freelb` and `smart`. Default: 1 for smart,
-    3 for pgd and freelb."""
+    """Number of steps in the search for a perturbation, for the methods `pgd`, `freelb` and `smart`. Default: 1 for
+    smart, 3 for pgd and freelb."""
     step_size: Positive | None = None
-    """Norm of each step of the search, for methods `pgd`, `freelb` and `smart`. Default: 0.02 for smart, 0.01 for pgd
-    and freelb."""
+    """Norm of each step of the search, for the methods `pgd`, `freelb` and `smart`. Default: 0.02 for smart, 0.01 for
+    pgd and freelb."""
     start: Annotated[float, Field(ge=0)] | None = None
-    """Maximum norm of the random perturbation before the first step, for methods `pgd`, `freelb` and `smart`. Default:
-    0.02 for pgd, 0.01 for freelb and 0.001 for smart, but at most epsilon."""
+    """Maximum norm of the random perturbation before the first step, for the methods `pgd`, `freelb` and `smart`.
+    Default: 0.02 for pgd, 0.01 for freelb and 0.001 for smart, but at most epsilon."""
     weight: Positive | None = None
     """Weight of perturbed rows in the loss. fgm and pgd: fraction of the loss that comes from perturbed rows. The rest
     comes from clean rows. smart: factor of the divergence between the outputs of clean and perturbed rows. Default: 0.5
     for fgm, 1 for pgd, 2 for smart."""
     proximal: Annotated[float, Field(ge=0)] | None = None
-    """Factor of the divergence between outputs of the current weights and outputs of the averaged weights, for method
-    `smart`. Default: 2.
+    """Factor of the divergence between outputs of the current weights and outputs of the averaged weights, for the
+    method `smart`. Default: 2.
     """
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the moving average of the weights, for the method `smart`. In the first tenth of the steps, the decay is
