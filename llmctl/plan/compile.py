@@ -17,7 +17,7 @@ class Compiled:
     """Store the result of a compilation: HLO text, and the compiler's memory figures for one device."""
 
     text: str
-    """Optimized HLO text; empty if the compiler ran out of device memory."""
+    """Optimized HLO text; empty if the program exceeds the device memory."""
     arguments: int
     """Bytes of the arguments. The arguments stay allocated while the program runs."""
     outputs: int

@@ -141,7 +141,7 @@ def _by_hessian(
     count: jax.Array | int | None,
     method: SparseMethod,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Prune one matrix by SparseGPT or with repair, which read the Gram matrix of its inputs.
+    """Prune one matrix by SparseGPT, or by a score with repair. Both read the Gram matrix of the matrix's inputs.
 
     Return the pruned matrix, and JSON data: the errors, and a message if damping values of SparseGPT failed. Every
     device of the mesh computes the complete matrix, so the result does not depend on the mesh.

@@ -81,8 +81,8 @@ class SparseSettings(MethodSettings):
     between the highest and the lowest sparsity among the layers. sensitivity: largest difference between a layer's
     sparsity and the model's sparsity."""
     outlier: float = Field(default=5.0, gt=0)
-    """Threshold for the scores of outliers, if the allocation is owl: a multiple of the layer's mean score. The scores
-    are computed by wanda."""
+    """Threshold for the scores of outliers, if the allocation is `owl`: a multiple of the layer's mean score. The
+    scores are those of the method `wanda`."""
     store: Literal["dense", "sparse"] = "dense"
     """Format of the pruned matrices on disk, also in later stages, if the method prunes single weights. sparse: store
     only nonzero weights and their positions. In memory, matrices are dense."""

@@ -11,7 +11,7 @@ decreases linearly from 1 / steps to 0.
 
 Each step reads the next batch. After the last batch, the first batch follows again. The error on all batches is
 measured before the first step, and ten times during tuning. The state with the least error is kept. The error is
-therefore never larger than with rounding to nearest.
+therefore never larger than if every weight is rounded to the nearest level.
 
 Shapes: B batch, T sequence, D model width, I inputs, O outputs, G groups of inputs.
 """

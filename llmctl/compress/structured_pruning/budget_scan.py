@@ -8,11 +8,12 @@ The search has four steps:
   uniform ratios.
 - Choose the candidate with the lowest loss.
 
-The final pruning uses the same importance. Without repair, the pruned model therefore has the measured loss.
+The final pruning uses the same importance. If pruning does not repair matrices, the pruned model therefore has the
+measured loss.
 
 To measure a loss, channels are removed from the arrays. Heads and neurons are disabled by zero rows in the matrices
-that read their outputs. Layers are disabled by zero rows too. In a post-norm model, the norms of a disabled layer would
-still change the hidden states. The layers of such a model are therefore removed.
+that multiply their outputs. Layers are disabled by zero rows too. In a post-norm model, the norms of a disabled layer
+would still change the hidden states. The layers of such a model are therefore removed.
 
 Every measurement is saved. A resumed run measures only the missing values, and chooses the same sizes.
 """

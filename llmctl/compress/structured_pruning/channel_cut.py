@@ -5,7 +5,7 @@ tables, norms, inputs and outputs of matrices, and output heads. In an encoder-d
 channels, because they share the embedding table. Norms are computed over the kept channels alone, as in Minitron
 (Muralidharan et al., 2024, arXiv:2407.14679).
 
-Shapes: D width before, E width after.
+Shapes: D hidden width before pruning, E hidden width after pruning.
 """
 
 from __future__ import annotations

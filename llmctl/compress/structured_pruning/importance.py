@@ -27,7 +27,7 @@ from llmctl.model import wiring
 from llmctl.model.weights import dense
 
 SCORE, GRAM, TOTALS = "score", "gram", "totals"
-"""Names of the statistics in a `Joined`: SCORE for the importance, GRAM and TOTALS for compensation."""
+"""Names of the statistics in a `Joined`: SCORE for the importance, GRAM and TOTALS for repair."""
 
 
 def statistic(method: StructuredMethod, inputs: int, units: int) -> Statistic | None:

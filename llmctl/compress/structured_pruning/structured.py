@@ -127,7 +127,7 @@ def narrower(cfg: ModelConfig, target: ModelConfig) -> bool:
 
 
 def readers(cfg: ModelConfig, target: ModelConfig, stack: str) -> dict[str, wiring.Units]:
-    """Return {path of a matrix whose inputs are pruned ("attn/o"): heads or neurons that the matrix reads}."""
+    """Return {path of a matrix whose inputs are pruned ("attn/o"): heads or neurons whose outputs are these inputs}."""
     heads = (target.heads, target.kv_heads) != (cfg.heads, cfg.kv_heads)
     found = {reader: u for u in wiring.units(cfg, stack) for reader in u.readers}
     return {p: u for p, u in found.items() if (heads if u.name.endswith("/heads") else target.d_ff != cfg.d_ff)}

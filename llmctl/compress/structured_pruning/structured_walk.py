@@ -73,7 +73,7 @@ def prune_structure(
       base: artifact of the saved model.
       params: parameters of the model, with merged adapters. The parameters of the layers are donated.
       target: config of the model after pruning. The vocabulary is not pruned here.
-      method: importance and compensation.
+      method: importance, and whether to repair matrices whose inputs are removed.
       mesh: the devices.
       saved: folder of finished layers and of measurements.
       log: function that is called with the report of each layer that was measured or pruned.

@@ -90,7 +90,7 @@ def prepare(
 
     Raises:
         RequestError: If the data or the tokenizer is invalid, or if `out` contains other files.
-        Interrupted: If the user presses Ctrl-C. A later call with the same arguments continues the work.
+        Interrupted: If the user presses Ctrl-C. A later call with the same arguments resumes.
     """
     if any(part.source == "prepared" for part in data.parts()):
         raise RequestError("the data is prepared already")

@@ -111,7 +111,8 @@ class Embed(Task):
         return {name: y.reshape(-1, 2, y.shape[-1]) for name, y in found.items()}
 
     def taught_loss(self, student: Network, batch: Batch, dtype: Any, how: SoftLoss) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and the summed metrics, from a batch with the result of `teacher_arrays`."""
+        """Return the distillation loss and the summed metrics. The batch contains the teachers' outputs
+        (`teacher_arrays`)."""
         vectors = batch["teacher_outputs"]
         flat = {"teacher_outputs": vectors.reshape(-1, vectors.shape[-1])}
         return super().taught_loss(student, batch | flat, dtype, how)

@@ -66,7 +66,8 @@ class TokenLosses(TokenCrossEntropy):
         return found
 
     def taught_loss(self, student: Network, batch: Batch, dtype: Any, how: SoftLoss) -> tuple[jax.Array, Sums]:
-        """Return the distillation loss and the summed metrics, from a batch with the result of `teacher_arrays`."""
+        """Return the distillation loss and the summed metrics. The batch contains the teachers' outputs
+        (`teacher_arrays`)."""
         cfg, _, x_BTD = student
         _, targets_BP, weights_BP = predicted(batch, x_BTD)
         found = chunked_divergence.listed_distillation(

@@ -29,7 +29,8 @@ class Matrix:
     weight: Any
     """The weight [..., I, O], or the token embedding table [V, D]; a plain array, or a weight node (`weights.base`)."""
     place: Place
-    """Location of the matrix: `block` (a layer), `head` (an output head) or `embedding` (the token embedding table).
+    """Part of the model that contains the matrix: `block` (a layer), `head` (an output head) or `embedding` (the token
+    embedding table).
 
     If the token embedding table is also the output projection, the place is `embedding`.
     """
