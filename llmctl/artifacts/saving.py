@@ -27,6 +27,7 @@ from llmctl.model.config import ModelConfig
 FILES = {
     *("manifest.json", "params", "tokenizer", "log.jsonl"),
     *("results.json", "table.md", "tradeoff.png", "predictions.jsonl", "importance.png"),
+    *("example_values.jsonl", "comparisons.json"),
 }
 """Names of the files and folders that stages write into an artifact's folder."""
 

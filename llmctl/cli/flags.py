@@ -139,11 +139,14 @@ def _report(step: Step, json: bool) -> None:
     from llmctl.evaluate import report
     from llmctl.pipeline import console
 
-    results = shown.results(step.out)
+    results, compared = shown.results(step.out), shown.comparisons(step.out)
     if results and json:
-        console.result(results[0] if len(results) == 1 else {"results": results})
+        several = {"results": results} | ({"comparisons": compared} if compared else {})
+        console.result(results[0] if len(results) == 1 else several)
     elif results:
         console.show(report.table(results))
+        if compared:
+            console.show(report.comparison_table(compared))
         for protocol in report.protocols(results):
             console.show(protocol)
     elif json:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 """Name of the file with the results of `eval`: a list of {artifact, digest, content, task, protocol, metrics}."""
 
+COMPARISONS = "comparisons.json"
+"""Name of the file with the differences between artifacts: a list of {artifact, against, task, metrics, ...}."""
+
 
 def run(folder: Path) -> dict[str, Any]:
     """Return the models and reports in a run's folder.
@@ -80,6 +83,22 @@ def results(folder: Path) -> list[dict[str, Any]]:
         if odd := next((r for r in found if not isinstance(r["metrics"], dict)), None):
             raise ValueError(f"the metrics of {str(odd['artifact'])[:40]!r} are no object")
         return [{k: r[k] for k in needed} | {k: r[k] for k in newer if k in r} for r in found]
+    except (ValueError, KeyError, TypeError) as e:
+        raise RequestError(f"{file}: damaged ({e}); run eval again") from None
+
+
+def comparisons(folder: Path) -> list[dict[str, Any]]:
+    """Return the comparisons that `eval` wrote into its artifact; an empty list if there are none.
+
+    Raises:
+      RequestError: If the file is damaged.
+    """
+    file = folder / COMPARISONS
+    if not file.exists():
+        return []
+    try:
+        needed = ("artifact", "against", "task", "examples", "resamples", "seed", "metrics")
+        return [{k: one[k] for k in needed} for one in parse_json(file.read_bytes())]
     except (ValueError, KeyError, TypeError) as e:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
 

@@ -7,7 +7,7 @@ stride (see `sliding_window`).
 Perplexity per token is comparable between models with the same tokenizer. Perplexity per word or per byte is comparable
 across tokenizers, because every model must predict the same text. Words are separated by white space in the raw text.
 
-Shapes: N rows, B rows per batch, T context.
+Shapes: D documents, N rows, B rows per batch, T context.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
     }
 
 
-def row_nll(model: ModelConfig, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> negative log-likelihood [B] of each row's targets, in nats.
+def target_nll(model: ModelConfig, dtype: str) -> Any:
+    """Return a compiled function (params, batch) -> negative log-likelihood [B, T] of each target, in nats.
 
     The value of each target is multiplied by its weight. Logits are computed in chunks, never for all positions at
     once.
@@ -108,12 +108,12 @@ def row_nll(model: ModelConfig, dtype: str) -> Any:
         nll_BT = chunked_loss.token_nll(
             project, functional.head_params(model, params), x_BTD, batch["targets"], model.vocab_size
         )
-        return jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0), axis=1)
+        return jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0)
 
     return jax.jit(step)
 
 
-def total_nll(
+def document_nll(
     model: ModelConfig,
     params: functional.Params,
     documents: sliding_window.Documents,
@@ -125,8 +125,8 @@ def total_nll(
     given: Sequence[int] | None = None,
     repeated: int = 0,
     dtype: str = "float32",
-) -> tuple[float, int]:
-    """Compute the negative log-likelihood (NLL) of tokenized documents, summed over their tokens.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the negative log-likelihood (NLL) of each tokenized document, summed over its tokens.
 
     Args:
         model: Config of the model.
@@ -139,15 +139,22 @@ def total_nll(
         given: Number of tokens at the beginning of each document that are context only, such as prompts.
         repeated: Number of tokens from the start of `prefix` that every later window repeats (see
             `sliding_window.Rows`).
-        dtype: Dtype of the computation. The sum over rows is in float64 on the host.
+        dtype: Dtype of the computation. The sum over tokens is in float64 on the host.
 
     Returns:
-        The summed NLL in nats, and the number of scored tokens.
+        The summed NLL of each document in nats, float64 [D], and the number of its scored tokens, int64 [D].
     """
     rows = sliding_window.Rows(documents, prefix, context, stride, given, repeated)
-    step = row_nll(model, dtype)
-    total = 0.0
-    with batches.once(rows) as steps:
-        for _, batch in steps:
-            total += float(np.sum(host_arrays.read(step(params, batch)), dtype=np.float64))
-    return total, rows.scored
+    step = target_nll(model, dtype)
+    nll_D = np.zeros(len(documents))
+
+    def place(batch: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+        return batch, batches.place(batch)
+
+    with batches.once(rows, place=place) as steps:
+        for _, (batch, placed) in steps:
+            inputs = {name: a for name, a in placed.items() if name not in ("document", "row_weight")}
+            nll_BT = np.asarray(host_arrays.read(step(params, inputs)), np.float64)
+            document_BT = batches.gather(batch, placed)["document"]
+            nll_D += np.bincount(document_BT.ravel(), weights=nll_BT.ravel(), minlength=len(nll_D))
+    return nll_D, rows.scored_per_document

@@ -15,7 +15,7 @@ from llmctl.artifacts.artifact import Artifact
 from llmctl.data.config import DataConfig
 from llmctl.data.examples import synthetic
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate import acceptance, likelihood, runner, task_files
+from llmctl.evaluate import acceptance, likelihood, measurements, task_files
 from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Setup
@@ -50,14 +50,14 @@ def scoring(
     programs = [_harness(config, name, chosen[name], mesh)] if config.harness else []
     for file in config.files_of_tasks:
         told = task_files.read(file)
-        own = scoring(runner.file_settings(config, told, chosen[name].manifest), told.data, name, chosen, mesh)
+        own = scoring(measurements.file_settings(config, told, chosen[name].manifest), told.data, name, chosen, mesh)
         programs += [replace(program, title=f"{program.title}: {Path(file).stem}") for program in own]
     if not config.measures_data:
         return programs
     tasks = [TASKS[task] for task in config.named_tasks] or [of(chosen[name].manifest)]
     if target:
         acceptance.check_tasks(tasks, name)
-    setup = runner.setup(config, mesh, Path(name), chosen[name].manifest)
+    setup = measurements.setup(config, mesh, Path(name), chosen[name].manifest)
     for task in tasks:
         programs.append(_program(config, data, name, chosen, setup, task))
         if target:

@@ -102,13 +102,58 @@ def protocols(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(f"{r['task']}: {r['protocol']}" for r in results))
 
 
-def markdown(results: Sequence[Result]) -> str:
-    """Return a Markdown table of the results, followed by the protocols and the digests of the scored weights."""
-    head, body = cells(results)
-    table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *body)]
+def markdown(results: Sequence[Result], compared: Sequence[Result] = ()) -> str:
+    """Return a Markdown table of the results, followed by the protocols and the digests of the scored weights.
+
+    If artifacts are compared, a second table has the differences.
+    """
+    table = _markdown(*cells(results))
+    if compared:
+        table += ["", "Differences", "", *_markdown(*comparison_cells(compared))]
     digests = dict.fromkeys(f"- `{r['artifact']}`: `{r['digest']}`" for r in results)
     notes = [f"- {p}" for p in protocols(results)]
     return "\n".join([*table, "", "Protocols", "", *notes, "", "Digests of the scored weights", "", *digests, ""])
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *body)]
+
+
+def comparison_cells(compared: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the table of differences as (headings, rows of cells), with one row per pair of artifacts and metric.
+
+    The columns with artifacts and task are omitted if they are equal in all rows.
+    """
+    about = {"artifact": "artifact", "against": "against", "task": "task"}
+    shown = [key for key in about if len({one[key] for one in compared}) > 1]
+    names = [one[key] for key in ("artifact", "against") for one in compared[:1]]
+    sides = ["value", "against"] if "artifact" in shown else names
+    body = []
+    for one in compared:
+        for name, found in one["metrics"].items():
+            record = find(name)
+            value, other, low, high = (
+                text(name, found[key]) for key in ("value", "against", "difference_low", "difference_high")
+            )
+            apart = text(name, found["difference"])
+            apart = apart if apart.startswith("-") else f"+{apart}"
+            title = record.title if record else name.replace("_", " ")
+            p = f"{found['p_value']:.2g} ({found['test']})"
+            body.append([title, *(one[key] for key in shown), value, other, apart, f"{low} to {high}", p])
+    return ["metric", *(about[key] for key in shown), *sides, "difference", "95 % interval", "p-value"], body
+
+
+def comparison_table(compared: Sequence[Result]) -> Table:
+    """Return a table of differences for the terminal."""
+    from rich.table import Table
+
+    head, body = comparison_cells(compared)
+    out = Table()
+    for heading in head:
+        out.add_column(heading, justify="left" if heading == "metric" else "right")
+    for row in body:
+        out.add_row(*row)
+    return out
 
 
 def table(results: Sequence[Result]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,17 @@ from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
-from llmctl.evaluate import acceptance, speed, stored, task_files
+from llmctl.evaluate import acceptance, measurements, speed, task_files
 from llmctl.evaluate.harness import evaluation as harness
+from llmctl.evaluate.measurements import Measurement
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
-from llmctl.evaluate.setup import Held, Measured, Setup
+from llmctl.evaluate.setup import Measured, Setup
 from llmctl.evaluate.stored import Scored, Stored, identity
 from llmctl.evaluate.tasks import registry
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.model.generate import served
-
-
-@dataclass(frozen=True)
-class Work:
-    """Describe one measurement of one artifact, before the measurement is made."""
-
-    config: MeasureConfig
-    task: Task
-    held: Held
-    setup: Setup
-    definition: str
-    """Digest of the task, the data and the settings."""
-    name: str = ""
-    """Name of the task's file; empty if the task has the data of the evaluation."""
 
 
 def results(
@@ -48,11 +34,12 @@ def results(
     mesh: Mesh,
     work: Path,
     say: Callable[[str], None],
-    keep: Callable[[dict[str, Any]], None] = lambda record: None,
     bases: Sequence[Path] = (),
     target: Path | None = None,
     before: Stored | None = None,
-) -> list[Result]:
+    against: str = "",
+    values: bool = False,
+) -> list[Scored]:
     """Measure artifacts on held-out examples and on tasks of lm-evaluation-harness. If `config.speed` is set, also time
     the artifacts.
 
@@ -63,20 +50,21 @@ def results(
         mesh: The device mesh.
         work: Folder for tokenized examples.
         say: Function that is called with one line of text per result.
-        keep: Function that is called with each record about an example, such as a wrong prediction or a generated text.
         bases: Folders of base artifacts, for adapters whose base is not in a folder next to the adapter.
         target: Folder of a language model for which the artifacts are drafts (see `llmctl.evaluate.acceptance`).
         before: Earlier results, which are not computed again.
+        against: Name of the artifact with which all other artifacts will be compared; empty for no comparison.
+        values: Whether earlier results without values per example are computed again.
 
     Returns:
-        One result per artifact and task (see `llmctl.evaluate.report`).
+        One result per artifact and task (see `llmctl.evaluate.report`), with its records and values per example.
 
     Raises:
         RequestError: If an artifact cannot be measured. All artifacts are checked before the first measurement.
     """
     before = before or Stored([])
     manifests = {name: artifact.read_manifest(path) for name, path in chosen.items()}
-    asked = {name: _tasks(config, m) for name, m in manifests.items()}
+    asked = {name: measurements.tasks_of(config, m) for name, m in manifests.items()}
     files = [task_files.load(file, config.examples) for file in config.files_of_tasks]
     harness_setups: dict[str, Setup] = {}
     for name, manifest in manifests.items():
@@ -101,24 +89,30 @@ def results(
             acceptance.check_tasks(asked[name], str(chosen[name]))
     generates = [task.generates for tasks in asked.values() for task in tasks]
     generates += [registry.TASKS[file.config.task].generates for file in files]
-    if _set(config) and not any(generates):
+    if measurements.generation_fields(config) and not any(generates):
         given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}))
         raise RequestError(f"generation: not for task {given}; only task seq2seq generates answers")
     judged = identity(artifact.read_manifest(target)) if target else ""
     wanted = {
-        name: _work(config, mesh, chosen[name], m, asked[name], examples, work, judged) for name, m in manifests.items()
+        name: measurements.of_data(config, mesh, chosen[name], m, asked[name], examples, work, judged)
+        for name, m in manifests.items()
     }
     for name, manifest in manifests.items():
-        wanted[name] += [_file_work(config, mesh, chosen[name], manifest, file, work) for file in files]
+        wanted[name] += [measurements.of_file(config, mesh, chosen[name], manifest, file, work) for file in files]
+    if against:
+        measurements.check_comparable(wanted, manifests, against)
+        if config.harness and not config.seq_len:
+            harness.check_contexts(manifests)
+    values = values or bool(against)
     done: dict[str, list[Scored]] = {name: [] for name in chosen}
     timing = _timing(config, mesh) if config.speed else {}
     timed: list[tuple[Measured, Result]] = []
     sizes = {"seq_len": config.seq_len, "dtype": config.dtype}
     with harness.Suite(config.harness, config.lm_eval, config.examples, **sizes) as suite:
-        pending: dict[str, tuple[list[Work], list[str]]] = {}
+        pending: dict[str, tuple[list[Measurement], list[str]]] = {}
         for name, manifest in manifests.items():
             weights = identity(manifest)
-            found = [before.find(weights, w.definition, timing) for w in wanted[name]]
+            found = [before.find(weights, w.definition, timing, values) for w in wanted[name]]
             more = {n: before.find(weights, d) for n, d in suite.definitions.items()}
             done[name] += [_renamed(s, name, manifest) for s in (*found, *more.values()) if s]
             left = [w for w, s in zip(wanted[name], found, strict=True) if not s]
@@ -139,9 +133,9 @@ def results(
                 if judge and not one.name:
                     result["metrics"] |= acceptance.measure(one.task, there, judge, one.held, one.setup)
                 records = [{"artifact": name, "task": result["record"], **record} for record in measured.written or ()]
-                done[name].append(Scored(result, records))
+                done[name].append(Scored(result, records, measured.values))
                 if config.speed:  # this keeps the weights of all artifacts in memory: they are timed in alternation
-                    timed.append((replace(measured, answers=None, written=None), result))
+                    timed.append((replace(measured, answers=None, written=None, values={}), result))
                 else:
                     before.add(done[name][-1])
                 say(f"{name}: {headline(result)}")
@@ -155,59 +149,7 @@ def results(
             result.update(timing)
         say(f"timing {', '.join(chosen)}, in turn, {config.repeats} rounds")
         _time(timed, config)
-    for scored in (s for found in done.values() for s in found):
-        for record in scored.records:
-            keep(record)
-    return [scored.result for found in done.values() for scored in found]
-
-
-def _tasks(config: MeasureConfig, manifest: Manifest) -> list[Task]:
-    """Return the tasks on which an artifact is measured with the data of the evaluation."""
-    if not config.measures_data:
-        return []
-    return [registry.TASKS[t] for t in config.named_tasks] or [registry.of(manifest)]
-
-
-def _work(
-    config: MeasureConfig,
-    mesh: Mesh,
-    path: Path,
-    manifest: Manifest,
-    tasks: Sequence[Task],
-    examples: Examples | None,
-    folder: Path,
-    target: str,
-) -> list[Work]:
-    """Describe the measurements of one artifact on held-out examples, one per task."""
-    if not tasks:
-        return []
-    assert examples is not None
-    settings, held = setup(config, mesh, path, manifest), Held(examples, config.split, folder)
-    return [
-        Work(config, task, held, settings, stored.definition(config, task, held, settings, target)) for task in tasks
-    ]
-
-
-def file_settings(config: MeasureConfig, file: task_files.TaskFile, manifest: Manifest) -> MeasureConfig:
-    """Return the settings for the evaluation of one artifact, overridden by the settings of a task file."""
-    own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
-    own |= {"seq_len": file.seq_len or config.seq_len}
-    if not own["seq_len"] and not manifest.seq_len:  # an import does not know the length of its training texts
-        own["seq_len"] = min(512, manifest.model.max_seq_len)
-    if "generation" in file.model_fields_set:
-        own["generation"] = file.generation
-    return config.model_copy(update=own)
-
-
-def _file_work(
-    config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, file: task_files.LoadedTask, folder: Path
-) -> Work:
-    """Describe the measurement of one artifact on the task that a task file defines."""
-    own, task = file_settings(config, file.config, manifest), registry.TASKS[file.config.task]
-    settings, held = setup(own, mesh, path, manifest), Held(file.examples, own.split, folder / file.name)
-    return Work(
-        own, task, held, settings, stored.digest(stored.definition(own, task, held, settings), file.digest), file.name
-    )
+    return [scored for found in done.values() for scored in found]
 
 
 def _renamed(scored: Scored, name: str, manifest: Manifest) -> Scored:
@@ -215,7 +157,7 @@ def _renamed(scored: Scored, name: str, manifest: Manifest) -> Scored:
     that result.
     """
     records = [{**record, "artifact": name} for record in scored.records]
-    return Scored(scored.result | _about(name, manifest), records)
+    return Scored(scored.result | _about(name, manifest), records, scored.values)
 
 
 def _scored(name: str, manifest: Manifest, found: harness.HarnessResult) -> Scored:
@@ -223,7 +165,8 @@ def _scored(name: str, manifest: Manifest, found: harness.HarnessResult) -> Scor
     result = _about(name, manifest) | {"task": found.task, "protocol": found.protocol, "metrics": found.metrics}
     result |= {"definition": found.about["definition"], "record": found.task}
     result["harness"] = {k: v for k, v in found.about.items() if k != "definition"}
-    return Scored(result, [{"artifact": name, "task": found.task, **example} for example in found.examples])
+    records = [{"artifact": name, "task": found.task, **example} for example in found.examples]
+    return Scored(result, records, found.values)
 
 
 def check_metrics(names: Iterable[str], task: Task, where: str) -> None:
@@ -258,10 +201,10 @@ def _about(name: str, manifest: Manifest) -> Result:
     return {"artifact": name, "digest": manifest.digest, "content": manifest.content, **beside}
 
 
-def _result(name: str, manifest: Manifest, measured: Measured, work: Work) -> Result:
+def _result(name: str, manifest: Manifest, measured: Measured, work: Measurement) -> Result:
     protocol = f"{measured.task}, {measured.protocol}" if work.name else measured.protocol
     scored = {"task": work.name or measured.task, "protocol": protocol, "metrics": dict(measured.metrics)}
-    return _about(name, manifest) | scored | {"definition": work.definition, "record": work.name or work.task.name}
+    return _about(name, manifest) | scored | {"definition": work.definition, "record": work.label}
 
 
 def _timing(config: MeasureConfig, mesh: Mesh) -> dict[str, Any]:
@@ -281,39 +224,3 @@ def _time(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> No
             "latency_p90": single[str(i)].p90,
             **{rate: batched[str(i)].rate(units) for rate, units in program.units.items()},
         }
-
-
-def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
-    """Return the settings for the measurement of one artifact.
-
-    A setting of the evaluation overrides the value that the artifact has from training.
-
-    Raises:
-        RequestError: If the sequence length is unknown or exceeds the model's maximum, or if the stride exceeds the
-            sequence length.
-    """
-    seq_len = config.seq_len or manifest.seq_len
-    if not seq_len:
-        raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")
-    if seq_len > manifest.model.max_seq_len:
-        raise RequestError(
-            f"{path}: seq_len {seq_len} is longer than its longest sequence ({manifest.model.max_seq_len})"
-        )
-    stride = config.stride or seq_len
-    if stride > seq_len:
-        raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")
-    truncate = config.truncate or manifest.truncate or "tail"
-    return Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype, _generation(config, manifest))
-
-
-def _generation(config: MeasureConfig, manifest: Manifest) -> GenerationConfig:
-    """Return the settings for generating answers: values that the user set for this evaluation, otherwise the values of
-    training.
-    """
-    given = {name: getattr(config.generation, name) for name in _set(config)}
-    return GenerationConfig.of(artifact.generation_settings(manifest) | given)
-
-
-def _set(config: MeasureConfig) -> set[str]:
-    """Return the names of the settings in `config.generation` that the user set."""
-    return config.generation.model_fields_set if "generation" in config.model_fields_set else set()

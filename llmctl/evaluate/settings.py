@@ -19,7 +19,9 @@ from llmctl.evaluate.tasks.settings import GenerationConfig
 class MeasureConfig(Config):
     """Configure an evaluation: data split, truncation, batches and speed measurement."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"metrics", "tasks", "generation", "harness", "lm_eval", "again"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap"}
+    )
     unkeyed: ClassVar[frozenset[str]] = frozenset({"again"})
 
     split: Split = "test"
@@ -55,6 +57,9 @@ class MeasureConfig(Config):
     task, from the first document on."""
     lm_eval: HarnessConfig = HarnessConfig()
     """Settings of the tasks in `harness`."""
+    bootstrap: int = Field(default=0, ge=0)
+    """Number of bootstrap resamples for 95 % intervals of metrics without another interval, such as macro F1, BLEU and
+    correlations; 0 computes none."""
     again: bool = False
     """Score everything again. By default, results in the output folder are kept if the weights and the definition of
     the task are the same."""

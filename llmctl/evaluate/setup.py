@@ -93,6 +93,8 @@ class Measured:
     returns no predictions."""
     written: list[dict[str, Any]] | None = field(default=None, repr=False)
     """One record per example for predictions.jsonl; None if the task writes no records."""
+    values: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Values per example, for intervals and comparisons (see `llmctl.evaluate.metrics.resampling.Values`)."""
 
 
 def label_map(classes: tuple[str, ...], names: list[str], where: str) -> np.ndarray:

@@ -81,8 +81,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Rows:
     """Build language-model rows that score every token once.
 
-    A row consists of the arrays tokens, targets, weights, segments and positions, of length `context`. Rows are built
-    when `batch` is called.
+    A row consists of the arrays tokens, targets, weights, segments, positions and document, of length `context`. Rows
+    are built when `batch` is called.
     """
 
     def __init__(
@@ -126,15 +126,25 @@ class Rows:
     @property
     def scored(self) -> int:
         """Return the number of scored targets in all rows."""
-        return sum(w.end - w.fresh for w in self._windows)
+        return int(self.scored_per_document.sum())
+
+    @property
+    def scored_per_document(self) -> np.ndarray:
+        """Return the number of scored targets of each document, int64 [D]."""
+        scored_D = np.zeros(len(self._documents), np.int64)
+        for w in self._windows:
+            scored_D[w.document] += w.end - w.fresh
+        return scored_D
 
     def batch(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
         """Build the rows with the numbers `rows_B`.
 
         Returns:
-            tokens, targets, segments and positions int32 [B, context]; weights float32 [B, context].
+            tokens, targets, segments, positions and document (the document's number) int32 [B, context]; weights
+            float32 [B, context].
         """
-        names, shape = ("tokens", "targets", "weights", "segments", "positions"), (len(rows_B), self._context)
+        names = ("tokens", "targets", "weights", "segments", "positions", "document")
+        shape = (len(rows_B), self._context)
         out: dict[str, np.ndarray] = {n: np.zeros(shape, np.float32 if n == "weights" else np.int32) for n in names}
         for row, members in enumerate(self._bins[i] for i in rows_B):
             at = 0
@@ -148,6 +158,7 @@ class Rows:
                 out["targets"][row, here] = sequence[begin + 1 : end + 1]
                 out["weights"][row, at + fresh - begin : at + end - begin] = 1.0
                 out["segments"][row, here] = segment
+                out["document"][row, here] = document
                 out["positions"][row, here] = np.arange(end - begin)
                 at += end - begin
         return out

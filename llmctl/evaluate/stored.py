@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmctl.artifacts.manifest import Manifest
 from llmctl.data.config import TEXT_COLUMNS
 from llmctl.distributed import processes
@@ -21,18 +23,20 @@ from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Setup
 from llmctl.evaluate.tasks.base import Task
 
-RESULTS, RECORDS = "results.json", "predictions.jsonl"
-"""Names of the files of an evaluation: the results, and the records about examples."""
+RESULTS, RECORDS, VALUES = "results.json", "predictions.jsonl", "example_values.jsonl"
+"""Names of the files of an evaluation: the results, the records about examples, and the values per example."""
 PARTIAL = "scored.jsonl"
 """Name of a file in the stage's temporary folder. The file contains the results so far."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Store one result, and the result's records about examples."""
+    """Store one result, the result's records about examples, and its values per example."""
 
     result: Result
     records: list[dict[str, Any]] = field(default_factory=list)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """Values per example (see `llmctl.evaluate.metrics.resampling.Values`); empty if the task has none."""
 
 
 class Stored:
@@ -48,7 +52,9 @@ class Stored:
         self._found = {(identity(s.result), s.result["definition"]): s for s in found if "definition" in s.result}
         self._partial = partial
 
-    def find(self, weights: str, definition: str, timing: Mapping[str, Any] | None = None) -> Scored | None:
+    def find(
+        self, weights: str, definition: str, timing: Mapping[str, Any] | None = None, values: bool = False
+    ) -> Scored | None:
         """Return the result of an artifact on a task. If there is no such result, return None.
 
         Args:
@@ -56,17 +62,36 @@ class Stored:
             definition: Digest of the task.
             timing: Fields that describe how times are measured. A result whose fields differ, or that has no times,
                 counts as missing. If None or empty, every result is accepted.
+            values: Whether a result without values per example counts as missing.
         """
         scored = self._found.get((weights, definition))
-        same = scored is not None and all(scored.result.get(key) == value for key, value in (timing or {}).items())
-        return scored if same else None
+        if scored is None or (values and not scored.values):
+            return None
+        return scored if all(scored.result.get(key) == value for key, value in (timing or {}).items()) else None
 
     def add(self, scored: Scored) -> None:
         """Append a new result to the file of the interrupted evaluation."""
         if self._partial is not None and processes.first():
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             with self._partial.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps([scored.result, scored.records], ensure_ascii=False) + "\n")
+                parts = [scored.result, scored.records, listed(scored.values)]
+                stream.write(json.dumps(parts, ensure_ascii=False) + "\n")
+
+
+def listed(values: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Return values per example as JSON data. Booleans become 0 and 1, which take less space."""
+    return {k: (a.astype(np.int8) if a.dtype == bool else a).tolist() for k, a in values.items()}
+
+
+def write(scored: Sequence[Scored], folder: Path) -> None:
+    """Write the results, their records and their values per example into a folder. Empty files are not written."""
+    text = json.dumps([s.result for s in scored], indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    values = [{**_owner(s.result), "values": listed(s.values)} for s in scored if s.values]
+    for name, lines in ((RECORDS, [record for s in scored for record in s.records]), (VALUES, values)):
+        if lines:
+            written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (folder / name).write_text(written, encoding="utf-8")
 
 
 def identity(of: Result | Manifest) -> str:
@@ -111,15 +136,27 @@ def read(folder: Path, work: Path) -> Stored:
     def saved() -> list[list[Any]]:
         results = _parsed(lambda: json.loads((folder / RESULTS).read_text(encoding="utf-8")))
         records = _parsed(lambda: _lines(folder / RECORDS))
-        mine = [[r, [x for x in records if _belongs(x, r)]] for r in results if isinstance(r, dict)]
+        values = _parsed(lambda: _lines(folder / VALUES))
+        mine = [
+            [r, [x for x in records if _belongs(x, r)], *(x["values"] for x in values if _belongs(x, r))]
+            for r in results
+            if isinstance(r, dict)
+        ]
         return [*mine, *_parsed(lambda: _lines(partial))]
 
-    pairs = processes.broadcast(saved)
-    return Stored([Scored(result, records) for result, records in pairs], partial)
+    found = []
+    for result, records, *values in processes.broadcast(saved):
+        found.append(Scored(result, records, {k: np.array(v) for part in values for k, v in part.items()}))
+    return Stored(found, partial)
+
+
+def _owner(result: Result) -> dict[str, str]:
+    """Return the fields that a result shares with its records and values."""
+    return {"artifact": result.get("artifact", ""), "task": result.get("record", "")}
 
 
 def _belongs(record: dict[str, Any], result: Result) -> bool:
-    return (record.get("artifact"), record.get("task")) == (result.get("artifact"), result.get("record", ""))
+    return all(record.get(key) == value for key, value in _owner(result).items())
 
 
 def _parsed(read: Callable[[], Any]) -> list[Any]:

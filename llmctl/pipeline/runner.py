@@ -148,7 +148,8 @@ def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence
     Raises:
       RequestError: If an input file is missing.
     """
-    settings = {k: v for k, v in keyed(config).items() if k not in config.artifact_fields}
+    omitted = set(config.artifact_fields) - set(config.keyed_artifact_fields)
+    settings = {k: v for k, v in keyed(config).items() if k not in omitted}
     files = [_content(str(path)) for path in inputs(config)]
     what = {"format": artifact.FORMAT, "config": settings, "parent": parent, "others": list(others), "files": files}
     text = json.dumps(what, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -59,6 +59,10 @@ class StageConfig(Config):
     all earlier models, and None names no artifact. `run` finds the artifacts in `Context.siblings`. If such an
     artifact changes, the stage runs again."""
 
+    keyed_artifact_fields: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields among `artifact_fields` whose value is part of the stage's key. The key has the artifacts
+    themselves in any case. Such a field gives an artifact another role than that of the other artifacts."""
+
     kind: str
     """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""
     name: str = ""

@@ -7,7 +7,7 @@ import pytest
 
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
-from llmctl.evaluate import runner
+from llmctl.evaluate import measurements, runner
 from llmctl.evaluate.metrics.base import METRICS, Metric
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.tasks.registry import TASKS
@@ -66,10 +66,10 @@ def test_answers_are_generated_as_in_training_unless_the_user_says_otherwise(sai
     model = ModelConfig(preset="llama-tiny")
     manifest = SimpleNamespace(model=model, seq_len=8, truncate="", config={"generation": trained}, generation={})
     config = MeasureConfig(**({"generation": said} if said else {}))
-    found = runner.setup(config, None, Path("a"), manifest)  # pyright: ignore[reportArgumentType]
+    found = measurements.setup(config, None, Path("a"), manifest)  # pyright: ignore[reportArgumentType]
     assert found.generation == GenerationConfig(**expected)
     older = SimpleNamespace(model=model, seq_len=8, truncate="", config={}, generation={})
-    assert runner.setup(config, None, Path("a"), older).generation == GenerationConfig(**said)  # pyright: ignore[reportArgumentType]
+    assert measurements.setup(config, None, Path("a"), older).generation == GenerationConfig(**said)  # pyright: ignore[reportArgumentType]
 
 
 def test_generation_without_a_task_that_generates_is_refused(monkeypatch):

@@ -8,10 +8,12 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
+
+import numpy as np
 
 from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.base import with_article
@@ -49,6 +51,8 @@ class HarnessResult:
     """Digest of the task's definition, versions of the harness and of the task, and number of few-shot examples."""
     examples: list[dict[str, Any]]
     """One record per document: the document's number, and the value of each metric."""
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """Values per document of the metrics that are means over documents."""
 
 
 def check_model(model: ModelConfig, where: str) -> None:
@@ -60,6 +64,18 @@ def check_model(model: ModelConfig, where: str) -> None:
     if model.architecture != "decoder" or model.head != "lm":
         kind = f"{with_article(model.architecture)} with the head {model.head!r}"
         raise RequestError(f"{where}: tasks of lm-evaluation-harness need a decoder with the head 'lm', this is {kind}")
+
+
+def check_contexts(manifests: Mapping[str, Manifest]) -> None:
+    """Check that the default context, which is the maximum sequence length, is equal for all models.
+
+    Raises:
+        RequestError: If two models have different maximum sequence lengths.
+    """
+    lengths = {name: manifest.model.max_seq_len for name, manifest in manifests.items()}
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{name}: {length:,}" for name, length in lengths.items())
+        raise RequestError(f"against: the models have different contexts ({each}); set one with seq_len")
 
 
 def setup(mesh: Any, manifest: Manifest, path: str, *, seq_len: int, batch_size: int, dtype: str) -> Setup:
@@ -206,7 +222,21 @@ def _result(name: str, found: dict[str, Any], said: str, digest: str) -> Harness
         | {NAMES.get(k, k): _finite(row[k]) for k in sorted(numbers)}
         for row in samples
     ]
-    return HarnessResult(name, ", ".join([*head, said]), metrics, about, examples)
+    return HarnessResult(name, ", ".join([*head, said]), metrics, about, examples, _values(metrics, examples))
+
+
+def _values(metrics: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Return the values per document of each metric that equals the mean of its values.
+
+    The harness may aggregate the values of a metric in another way, which is unknown here.
+    """
+    found = {}
+    for name, value in metrics.items():
+        metric, _, kept = name.partition(",")
+        each = np.array([e[metric] for e in examples if metric in e and e["filter"] == (kept or "none")], np.float64)
+        if value is not None and len(each) and np.isclose(each.mean(), value, rtol=1e-9):
+            found[name] = each
+    return found
 
 
 def _finite(value: Any) -> Any:

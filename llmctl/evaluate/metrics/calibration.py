@@ -46,12 +46,17 @@ def scores(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, Any]:
         for here in (bin_N == b for b in range(BINS))
         if here.any()
     ]
-    of_label_N = np.take_along_axis(p_NC, label_N[:, None], -1)[:, 0].astype(np.float64)
     return {
         "ece": sum(count * abs(right - sure) for count, sure, right in parts) / len(label_N),
-        "log_loss": float(-np.log(np.maximum(of_label_N, 1e-300)).mean()),
+        "log_loss": float(log_losses(p_NC, label_N).mean()),
         "reliability": parts,
     }
+
+
+def log_losses(p_NC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+    """Return the negative log-probability of each true class in nats, float64 [N]."""
+    of_label_N = np.take_along_axis(p_NC, label_N[:, None], -1)[:, 0].astype(np.float64)
+    return -np.log(np.maximum(of_label_N, 1e-300))
 
 
 def softmax(logits_NC: np.ndarray) -> np.ndarray:

@@ -112,6 +112,18 @@ def scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -
     return pooled | {"entities": there.total(), "per_entity": each}
 
 
+def counts(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return numerators and denominators of the pooled metrics of `scores` per text, [N, 2] by name."""
+    pairs = [(entities(t), entities(p)) for t, p in zip(truth, predicted, strict=True)]
+    right_N, there_N, named_N = np.array([(len(a & b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3).T
+    parts = {
+        "entity_precision": (right_N, named_N),
+        "entity_recall": (right_N, there_N),
+        "entity_f1": (2 * right_N, named_N + there_N),
+    }
+    return {name: np.stack(part, axis=1) for name, part in parts.items()}
+
+
 def _f1(right: int, named: int, there: int) -> dict[str, float]:
     """Compute precision, recall and F1 from counts of correct, predicted and true entities; each is 0 if undefined."""
     return {

@@ -10,6 +10,8 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from llmctl.config.errors import RequestError
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
@@ -56,16 +58,33 @@ def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str
         predictions: Generated text of each example.
         tokenizer: Name of sacrebleu's tokenizer for BLEU. If "char", characters are also the words of ROUGE.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
     bleu, chrf = _corpus(tokenizer)
     found = {"bleu": bleu.corpus_score(predictions, [references]).score}
     found["chrf"] = chrf.corpus_score(predictions, [references]).score
+    return found | {name: sum(each) / len(each) for name, each in _of_texts(references, predictions, tokenizer).items()}
+
+
+def values(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> dict[str, np.ndarray]:
+    """Return the values of each text from which the metrics of `scores` can be computed.
+
+    ROUGE and exact match have one value per text, [N]. BLEU and chrF have the numbers of n-grams of each text (see
+    `llmctl.evaluate.metrics.resampling`).
+    """
+    found = {name: np.array(each) for name, each in _of_texts(references, predictions, tokenizer).items()}
+    for name, metric in zip(("bleu_counts", "chrf_counts"), _corpus(tokenizer), strict=True):
+        found[name] = np.array(metric._extract_corpus_statistics(predictions, [references]))
+    return found
+
+
+def _of_texts(references: Sequence[str], predictions: Sequence[str], tokenizer: str) -> dict[str, list[float]]:
+    """Return ROUGE and exact match of each text."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(list(ROUGE.values()), tokenizer=Words(characters=tokenizer == "char"))
     pairs = list(zip(references, predictions, strict=True))
     rows = [scorer.score(reference, prediction) for reference, prediction in pairs]
-    found |= {ours: sum(row[theirs].fmeasure for row in rows) / len(rows) for ours, theirs in ROUGE.items()}
-    return found | {"exact_match": sum(r.strip() == p.strip() for r, p in pairs) / len(pairs)}
+    found = {ours: [row[theirs].fmeasure for row in rows] for ours, theirs in ROUGE.items()}
+    return found | {"exact_match": [float(r.strip() == p.strip()) for r, p in pairs]}
 
 
 def signature(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> str:

@@ -27,7 +27,7 @@ from llmctl.evaluate.metrics.calibration import softmax
 from llmctl.evaluate.metrics.classification import wilson_interval
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
 from llmctl.evaluate.tasks.losses import Network, Options
 from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
@@ -195,7 +195,7 @@ class Choice(Task):
         found = {"choice": best, "answer": row["choices"][best], "probability": short(prediction[best])}
         return found | ({"probabilities": [short(p) for p in prediction]} if every else {})
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Return the accuracy of selecting the choice with the highest score, its 95 % interval, and the accuracy of
         random guessing.
 
@@ -207,9 +207,11 @@ class Choice(Task):
         right_N = total_NK.argmax(-1) == label_N
         low, high = wilson_interval(int(right_N.sum()), len(right_N))
         metrics = {"accuracy": float(np.mean(right_N)), "accuracy_low": low, "accuracy_high": high}
+        values = {"accuracy": right_N}
         if artifact.model.head_kind.vocabulary:
-            metrics |= {"accuracy_per_token": float(np.mean((total_NK / tokens_NK).argmax(-1) == label_N))}
-        return metrics | {"baseline_accuracy": float(np.mean(1 / count_N))}, None
+            values["accuracy_per_token"] = (total_NK / tokens_NK).argmax(-1) == label_N
+            metrics |= {"accuracy_per_token": float(np.mean(values["accuracy_per_token"]))}
+        return Scores(metrics | {"baseline_accuracy": float(np.mean(1 / count_N))}, values=values)
 
 
 def choice_scores(cfg: ModelConfig, params: functional.Params, x_RTD: jax.Array, batch: Batch, dtype: Any) -> jax.Array:

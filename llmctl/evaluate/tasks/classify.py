@@ -16,7 +16,7 @@ from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics import calibration, classification
 from llmctl.evaluate.setup import Batch, Setup, answers, label_map
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import named, short
 from llmctl.evaluate.tasks.rows import KINDS
@@ -93,7 +93,7 @@ class Classify(Task):
 
         return predict
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Return the metrics, the true and predicted class names, and a record of each wrong prediction.
 
         The metrics describe the confusion matrix and the calibration of the probabilities.
@@ -106,7 +106,9 @@ class Classify(Task):
         confusion = classification.confusion_matrix(label_N, predicted_N, len(names))
         named = [names[i] for i in label_N], [names[i] for i in predicted_N]
         scored = classification.scores(confusion, names) | calibration.scores(p_NC, label_N)
-        return scored, named, wrong_cases(examples, names, label_N, p_NC)
+        values = {"label": label_N, "prediction": predicted_N, "accuracy": predicted_N == label_N}
+        values |= {"log_loss": calibration.log_losses(p_NC, label_N)}
+        return Scores(scored, named, wrong_cases(examples, names, label_N, p_NC), values)
 
     def calibrated(
         self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup

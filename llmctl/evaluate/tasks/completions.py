@@ -5,6 +5,8 @@ A decoder reads prompt and completion as one sequence. In an encoder-decoder, th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
 from llmctl.data.examples.completions import CompletionRows, SequencePairRows
@@ -52,6 +54,10 @@ class Completions(Language):
         if settings.target_len:
             raise RequestError("data.target_len is for encoder-decoders; a decoder reads both texts in one row")
         return CompletionRows(examples, tokenizer, settings.seq_len, **settings.order)
+
+    def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
+        """Return whether the model is a decoder. Only decoders get a log-likelihood per completion."""
+        return model.architecture == "decoder"
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure the perplexity of the held-out completions, each conditioned on its prompt.

@@ -26,7 +26,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import KEPT, READ, Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.losses import Network, Options
 from llmctl.evaluate.tasks.predictions import short
 from llmctl.evaluate.tasks.rows import RowSettings
@@ -159,7 +159,7 @@ class Embed(Task):
 
         return predict
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: TwoTextRows, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: TwoTextRows, found: Found) -> Scores:
         """Return retrieval metrics: recall and mean reciprocal rank. Each first text retrieves its own second text
         among all second texts.
 
@@ -167,11 +167,15 @@ class Embed(Task):
         """
         text_ND, pair_ND = map(np.concatenate, zip(*(vectors for _, vectors in found), strict=True))
         if examples.labels is not None:
-            scored = regression.scores(examples.labels, (text_ND * pair_ND).sum(-1))
-            return {k: scored[k] for k in ("spearman", "pearson", "examples")}, None
+            near_N = (text_ND * pair_ND).sum(-1)
+            scored = regression.scores(examples.labels, near_N)
+            values = {"label": examples.labels, "prediction": near_N}
+            return Scores({k: scored[k] for k in ("spearman", "pearson", "examples")}, values=values)
         # Equal texts are one candidate, because no model can distinguish them.
         _, first_M, own_N = np.unique(list(examples.texts("pair")), return_index=True, return_inverse=True)
-        return scores(ranks(text_ND, pair_ND[first_M], own_N), len(first_M)), None
+        rank_N = ranks(text_ND, pair_ND[first_M], own_N)
+        values = {"recall_at_1": rank_N <= 1, "recall_at_10": rank_N <= 10, "mrr": 1 / rank_N}
+        return Scores(scores(rank_N, len(first_M)), values=values)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TwoTextRows, metrics: dict[str, Any]) -> str:
         """Return a description of the measurement: split, number of pairs, truncation and kind of comparison."""

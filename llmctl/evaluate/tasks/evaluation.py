@@ -6,7 +6,10 @@ Shapes: B rows per batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.base import with_article
@@ -19,11 +22,25 @@ from llmctl.model.config import ModelConfig
 
 Found = Iterable[tuple[Batch, Any]]
 """Pairs (host batch, the model's outputs for the batch). Each row occurs exactly once; padding rows are removed."""
-Scored = (
-    tuple[dict[str, Any], tuple[Any, Any] | None] | tuple[dict[str, Any], tuple[Any, Any] | None, list[dict[str, Any]]]
-)
-"""Result of `metrics`: (metrics by name, answers), optionally followed by the records of predictions.jsonl. `answers`
-is (true labels, predictions) of all examples, or None if the task returns no predictions."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Store what a task computes from the outputs of a model.
+
+    Example:
+        >>> Scores({"accuracy": 0.5}, values={"accuracy": np.array([0, 1])}).metrics
+        {'accuracy': 0.5}
+    """
+
+    metrics: dict[str, Any]
+    """Metrics by name."""
+    answers: tuple[Any, Any] | None = None
+    """Pair (true labels, predictions) of all examples; None if the task returns no predictions."""
+    records: list[dict[str, Any]] | None = None
+    """Records for predictions.jsonl; None if the task writes no records."""
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """Values per example, for intervals and comparisons (see `llmctl.evaluate.metrics.resampling.Values`)."""
 
 
 class EvaluationMethods(RowMethods):
@@ -49,6 +66,15 @@ class EvaluationMethods(RowMethods):
             RequestError: If the data lacks a column, or has labels that the model does not have.
         """
 
+    def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
+        """Return whether `evaluate` returns values per example, which a paired comparison needs.
+
+        Args:
+            model: Config of the model.
+            columns: Names of the columns of the data.
+        """
+        return True
+
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> outputs that `eval` runs and times."""
         raise NotImplementedError
@@ -65,15 +91,23 @@ class EvaluationMethods(RowMethods):
         rows = self.rows(artifact.model, held.examples, tokenizer, settings)
         step = self.scorer(artifact.model, setup.dtype)
         found = answers(step, artifact.params, rows, setup, self.reads)
-        metrics, predictions, *written = self.metrics(artifact, held.examples, rows, found)
+        scores = self.metrics(artifact, held.examples, rows, found)
         single, batched = programs(step, artifact.params, first(rows, setup, self.reads), setup.mesh)
         units = {"examples_per_second": setup.batch_size}
-        protocol = self.protocol(artifact, held, setup, rows, metrics)
+        protocol = self.protocol(artifact, held, setup, rows, scores.metrics)
         return Measured(
-            self.title, protocol, metrics, single, batched, units, predictions, written[0] if written else None
+            self.title,
+            protocol,
+            scores.metrics,
+            single,
+            batched,
+            units,
+            scores.answers,
+            scores.records,
+            scores.values,
         )
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Compute metrics from the model's outputs.
 
         Args:
@@ -81,10 +115,6 @@ class EvaluationMethods(RowMethods):
             examples: Held-out examples.
             rows: Rows of the examples.
             found: Host batches with the model's outputs.
-
-        Returns:
-            (metrics by name, answers). The answers are (true labels, predictions) of all examples; None if the task
-            returns no predictions.
         """
         raise NotImplementedError
 

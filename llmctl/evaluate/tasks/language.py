@@ -15,7 +15,7 @@ from llmctl.data.pretraining import baselines, objective_rows
 from llmctl.data.pretraining.lm_corpus import Text
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
-from llmctl.evaluate.perplexity import row_nll
+from llmctl.evaluate.perplexity import target_nll
 from llmctl.evaluate.setup import Held, Measured, Setup, programs
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.registry import TASKS
@@ -41,6 +41,10 @@ class Language(TokenLosses, Task):
         """Return rows for calibration: the same as in training, without shuffling."""
         return self.rows(model, examples, tokenizer, settings)
 
+    def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
+        """Return False: metrics are sums over all rows, without values per example."""
+        return False
+
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
         """Return a note for the user if validation scores the end of each text, unlike `eval`; otherwise ""."""
         if model.architecture != "decoder" and not isinstance(rows, SequencePairRows):
@@ -50,11 +54,11 @@ class Language(TokenLosses, Task):
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function (params, batch) -> scores.
 
-        For a decoder, the scores are the negative log-likelihoods [B] in nats. For other architectures, the scores are
-        the summed metrics of the loss.
+        For a decoder, the scores are the negative log-likelihoods [B, T] of the targets in nats. For other
+        architectures, the scores are the summed metrics of the loss.
         """
         if model.architecture == "decoder":
-            return row_nll(model, dtype)
+            return target_nll(model, dtype)
         loss = self.loss_of(model, dtype=dtype)
         return jax.jit(lambda params, batch: loss(params, batch)[1])
 
@@ -139,6 +143,11 @@ class LanguageModel(Language):
         """Return the rows of a training stage, from the task that `select_task` selects for the columns of the data."""
         task = self.select_task(model, text.columns)
         return task.stage_rows(model, text, split, tokenizer, cache, settings, needed)
+
+    def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
+        """Return whether the selected task returns values per example."""
+        columns = list(columns)
+        return self.select_task(model, columns).compares(model, columns)
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure an artifact with the task that `select_task` selects for the columns of the data."""

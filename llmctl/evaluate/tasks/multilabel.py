@@ -26,7 +26,7 @@ from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics.classification import Z_95, wilson_interval
 from llmctl.evaluate.setup import Batch, Held, Setup, answers, label_map
 from llmctl.evaluate.tasks.classify import Classify
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import named
 from llmctl.model import functional
@@ -116,7 +116,7 @@ class MultiLabel(Classify):
         labels = [n for n, p in zip(manifest.labels, prediction, strict=True) if p >= chosen.get(n, EVEN)]
         return {"labels": labels, "probabilities": given if every else {n: given[n] for n in labels}}
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Return the metrics of predictions with the artifact's thresholds, and the true and predicted class names of
         each example.
 
@@ -134,7 +134,14 @@ class MultiLabel(Classify):
         for name, threshold in zip(names, threshold_C, strict=True):
             scored["per_class"][name]["threshold"] = float(threshold)
         truth, predicted = ([tuple(np.array(names)[row]) for row in sets_NC] for sets_NC in (truth_NC, predicted_NC))
-        return scored, (truth, predicted)
+        hit_N, both_N = (truth_NC & predicted_NC).sum(1), truth_NC.sum(1) + predicted_NC.sum(1)
+        values = {
+            "label": truth_NC,
+            "prediction": predicted_NC,
+            "micro_f1": np.stack([2 * hit_N, both_N], axis=1),
+            "exact_match": (truth_NC == predicted_NC).all(1),
+        }
+        return Scores(scored, (truth, predicted), values=values)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
         """Return a description of the measurement, which names the data on which the thresholds were fitted."""

@@ -6,6 +6,7 @@ therefore get the same rows. Each score is reported together with the score of a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ class TextObjective(Language):
 class Causal(TextObjective):
     """Measure next-token prediction of a decoder by sliding windows over each text separately."""
 
+    def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
+        """Return True: the log-likelihood of each document is a value per example."""
+        return True
+
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:
         """Measure the perplexity of the held-out texts per token, per word and per byte."""
         tokenizer = tokenizers.load(artifact.tokenizer_dir)
@@ -132,7 +137,7 @@ def sliding(
     stride = min(setup.stride, room)
     # Without BOS in training a model cannot predict first tokens.
     prefix = tokenizer.begin or None
-    nll, tokens = likelihood.total_nll(
+    nll_D, tokens_D = likelihood.document_nll(
         artifact.model,
         artifact.params,
         documents,
@@ -163,8 +168,15 @@ def sliding(
     }
     single, batched = programs(task.scorer(artifact.model, setup.dtype), artifact.params, inputs, setup.mesh)
     units = {"tokens_per_second": setup.batch_size * setup.seq_len}
-    metrics = likelihood.metrics(nll, likelihood.count(texts, tokens))
-    return Measured(task.title, str(protocol), metrics, single, batched, units)
+    metrics = likelihood.metrics(float(nll_D.sum()), likelihood.count(texts, int(tokens_D.sum())))
+    each = [likelihood.count([text], 0) for text in texts]
+    values = {
+        "document_nll": nll_D,
+        "document_tokens": tokens_D,
+        "document_words": np.array([count.words for count in each]),
+        "document_bytes": np.array([count.bytes for count in each]),
+    }
+    return Measured(task.title, str(protocol), metrics, single, batched, units, values=values)
 
 
 CAUSAL = Causal("causal", "perplexity", "")

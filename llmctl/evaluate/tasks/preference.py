@@ -9,6 +9,7 @@ Shapes: B pairs, T tokens per row, D model width. Rows 2i and 2i + 1 of [2B, T] 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from llmctl.data.examples.preferences import REJECTED, PreferencePairRows, Prefe
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.setup import Batch, Held, Setup
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.language import Language
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
 from llmctl.evaluate.tasks.losses import Options
@@ -138,7 +139,7 @@ class Preference(Language):
         """
         return super(Language, self).evaluate(artifact, held, setup)
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Return the fraction of pairs whose chosen completion is likelier than the rejected one, and the mean
         difference.
 
@@ -148,11 +149,16 @@ class Preference(Language):
         scores_N22 = np.concatenate([outputs for _, outputs in found]).astype(np.float64)
         total_N2, tokens_N2 = scores_N22[..., 0], scores_N22[..., 1]
         mean_N2 = total_N2 / np.maximum(tokens_N2, 1)
-        return {
-            "accuracy": float(np.mean(total_N2[:, 0] > total_N2[:, 1])),
-            "accuracy_per_token": float(np.mean(mean_N2[:, 0] > mean_N2[:, 1])),
-            "margin": float(np.mean(total_N2[:, 0] - total_N2[:, 1])),
-        }, None
+        values = {
+            "accuracy": total_N2[:, 0] > total_N2[:, 1],
+            "accuracy_per_token": mean_N2[:, 0] > mean_N2[:, 1],
+            "margin": total_N2[:, 0] - total_N2[:, 1],
+        }
+        return Scores({name: float(np.mean(value_N)) for name, value_N in values.items()}, values=values)
+
+    def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
+        """Return True: the log-likelihoods of each pair are values per example."""
+        return True
 
 
 def pair_loss(

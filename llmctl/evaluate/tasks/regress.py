@@ -15,7 +15,7 @@ from llmctl.data.splits import Examples
 from llmctl.evaluate.metrics import regression
 from llmctl.evaluate.setup import Batch
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import short
 from llmctl.model import functional
@@ -69,11 +69,12 @@ class Regress(Task):
 
         return predict
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Return errors and correlations, and the true and predicted numbers of all examples."""
         pairs = [(batch["label"], predicted) for batch, predicted in found]
         truth_N, predicted_N = map(np.concatenate, zip(*pairs, strict=True))
-        return regression.scores(truth_N, predicted_N), (truth_N, predicted_N)
+        values = {"label": truth_N, "prediction": predicted_N}
+        return Scores(regression.scores(truth_N, predicted_N), (truth_N, predicted_N), values=values)
 
     def hf_fields(self, model: ModelConfig, labels: Sequence[str], fitted: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of config.json for one output without a class name, with the problem type "regression"."""

@@ -7,7 +7,7 @@ The answer is compared with the completion by BLEU, chrF, ROUGE and exact match.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jax.sharding import Mesh
 
@@ -68,6 +68,10 @@ class SequenceToSequence(Completions):
 
         return measure
 
+    def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
+        """Return True: each generated answer has values."""
+        return True
+
     def generation_programs(
         self,
         model: ModelConfig,
@@ -117,6 +121,7 @@ class SequenceToSequence(Completions):
             protocol=protocol,
             metrics=answer_metrics.scores(references, predictions, settings.bleu_tokenizer) | found.metrics,
             answers=(references, predictions),
+            values=answer_metrics.values(references, predictions, settings.bleu_tokenizer) | found.values,
             written=[{"prompt": p, "reference": r, "prediction": w} for p, r, w in rows],
         )
 

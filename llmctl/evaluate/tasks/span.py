@@ -20,7 +20,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.metrics import squad
 from llmctl.evaluate.setup import READ, Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Task
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import Outputs, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
@@ -31,6 +31,8 @@ from llmctl.model.losses import Sums, class_sums, only, row_weight, soft_class_s
 
 LONGEST = 200
 """Maximum number of characters of an answer. A limit in tokens would differ between tokenizers."""
+
+_COMPARISONS = {"exact_match": squad.exact, "answer_f1": squad.f1}
 
 
 class Span(Task):
@@ -124,7 +126,7 @@ class Span(Task):
         text = row["context"][begin:end]
         return {"answer": text, "start": int(begin), "end": int(end), "over_no_answer": short(score - none)}
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: AnswerRows, found: Found) -> Scores:
         """Return exact match and word F1 of the best span over all windows of a context.
 
         If the data has questions without an answer, the model may also give no answer. The model gives no answer if the
@@ -137,14 +139,15 @@ class Span(Task):
         impossible = sum(not t for t in truth)
         silent_N = (none_N > best_N) & (impossible > 0)
         given = ["" if silent_N[n] else row["context"][slice(*span_N2[n])] for n, row in enumerate(asked)]
+        pairs = list(zip(given, truth, strict=True))
+        values = {name: np.array([f(*pair) for pair in pairs]) for name, f in _COMPARISONS.items()}
         metrics = {
-            "exact_match": float(np.mean([squad.exact(g, t) for g, t in zip(given, truth, strict=True)])),
-            "answer_f1": float(np.mean([squad.f1(g, t) for g, t in zip(given, truth, strict=True)])),
+            **{name: float(np.mean(value_N)) for name, value_N in values.items()},
             "examples": N,
             "unanswerable": impossible,
             "windows": len(rows),
         }
-        return metrics, None
+        return Scores(metrics, values=values)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: AnswerRows, metrics: dict[str, Any]) -> str:
         """Return a description of the measurement: windows, maximum answer length, and the rule for no answer."""

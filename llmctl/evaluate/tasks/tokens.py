@@ -19,7 +19,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.metrics import classification, entities, entity_counts
 from llmctl.evaluate.setup import Batch, Held, Setup, label_map
 from llmctl.evaluate.tasks.classify import Classify
-from llmctl.evaluate.tasks.evaluation import Found, Scored
+from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.losses import Options
 from llmctl.evaluate.tasks.predictions import Outputs, named, new_examples, short
 from llmctl.evaluate.tasks.rows import RowSettings
@@ -127,7 +127,7 @@ class Tokens(Classify):
 
         return predict
 
-    def metrics(self, artifact: Artifact, examples: Examples, rows: TagRows, found: Found) -> Scored:
+    def metrics(self, artifact: Artifact, examples: Examples, rows: TagRows, found: Found) -> Scores:
         """Return accuracy and macro F1 over words; if the labels are entity tags, also the entity metrics."""
         names = artifact.manifest.labels
         truth_of = label_map(examples.classes, names, str(artifact.path))
@@ -141,9 +141,13 @@ class Tokens(Classify):
         scored = classification.scores(confusion, names)
         metrics = {k: scored[k] for k in ("accuracy", "macro_f1")} | {"examples": len(examples)}
         metrics |= {"words": rows.words, "words_cut": rows.cut}
+        right = [((t == p).sum(), len(t)) for t, p in zip(truth, predicted, strict=True)]
+        values = {"accuracy": np.array(right).reshape(-1, 2)}
         if entities.is_scheme(names):
-            metrics |= entities.scores(*([[names[i] for i in text] for text in side] for side in (truth, predicted)))
-        return metrics, None
+            tags = [[[names[i] for i in text] for text in side] for side in (truth, predicted)]
+            metrics |= entities.scores(*tags)
+            values |= entities.counts(*tags)
+        return Scores(metrics, values=values)
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: TagRows, metrics: dict[str, Any]) -> str:
         """Return a description of the measurement: the number of counted words, and the rule by which entities are

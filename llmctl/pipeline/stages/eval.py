@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from llmctl.artifacts.artifact import Artifact, Manifest
     from llmctl.data.splits import Examples
+    from llmctl.evaluate.stored import Scored
     from llmctl.pipeline.stage import Programs
 
 
@@ -36,6 +37,7 @@ class Config(MeasureConfig, StageConfig):
 
     common: ClassVar[tuple[str, ...] | None] = (
         "of",
+        "against",
         "split",
         "examples",
         "batch_size",
@@ -47,12 +49,16 @@ class Config(MeasureConfig, StageConfig):
     produces: ClassVar[bool] = False
     # Speed depends on mesh and platform.
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "base", "allow_nonfinite", "replace", "again"})
-    artifact_fields: ClassVar[tuple[str, ...]] = ("of", "draft_of")
-    added: ClassVar[frozenset[str]] = MeasureConfig.added | {"draft_of"}
+    artifact_fields: ClassVar[tuple[str, ...]] = ("of", "draft_of", "against")
+    keyed_artifact_fields: ClassVar[tuple[str, ...]] = ("against",)
+    added: ClassVar[frozenset[str]] = MeasureConfig.added | {"draft_of", "against"}
 
     kind: Literal["eval"] = "eval"
     of: list[str] = []
     """Artifacts to measure; all models of earlier stages by default."""
+    against: str = ""
+    """Artifact with which the others are compared on the same examples. The differences have 95 % intervals (paired
+    bootstrap) and p-values."""
     draft_of: str = ""
     """Target model of speculative decoding, for which the artifacts are drafts. If set, the results contain the
     fraction of a draft's tokens that the target accepts."""
@@ -72,17 +78,18 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Evaluate the artifacts in the setting `of`, and write the results to `ctx.out`. If `of` names no artifact,
     evaluate the parent.
 
-    The files are results.json, table.md, tradeoff.png, predictions.jsonl and, for classifiers, classes.png. The file
-    predictions.jsonl has the generated texts of a task, or the wrong predictions of a classifier.
+    The files are results.json, table.md, tradeoff.png, predictions.jsonl, example_values.jsonl and, for classifiers,
+    classes.png. The file predictions.jsonl has the generated texts of a task, or the wrong predictions of a classifier.
+    The file example_values.jsonl has the values per example of the metrics. If artifacts are compared, the file
+    comparisons.json has the differences.
     """
     from llmctl.artifacts import artifact
     from llmctl.distributed import mesh
-    from llmctl.evaluate import runner, stored
+    from llmctl.evaluate import bootstrap_intervals, comparison, runner, stored
     from llmctl.pipeline import console
 
     chosen = measured(config, ctx.siblings) or ({parent.name: parent} if parent else {})
-    if not chosen:
-        raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
+    check_chosen(config, chosen)
     if config.plot:
         _can_draw()
     if config.harness:
@@ -92,12 +99,15 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     examples = _examples(config, chosen.values()) if config.reads_data else None
     before = stored.Stored([]) if config.again else stored.read(ctx.out, ctx.work)
     with mesh.use(mesh.make(config.mesh)) as devices:
-        kept: list[dict[str, Any]] = []
-        results = runner.results(
-            config, chosen, examples, devices, ctx.work / "corpus", console.say, kept.append, config.bases,
-            ctx.siblings.get(config.draft_of), before,
+        found = runner.results(
+            config, chosen, examples, devices, ctx.work / "corpus", console.say, config.bases,
+            ctx.siblings.get(config.draft_of), before, config.against, bool(config.bootstrap),
         )  # fmt: skip
-    write(ctx, config, results, artifact.read_manifest(list(chosen.values())[-1]), kept)
+    found = [bootstrap_intervals.with_intervals(scored, config.bootstrap, config.seed) for scored in found]
+    compared: list[dict[str, Any]] = []
+    if config.against:
+        compared = comparison.compare(found, config.against, config.seed, console.say)
+    write(ctx, config, found, artifact.read_manifest(list(chosen.values())[-1]), compared)
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
@@ -105,8 +115,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.evaluate import programs
 
     chosen = measured(config, others) or ({base.path.name: base} if base else {})
-    if not chosen:
-        raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
+    check_chosen(config, chosen)
     target = others.get(config.draft_of)
     return [p for name in chosen for p in programs.scoring(config, config.data, name, chosen, mesh, target)], None
 
@@ -115,6 +124,23 @@ def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:
     """Return the artifacts to measure. The artifact in `draft_of` is not one of these artifacts, unless `of` names
     it."""
     return {name: one for name, one in named.items() if name != config.draft_of or name in config.of}
+
+
+def check_chosen(config: Config, chosen: Mapping[str, Any]) -> None:
+    """Check that there is an artifact to measure and, for a comparison, another artifact.
+
+    Raises:
+      RequestError: If there is no such artifact.
+    """
+    if not chosen:
+        raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")
+    if config.against and not chosen.keys() - {config.against}:
+        raise RequestError(
+            f"eval: against: there is nothing to compare with {config.against}; name another artifact with --from or "
+            "`of`, by its folder if both have one name"
+        )
+    if config.against and config.against not in chosen:
+        raise RequestError(f"eval: against: {config.against} is the target in draft_of and is not measured")
 
 
 def _examples(config: Config, paths: Iterable[Path]) -> Examples:
@@ -142,7 +168,7 @@ def _can_draw() -> None:
 
 
 def write(
-    ctx: Context, config: Config, results: list[dict[str, Any]], last: Manifest, kept: Sequence[dict[str, Any]] = ()
+    ctx: Context, config: Config, found: Sequence[Scored], last: Manifest, compared: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write the results as an artifact without parameters.
 
@@ -150,20 +176,19 @@ def write(
     """
     from llmctl.artifacts import artifact, atomic
     from llmctl.distributed import processes
-    from llmctl.evaluate import classes_plot, report, tradeoff_plot
+    from llmctl.evaluate import classes_plot, comparison, report, stored, tradeoff_plot
 
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+    results = [scored.result for scored in found]
     with atomic.writing(ctx.out) as draft:
         if not processes.first():
             return
-        (draft / "results.json").write_text(text + "\n", encoding="utf-8")
-        if kept:
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-            (draft / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-        (draft / "table.md").write_text(report.markdown(results), encoding="utf-8")
+        stored.write(found, draft)
+        comparison.write(compared, draft)
+        (draft / "table.md").write_text(report.markdown(results, compared), encoding="utf-8")
         if config.plot:
             tradeoff_plot.tradeoff(results, draft / "tradeoff.png")
             classes_plot.classes(results, draft / "classes.png")
+        determined = [*report.determined(results), *compared]
         manifest = artifact.Manifest(
             format=artifact.FORMAT,
             name=config.name or ctx.out.name,
@@ -175,7 +200,7 @@ def write(
             bytes=0,
             sparsity=0.0,
             bits=0.0,
-            digest=hashlib.sha256(json.dumps(report.determined(results), sort_keys=True).encode()).hexdigest(),
+            digest=hashlib.sha256(json.dumps(determined, sort_keys=True).encode()).hexdigest(),
             parent=last.as_parent(),
             config=keyed(config),
             versions=artifact.versions(),

@@ -177,6 +177,8 @@ def test_eval_stores_results_with_version_shots_and_error_and_scores_nothing_twi
     assert "1-shot" in first["protocol"]
     records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert np.mean([r["accuracy"] for r in records]) == p
+    values = json.loads((out / "example_values.jsonl").read_text())["values"]
+    assert values["accuracy"] == [r["accuracy"] for r in records] and "accuracy_per_character" in values
     assert "accuracy per character" in (out / "table.md").read_text()
     # Another task is added: the first one is kept, as its definition and the weights are the same.
     second = task.with_name("sun.yaml")

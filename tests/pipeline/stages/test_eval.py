@@ -10,6 +10,7 @@ import pytest
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.workspace import Context
+from llmctl.cli import app
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.data import splits
@@ -17,6 +18,7 @@ from llmctl.data.config import DataConfig, TokenizerConfig
 from llmctl.data.tokenizers import loading
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import report
+from llmctl.evaluate.metrics import resampling
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.rows import RowSettings
@@ -72,6 +74,8 @@ def run_folder(data, tmp_path_factory):
     for path, w in flat.items():
         if path.endswith("/q/kernel"):
             flat[path] = weights.Quantized(qwix.quantize(w, "int8", channelwise_axes=[0, 2]))
+    shorter = {"train": {"seq_len": 16}, "truncate": "head_tail"}
+    artifact.save(run / "cut", params, model, stage="finetune", config=shorter, labels=labels, **common)
     artifact.save(
         run / "small", weights.unflatten(flat), model, stage="quantize", config={}, labels=labels, parent=big, **common
     )
@@ -158,6 +162,35 @@ def test_language_models_get_a_perplexity_with_its_protocol(run_folder, tmp_path
     assert not (tmp_path / "out" / "tradeoff.png").exists()
 
 
+def test_artifacts_are_compared_on_the_same_examples(run_folder, tmp_path, data, capsys):
+    """From the shell: two classifiers with equal predictions; a second time, nothing is scored again."""
+    out = tmp_path / "out"
+    command = ["eval", str(run_folder / "big"), "--against", str(run_folder / "small"), "--out", str(out), "--json"]
+    command += ["--no-speed", "--no-plot", "--bootstrap", "200", "--data.source", "csv", "--data.path", data.path]
+    command += ["--data.test", "0.2"]
+    assert app.run(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    (compared,), results = found["comparisons"], found["results"]
+    assert (compared["artifact"], compared["against"]) == ("big", str(run_folder / "small"))
+    accuracy = results[0]["metrics"]["accuracy"]
+    same = {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "p_value": 1.0, "test": "McNemar"}
+    assert compared["metrics"]["accuracy"] == {
+        "value": accuracy, "against": accuracy, **same, "only_artifact": 0, "only_against": 0,
+    }  # fmt: skip
+    assert compared["metrics"].keys() == {"accuracy", "macro_f1", "weighted_f1", "log_loss"}
+    assert results[0]["metrics"]["macro_f1_low"] < results[0]["metrics"]["macro_f1"]
+    for result, line in zip(results, (out / "example_values.jsonl").read_text().splitlines(), strict=True):
+        values = {k: np.array(v) for k, v in json.loads(line)["values"].items()}
+        for name in compared["metrics"]:
+            value = resampling.estimators(values)[name](np.ones((1, len(values["label"]))))[0]
+            assert value == pytest.approx(result["metrics"][name])
+    assert "| accuracy |" in (out / "table.md").read_text()
+    (out / "manifest.json").write_text((out / "manifest.json").read_text().replace('"key": "', '"key": "0'))
+    assert app.run(command) == 0
+    captured = capsys.readouterr()
+    assert "1 results are there and are kept" in captured.err and json.loads(captured.out) == found
+
+
 @pytest.mark.parametrize("axes", [{}, {"data": 4, "fsdp": 2}], ids=str)
 def test_the_acceptance_of_a_draft_is_that_of_full_distributions(run_folder, tmp_path, data, axes):
     """The means of sum(min(p, q)) and of equal most probable tokens, over all rows; the target is not measured."""
@@ -196,6 +229,12 @@ def test_eight_devices_count_what_one_counts(run_folder, tmp_path, data, axes):
     many = measured(run_folder, tmp_path, data, ["lm", "small"], mesh=MeshConfig(**axes), **settings)
     assert one[1]["metrics"]["confusion"] == many[1]["metrics"]["confusion"]
     assert one[0]["metrics"]["nll"] == pytest.approx(many[0]["metrics"]["nll"], rel=1e-5)
+    (a, b), (c, d) = (
+        [json.loads(line)["values"] for line in (folder / "out" / "example_values.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "one", tmp_path)
+    )
+    np.testing.assert_allclose(a["document_nll"], c["document_nll"], rtol=1e-5)
+    assert len(a["document_nll"]) == 20 and (a["document_tokens"], b["label"]) == (c["document_tokens"], d["label"])
 
 
 def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(run_folder, tmp_path, data):
@@ -209,6 +248,12 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(run_
         ({"names": ["big", "lm"], "draft_of": "lm"}, "a draft continues texts as its target"),
         ({"names": ["lm", "big"], "draft_of": "big"}, "has the head 'classify', and continues no text"),
         ({"names": ["lm"], "of": ["lm"], "draft_of": "lm", "tasks": ["choice"]}, "task choice predicts no tokens"),
+        ({"names": ["lm"], "against": "lm"}, "nothing to compare with lm"),
+        ({"names": ["big", "lm"], "against": "lm"}, "against: big is measured on classify, and lm on lm"),
+        (
+            {"names": ["big", "cut"], "against": "cut"},
+            r"on classify \(seq_len 32 and 16, stride 32 and 16\)",
+        ),
     ]
     for i, (case, message) in enumerate(cases):
         (tmp_path / str(i)).mkdir()

@@ -13,7 +13,7 @@ from llmctl.config.settings import MeshConfig, OptimConfig, TrainConfig
 from llmctl.data.config import DataConfig
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.distributed import mesh as meshes
-from llmctl.evaluate import runner
+from llmctl.evaluate import measurements
 from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.model import functional
 from llmctl.model.array_bytes import bytes_of
@@ -99,7 +99,7 @@ def test_later_stages_keep_the_settings_of_generated_answers(tuned, tmp_path):
     found = artifact.load(tuned)
     saved = {"stage": "prune", "key": "k", "config": {}}
     heir = artifact.save(tmp_path / "pruned", found.params, found.model, parent=found.manifest, **saved)
-    settings = [runner.setup(evaluation.Config(), None, tuned, m).generation for m in (found.manifest, heir)]  # pyright: ignore[reportArgumentType]
+    settings = [measurements.setup(evaluation.Config(), None, tuned, m).generation for m in (found.manifest, heir)]  # pyright: ignore[reportArgumentType]
     assert settings == [GenerationConfig(max_new=12, examples=20)] * 2
     # An older llmctl recorded them in the config of the stage only.
     old = found.manifest.model_copy(update={"generation": {}})

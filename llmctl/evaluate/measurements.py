@@ -1,0 +1,156 @@
+"""Describe the measurements of an evaluation before they are made: tasks, settings, and digests of definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llmctl.artifacts import artifact
+from llmctl.artifacts.artifact import Manifest
+from llmctl.config.errors import RequestError
+from llmctl.data.splits import Examples
+from llmctl.evaluate import stored, task_files
+from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.setup import Held, Setup
+from llmctl.evaluate.tasks import registry
+from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.settings import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Describe one measurement of one artifact, before the measurement is made."""
+
+    config: MeasureConfig
+    task: Task
+    held: Held
+    setup: Setup
+    definition: str
+    """Digest of the task, the data and the settings."""
+    name: str = ""
+    """Name of the task's file; empty if the task has the data of the evaluation."""
+
+    @property
+    def label(self) -> str:
+        """Return the name of the task's file, or of the task."""
+        return self.name or self.task.name
+
+
+def tasks_of(config: MeasureConfig, manifest: Manifest) -> list[Task]:
+    """Return the tasks on which an artifact is measured with the data of the evaluation."""
+    if not config.measures_data:
+        return []
+    return [registry.TASKS[t] for t in config.named_tasks] or [registry.of(manifest)]
+
+
+def of_data(
+    config: MeasureConfig,
+    mesh: Mesh,
+    path: Path,
+    manifest: Manifest,
+    tasks: Sequence[Task],
+    examples: Examples | None,
+    folder: Path,
+    target: str,
+) -> list[Measurement]:
+    """Describe the measurements of one artifact on held-out examples, one per task."""
+    if not tasks:
+        return []
+    assert examples is not None
+    settings, held = setup(config, mesh, path, manifest), Held(examples, config.split, folder)
+    return [
+        Measurement(config, task, held, settings, stored.definition(config, task, held, settings, target))
+        for task in tasks
+    ]
+
+
+def check_comparable(
+    wanted: Mapping[str, Sequence[Measurement]], manifests: Mapping[str, Manifest], against: str
+) -> None:
+    """Check that all artifacts are measured on the same tasks, with the same settings, and with values per example.
+
+    Args:
+        wanted: Measurements of each artifact, by name.
+        manifests: Manifest of each artifact, by name.
+        against: Name of the artifact with which the others are compared.
+
+    Raises:
+        RequestError: If two artifacts cannot be compared.
+    """
+    theirs = {m.label: m for m in wanted[against]}
+    for name, each in wanted.items():
+        mine = {m.label: m for m in each}
+        if mine.keys() != theirs.keys():
+            ours, others = (", ".join(labels) for labels in (mine, theirs))
+            raise RequestError(f"against: {name} is measured on {ours}, and {against} on {others}; name one in tasks")
+        for label, one in mine.items():
+            if not one.task.compares(manifests[name].model, one.held.examples.columns):
+                raise RequestError(f"against: {name}: task {label} has no values per example to compare")
+            if one.definition != theirs[label].definition:
+                a, b = (vars(m.setup) for m in (one, theirs[label]))
+                apart = ", ".join(f"{k} {a[k]} and {b[k]}" for k in a if k != "mesh" and a[k] != b[k])
+                raise RequestError(
+                    f"against: {name} and {against} are measured differently on {label} ({apart}); set it for both"
+                )
+
+
+def file_settings(config: MeasureConfig, file: task_files.TaskFile, manifest: Manifest) -> MeasureConfig:
+    """Return the settings for the evaluation of one artifact, overridden by the settings of a task file."""
+    own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
+    own |= {"seq_len": file.seq_len or config.seq_len}
+    if not own["seq_len"] and not manifest.seq_len:  # an import does not know the length of its training texts
+        own["seq_len"] = min(512, manifest.model.max_seq_len)
+    if "generation" in file.model_fields_set:
+        own["generation"] = file.generation
+    return config.model_copy(update=own)
+
+
+def of_file(
+    config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, file: task_files.LoadedTask, folder: Path
+) -> Measurement:
+    """Describe the measurement of one artifact on the task that a task file defines."""
+    own, task = file_settings(config, file.config, manifest), registry.TASKS[file.config.task]
+    settings, held = setup(own, mesh, path, manifest), Held(file.examples, own.split, folder / file.name)
+    return Measurement(
+        own, task, held, settings, stored.digest(stored.definition(own, task, held, settings), file.digest), file.name
+    )
+
+
+def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
+    """Return the settings for the measurement of one artifact.
+
+    A setting of the evaluation overrides the value that the artifact has from training.
+
+    Raises:
+        RequestError: If the sequence length is unknown or exceeds the model's maximum, or if the stride exceeds the
+            sequence length.
+    """
+    seq_len = config.seq_len or manifest.seq_len
+    if not seq_len:
+        raise RequestError(f"{path}: does not say how long its training texts were; say it with seq_len")
+    if seq_len > manifest.model.max_seq_len:
+        raise RequestError(
+            f"{path}: seq_len {seq_len} is longer than its longest sequence ({manifest.model.max_seq_len})"
+        )
+    stride = config.stride or seq_len
+    if stride > seq_len:
+        raise RequestError(f"stride ({stride}) is longer than the context ({seq_len}): tokens would go unscored")
+    truncate = config.truncate or manifest.truncate or "tail"
+    return Setup(mesh, seq_len, stride, config.batch_size, truncate, config.dtype, _generation(config, manifest))
+
+
+def _generation(config: MeasureConfig, manifest: Manifest) -> GenerationConfig:
+    """Return the settings for generating answers: values that the user set for this evaluation, otherwise the values of
+    training.
+    """
+    given = {name: getattr(config.generation, name) for name in generation_fields(config)}
+    return GenerationConfig.of(artifact.generation_settings(manifest) | given)
+
+
+def generation_fields(config: MeasureConfig) -> set[str]:
+    """Return the names of the settings in `config.generation` that the user set."""
+    return config.generation.model_fields_set if "generation" in config.model_fields_set else set()
