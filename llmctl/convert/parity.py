@@ -104,7 +104,8 @@ def prove(what: str, ours: Any, theirs: Any) -> float:
 
 
 def against_reference(cfg: ModelConfig, params: dict[str, Any], reference: dict[str, np.ndarray], where: str) -> float:
-    """Return the largest difference between the model's logits and stored logits.
+    """Check that the model's logits equal stored logits within the tolerance, and return the largest absolute
+    difference.
 
     Args:
         cfg: Config of the model.
@@ -114,7 +115,8 @@ def against_reference(cfg: ModelConfig, params: dict[str, Any], reference: dict[
         where: Name of the reference in error messages.
 
     Raises:
-        RequestError: If the reference has other shapes than the model, or if its logits differ.
+        RequestError: If the reference lacks arrays, or has other shapes than the model. If the largest difference
+            exceeds the tolerance.
     """
     needed = ["input_ids", "logits"] + (["decoder_input_ids"] if cfg.encoder_layers else [])
     if absent := [n for n in needed if n not in reference]:

@@ -31,9 +31,13 @@ SAMPLES = (
 
 
 def model_beside(words: JsonTokenizer, folder: Path) -> SentencePieces | None:
-    """Return the SentencePiece model in the folder of the tokenizer.json `words`, if both tokenize equally.
+    """Return the SentencePiece model of a folder that also contains a tokenizer.json, if both tokenize equally.
 
     Folders of Llama 2, Mistral and Gemma contain both files.
+
+    Args:
+        words: Tokenizer of the file tokenizer.json.
+        folder: The folder.
 
     Returns:
         The model. None if the folder has no such model. Also None if the model has other tokens than the

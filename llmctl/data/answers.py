@@ -153,7 +153,8 @@ class AnsweredSource(Source):
 
 
 def answered(examples: Examples, answers: Sequence[str]) -> Examples:
-    """Return examples whose completions are the given answers. Examples with a blank answer are dropped."""
+    """Return the examples with the given answers, one per example, as their completions. Examples with a blank answer
+    are dropped."""
     found = dict(zip(map(int, examples.index), answers, strict=True))
     texts = zip(examples.texts("prompt"), answers, strict=True)
     digests = [hashlib.sha256("\0".join(pair).encode()).digest()[:16] for pair in texts]

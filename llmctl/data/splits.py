@@ -203,7 +203,7 @@ class Splits:
 
 
 def examples(cfg: DataConfig, split: Split, labels: bool = True, conversations: bool = False) -> Examples:
-    """Load the examples of one split. To get several splits, call `load` once, which takes no longer.
+    """Load the examples of one split. Each call reads all rows of the data. To get several splits, call `load` once.
 
     Raises:
         RequestError: If the data is missing or invalid (see `load`), or if the split is empty.

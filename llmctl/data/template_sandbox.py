@@ -195,7 +195,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, a macro or a method. The sizes of arguments and result are checked and count as steps."""
+        """Call a function, a macro or a method, and add to the number of steps that the template has taken.
+
+        Longer results, and longer arguments of functions and methods, take more steps. A result that is too long is
+        rejected.
+        """
         if obj in (self.count_steps, self.read, self.concatenate):  # inserted by `_instrument`
             return obj(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")

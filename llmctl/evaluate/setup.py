@@ -190,9 +190,10 @@ def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
 def programs(
     step: Callable[..., Any], params: functional.Params, inputs: Batch, mesh: Mesh
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return two functions that run `step` on one row and on the full batch, and block until the result is ready.
+    """Return two functions for timing: the first runs `step` on one row, the second on the full batch.
 
-    The inputs are copied to the devices beforehand, so that the copy is not timed.
+    Both functions block until the result is ready. The inputs are copied to the devices beforehand, so that the copy is
+    not timed.
     """
     one, many = (
         device_batches.place({k: v[:n] for k, v in inputs.items()}, mesh, reading_order=True) for n in (1, None)

@@ -50,7 +50,9 @@ def slide(document: int, inputs: int, context: int, stride: int) -> Iterable[Win
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items into bins of size `capacity` by best fit, longest first; the result is deterministic.
+    """Pack items into bins of size `capacity` by best fit, beginning with the longest item.
+
+    The result is deterministic.
 
     Args:
         lengths: Length of each item.

@@ -38,7 +38,7 @@ class Pass:
     replicated: bool = False
     """Whether every device computes the full program, without sharding."""
     trained: float = 1.0
-    """Number of trained parameters, as a fraction of all parameters."""
+    """Fraction of the parameters that are trained."""
     beside: float = 0.0
     """FLOPs per step of another model, such as a teacher, summed over all devices."""
     predicted: float = 1.0

@@ -48,9 +48,9 @@ class Units:
     """Kind of the units: "attn/heads" or "cross/heads" (query heads), "attn/groups" or "cross/groups" (key and value
     heads), or "mlp/neurons". Names with "cross/" are for cross-attention."""
     writers: tuple[str, ...]
-    """Paths of the modules whose outputs (columns, bias elements) are the heads or neurons, relative to the layer."""
+    """Paths, relative to the layer, of the modules whose outputs (columns, bias elements) are the heads or neurons."""
     readers: tuple[str, ...]
-    """Paths of the matrices whose inputs (rows) are the outputs of the heads or neurons, relative to the layer."""
+    """Paths, relative to the layer, of the matrices whose inputs (rows) are the outputs of the heads or neurons."""
     count: int
     """Number of the heads or neurons per layer."""
     width: int

@@ -107,7 +107,8 @@ class StageConfig(Config):
 
     @property
     def bases(self) -> tuple[Path, ...]:
-        """Return further folders in which the base of an adapter may be, besides the folders next to the adapter."""
+        """Return the folder that the setting `base` names, as a tuple. If the setting is empty, return (). The base of
+        an adapter is then searched in the folders next to the adapter."""
         return (Path(self.base),) if self.base else ()
 
 

@@ -56,7 +56,7 @@ def layout(task: Task, teachers: Sequence[Artifact], divergence: Divergence, tra
 def program(
     config: Any, learner: Learner, teachers: Sequence[Artifact], rows: Any, mesh: jax.sharding.Mesh
 ) -> tuple[Program, UntaughtRows]:
-    """Describe the pass of the teachers whose outputs are stored, for `llmctl plan`.
+    """Describe, for `llmctl plan`, the forward pass that computes the stored outputs of the teachers.
 
     Args:
       config: config of the stage `distill`.
@@ -66,8 +66,8 @@ def program(
       mesh: the devices.
 
     Returns:
-      The program, and rows with outputs of the right shapes. `Program.cache_bytes` is the size for all training steps
-      if no row is repeated. The size is 0 if `train.epochs` sets the number of steps.
+      The program, and rows with outputs of the right shapes. `Program.cache_bytes` is the size of the outputs for all
+      training steps, if no row is repeated. It is 0 if `train.epochs` sets the number of steps.
     """
     train, how = config.train, distillation.divergence(config)
     models, params = [t.model for t in teachers], [t.params for t in teachers]

@@ -64,8 +64,9 @@ def folds(cfg: ModelConfig, stack: str) -> list[Fold]:
 
 
 def fold(cfg: ModelConfig, layer: Layer, at: Fold, scale_I: jax.Array) -> Layer:
-    """Divide the outputs of `at.producer` by scales, multiply the rows of `at.readers` by the same scales, and return
-    the layer.
+    """Return the layer with scales folded into the producer of an activation.
+
+    The outputs of the producer are divided by the scales. The rows of the readers are multiplied by the same scales.
 
     Args:
       cfg: config of the model.

@@ -235,9 +235,10 @@ def _quantized(
 def _input_scale(
     parts: dict[str, Any], divisor_I: jax.Array | None, method: Quantization
 ) -> tuple[jax.Array | None, dict[str, Any]]:
-    """Return the static scale of a matrix's inputs, [1, 1], and JSON data with this scale.
+    """Return the static scale of a matrix's inputs, [1, 1], and JSON data with this scale as `input_scale`.
 
-    If calibration collects no inputs of the matrix, the scale is None, and the data names the fallback.
+    If calibration collects no inputs of the matrix, the scale is None. The data then has the entry `fallback`, a
+    message that each token has its own scale.
 
     Args:
       parts: statistics of the inputs, by name (see `collector`).

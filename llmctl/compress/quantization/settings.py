@@ -95,9 +95,9 @@ class QuantizeConfig(CalibrationConfig):
     format of each matrix is then chosen from `candidates` by the loss on calibration data. `rules` still set the format
     of single matrices. 0: no budget."""
     max_perplexity_increase: Annotated[float, BeforeValidator(fraction)] = Field(default=0.0, ge=0)
-    """Highest relative increase of the perplexity on calibration data, such as "1%" or 0.01, in place of average_bits.
-    A search chooses formats with few bits within this limit. The search rounds every weight to the nearest level,
-    without data. 0: no limit."""
+    """Highest relative increase of the perplexity on calibration data, such as "1%" or 0.01. A search chooses formats
+    from `candidates` that have few bits within this limit. The search measures the perplexity with weights rounded to
+    the nearest level, whatever `method` is. Not with average_bits. 0: no limit."""
     candidates: list[Annotated[str, AfterValidator(known_scheme), SCHEMES]] = []
     """Formats to choose from, if average_bits or max_perplexity_increase is set. By default int8, int4 and int3. If
     activations are quantized, int8 and int4."""

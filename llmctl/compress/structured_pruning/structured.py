@@ -53,12 +53,13 @@ def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads:
 
 
 def choose_neurons(score_F: np.ndarray, keep: int) -> np.ndarray:
-    """Return the indices of the `keep` neurons with the highest scores, ascending."""
+    """Return the indices of the `keep` neurons with the highest scores. The indices are in ascending order."""
     return np.sort(_highest(score_F[None], keep)[0])
 
 
 def choose_layers(influence_L: Sequence[float], keep: int, kinds_L: Sequence[bool]) -> list[int]:
-    """Return the indices of the `keep` layers with the highest total block influence, ascending.
+    """Return the indices of the `keep` layers with the highest total block influence. The indices are in ascending
+    order.
 
     `kinds_L` is true for layers with local attention, and false for layers with global attention. The config fixes the
     kind at each index, so the i-th kept layer must have the kind `kinds_L[i]`. If all layers have one kind, the layers

@@ -25,6 +25,7 @@ class HarnessConfig(Config):
     system: str = ""
     """Text of the system message. If there is no chat template, each prompt begins with this text."""
     allow_code: bool = False
-    """Run Python code that a local task file names (`!function`), and tasks that run generated programs."""
+    """Permit local task files that name Python code (such as `!function`), and tasks that run generated programs. By
+    default, both are refused."""
     download: bool = False
     """Download data sets that are missing. By default no network is used."""

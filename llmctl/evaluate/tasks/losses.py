@@ -213,8 +213,10 @@ class Losses(TaskRecord):
         return self.taught_agreement(student, batch | taught, dtype)
 
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
-        """Return the result of `agreement`, for a batch that contains the teachers' outputs. The outputs are the result
-        of `teacher_arrays` for the divergence `MOST_PROBABLE`.
+        """Return the sums "agreement" and "weight", or {} (see `agreement`), for a batch that contains the teachers'
+        outputs.
+
+        The outputs are the result of `teacher_arrays`, called with the constant `MOST_PROBABLE` as the divergence.
         """
         labels = self.decided(_taught(batch), batch)
         if not labels:

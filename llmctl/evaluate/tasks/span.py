@@ -161,8 +161,8 @@ def over_windows(N: int, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Select the best span for each of N questions from the best spans in the windows of its context.
 
     Returns:
-      (score of the best span [N], lowest score of no answer [N], character range of the span [N, 2]). The range is
-      (first character, last character + 1).
+      (score of the best span [N], lowest no-answer score over the windows [N], character range of the span [N, 2]).
+      The range is (first character, last character + 1).
     """
     best_N, none_N, span_N2 = np.full(N, -np.inf), np.full(N, np.inf), np.zeros((N, 2), np.int64)
     for batch, spans in found:

@@ -83,7 +83,8 @@ class Packed(Node):
         Args:
             name: Name of the format.
             level_IO: Weights divided by their scales. The format must represent each value exactly.
-            scale_GO: Scales, in the dtype that the format stores. For mxfp4, they are powers of two in float32.
+            scale_GO: Scales, in the dtype in which they are stored. Exception: for mxfp4, powers of two in float32,
+                whose exponents are then stored as uint8.
             whole: Factor by which all scales are multiplied, [1, 1].
             zero_GO: Zero points of integers, int4; None if the values are symmetric around 0.
         """

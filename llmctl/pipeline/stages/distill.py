@@ -57,9 +57,10 @@ class Config(StageConfig):
     model: ModelConfig | None = None
     """Sizes of a new student, which is used instead of the artifact in `from`."""
     mode: Literal["teacher_forced", "sequence", "on_policy"] = "teacher_forced"
-    """Texts that the student learns. teacher_forced: the texts of the data. sequence: answers that the teacher
-    generates to the prompts of the data. If no signals are set, the answers are labels, and the student may have
-    another tokenizer. on_policy: answers that the student generates during training, which the teacher scores."""
+    """Texts on which the student is trained. teacher_forced: the texts of the data. sequence: answers that the teacher
+    generates to the prompts of the data. In this mode, if no signals are set, the loss reads only the answers, as
+    labels. The student may then have another tokenizer. on_policy: answers that the student generates during training,
+    which the teacher scores."""
     answers: AnswersConfig = AnswersConfig()
     """Settings for generating answers, for the modes `sequence` and `on_policy`."""
     on_policy_fraction: float = Field(default=1.0, gt=0, le=1)

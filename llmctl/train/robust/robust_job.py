@@ -83,8 +83,11 @@ def attached(config: Any, learner: Learner, counts: Sequence[int] = ()) -> Learn
 
 
 def check_classes(asks: Any, task: Task) -> None:
-    """Check that the task has classes, if the settings in `asks` give weights to classes or sample classes equally
-    often.
+    """Check that the settings `class_weights` and `balance` suit the task and each other.
+
+    Args:
+      asks: settings of the section `regularize`.
+      task: task of the model.
 
     Raises:
       RequestError: If `class_weights` or `balance` does not suit the task, or if both settings would balance the
