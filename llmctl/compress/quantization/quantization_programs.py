@@ -216,14 +216,15 @@ def _layer_programs(walk: Program, model: ModelConfig, params: Tree, mesh: Mesh,
 def _tuning(walk: Program, model: ModelConfig, layer: Tree, stack: str, method: Quantization, mesh: Mesh) -> Program:
     """Return the program of one gradient step of AutoRound. The step runs a layer forward and backward."""
     tune, index = tuner(model, layer, stack, method, walk.dtype), jax.ShapeDtypeStruct((), jnp.int32)
-    (carry, batch), rate = walk.batch[0], jax.ShapeDtypeStruct((), jnp.float32)
+    pairs, rate = walk.batch[0], jax.ShapeDtypeStruct((), jnp.float32)
+    carry, batch = pairs[0]
     state = jax.eval_shape(tune.start, layer)
 
     def trace() -> Any:
         with meshes.use(mesh):
             return tune.step.trace(state, layer, index, carry, batch, carry.x_BTD, rate)
 
-    goals = [carry.x_BTD] * len(walk.batch)
+    goals = [carry.x_BTD] * (len(pairs) + 1)  # the walk keeps its outputs too, and those of one batch are not counted
     return replace(
         walk, title="gradient step of a layer's rounding", trace=trace, flops=3 * walk.flops, remat="none",
         steps=functional.depth(model, stack) * method.tuning_steps, cache=[state, state],

@@ -36,7 +36,7 @@ class LearnedScale(Node):
 
     >>> w = LearnedScale(jnp.array([[0.9], [-0.2], [40.0]]), jnp.full((1, 1), 0.5), "int4")
     >>> w.dense()[:, 0].tolist()
-    [1.0, 0.0, 3.5]
+    [1.0, -0.0, 3.5]
     """
 
     kind: ClassVar[str] = "learned_scale"

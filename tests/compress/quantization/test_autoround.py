@@ -30,7 +30,8 @@ def quantized(cfg, params, batches, method):
 
 
 @pytest.mark.parametrize("settings", [
-    {"scheme": "int2", "rules": (("attn/*", "int4"), ("o", "none"))}, {"scheme": "int3", "symmetric": False},
+    pytest.param({"scheme": "int2", "rules": (("attn/*", "int4"), ("o", "none"))}, marks=pytest.mark.slow),
+    {"scheme": "int3", "symmetric": False},
 ], ids=str)  # fmt: skip
 def test_layers_err_clearly_less_than_rounded_ones(tiny, params, batches, settings):
     """The first layer has the same inputs in both; rounding searches for its scales."""

@@ -172,6 +172,7 @@ def test_the_measured_loss_of_fewer_layers_is_that_of_the_pruned_post_norm_model
     assert scan.loss(target) == pytest.approx(total / weight, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_searched_budget_beats_uniform_ratios():
     """A small model learns to copy a token seen two places before; its layers and heads matter unevenly."""
     cfg = ModelConfig.model_validate({

@@ -61,7 +61,9 @@ def alone(model, params, batch, b, k):
     return (log_p * own["weights"]).sum()
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize(
+    "architecture", [n if n != "encoder_decoder" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
 def test_loss_and_gradients_equal_those_of_whole_logits(architecture, examples):
     model = MODELS[architecture]
     params = jax.jit(lambda key: functional.init(model, key))(jax.random.key(0))

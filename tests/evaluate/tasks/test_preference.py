@@ -87,7 +87,13 @@ def test_losses_by_hand(loss, smoothing):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "loss"), [("decoder", "dpo"), ("decoder", "ipo"), ("decoder", "simpo"), ("encoder_decoder", "dpo")]
+    ("architecture", "loss"),
+    [
+        ("decoder", "dpo"),
+        ("decoder", "ipo"),
+        ("decoder", "simpo"),
+        pytest.param("encoder_decoder", "dpo", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_equal_those_of_the_whole_formula(architecture, loss, examples):
     """The reference keeps all logits, reads no chunks, and holds the reference model as a second tree."""

@@ -122,7 +122,9 @@ CACHES = {"llama": "int8", "gemma2": "fp8_e4m3", "t5": "int8", "prefix": "int8"}
 """Families and the format of their cached keys and values."""
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("llama", "t5") else pytest.param(n, marks=pytest.mark.slow) for n in CACHES]
+)
 def test_a_quantized_cache_generates_nearly_the_same_tokens(name):
     model, params = build(name)
     plain, small = (Decoder(model, params, kv_cache=form) for form in ("", CACHES[name]))

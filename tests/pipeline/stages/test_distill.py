@@ -112,7 +112,7 @@ def test_a_student_that_is_its_teacher_agrees_with_it(tmp_path, capsys):
     assert "agrees with the teacher on 100.0%" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])
+@pytest.mark.parametrize("architecture", ["encoder", pytest.param("encoder_decoder", marks=pytest.mark.slow)])
 def test_a_student_copies_layers_of_its_teacher(architecture, tmp_path):
     """At a learning rate of almost 0, the student's layers are those of the map, and all else is the teacher's.
 

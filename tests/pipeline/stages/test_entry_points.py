@@ -110,7 +110,7 @@ def test_where_a_new_thing_goes():
     kinds = set(re.findall(r'Registry\(\s*"(\w+)"', code))
     named = set()
     for _, places, how, points in rows():
-        paths = re.findall(r"`((?:llmctl|tests)/[\w./]+)`", places)
+        paths = re.findall(r"`((?:llmctl|tests|recipes)/[\w./]+)`", places)
         assert paths and how.endswith("."), places
         assert all((ROOT / p).exists() for p in paths), places
         named.update(re.findall(r"`(\w+)`", points))

@@ -328,9 +328,9 @@ def test_sparse_storage_holds_the_same_model_and_lasts(artifacts, tmp_path, revi
 
 @pytest.mark.parametrize(("parent", "settings", "least"), [
     ("lm", {"method": "magnitude", "pattern": "4x1", "allocation": "global", "repair": True}, 0.5),
-    ("encoder", {"method": "wanda", "pattern": "4x2"}, 0.5),
+    pytest.param("encoder", {"method": "wanda", "pattern": "4x2"}, 0.5, marks=pytest.mark.slow),
     ("classifier", {"method": "fisher", "allocation": "global", "sparsity": 0.3}, 0.3),
-    ("lm", {"method": "sparsegpt", "pattern": "8x1"}, 0.5),
+    pytest.param("lm", {"method": "sparsegpt", "pattern": "8x1"}, 0.5, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_blocks_and_one_threshold(artifacts, tmp_path, reviews, parent, settings, least):
     """The sparsity of the model is exact; 8 devices choose the same zeros."""
@@ -349,7 +349,8 @@ def test_blocks_and_one_threshold(artifacts, tmp_path, reviews, parent, settings
 
 
 @pytest.mark.parametrize(("method", "axes"), [
-    ("wanda", {"data": 2, "fsdp": 2, "tensor": 2}), ("wanda", {"data": 2, "context": 2, "tensor": 2}),
+    ("wanda", {"data": 2, "fsdp": 2, "tensor": 2}),
+    pytest.param("wanda", {"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
     ("sparsegpt", {"data": 2, "fsdp": 2, "tensor": 2}),
 ], ids=str)  # fmt: skip
 def test_eight_devices_choose_what_one_chooses(artifacts, tmp_path, reviews, method, axes):

@@ -90,6 +90,7 @@ def test_a_limit_of_perplexity_is_met_and_rules_hold(artifacts, tmp_path, review
     assert made.manifest.config["max_perplexity_increase"] == 0.005
 
 
+@pytest.mark.slow
 def test_eight_devices_a_rotation_and_gptq_report_the_result(artifacts, tmp_path, reviews):
     settings = {"method": "gptq", "rotate": True, "max_perplexity_increase": 0.02, "head": True, "data": reviews}
     settings |= {"candidates": ["int8", "int3"], "mesh": MeshConfig(data=2, fsdp=2, tensor=2)}
@@ -100,6 +101,7 @@ def test_eight_devices_a_rotation_and_gptq_report_the_result(artifacts, tmp_path
     assert found["bits"] == pytest.approx(bits_of(made), abs=1e-5) and "lm_head" in found["formats"]
 
 
+@pytest.mark.slow
 def test_quantized_activations_are_measured(artifacts, tmp_path, reviews):
     made = run(artifacts, tmp_path, "lm", activations="int8", average_bits=10, data=reviews, **SMALL)
     found = made.manifest.metrics["format_budget"]

@@ -72,8 +72,9 @@ def test_eight_devices_tune_nearly_as_one(artifacts, tmp_path, reviews):
 
 
 @pytest.mark.parametrize("method", [
-    {"method": "gptq"}, {"method": "autoround", "tuning_steps": 6},
-    {"method": "rtn", "activations": "int8", "static_activations": "max", "rules": {"mlp/*": "int8"}},
+    {"method": "gptq"}, pytest.param({"method": "autoround", "tuning_steps": 6}, marks=pytest.mark.slow),
+    pytest.param({"method": "rtn", "activations": "int8", "static_activations": "max", "rules": {"mlp/*": "int8"}},
+                 marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_a_killed_stage_goes_on_at_its_layer(artifacts, tmp_path, reviews, monkeypatch, method):
     """Of three layers the first is done when the stage is killed; the others get the same bits when it runs again."""
