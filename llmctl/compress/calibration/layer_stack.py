@@ -43,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the names of the layer's parameters differ from the names in the stack. If other weights change
-              their types than in the first replaced layer.
+          ValueError: If the names of the layer's parameters differ from the names in the stack. If the set of weights
+              whose types change differs from the set in the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():

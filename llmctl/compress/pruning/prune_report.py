@@ -48,7 +48,7 @@ def errors(layers: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def fallbacks(layers: Sequence[Record]) -> list[str]:
-    """Return one line per matrix for which damping values of SparseGPT failed, with the path and the message."""
+    """Return one line per matrix that SparseGPT pruned with a fallback, with the path and the fallback."""
     return [
         f"{layer['stack']} layer {layer['layer']}, {path}: fell back to {found['fallback']}"
         for layer in layers

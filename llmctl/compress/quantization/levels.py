@@ -114,7 +114,7 @@ class Integers(IntegerGrid):
 
     @property
     def bound(self) -> float:
-        """Return max|w| / scale of a group: the largest integer plus 0.5."""
+        """Return max|w| / scale of a group. It is half a step above the largest integer."""
         return 2.0 ** (self.bits - 1) - 0.5
 
     def nearest(self, unit: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ class Axis(NamedTuple):
     """Growth of the weight's axis if the config's field `field` grows by 1."""
 
     def at(self, model: ModelConfig) -> int:
-        """Return the length of the array's axis in a model with another config."""
+        """Return the length that this axis of the array has in a model with the config `model`."""
         if not self.field:
             return self.length
         return self.length * (self.whole + self.growth * (getattr(model, self.field) - self.count)) // self.whole

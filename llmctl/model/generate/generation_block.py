@@ -27,7 +27,7 @@ class GenerationBlock(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return Jinja's syntax tree of the block's content, with a mark before and after it."""
+        """Return Jinja's syntax tree of the block's content, between two marks."""
         next(parser.stream)
         inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))

@@ -50,7 +50,7 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Product:
-    """Store options for a product of activations x and a weight. A weight node may ignore the options."""
+    """Store options for the product of activations and a weight. A weight node may ignore the options."""
 
     fold: bool = True
     """Whether to merge the leading axes of x into one axis before the product. Merged axes are much faster on XLA's CPU

@@ -187,7 +187,7 @@ def left_out(config: Config, params: dict[str, Any], parameters: int) -> list[st
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return (the programs that calibrate the layers and quantize the largest weight, the quantized artifact)."""
+    """Return two items: the programs of the stage, and the quantized artifact with abstract arrays."""
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs
     from llmctl.compress.quantization import learned, quantization_programs, rotation
