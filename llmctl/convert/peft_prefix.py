@@ -119,7 +119,7 @@ def load(base: Artifact, folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def _arrays(params: dict[str, Any]) -> dict[str, Any]:
-    """Return {parameter path: array [L, P, W]} with the prefix of the keys and the prefix of the values, in this order."""
+    """Return {parameter path: array [L, P, W]} with the prefixes of keys and values, in this order."""
     return {path: w for path, w in sorted(weights.flatten(params).items()) if weights.parse(path).prefix}
 
 
