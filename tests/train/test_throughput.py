@@ -53,6 +53,10 @@ def test_the_timer(monkeypatch):
     timer.tokens, timer.steps = 10, 1
     now[0] += 2.0
     assert timer.read(waited=2.0)["input_wait"] == 0.25  # 0.5 s since the last reading
+    for tokens, mfu in ((400, 1.0), (100, 0.25)):  # the peak 1e11 was measured too low: the model reached 4e11
+        timer.tokens, timer.steps = tokens, 1
+        now[0] += 1.0
+        assert timer.read(waited=2.0, flops=1e9, peak=1e11)["mfu"] == pytest.approx(mfu)
 
 
 def test_memory_is_that_of_the_fullest_device():
