@@ -12,6 +12,7 @@ from llmctl.cli import summary
 from llmctl.config.errors import Interrupted, RequestError, WorkError
 from llmctl.distributed import locks
 from llmctl.pipeline import recipe, runner, stage
+from llmctl.pipeline.stages import eval as eval_stage
 
 CHAIN = """
 seed = 7
@@ -427,3 +428,13 @@ def test_a_batch_that_no_memory_holds_is_refused_before_work(monkeypatch, train)
     with pytest.raises(RequestError, match=r"base: a batch of .* tokens would take .* lower batch_size or seq_len"):
         runner._check_batch_memory(recipe.Step(config, Path("base"), None))
     runner._check_batch_memory(recipe.Step(stage.load("pretrain").Config(), Path("base"), None))
+
+
+def test_the_role_of_an_artifact_is_part_of_the_key():
+    """An evaluation that reads the same artifacts in other roles has another result."""
+    read = [["a", "1"], ["b", "2"]]
+    keys = {
+        runner.key(eval_stage.Config(**roles), None, read)
+        for roles in ({}, {"against": "a"}, {"against": "b"}, {"draft_of": "a"}, {"draft_of": "b"})
+    }
+    assert len(keys) == 5

@@ -50,7 +50,7 @@ class Config(MeasureConfig, StageConfig):
     # Speed depends on mesh and platform.
     unkeyed: ClassVar[frozenset[str]] = frozenset({"name", "parent", "base", "allow_nonfinite", "replace", "again"})
     artifact_fields: ClassVar[tuple[str, ...]] = ("of", "draft_of", "against")
-    keyed_artifact_fields: ClassVar[tuple[str, ...]] = ("against",)
+    keyed_artifact_fields: ClassVar[tuple[str, ...]] = ("against", "draft_of")
     added: ClassVar[frozenset[str]] = MeasureConfig.added | {"draft_of", "against"}
 
     kind: Literal["eval"] = "eval"
