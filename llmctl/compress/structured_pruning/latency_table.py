@@ -9,7 +9,8 @@ For a few hidden widths, layers are measured with a few numbers of heads, and wi
 first case, all neurons are kept; in the second case, all heads are kept. The latencies of attention and of the
 feed-forward layer are added. The latencies for other sizes are interpolated. A few layers are compiled together, with a
 vocabulary of a few tokens. Several copies of these layers run one after the other, with as many layers in total as the
-model. The weights are then read from the same level of the memory hierarchy as in the model.
+model. The weights are then read from the same level of the memory hierarchy as in the model. A model that fits into a
+cache of the processor needs no copies.
 
 Each measurement runs in alternation with a few layers of the unpruned model. The result is multiplied by (first
 measurement of these layers) / (present measurement of these layers). Other work of the machine then slows all
@@ -39,6 +40,7 @@ from llmctl.compress.structured_pruning.measured_walk import measure_once
 from llmctl.compress.structured_pruning.search_space import QUERIES, Space, count, with_sizes
 from llmctl.distributed import processes
 from llmctl.model import functional, wiring
+from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
 
 Params = dict[str, Any]
@@ -47,6 +49,8 @@ LAYERS = 4
 """Number of layers that are compiled together."""
 TOKENS = 8
 """Size of the vocabulary when layers are measured: small, so that the output head takes little time."""
+CACHED = 16 << 20
+"""Bytes of parameters that stay in a cache of the processor while a model generates tokens."""
 FRACTIONS = (1, 1 / 2, 1 / 4)
 """Fractions of each size at which layers are measured, in addition to the smallest size."""
 
@@ -217,13 +221,19 @@ class _Timed:
 
     def _few(self, model: ModelConfig, depths: np.ndarray) -> float:
         """Return the latency of a model with few layers and a small vocabulary."""
-        tokens, copies = min(TOKENS, self.cfg.vocab_size), self._copies(depths)
-        return self._once(model, depths, tokens, lambda: self._run(model, depths, tokens, copies, 1))
+        tokens = min(TOKENS, self.cfg.vocab_size)
+        return self._once(model, depths, tokens, lambda: self._run(model, depths, tokens, *self._repeats(depths)))
 
-    def _copies(self, depths: np.ndarray) -> int:
-        """Return the number of copies of a few layers that together have at least as many layers as the model."""
+    def _repeats(self, depths: np.ndarray) -> tuple[int, int]:
+        """Return the number of copies of a few layers, and the number of new tokens per call.
+
+        All copies together have at least as many layers as the model. A model of at most `CACHED` bytes has one copy,
+        and each call generates several tokens: otherwise, most of the time would be the start of the call.
+        """
+        if bytes_of(self.params) <= CACHED:
+            return 1, latency.NEW
         every = [functional.depth(self.cfg, stack) for stack in self.stacks]
-        return max(-(-n // int(few)) for n, few in zip(every, depths, strict=True))
+        return max(-(-n // int(few)) for n, few in zip(every, depths, strict=True)), 1
 
     def _once(self, model: ModelConfig, depths: np.ndarray, tokens: int, compute: Callable[[], float]) -> float:
         """Return a latency that an interrupted run saved, or measure and save it."""
@@ -256,7 +266,7 @@ class _Timed:
         seconds.
         """
         depths, tokens = self._depths()[-1], min(TOKENS, self.cfg.vocab_size)
-        run = self._runner(*self._shaped(self.cfg, depths, tokens), self._copies(depths), 1)
+        run = self._runner(*self._shaped(self.cfg, depths, tokens), *self._repeats(depths))
         with latency.on_one_device():
             return run, self._saved("reference", lambda: latency.minima([run])[0])
 

@@ -31,7 +31,7 @@ def timed(monkeypatch):
     seen = []
 
     def runner(cfg, copies, timing, dtype, tokens):
-        seen.append((cfg, len(copies)))
+        seen.append((cfg, len(copies), tokens))
         return lambda: [clock(cfg, timing.phase) * (1.5 if cfg.layers == 6 else 1.0)] * len(copies)
 
     monkeypatch.setattr(latency, "runner", runner)
@@ -40,8 +40,12 @@ def timed(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_predictions_are_sums_of_layers_and_the_fixed_part(family, timed, tmp_path):
-    """The unpruned model takes 1.5 times the sum, so every prediction is multiplied by 1.5."""
+def test_predictions_are_sums_of_layers_and_the_fixed_part(family, timed, tmp_path, monkeypatch):
+    """The unpruned model takes 1.5 times the sum, so every prediction is multiplied by 1.5.
+
+    The layers stand for those of a model that no cache holds, so copies of them run in turn.
+    """
+    monkeypatch.setattr(latency_table, "CACHED", 0)
     cfg = ModelConfig.model_validate({**SIZES, **FAMILIES[family]})
     phase = "decode" if family == "llama" else "prefill"
     space = Space(cfg, hidden=[16, 4], heads=[4, 1], queries=[2, 1] if family == "llama" else [1])
@@ -56,7 +60,7 @@ def test_predictions_are_sums_of_layers_and_the_fixed_part(family, timed, tmp_pa
             model = with_sizes(cfg, **sizes, queries=queries)
             want = 1.5e6 * clock(model.model_copy(update=rows), phase)
             assert table(model) == pytest.approx(want, rel=1e-6), sizes
-    copies = {(m.layers, m.encoder_layers): n for m, n in timed if m.vocab_size == latency_table.TOKENS}
+    copies = {(m.layers, m.encoder_layers): n for m, n, _ in timed if m.vocab_size == latency_table.TOKENS}
     assert copies == ({(1, 1): 6, (4, 1): 4, (1, 4): 6} if family == "t5" else {(1, 0): 6, (4, 0): 2})
     del timed[:]
     assert latency_table.measure(*args)[0](model) == table(model) and not timed  # an interrupted run measures nothing
@@ -104,3 +108,12 @@ def test_what_is_timed_fits_the_model():
         latency.timing(bert, "decode", 1, 64)
     with pytest.raises(ValueError, match=r"batch_size, context: for budget\.latency"):
         budget.BudgetConfig(parameters=0.5, batch_size=2, context=8)
+
+
+def test_a_model_that_a_cache_holds_generates_several_tokens_per_call(timed, tmp_path):
+    """The start of a call takes longer than a small layer, so one token per call would measure the start."""
+    cfg = ModelConfig.model_validate({**SIZES, **FAMILIES["llama"]})
+    space = Space(cfg, hidden=[16], heads=[4], queries=[2])
+    timing = latency.timing(cfg, "decode", 2, 32)
+    latency_table.measure(cfg, functional.abstract(cfg), 20, space, timing, "float32", Measurements(tmp_path))
+    assert {(copies, tokens) for _, copies, tokens in timed} == {(1, latency.NEW)}
