@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmctl.compress.calibration.measurements import Measurements
-from llmctl.compress.structured_pruning import budget, latency, latency_table
+from llmctl.compress.structured_pruning import budget, latency, latency_table, layer_timing
 from llmctl.compress.structured_pruning.search_space import Space, with_sizes
 from llmctl.config.errors import RequestError
 from llmctl.model import functional
@@ -45,7 +45,7 @@ def test_predictions_are_sums_of_layers_and_the_fixed_part(family, timed, tmp_pa
 
     The layers stand for those of a model that no cache holds, so copies of them run in turn.
     """
-    monkeypatch.setattr(latency_table, "CACHED", 0)
+    monkeypatch.setattr(layer_timing, "CACHED", 0)
     cfg = ModelConfig.model_validate({**SIZES, **FAMILIES[family]})
     phase = "decode" if family == "llama" else "prefill"
     space = Space(cfg, hidden=[16, 4], heads=[4, 1], queries=[2, 1] if family == "llama" else [1])
@@ -60,7 +60,7 @@ def test_predictions_are_sums_of_layers_and_the_fixed_part(family, timed, tmp_pa
             model = with_sizes(cfg, **sizes, queries=queries)
             want = 1.5e6 * clock(model.model_copy(update=rows), phase)
             assert table(model) == pytest.approx(want, rel=1e-6), sizes
-    copies = {(m.layers, m.encoder_layers): n for m, n, _ in timed if m.vocab_size == latency_table.TOKENS}
+    copies = {(m.layers, m.encoder_layers): n for m, n, _ in timed if m.vocab_size == layer_timing.TOKENS}
     assert copies == ({(1, 1): 6, (4, 1): 4, (1, 4): 6} if family == "t5" else {(1, 0): 6, (4, 0): 2})
     del timed[:]
     assert latency_table.measure(*args)[0](model) == table(model) and not timed  # an interrupted run measures nothing
