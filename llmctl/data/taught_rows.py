@@ -13,6 +13,7 @@ import numpy as np
 
 from llmctl.data.pretraining.packing import Batch
 from llmctl.data.teacher_records import Layout, Records
+from llmctl.data.wrapped_rows import WrappedRows
 
 
 def is_ordered(rows: Any) -> bool:
@@ -36,49 +37,35 @@ def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(numbers(rows, rows_N[: len(rows)]), return_index=True)
 
 
-class TaughtRows:
-    """Add stored outputs to rows. All other attributes are read from the rows."""
+class TaughtRows(WrappedRows):
+    """Add stored outputs to rows. A row can be read only if its outputs are stored."""
 
     def __init__(self, rows: Any, records: Records) -> None:
-        self._rows, self._records = rows, records
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # not yet set, as in a copy
-            raise AttributeError(name)
-        return getattr(self._rows, name)
-
-    def __getitem__(self, i: int) -> Batch:
-        return {name: values[0] for name, values in self.batch(np.array([i])).items()}
+        super().__init__(rows)
+        self._records = records
 
     @property
     def bare(self) -> Any:
         """Return the rows without outputs. Reading a row without outputs needs no stored output."""
         return self._rows
 
-    def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows with the numbers `rows_B` as arrays [B, ...], with the teacher's arrays.
-
-        A row can be read only if its outputs are stored.
-        """
-        batch = self._rows.batch(rows_B)
-        return batch | self._records.read(numbers(self._rows, rows_B), batch)
+    def added(self, rows_B: np.ndarray, batch: Batch) -> Batch:
+        """Return the teacher's arrays for the rows `rows_B`."""
+        return self._records.read(numbers(self._rows, rows_B), batch)
 
 
-class UntaughtRows(TaughtRows):
+class UntaughtRows(WrappedRows):
     """Add arrays of zeros to rows, in place of a teacher's outputs. A plan needs only the shapes of the outputs."""
 
     def __init__(self, rows: Any, layout: Layout) -> None:
-        self._rows, self._layout = rows, layout
+        super().__init__(rows)
+        self._layout = layout
 
-    def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows with the numbers `rows_B` as arrays [B, ...], with zeros as the teacher's arrays."""
+    def added(self, rows_B: np.ndarray, batch: Batch) -> Batch:
+        """Return zeros in the shapes of the teacher's arrays."""
         kinds = {n: np.int32 if np.issubdtype(self._layout.stored(n), np.integer) else np.float32 for n in
                  self._layout.shapes}  # fmt: skip
-        zeros = {n: np.zeros((len(rows_B), *s), kinds[n]) for n, s in self._layout.shapes.items()}
-        return self._rows.batch(rows_B) | zeros
+        return {n: np.zeros((len(rows_B), *s), kinds[n]) for n, s in self._layout.shapes.items()}
 
 
 class SelectedRows:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmctl.data.pretraining.packing import Batch
+from llmctl.data.wrapped_rows import WrappedRows
 
 
 def weight_at(schedule: Mapping[str, float], step: np.ndarray, steps: int) -> np.ndarray:
@@ -35,7 +36,7 @@ def weight_at(schedule: Mapping[str, float], step: np.ndarray, steps: int) -> np
     return (schedule["from"] + (schedule["to"] - schedule["from"]) * share).astype(np.float32)
 
 
-class ScheduledRows:
+class ScheduledRows(WrappedRows):
     """Add the weights of signals to training rows, as arrays "signal_NAME" [B]. All other attributes are read from
     `rows`.
 
@@ -46,24 +47,13 @@ class ScheduledRows:
     """
 
     def __init__(self, rows: Any, config: Any, steps: int) -> None:
-        self._rows, self._size, self._steps = rows, config.train.batch_size, steps
+        super().__init__(rows)
+        self._size, self._steps = config.train.batch_size, steps
         self._schedules: dict[str, Mapping[str, float]] = config.signals.schedules
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # not yet set, as in a copy
-            raise AttributeError(name)
-        return getattr(self._rows, name)
-
-    def __getitem__(self, i: int) -> Batch:
-        return {name: values[0] for name, values in self.batch(np.array([i])).items()}
-
-    def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows with the numbers `rows_B` as arrays [B, ...], with the weights of their steps."""
-        weights = {
+    def added(self, rows_B: np.ndarray, batch: Batch) -> Batch:
+        """Return the weights of the signals in the steps of the rows `rows_B`."""
+        return {
             f"signal_{name}": weight_at(schedule, rows_B // self._size, self._steps)
             for name, schedule in self._schedules.items()
         }
-        return self._rows.batch(rows_B) | weights
