@@ -79,6 +79,8 @@ class Visit:
     report."""
     inputs: Sequence[layerwise.Carry] = ()
     """Inputs of the layer, per batch. Empty for the output head."""
+    outputs: Sequence[jax.Array] = ()
+    """Outputs [B, T, D] of the unchanged layer, per batch. Empty for the output head."""
     batches: Sequence[Batch] = ()
     """The batches. Empty for the output head."""
 
@@ -218,7 +220,7 @@ class _Walk:
                         outputs.append(out.x_BTD)
                     del out
                 gradients = of_layer(self.gradients, stack, i)
-                visit = Visit(stack, i, layer, stats, gradients, inputs=carries, batches=self.batches)
+                visit = Visit(stack, i, layer, stats, gradients, inputs=carries, outputs=outputs, batches=self.batches)
                 new, share = self._changed(visit), float(influence[0] / influence[1])
                 report = LayerReport(stack, i, share, 0.0, stats if self.keep else {}, visit.notes)
                 del stats, visit  # Gram matrices are larger than the layer; they are freed before the next ones

@@ -81,9 +81,6 @@ class Tuner:
         self.steps = steps
         segments = "encoder_segments" if stack == "encoder" and cfg.encoder_layers else "segments"
 
-        def output(layer: Layer, index: jax.Array, carry: layerwise.Carry) -> jax.Array:
-            return layerwise.block(cfg, stack, layer, carry, index, dtype=dtype)[0].x_BTD
-
         def error(
             tuned: dict[str, Tuned],
             layer: Layer,
@@ -94,7 +91,8 @@ class Tuner:
         ) -> jax.Array:
             flat = weights.flatten(layer)
             new = {path: _value(flat[path], tuned[path], *self.levels[path]) for path in self.levels}
-            lost_BTD = (output(weights.updated(layer, new), index, carry) - goal).astype(jnp.float32)
+            after, _ = layerwise.block(cfg, stack, weights.updated(layer, new), carry, index, dtype=dtype)
+            lost_BTD = (after.x_BTD - goal).astype(jnp.float32)
             return jnp.sum(jnp.where(batch[segments][..., None] > 0, jnp.square(lost_BTD), 0.0))
 
         @partial(jax.jit, donate_argnames=("tuned",))
@@ -105,7 +103,7 @@ class Tuner:
             gradient = jax.grad(error)(tuned, layer, index, carry, batch, goal)
             return {path: state.step(gradient[path], rate) for path, state in tuned.items()}
 
-        self.output, self.error, self.step = jax.jit(output), jax.jit(error), step
+        self.error, self.step = jax.jit(error), step
 
     def start(self, layer: Layer) -> dict[str, Tuned]:
         """Return the state of a layer's matrices before the first step, by the path of the weight."""
@@ -126,20 +124,17 @@ class Tuner:
           - `step`, the number of steps before the kept state
           - `error_ratio`, the squared error of the kept state / the squared error of rounding to nearest
         """
-        index, batches = jnp.int32(visit.index), list(zip(visit.inputs, visit.batches, strict=True))
-        goals = [self.output(visit.layer, index, carry) for carry, _ in batches]
+        index, batches = jnp.int32(visit.index), list(zip(visit.inputs, visit.batches, visit.outputs, strict=True))
         tuned = self.start(layer)
 
         def total() -> float:
-            pairs = zip(batches, goals, strict=True)
-            return sum(float(self.error(tuned, layer, index, *pair, goal)) for pair, goal in pairs)
+            return sum(float(self.error(tuned, layer, index, *batch)) for batch in batches)
 
         first = least = total()
         best, kept, pause = jax.tree.map(jnp.copy, tuned), 0, max(1, self.steps // CHECKS)
         for t in range(self.steps):
-            (carry, batch), goal = batches[t % len(batches)], goals[t % len(batches)]
             rate = jnp.float32((1 - t / self.steps) / self.steps)
-            tuned = self.step(tuned, layer, index, carry, batch, goal, rate)
+            tuned = self.step(tuned, layer, index, *batches[t % len(batches)], rate)
             checked = (t + 1) % pause == 0 or t + 1 == self.steps
             if checked and (now := total()) < least:
                 best, least, kept = jax.tree.map(jnp.copy, tuned), now, t + 1

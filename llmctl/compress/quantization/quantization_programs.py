@@ -224,11 +224,10 @@ def _tuning(walk: Program, model: ModelConfig, layer: Tree, stack: str, method: 
         with meshes.use(mesh):
             return tune.step.trace(state, layer, index, carry, batch, carry.x_BTD, rate)
 
-    goals = [carry.x_BTD] * (len(pairs) + 1)  # the walk keeps its outputs too, and those of one batch are not counted
     return replace(
         walk, title="gradient step of a layer's rounding", trace=trace, flops=3 * walk.flops, remat="none",
         steps=functional.depth(model, stack) * method.tuning_steps, cache=[state, state],
-        parameters=[walk.parameters, layer], beside=[walk.beside, state, goals],
+        parameters=[walk.parameters, layer], beside=[walk.beside, state],
         work=Pass(layers=3, attention="xla"),
     )  # fmt: skip
 
