@@ -34,7 +34,8 @@ JAX_FREE = (
     *("data.config", "data.source", "data.sources", "train.run_log", "train.adapters"),
     *("train.distill_settings", "train.finetune_settings"),
     *(f"train.robust.{name}" for name in ("settings", "registry", "adversary", "fgm", "pgd", "freelb", "smart")),
-    *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry"),
+    *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry", "evaluate.probes"),
+    *(f"evaluate.robustness.{name}" for name in ("probe", "settings")),
     *(
         "compress.calibration.settings",
         "compress.pruning.scores",

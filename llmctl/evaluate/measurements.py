@@ -5,32 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
 from llmctl.artifacts import artifact
-from llmctl.artifacts.artifact import Manifest
+from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
 from llmctl.evaluate import stored, task_files
+from llmctl.evaluate.probes.base import Probe
+from llmctl.evaluate.probes.registry import PROBES
 from llmctl.evaluate.settings import MeasureConfig
-from llmctl.evaluate.setup import Held, Setup
+from llmctl.evaluate.setup import Held, Measured, Setup
 from llmctl.evaluate.tasks import registry
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.settings import GenerationConfig
+from llmctl.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Describe one measurement of one artifact, before the measurement is made."""
 
+    timed: ClassVar[bool] = True
+    """Whether the speed of the artifact is measured too."""
+
     config: MeasureConfig
-    task: Task
-    held: Held
+    """Settings of the evaluation, overridden by the settings of a task file."""
     setup: Setup
     definition: str
     """Digest of the task, the data and the settings."""
+
+    @property
+    def label(self) -> str:
+        """Return the name by which the result and its records are stored."""
+        raise NotImplementedError
+
+    def measure(self, artifact: Artifact) -> Measured:
+        """Measure the artifact, whose arrays are on the devices."""
+        raise NotImplementedError
+
+    def compares(self, model: ModelConfig) -> bool:
+        """Return whether the measurement has values per example, which a paired comparison needs."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TaskMeasurement(Measurement):
+    """Describe the measurement of one artifact on a task."""
+
+    task: Task
+    held: Held
     name: str = ""
     """Name of the task's file; empty if the task has the data of the evaluation."""
 
@@ -39,10 +65,57 @@ class Measurement:
         """Return the name of the task's file, or of the task."""
         return self.name or self.task.name
 
+    def measure(self, artifact: Artifact) -> Measured:
+        """Measure the artifact on the task."""
+        return self.task.evaluate(artifact, self.held, self.setup)
+
+    def compares(self, model: ModelConfig) -> bool:
+        """Return whether the task has values per example."""
+        return self.task.compares(model, self.held.examples.columns)
+
+
+@dataclass(frozen=True)
+class ProbeMeasurement(Measurement):
+    """Describe the measurement of one artifact by a probe."""
+
+    timed: ClassVar[bool] = False
+
+    probe: Probe
+    held: Held | None
+    """Held-out examples; None if the probe does not read them."""
+
+    @property
+    def label(self) -> str:
+        """Return the name of the probe."""
+        return self.probe.name
+
+    def measure(self, artifact: Artifact) -> Measured:
+        """Measure the artifact by the probe."""
+        return self.probe.measure(artifact, self.held, self.setup, probe_settings(self.config, self.probe))
+
+    def compares(self, model: ModelConfig) -> bool:
+        """Return whether the probe has values per example."""
+        return self.probe.compares
+
+
+def probe_settings(config: MeasureConfig, probe: Probe) -> Any:
+    """Return the section of the settings that belongs to a probe; None if the probe has no settings."""
+    return getattr(config, probe.section) if probe.section else None
+
+
+def check_probes(config: MeasureConfig, manifest: Manifest, where: str) -> None:
+    """Check that all probes of the evaluation support an artifact.
+
+    Raises:
+        RequestError: If a probe does not support the artifact.
+    """
+    for probe in (PROBES[name] for name in config.named_probes):
+        probe.check_model(manifest, probe_settings(config, probe), where)
+
 
 def tasks_of(config: MeasureConfig, manifest: Manifest) -> list[Task]:
     """Return the tasks on which an artifact is measured with the data of the evaluation."""
-    if not config.measures_data:
+    if not config.measures_task:
         return []
     return [registry.TASKS[t] for t in config.named_tasks] or [registry.of(manifest)]
 
@@ -63,9 +136,37 @@ def of_data(
     assert examples is not None
     settings, held = setup(config, mesh, path, manifest), Held(examples, config.split, folder)
     return [
-        Measurement(config, task, held, settings, stored.definition(config, task, held, settings, target))
+        TaskMeasurement(config, settings, stored.definition(config, task, held, settings, target), task, held)
         for task in tasks
     ]
+
+
+def of_probes(
+    config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, examples: Examples | None, folder: Path
+) -> list[Measurement]:
+    """Describe the measurements of one artifact by the probes of the evaluation."""
+    found = []
+    for probe in (PROBES[name] for name in config.named_probes):
+        held = Held(examples, config.split, folder) if probe.reads_data and examples is not None else None
+        setup = probe_setup(config, mesh, path, manifest)
+        own = probe.definition(probe_settings(config, probe))
+        digest = stored.digest(probe.name, own, *stored.conditions(held, setup))
+        found.append(ProbeMeasurement(config, setup, digest, probe, held))
+    return found
+
+
+def probe_setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
+    """Return the settings for the measurement of one artifact by a probe.
+
+    If the length of the artifact's training texts is unknown, as for imports, the sequence length is 512, but at most
+    the model's maximum.
+    """
+    return setup(config.model_copy(update={"seq_len": _seq_len(config.seq_len, manifest)}), mesh, path, manifest)
+
+
+def _seq_len(given: int, manifest: Manifest) -> int:
+    """Return the number of tokens per text; 0 uses the value of training, or else 512 but at most the maximum."""
+    return given or (0 if manifest.seq_len else min(512, manifest.model.max_seq_len))
 
 
 def check_comparable(
@@ -88,7 +189,7 @@ def check_comparable(
             ours, others = (", ".join(labels) for labels in (mine, theirs))
             raise RequestError(f"against: {name} is measured on {ours}, and {against} on {others}; name one in tasks")
         for label, one in mine.items():
-            if not one.task.compares(manifests[name].model, one.held.examples.columns):
+            if not one.compares(manifests[name].model):
                 raise RequestError(f"against: {name}: task {label} has no values per example to compare")
             if one.definition != theirs[label].definition:
                 a, b = (vars(m.setup) for m in (one, theirs[label]))
@@ -101,9 +202,7 @@ def check_comparable(
 def file_settings(config: MeasureConfig, file: task_files.TaskFile, manifest: Manifest) -> MeasureConfig:
     """Return the settings for the evaluation of one artifact, overridden by the settings of a task file."""
     own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
-    own |= {"seq_len": file.seq_len or config.seq_len}
-    if not own["seq_len"] and not manifest.seq_len:  # an import does not know the length of its training texts
-        own["seq_len"] = min(512, manifest.model.max_seq_len)
+    own |= {"seq_len": _seq_len(file.seq_len or config.seq_len, manifest)}
     if "generation" in file.model_fields_set:
         own["generation"] = file.generation
     return config.model_copy(update=own)
@@ -115,9 +214,8 @@ def of_file(
     """Describe the measurement of one artifact on the task that a task file defines."""
     own, task = file_settings(config, file.config, manifest), registry.TASKS[file.config.task]
     settings, held = setup(own, mesh, path, manifest), Held(file.examples, own.split, folder / file.name)
-    return Measurement(
-        own, task, held, settings, stored.digest(stored.definition(own, task, held, settings), file.digest), file.name
-    )
+    digest = stored.digest(stored.definition(own, task, held, settings), file.digest)
+    return TaskMeasurement(own, settings, digest, task, held, file.name)
 
 
 def setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:

@@ -17,6 +17,7 @@ from llmctl.data.examples import synthetic
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import acceptance, likelihood, measurements, task_files
 from llmctl.evaluate.harness import evaluation as harness
+from llmctl.evaluate.probes.registry import PROBES
 from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
@@ -52,7 +53,12 @@ def scoring(
         told = task_files.read(file)
         own = scoring(measurements.file_settings(config, told, chosen[name].manifest), told.data, name, chosen, mesh)
         programs += [replace(program, title=f"{program.title}: {Path(file).stem}") for program in own]
-    if not config.measures_data:
+    for probe in (PROBES[probe] for probe in config.named_probes):
+        setup = measurements.probe_setup(config, mesh, Path(name), chosen[name].manifest)
+        settings = measurements.probe_settings(config, probe)
+        probe.check_model(chosen[name].manifest, settings, name)
+        programs += probe.programs(chosen[name], data, setup, settings)
+    if not config.measures_task:
         return programs
     tasks = [TASKS[task] for task in config.named_tasks] or [of(chosen[name].manifest)]
     if target:

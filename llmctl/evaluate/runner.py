@@ -16,7 +16,7 @@ from llmctl.config.errors import RequestError
 from llmctl.data.splits import Examples
 from llmctl.evaluate import acceptance, measurements, speed, task_files
 from llmctl.evaluate.harness import evaluation as harness
-from llmctl.evaluate.measurements import Measurement
+from llmctl.evaluate.measurements import Measurement, TaskMeasurement
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.report import Result, headline
 from llmctl.evaluate.settings import MeasureConfig
@@ -74,6 +74,7 @@ def results(
         ]:
             task.check_model(manifest.model, str(chosen[name]))
             check_metrics(metrics, task, str(chosen[name]))
+        measurements.check_probes(config, manifest, str(chosen[name]))
         if config.harness:
             harness.check_model(manifest.model, str(chosen[name]))
             harness_setups[name] = harness.setup(
@@ -99,6 +100,7 @@ def results(
     }
     for name, manifest in manifests.items():
         wanted[name] += [measurements.of_file(config, mesh, chosen[name], manifest, file, work) for file in files]
+        wanted[name] += measurements.of_probes(config, mesh, chosen[name], manifest, examples, work)
     if against:
         measurements.check_comparable(wanted, manifests, against)
         if config.harness and not config.seq_len:
@@ -112,7 +114,10 @@ def results(
         pending: dict[str, tuple[list[Measurement], list[str]]] = {}
         for name, manifest in manifests.items():
             weights = identity(manifest)
-            found = [before.find(weights, w.definition, timing, values) for w in wanted[name]]
+            found = [
+                before.find(weights, w.definition, timing if w.timed else {}, values and w.compares(manifest.model))
+                for w in wanted[name]
+            ]
             more = {n: before.find(weights, d) for n, d in suite.definitions.items()}
             done[name] += [_renamed(s, name, manifest) for s in (*found, *more.values()) if s]
             left = [w for w, s in zip(wanted[name], found, strict=True) if not s]
@@ -124,17 +129,18 @@ def results(
         loaded = artifact.load_each([*judges, *(chosen[name] for name in due)], mesh, bases=bases)
         judge = next(loaded) if judges else None
         for name, there in zip(due, loaded, strict=True):
-            if any(one.task.generates for one in pending[name][0]) and (line := served.dequantized(there.params)):
+            if any(_generates(one) for one in pending[name][0]) and (line := served.dequantized(there.params)):
                 say(f"{name}: {line}")
             for one in pending[name][0]:
-                measured = one.task.evaluate(there, one.held, one.setup)
+                measured = one.measure(there)
                 result = _result(name, manifests[name], measured, one)
-                result["metrics"] |= further(one.config.metrics, measured)
-                if judge and not one.name:
+                if isinstance(one, TaskMeasurement):
+                    result["metrics"] |= further(one.config.metrics, measured)
+                if judge and isinstance(one, TaskMeasurement) and not one.name:
                     result["metrics"] |= acceptance.measure(one.task, there, judge, one.held, one.setup)
                 records = [{"artifact": name, "task": result["record"], **record} for record in measured.written or ()]
                 done[name].append(Scored(result, records, measured.values))
-                if config.speed:  # this keeps the weights of all artifacts in memory: they are timed in alternation
+                if config.speed and one.timed:  # keeps the weights of all artifacts in memory, to time them in turn
                     timed.append((replace(measured, answers=None, written=None, values={}), result))
                 else:
                     before.add(done[name][-1])
@@ -202,9 +208,14 @@ def _about(name: str, manifest: Manifest) -> Result:
 
 
 def _result(name: str, manifest: Manifest, measured: Measured, work: Measurement) -> Result:
-    protocol = f"{measured.task}, {measured.protocol}" if work.name else measured.protocol
-    scored = {"task": work.name or measured.task, "protocol": protocol, "metrics": dict(measured.metrics)}
+    file = work.name if isinstance(work, TaskMeasurement) else ""
+    protocol = f"{measured.task}, {measured.protocol}" if file else measured.protocol
+    scored = {"task": file or measured.task, "protocol": protocol, "metrics": dict(measured.metrics)}
     return _about(name, manifest) | scored | {"definition": work.definition, "record": work.label}
+
+
+def _generates(work: Measurement) -> bool:
+    return isinstance(work, TaskMeasurement) and work.task.generates
 
 
 def _timing(config: MeasureConfig, mesh: Mesh) -> dict[str, Any]:
@@ -216,8 +227,8 @@ def _timing(config: MeasureConfig, mesh: Mesh) -> dict[str, Any]:
 
 def _time(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> None:
     """Time all programs, and add latency (batch 1, in seconds) and throughput to the metrics of their results."""
-    single = speed.interleave({str(i): p.single for i, (p, _) in enumerate(timed)}, config.repeats)
-    batched = speed.interleave({str(i): p.batched for i, (p, _) in enumerate(timed)}, config.repeats)
+    single = speed.interleave({str(i): p.single for i, (p, _) in enumerate(timed) if p.single}, config.repeats)
+    batched = speed.interleave({str(i): p.batched for i, (p, _) in enumerate(timed) if p.batched}, config.repeats)
     for i, (program, result) in enumerate(timed):
         result["metrics"] |= {
             "latency_p50": single[str(i)].p50,

@@ -7,11 +7,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from llmctl.config.base import Config
+from llmctl.config.base import Config, hint
 from llmctl.config.settings import Dtype
 from llmctl.data.config import Split
 from llmctl.evaluate.harness.settings import HarnessConfig
 from llmctl.evaluate.metrics.base import METRICS
+from llmctl.evaluate.probes.registry import PROBES
+from llmctl.evaluate.robustness.settings import RobustnessConfig
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.settings import GenerationConfig
 
@@ -20,7 +22,7 @@ class MeasureConfig(Config):
     """Configure an evaluation: data split, truncation, batches and speed measurement."""
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap"}
+        {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap", "robustness"}
     )
     unkeyed: ClassVar[frozenset[str]] = frozenset({"again"})
 
@@ -48,15 +50,16 @@ class MeasureConfig(Config):
     generation: GenerationConfig = GenerationConfig()
     """Settings for generating answers, for the task `seq2seq`."""
     tasks: list[str] = []
-    """Tasks to measure each artifact on, such as `masked` and `next_sentence`, and task files (`my_task.toml`) with
-    data of their own. If empty, the task of the artifact's training is used."""
-
+    """Tasks to measure each artifact on, such as `masked` and `next_sentence`, probes such as `robustness`, and task
+    files (`my_task.toml`) with data of their own. If empty, the task of the artifact's training is used."""
     harness: list[str] = []
     """Tasks of lm-evaluation-harness (extra `eval`) for decoders: names, YAML files, or folders of YAML files. If
     `tasks` is empty, no other task is measured and no data is needed. `examples` limits the number of documents per
     task, from the first document on."""
     lm_eval: HarnessConfig = HarnessConfig()
     """Settings of the tasks in `harness`."""
+    robustness: RobustnessConfig = RobustnessConfig()
+    """Settings of the probe `robustness`."""
     bootstrap: int = Field(default=0, ge=0)
     """Number of bootstrap resamples for 95 % intervals of metrics without another interval, such as macro F1, BLEU and
     correlations; 0 computes none."""
@@ -75,7 +78,7 @@ class MeasureConfig(Config):
             from llmctl.evaluate.harness import task_yaml
 
             found += [str(path) for path in task_yaml.files(self.harness)]
-        if len(self.named_tasks) < len(self.tasks):
+        if self.files_of_tasks:
             from llmctl.evaluate import task_files
 
             found += task_files.inputs(self.tasks)
@@ -83,8 +86,13 @@ class MeasureConfig(Config):
 
     @property
     def named_tasks(self) -> list[str]:
-        """Return the elements of `tasks` that are names of tasks, not paths of task files."""
-        return [name for name in self.tasks if not name.endswith(".toml")]
+        """Return the elements of `tasks` that are names of tasks, not of probes and not paths of task files."""
+        return [name for name in self.tasks if not name.endswith(".toml") and name not in PROBES]
+
+    @property
+    def named_probes(self) -> list[str]:
+        """Return the elements of `tasks` that are names of probes."""
+        return [name for name in self.tasks if name in PROBES]
 
     @property
     def files_of_tasks(self) -> list[str]:
@@ -92,17 +100,25 @@ class MeasureConfig(Config):
         return [name for name in self.tasks if name.endswith(".toml")]
 
     @property
-    def measures_data(self) -> bool:
-        """Return whether a task reads the data of the evaluation. Task files and the harness's tasks have their own
-        data.
+    def measures_task(self) -> bool:
+        """Return whether artifacts are measured on a task with the data of the evaluation. Task files and the harness's
+        tasks have their own data.
         """
         return bool(self.named_tasks) or not (self.tasks or self.harness)
+
+    @property
+    def probes_data(self) -> bool:
+        """Return whether a probe reads the data of the evaluation, with the columns of each artifact's own task."""
+        return any(PROBES[name].reads_data for name in self.named_probes)
 
     @field_validator("tasks")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        known = [name if name.endswith(".toml") else TASKS.check(name) for name in names]
-        titles = [Path(name).stem if name.endswith(".toml") else name for name in known]
+        known = [*TASKS, *PROBES]
+        for name in names:
+            if not name.endswith(".toml") and name not in known:
+                raise ValueError(f"unknown task {name!r}{hint(name, known)}; known: {', '.join(known)}")
+        titles = [Path(name).stem if name.endswith(".toml") else name for name in names]
         if twice := [title for title in titles if titles.count(title) > 1]:
             raise ValueError(f"two tasks are named {twice[0]!r}; results are stored by this name")
-        return known
+        return names

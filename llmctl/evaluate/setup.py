@@ -82,11 +82,11 @@ class Measured:
     task: str
     protocol: str
     metrics: dict[str, Any]
-    single: Callable[[], object] = field(repr=False)
-    """Function that runs the model on one example and blocks until the outputs are ready."""
-    batched: Callable[[], object] = field(repr=False)
-    """Function that runs the model on one batch and blocks until the outputs are ready."""
-    units: dict[str, int]
+    single: Callable[[], object] | None = field(default=None, repr=False)
+    """Function that runs the model on one example and blocks until the outputs are ready; None is not timed."""
+    batched: Callable[[], object] | None = field(default=None, repr=False)
+    """Function that runs the model on one batch and blocks until the outputs are ready; None is not timed."""
+    units: dict[str, int] = field(default_factory=dict)
     """Number of examples or tokens per batch, by the name of the throughput metric: {"examples_per_second": 32}."""
     answers: tuple[Any, Any] | None = field(default=None, repr=False)
     """Pair (true labels, predictions) of all examples for `Metric.compute`, as class names or numbers. None if the task

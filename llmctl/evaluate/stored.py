@@ -114,6 +114,19 @@ def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, targ
     The labels include all columns without texts, such as the answers to questions and the labels of words. Two
     measurements with equal weights and equal digests have equal results.
     """
+    *data, settings = conditions(held, setup)
+    settings |= {"generation": setup.generation.model_dump()} if task.generates else {}
+    return digest(task.name, *data, settings, list(config.metrics), target)
+
+
+def conditions(held: Held | None, setup: Setup) -> list[Any]:
+    """Return the parts of a definition that tasks and probes share: split, texts, labels, and settings by name.
+
+    The settings of generation are omitted.
+    """
+    settings = {k: v for k, v in vars(setup).items() if k not in ("mesh", "batch_size", "generation")}
+    if held is None:
+        return [settings]
     examples = held.examples
     answers = hashlib.sha256(repr((examples.classes, examples.columns)).encode())
     if examples.labels is not None:
@@ -121,9 +134,7 @@ def definition(config: MeasureConfig, task: Task, held: Held, setup: Setup, targ
     if columns := [c for c in examples.columns if c not in (*TEXT_COLUMNS, "label")]:
         for row in examples:
             answers.update(repr([row.get(column) for column in columns]).encode())
-    settings = {k: v for k, v in vars(setup).items() if k not in ("mesh", "batch_size", "generation")}
-    settings |= {"generation": setup.generation.model_dump()} if task.generates else {}
-    return digest(task.name, held.split, examples.digest, answers.hexdigest(), settings, list(config.metrics), target)
+    return [held.split, examples.digest, answers.hexdigest(), settings]
 
 
 def read(folder: Path, work: Path) -> Stored:

@@ -91,7 +91,7 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
     else:
         named = [_learned(recipe, read) for read in step.others.values() or [step.parent]]
     own: list[str] = list(getattr(step.config, "named_tasks", ()))
-    return own or [task for task in named if task]
+    return own if own and not getattr(step.config, "probes_data", False) else [*own, *(task for task in named if task)]
 
 
 def _distilled(recipe: Recipe, step: Step) -> str:

@@ -70,8 +70,9 @@ class Config(MeasureConfig, StageConfig):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether a task reads the data. Task files and tasks of lm-evaluation-harness have their own data."""
-        return self.measures_data
+        """Return whether a task or a probe reads the data. Task files and tasks of lm-evaluation-harness have their own
+        data."""
+        return self.measures_task or self.probes_data
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -149,7 +150,9 @@ def _examples(config: Config, paths: Iterable[Path]) -> Examples:
     from llmctl.data import splits
     from llmctl.pipeline import console
 
-    tasks = [TASKS[t] for t in config.named_tasks] or [of(artifact.read_manifest(path)) for path in paths]
+    tasks = [TASKS[t] for t in config.named_tasks]
+    if config.probes_data or not tasks:
+        tasks += [of(artifact.read_manifest(path)) for path in paths]
     labels, conversations = any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
     loaded = splits.load(config.data, labels=labels, conversations=conversations)
     console.say(f"{config.title}: {loaded.describe()}")

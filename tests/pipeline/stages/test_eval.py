@@ -85,7 +85,7 @@ def run_folder(data, tmp_path_factory):
 def measured(run_folder, tmp_path, data, names, **settings):
     config = stage.Config(data=data, batch_size=16, repeats=2, **settings)
     work = tmp_path / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     ctx = Context(tmp_path / "out", work, "key", {n: run_folder / n for n in names})
     stage.run(config, None, ctx)
     return json.loads((ctx.out / "results.json").read_text())
@@ -260,3 +260,23 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(run_
         with pytest.raises(RequestError, match=message):
             measured(run_folder, tmp_path / str(i), case.pop("data", data), case.pop("names"), **case)
         assert not (tmp_path / str(i) / "out").exists()
+
+
+def test_a_probe_is_measured_beside_a_task_and_kept(run_folder, tmp_path, data, capsys):
+    """The classifier always answers "pos", so no change of a text changes its prediction. A probe has no times."""
+    task, probe = measured(run_folder, tmp_path, data, ["big"], tasks=["classify", "robustness"], plot=False)
+    assert task["task"] == "classification" and "latency_p50" in task["metrics"] and "timed_on" not in probe
+    assert (probe["task"], probe["record"]) == ("robustness", "robustness")
+    assert probe["metrics"]["accuracy"] == task["metrics"]["accuracy"]
+    assert probe["digest"] == task["digest"] and probe["definition"] != task["definition"]
+    capsys.readouterr()
+    again = measured(run_folder, tmp_path, data, ["big"], tasks=["robustness"], plot=False)
+    assert again == [probe] and "1 results are there and are kept" in capsys.readouterr().err
+    with pytest.raises(RequestError, match=r"lm: task 'robustness' needs a model of task classify, this model has lm"):
+        stage.run(
+            stage.Config(data=data, tasks=["robustness"], plot=False),
+            None,
+            Context(tmp_path / "refused", tmp_path / "work", "key", {"lm": run_folder / "lm"}),
+        )
+    with pytest.raises(ValueError, match="unknown task 'robustnes', did you mean 'robustness'"):
+        stage.Config(tasks=["robustnes"])

@@ -1,0 +1,20 @@
+"""Register the probes by name. No probe imports JAX when it is imported.
+
+Another package adds a probe by an entry point:
+
+    [project.entry-points."llmctl"]
+    "probe.brevity" = "my_package.brevity:PROBE"
+"""
+
+from __future__ import annotations
+
+from llmctl.config.registry import Registry
+from llmctl.evaluate.probes.base import Probe
+
+PROBES: Registry[Probe] = Registry(
+    "probe",
+    {
+        "robustness": "llmctl.evaluate.robustness.probe:PROBE",
+    },
+)
+"""Probes by name."""
