@@ -16,6 +16,7 @@ from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
 from llmctl.config.validation import validate
 from llmctl.evaluate.metrics.base import VALIDATION, Metric, columns, find
+from llmctl.evaluate.report import YARDSTICK
 from llmctl.model import config as model_config
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.recipe import MANIFEST
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 """Name of the file with the results of `eval`: a list of {artifact, digest, content, task, protocol, metrics}."""
 
+SIZES = ("stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits")
+"""Fields of a result about the measured artifact. Results of earlier versions may lack them."""
+
 COMPARISONS = "comparisons.json"
 """Name of the file with the differences between artifacts: a list of {artifact, against, task, metrics, ...}."""
 
@@ -35,7 +39,8 @@ def run(folder: Path) -> dict[str, Any]:
 
     Returns:
       {"artifacts": [...], "reports": [...]}. Models are in lineage order: parents before children, older before newer.
-      Each model has the metrics of its manifest and of every report that measured it.
+      Each model has the metrics of its manifest and of every report that measured it. If an evaluation measured a
+      yardstick, the result also has the key "yardsticks".
 
     Raises:
       RequestError: If the folder has no artifact, or an artifact is damaged.
@@ -48,7 +53,11 @@ def run(folder: Path) -> dict[str, Any]:
     manifests = [(p.parent, artifact.read_manifest(p.parent)) for p in found]
     reports = [r for path, _ in manifests for r in results(path)]
     models = [entry(m, reports) for _, m in manifests if m.weights]
-    return {"artifacts": _lineage(models), "reports": reports}
+    yardsticks = [
+        {"name": r["artifact"], **{k: r[k] for k in (*SIZES, "digest", "content", "metrics")}, "parent": None}
+        for r in {r["content"]: r for r in reports if r.get("stage") == YARDSTICK}.values()
+    ]
+    return {"artifacts": _lineage(models), "reports": reports} | ({"yardsticks": yardsticks} if yardsticks else {})
 
 
 def one(folder: Path) -> dict[str, Any]:
@@ -79,10 +88,11 @@ def results(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = parse_json(file.read_bytes())
-        needed, newer = ("artifact", "digest", "task", "protocol", "metrics"), ("content",)
+        needed, newer = ("artifact", "digest", "task", "protocol", "metrics"), ("content", *SIZES)
         if odd := next((r for r in found if not isinstance(r["metrics"], dict)), None):
             raise ValueError(f"the metrics of {str(odd['artifact'])[:40]!r} are no object")
-        return [{k: r[k] for k in needed} | {k: r[k] for k in newer if k in r} for r in found]
+        kept = [(*needed, *(k for k in newer if k in r or r.get("stage") == YARDSTICK)) for r in found]
+        return [{k: r[k] for k in names} for names, r in zip(kept, found, strict=True)]
     except (ValueError, KeyError, TypeError) as e:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
 
@@ -148,6 +158,11 @@ def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
     if report.get("content") and manifest.content:
         return report["content"] == manifest.content
     return report["digest"] == manifest.digest
+
+
+def run_table(found: dict[str, Any], title: str) -> Table:
+    """Return the table of a run, the result of `run`. Yardsticks are the last rows."""
+    return table([*found["artifacts"], *found.get("yardsticks", [])], title)
 
 
 def table(entries: list[dict[str, Any]], title: str) -> Table:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 
+YARDSTICK = "yardstick"
+"""Stage and name of the result of `llmctl.evaluate.yardstick`, which has no artifact."""
+
 _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("artifact", "artifact", str),
     ("task", "task", str),

@@ -154,7 +154,7 @@ def results(
         for _, result in timed:
             result.update(timing)
         say(f"timing {', '.join(chosen)}, in turn, {config.repeats} rounds")
-        _time(timed, config)
+        add_times(timed, config)
     return [scored for found in done.values() for scored in found]
 
 
@@ -225,7 +225,7 @@ def _timing(config: MeasureConfig, mesh: Mesh) -> dict[str, Any]:
     return {"timed_on": devices, "timed_batch": config.batch_size, "timed_rounds": config.repeats}
 
 
-def _time(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> None:
+def add_times(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> None:
     """Time all programs, and add latency (batch 1, in seconds) and throughput to the metrics of their results."""
     single = speed.interleave({str(i): p.single for i, (p, _) in enumerate(timed) if p.single}, config.repeats)
     batched = speed.interleave({str(i): p.batched for i, (p, _) in enumerate(timed) if p.batched}, config.repeats)

@@ -22,7 +22,7 @@ class MeasureConfig(Config):
     """Configure an evaluation: data split, truncation, batches and speed measurement."""
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap", "robustness"}
+        {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap", "robustness", "yardstick"}
     )
     unkeyed: ClassVar[frozenset[str]] = frozenset({"again"})
 
@@ -63,6 +63,11 @@ class MeasureConfig(Config):
     bootstrap: int = Field(default=0, ge=0)
     """Number of bootstrap resamples for 95 % intervals of metrics without another interval, such as macro F1, BLEU and
     correlations; 0 computes none."""
+    yardstick: Literal["", "words", "characters"] = ""
+    """Terms of a yardstick for classifiers: logistic regression on TF-IDF features, trained on the train split. The
+    yardstick is measured on the same examples and becomes a row of the tables. words: words and pairs of words.
+    characters: 1 to 3 characters, for languages without spaces. Requires scikit-learn (extra `demo`). By default, no
+    yardstick is measured."""
     again: bool = False
     """Score everything again. By default, results in the output folder are kept if the weights and the definition of
     the task are the same."""

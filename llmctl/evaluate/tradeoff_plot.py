@@ -52,7 +52,7 @@ def _draw(ax: Any, records: Sequence[report.Result], x: str, metric: Metric) -> 
     name, (low, high) = metric.name, (f"{metric.name}_low", f"{metric.name}_high")
     xs, ys = [r[x] for r in records], [r[name] for r in records]
     for task in dict.fromkeys(r.get("task") for r in records):  # one line per task, in the order of the stages
-        own = [r for r in records if r.get("task") == task]
+        own = [r for r in records if r.get("task") == task and r.get("stage") != report.YARDSTICK]
         ax.plot([r[x] for r in own], [r[name] for r in own], color=_LINE, linewidth=1.2, zorder=1)
     judged = [r for r in records if low in r]  # no interval for words, which are not independent
     if judged:

@@ -42,4 +42,4 @@ def run(
     if json:
         console.result(found)
     else:
-        console.show(shown.table(found["artifacts"], f"{chosen.name} ({chosen.run})"))
+        console.show(shown.run_table(found, f"{chosen.name} ({chosen.run})"))

@@ -54,7 +54,7 @@ def show(
         if json:
             console.result(found)
         else:
-            console.show(shown.table(found["artifacts"], str(path)))
+            console.show(shown.run_table(found, str(path)))
         return
     found = shown.one(path)
     if json:

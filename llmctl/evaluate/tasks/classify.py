@@ -101,14 +101,7 @@ class Classify(Task):
         names = artifact.manifest.labels
         truth_of = label_map(examples.classes, names, str(artifact.path))
         label_N, logits_NC = map(np.concatenate, zip(*((truth_of[b["label"]], y) for b, y in found), strict=True))
-        p_NC = calibration.softmax(logits_NC)
-        predicted_N = logits_NC.argmax(-1)
-        confusion = classification.confusion_matrix(label_N, predicted_N, len(names))
-        named = [names[i] for i in label_N], [names[i] for i in predicted_N]
-        scored = classification.scores(confusion, names) | calibration.scores(p_NC, label_N)
-        values = {"label": label_N, "prediction": predicted_N, "accuracy": predicted_N == label_N}
-        values |= {"log_loss": calibration.log_losses(p_NC, label_N)}
-        return Scores(scored, named, wrong_cases(examples, names, label_N, p_NC), values)
+        return scores(examples, names, label_N, logits_NC)
 
     def calibrated(
         self, model: ModelConfig, params: functional.Params, rows: Any, setup: Setup
@@ -138,6 +131,25 @@ class Classify(Task):
         best = int(prediction.argmax())
         found: dict[str, Any] = {"label": manifest.labels[best], "probability": short(prediction[best])}
         return found | ({"probabilities": named(manifest.labels, prediction)} if every else {})
+
+
+def scores(examples: Examples, names: Sequence[str], label_N: np.ndarray, logits_NC: np.ndarray) -> Scores:
+    """Return the metrics of a classifier, the true and predicted class names, and a record of each wrong prediction.
+
+    Args:
+        examples: Classified examples.
+        names: Names of the C classes of the classifier.
+        label_N: True class of each example, an index into `names`.
+        logits_NC: Logits of the classes.
+    """
+    p_NC = calibration.softmax(logits_NC)
+    predicted_N = logits_NC.argmax(-1)
+    confusion = classification.confusion_matrix(label_N, predicted_N, len(names))
+    class_names = [names[i] for i in label_N], [names[i] for i in predicted_N]
+    scored = classification.scores(confusion, names) | calibration.scores(p_NC, label_N)
+    values = {"label": label_N, "prediction": predicted_N, "accuracy": predicted_N == label_N}
+    values |= {"log_loss": calibration.log_losses(p_NC, label_N)}
+    return Scores(scored, class_names, wrong_cases(examples, names, label_N, p_NC), values)
 
 
 def wrong_cases(

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact, Manifest
-    from llmctl.data.splits import Examples
+    from llmctl.data.splits import Examples, Splits
     from llmctl.evaluate.stored import Scored
+    from llmctl.evaluate.tasks.base import Task
     from llmctl.pipeline.stage import Programs
 
 
@@ -44,6 +45,7 @@ class Config(MeasureConfig, StageConfig):
         "harness",
         "speed",
         "plot",
+        "yardstick",
         "again",
     )
     produces: ClassVar[bool] = False
@@ -86,7 +88,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """
     from llmctl.artifacts import artifact
     from llmctl.distributed import mesh
-    from llmctl.evaluate import bootstrap_intervals, comparison, runner, stored
+    from llmctl.evaluate import bootstrap_intervals, comparison, report, runner, stored, yardstick
     from llmctl.pipeline import console
 
     chosen = measured(config, ctx.siblings) or ({parent.name: parent} if parent else {})
@@ -97,13 +99,21 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         from llmctl.evaluate.harness import task_loading
 
         task_loading.check_installed()
-    examples = _examples(config, chosen.values()) if config.reads_data else None
+    tasks = tasks_of_data(config, chosen.values())
+    if config.yardstick:
+        yardstick.check(config, tasks)
+    data = _splits(config, tasks) if config.reads_data else None
+    examples = _examples(config, data) if data else None
     before = stored.Stored([]) if config.again else stored.read(ctx.out, ctx.work)
     with mesh.use(mesh.make(config.mesh)) as devices:
         found = runner.results(
             config, chosen, examples, devices, ctx.work / "corpus", console.say, config.bases,
             ctx.siblings.get(config.draft_of), before, config.against, bool(config.bootstrap),
         )  # fmt: skip
+    if config.yardstick and data and examples:
+        console.say(f"{config.title}: training the yardstick on {len(data['train']):,} examples")
+        found.append(yardstick.measure(config, data, examples, before))
+        console.say(f"{report.YARDSTICK}: {report.headline(found[-1].result)}")
     found = [bootstrap_intervals.with_intervals(scored, config.bootstrap, config.seed) for scored in found]
     compared: list[dict[str, Any]] = []
     if config.against:
@@ -144,18 +154,34 @@ def check_chosen(config: Config, chosen: Mapping[str, Any]) -> None:
         raise RequestError(f"eval: against: {config.against} is the target in draft_of and is not measured")
 
 
-def _examples(config: Config, paths: Iterable[Path]) -> Examples:
-    """Read the held-out examples on which the artifacts are measured, and print the number of rows per split."""
-    from llmctl.artifacts import artifact
-    from llmctl.data import splits
-    from llmctl.pipeline import console
+def tasks_of_data(config: Config, paths: Iterable[Path]) -> list[Task]:
+    """Return the tasks that the setting `tasks` names, or else the tasks of the artifacts.
 
+    Only these tasks read the data of the evaluation. If there is no such task, return [].
+    """
+    from llmctl.artifacts import artifact
+
+    if not config.reads_data:
+        return []
     tasks = [TASKS[t] for t in config.named_tasks]
     if config.probes_data or not tasks:
         tasks += [of(artifact.read_manifest(path)) for path in paths]
+    return tasks
+
+
+def _splits(config: Config, tasks: Sequence[Task]) -> Splits:
+    """Read the data for tasks, and print the number of rows per split."""
+    from llmctl.data import splits
+    from llmctl.pipeline import console
+
     labels, conversations = any(t.reads_labels for t in tasks), any(t.reads_conversations for t in tasks)
     loaded = splits.load(config.data, labels=labels, conversations=conversations)
     console.say(f"{config.title}: {loaded.describe()}")
+    return loaded
+
+
+def _examples(config: Config, loaded: Splits) -> Examples:
+    """Return the held-out examples on which the artifacts are measured."""
     examples = loaded[config.split]
     return examples.sample(config.examples) if config.examples else examples
 
