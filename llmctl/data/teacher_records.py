@@ -161,6 +161,8 @@ class Shard(BaseModel):
     numbers: list[Annotated[int, Field(ge=0, lt=2**63)]]
     bytes: int = Field(ge=0)
     sha256: str
+    tokens: int | None = None
+    """Number of tokens that a teacher read in these rows. Files of earlier versions have no such number."""
 
 
 class Description(BaseModel):
@@ -253,8 +255,14 @@ class Records:
         """Return whether the outputs for each of the keys `numbers_N` are stored, bool [N]."""
         return np.isin(numbers_N, self._sorted_R)
 
-    def add(self, numbers: Sequence[int], records: Sequence[bytes]) -> None:
-        """Write a new file of records, and then its description."""
+    @property
+    def tokens(self) -> int | None:
+        """Return the number of tokens that a teacher read in all rows, or None if a file has no such number."""
+        each = [shard.tokens for shard in self._shards]
+        return None if None in each else sum(n for n in each if n)
+
+    def add(self, numbers: Sequence[int], records: Sequence[bytes], tokens: int) -> None:
+        """Write a new file of records, and then its description with the number of tokens in these rows."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         file, note = (self._path(len(self._shards), suffix) for suffix in (".arrayrecord", ".json"))
@@ -262,7 +270,7 @@ class Records:
         for record in records:
             writer.write(record)
         writer.close()
-        shard = Shard(numbers=list(numbers), bytes=file.stat().st_size, sha256=checksums.of_file(file))
+        shard = Shard(numbers=list(numbers), bytes=file.stat().st_size, sha256=checksums.of_file(file), tokens=tokens)
         draft = containment.own(note.with_suffix(".draft"))
         draft.write_text(shard.model_dump_json())
         draft.replace(note)

@@ -199,7 +199,7 @@ def check(config: Any) -> None:
     for name, readers in unused.items():
         if name in given and not set(readers) & set(signals.inner):
             raise ValueError(f"{name}: no signal reads it; set signals.{readers[0]}")
-    for name in ("temperature", "divergence", "beta", "skew", "top_k"):
+    for name in ("divergence", "temperature", "beta", "skew", "top_k"):
         if name in given and signals.active and not signals.logits:
             raise ValueError(f"{name}: no signal reads it; set signals.logits")
     if config.mode == "sequence":
@@ -210,7 +210,7 @@ def check(config: Any) -> None:
         for name in ("top_k", "top_p"):
             if name in config.answers.model_fields_set and not config.answers.temperature:
                 raise ValueError(f"answers.{name}: restricts sampling; set answers.temperature above 0")
-        for name in ("temperature", "divergence", "beta", "skew", "top_k", "cache"):
+        for name in ("divergence", "temperature", "beta", "skew", "top_k", "cache"):
             if name in given and not signals.logits:
                 raise ValueError(f'{name}: mode = "sequence" reads it only if signals.logits is set')
     elif config.mode == "teacher_forced" and "answers" in given:

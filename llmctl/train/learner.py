@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,10 +14,11 @@ from llmctl.config.errors import RequestError
 from llmctl.data import padding
 from llmctl.data.device_batches import row_shapes
 from llmctl.data.pretraining.lm_corpus import check_epochs
-from llmctl.data.row_counts import with_steps
+from llmctl.data.row_counts import training_rows, with_steps
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
+from llmctl.evaluate.tasks.rows import RowSettings
 from llmctl.model import flops
 from llmctl.model.config import ModelConfig
 from llmctl.model.losses import COSINE_TEMPERATURE, Loss
@@ -26,6 +28,8 @@ from llmctl.train.validation import Further, Validation
 if TYPE_CHECKING:
     from llmctl.artifacts.workspace import Context
     from llmctl.config.settings import TrainConfig
+    from llmctl.data.pretraining.lm_corpus import Text
+    from llmctl.data.tokenizers.base import Tokenizer
 
 
 def selection_fields(task: Task, labels: Sequence[str] = ()) -> dict[str, Any]:
@@ -132,6 +136,40 @@ def with_length(config: Any, rows: Any) -> tuple[TrainConfig, list[str]]:
         check_epochs(settings.steps * settings.batch_size, total)
     passes = f"{config.train.epochs:g} epochs of {len(rows):,} rows"
     return settings, [f"{passes} in batches of {settings.batch_size}: {settings.steps:,} steps"]
+
+
+def rows_of(
+    config: Any,
+    learner: Learner,
+    text: Text,
+    split: str,
+    tokens: Tokenizer,
+    cache: Path,
+    *,
+    shuffle: bool,
+    needed: int = 0,
+) -> Any:
+    """Return the rows of a split for training or validation.
+
+    Args:
+      config: config of the training command, with `train`, `seed` and `truncate`.
+      learner: the model and its task.
+      text: the data.
+      split: "train" or "validation".
+      tokens: tokenizer.
+      cache: folder in which the tokens are stored.
+      shuffle: whether each epoch has another order.
+      needed: number of rows that are read; 0 if it is not known.
+    """
+    settings = RowSettings(config.train.seq_len, shuffle, config.seed, config.truncate)
+    return learner.task.stage_rows(learner.model, text, split, tokens, cache, settings, needed)
+
+
+def rows_of_splits(config: Any, learner: Learner, text: Text, tokens: Tokenizer, cache: Path) -> tuple[Any, Any]:
+    """Return (training rows, validation rows). The arguments are those of `rows_of`."""
+    needed = training_rows(config.train)
+    train = rows_of(config, learner, text, "train", tokens, cache, shuffle=True, needed=needed)
+    return train, rows_of(config, learner, text, "validation", tokens, cache, shuffle=False)
 
 
 def run(

@@ -92,7 +92,8 @@ def fit(
         say: list[str] = []
         checkpoints = stack.enter_context(Checkpoints(ctx.work / "checkpoints", train.keep, say.append))
         found = checkpoints.restore(runs.state)
-        state, meta = found or (runs.begin(runs.named), {"step": 0, "best": None, "best_step": None, "bad": 0})
+        fresh = {"step": 0, "tokens": 0, "best": None, "best_step": None, "bad": 0}
+        state, meta = found or (runs.begin(runs.named), fresh)
         for a in (*given.values(), *runs.named.values()):
             a.delete()
         report = stack.enter_context(
@@ -123,6 +124,8 @@ def fit(
         metrics = {"steps": meta["step"], **{f"validation_{k}": v for k, v in job.validate(params).items()}}
         if loop.best.keeps:
             metrics |= {"best_step": meta["best_step"]}
+        if (tokens := meta.get("tokens")) is not None:  # checkpoints of earlier versions have no such count
+            metrics |= {"tokens": tokens}
         if skips := int(state["skips"]):
             metrics |= {"skipped_steps": skips}
         loop.raise_if_stopped()
@@ -135,6 +138,11 @@ def _evaluated(state: State) -> Params:
     If `optim.ema` is set, these are the moving averages. Otherwise, these are the trained arrays.
     """
     return state.get("ema", state["params"])
+
+
+def _token_count(batch: Batch) -> Any:
+    """Return the number of tokens of a batch, without padding."""
+    return sum((a != 0).sum() for name, a in batch.items() if name.endswith("segments"))
 
 
 class _Loop:
@@ -177,7 +185,8 @@ class _Loop:
                 _, (batch, tokens) = next(batches)
                 begun = time.monotonic()
                 if self.job.prepare:
-                    batch = self.job.prepare(state["params"] | self.fixed, batch, done)
+                    given, batch = batch, self.job.prepare(state["params"] | self.fixed, batch, done)
+                    tokens = tokens if batch is given else int(_token_count(batch))
                 state, metrics = self.step(state, (self.fixed, self.job.constants), batch)
                 if compiled:
                     timer.tokens, timer.steps = timer.tokens + tokens, timer.steps + 1
@@ -192,6 +201,8 @@ class _Loop:
                 if done % train.log_every == 0 or last:
                     self.log(done, metrics, state, timer, batches.wait_seconds)
                 meta = {**meta, "step": done}
+                if "tokens" in meta:
+                    meta["tokens"] += tokens
                 if (train.eval_every and done % train.eval_every == 0) or (last and self.best.keeps):
                     try:
                         with timer.paused():
@@ -228,7 +239,7 @@ class _Loop:
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Batch, int]:
         """Copy a batch of host arrays to the devices, and return (device arrays, number of tokens without padding)."""
-        tokens = sum(int(np.count_nonzero(a)) for name, a in batch.items() if name.endswith("segments"))
+        tokens = int(_token_count(batch))
         # Each process counts its own rows and extrapolates to the rows of the others.
         return self.batches.place(batch), tokens * self.train.batch_size // len(next(iter(batch.values())))
 

@@ -20,7 +20,7 @@ from llmctl.train import step
 from llmctl.train.learner import Learner
 
 
-def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
+def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh, title: str = "train step") -> Program:
     """Return the training step as a Program: a function that JAX can trace and compile, with abstract arguments.
 
     Args:
@@ -28,6 +28,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
       learner: the model to train, with abstract arrays.
       rows: training rows. Only the shapes of the first row are used.
       mesh: the devices.
+      title: name of the program.
     """
     train = config.train
     job = training.job(config, learner, rows, validate=None, steps=train.steps)
@@ -42,7 +43,7 @@ def train_step(config: Any, learner: Learner, rows: Any, mesh: Mesh) -> Program:
     held = [state.pop("params"), state.pop("ema", ()), runs.fixed, job.constants]
     tokens = sum(a.shape[1] for name, a in batch.items() if name.endswith("tokens")) * train.batch_size
     return Program(
-        "train step",
+        title,
         learner.model,
         mesh,
         trace,

@@ -83,6 +83,8 @@ class TeacherCache:
         self._divergences = {"train": distillation.divergence(config), "validation": MOST_PROBABLE}
         self.judged: dict[str, float] = {}
         """Metrics of the teachers on the validation rows."""
+        self.tokens: int | None = None
+        """Number of tokens of the stored training rows. None if an earlier version, which did not count, wrote some."""
 
     def filled(
         self, rows: Any, unseen: Any, load: Callable[[], Sequence[Artifact]], say: Say
@@ -133,6 +135,7 @@ class TeacherCache:
                 records = {name: Records(self.folder, name, r.layout) for name, r in records.items()}
         assert found is not None
         self.judged = {name: float(value) for name, value in found.judged["values"].items()}
+        self.tokens = records["train"].tokens
         size, held = sum(r.bytes for r in records.values()), sum(len(w[0]) for w in wanted.values())
         say(f"cache in {self.folder}: outputs of the teacher for {held:,} rows; {size:,} bytes in all")
         return TaughtRows(rows, records["train"]), TaughtRows(unseen, records["validation"])
@@ -201,7 +204,7 @@ class TeacherCache:
             return batches.gather(batch, placed), placed
 
         made: list[bytes] = []
-        written = 0
+        written = tokens = 0
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(preemption.requests(self.mesh))
             stack.enter_context(meshes.use(self.mesh))
@@ -212,10 +215,11 @@ class TeacherCache:
                 for b in range(min(batches.size, len(number_N) - written - len(made))):
                     row = {name: a[b] for name, a in host.items()}
                     made.append(records.layout.encode({name: a[b] for name, a in found.items()}, row))
+                    tokens += sum(int(np.count_nonzero(a)) for name, a in row.items() if name.endswith("segments"))
                 if len(made) >= size or written + len(made) == len(number_N):
                     if processes.first():
-                        records.add(number_N[written : written + len(made)].tolist(), made)
-                    written, made = written + len(made), []
+                        records.add(number_N[written : written + len(made)].tolist(), made, tokens)
+                    written, made, tokens = written + len(made), [], 0
                     say(f"cache in {self.folder}: {written:,} of {len(number_N):,} {records.name} rows written")
                     if stop.requested(now=True):
                         raise Interrupted(f"{title}: stopped while writing the cache; the same command goes on there")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.model import functional
 from llmctl.train import fake_quantize
+from llmctl.train.distill_settings import reads_teacher
 from llmctl.train.validation import Validation
 
 if TYPE_CHECKING:
@@ -92,6 +93,27 @@ def _validation(config: Any, loss: Any, held_out: Validation) -> Validation:
     """Return a Validation that computes the metrics of `loss` on the rows of `held_out`."""
     train = config.train
     return Validation(loss, held_out.rows, train.batch_size, train.eval_batches, held_out.mesh)
+
+
+def spent(config: Any, teachers: Sequence[Artifact], metrics: Mapping[str, Any], cached: int | None) -> dict[str, Any]:
+    """Return {"teacher_tokens": number of tokens that the teachers read for training or generated}.
+
+    Tokens of validation rows do not count. If the number is not known, return {}.
+
+    Args:
+      config: config of the stage `distill`.
+      teachers: the teachers.
+      metrics: metrics of the training: "tokens" that the student was trained on, and "answer_tokens" that the teacher
+        generated.
+      cached: number of tokens of the training rows in the cache. These tokens are read once for all students.
+
+    >>> from types import SimpleNamespace
+    >>> online = SimpleNamespace(mode="teacher_forced", cache="")
+    >>> spent(online, ["one", "two"], {"tokens": 1000}, None)
+    {'teacher_tokens': 2000}
+    """
+    read = 0 if not reads_teacher(config) else cached if config.cache else metrics.get("tokens")
+    return {} if read is None else {"teacher_tokens": metrics.get("answer_tokens", 0) + len(teachers) * read}
 
 
 def sentence(metrics: dict[str, Any]) -> str:

@@ -87,8 +87,9 @@ def test_files_are_added_read_and_checked(tmp_path):
     for part in ([4, 0], [2]):
         batch = rows.batch(np.array(part))
         made = [LAYOUT.encode(outputs(), {n: a[b] for n, a in batch.items()}) for b in range(len(part))]
-        records.add(part, made)
+        records.add(part, made, 5 * len(part))
     again = Records(tmp_path, "train", LAYOUT)
+    assert again.tokens == 15
     assert again.has(np.array([0, 1, 2, 3, 4])).tolist() == [True, False, True, False, True]
     taught = TaughtRows(rows, again)
     batch = taught.batch(np.array([2, 4, 0]))
@@ -98,8 +99,10 @@ def test_files_are_added_read_and_checked(tmp_path):
     file = tmp_path / "train-00000.arrayrecord"
     assert again.bytes == sum(p.stat().st_size for p in tmp_path.glob("*.arrayrecord"))
     note = tmp_path / "train-00001.json"
-    note.write_text(note.read_text().replace("[2]", "[3]"))  # the row of another number
+    # The row of another number, and a file of an earlier version, which has no count of tokens.
+    note.write_text(note.read_text().replace("[2]", "[3]").replace('"tokens":5', '"tokens":null'))
     moved = Records(tmp_path, "train", LAYOUT)
+    assert moved.tokens is None
     with pytest.raises(RequestError, match=r"the record of train row 3 is not usable \(it belongs to another row\)"):
         moved.read(np.array([3]), rows.batch(np.array([0])))
     content = bytearray(file.read_bytes())

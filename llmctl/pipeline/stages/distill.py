@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from llmctl.artifacts.workspace import Context
-from llmctl.config.errors import RequestError
 from llmctl.config.settings import OptimConfig, TrainConfig
-from llmctl.data.class_names import numbers_hint
 from llmctl.data.config import DataConfig, Truncate
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline.stage import StageConfig
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from llmctl.artifacts.artifact import Artifact
-    from llmctl.data.pretraining.lm_corpus import Text
-    from llmctl.data.tokenizers.loading import Tokenizer
     from llmctl.pipeline.stage import Programs
     from llmctl.train.learner import Learner
 
@@ -43,6 +39,7 @@ class Config(StageConfig):
     added: ClassVar[frozenset[str]] = frozenset(
         {"fake_quantize", "sparsify", "divergence", "beta", "skew", "top_k", "signals", "layer_map", "hidden_distance"}
         | {"relation_heads", "student", "teachers", "cache", "mode", "answers", "on_policy_fraction"}
+        | {"compare_without_teacher"}
     )
     unkeyed: ClassVar[frozenset[str]] = StageConfig.unkeyed | {"cache"}
 
@@ -69,7 +66,8 @@ class Config(StageConfig):
     data: DataConfig = DataConfig()
     """Training examples, with the columns that the stage `finetune` needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
-    """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer."""
+    """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer. For the
+    divergence total_variation, the default is 1. It should be the temperature at which the draft samples."""
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew", "total_variation"] = "forward"
@@ -117,11 +115,22 @@ class Config(StageConfig):
     """Settings of pruning during training."""
     fake_quantize: FakeQuantizeConfig = FakeQuantizeConfig()
     """Settings of quantization-aware training."""
+    compare_without_teacher: bool = False
+    """Also train the same student on the labels of the data alone, with the same settings and seed. The artifact then
+    has both learning curves (curves.json) and the metrics of both students. Doubles the time of training."""
 
     @property
     def makes_model(self) -> bool:
         """Return whether the student is a new model or a copy of layers of the teacher."""
         return self.model is not None or self.student.active
+
+    @model_validator(mode="before")
+    @classmethod
+    def _temperature_of_a_draft(cls, values: Any) -> Any:
+        # A sampled token is accepted with the probability 1 - total variation, at the temperature of sampling.
+        if isinstance(values, dict) and values.get("divergence") == "total_variation":
+            return {"temperature": 1.0, **values}
+        return values
 
     @field_validator("answers")
     @classmethod
@@ -146,13 +155,13 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     """Train the student and write its artifact to `ctx.out`."""
     from llmctl.artifacts import artifact
     from llmctl.data.pretraining.lm_corpus import Text
-    from llmctl.data.row_counts import training_rows
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.evaluate.tasks.registry import distilled
     from llmctl.model.generate.continuations import end_ids
     from llmctl.pipeline import console
-    from llmctl.train import distillation, learner, teacher_answers, teacher_cache, teacher_comparison
+    from llmctl.train import distillation, distillation_data, learner, teacher_answers, teacher_cache, without_teacher
+    from llmctl.train import teacher_comparison as comparison
     from llmctl.train.signal_schedules import ScheduledRows
     from llmctl.train.student_samples import StudentSamples
 
@@ -168,41 +177,42 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     loaded = reads_arrays(config) or config.student.active
     teachers = load() if loaded else [artifact.abstract(path, devices) for path in ctx.siblings.values()]
     teacher = teachers[0]
-    student = teacher if config.student.active else None
-    if parent and config.model is None and not student:
-        student = artifact.load(parent, devices, bases=config.bases)
-    learns = distillation.make_learner(config, teachers, student, devices)
+
+    def made() -> tuple[Artifact | None, Learner]:
+        begins = teacher if config.student.active else None
+        if parent and config.model is None and not begins:
+            begins = artifact.load(parent, devices, bases=config.bases)
+        return begins, distillation.make_learner(config, teachers, begins, devices)
+
+    student, learns = made()
     words = (student or teacher if config.mode == "sequence" else teacher).tokenizer_dir
     tokens = loading.load(words)
     text = Text(config.data, learns.task.reads_labels, learns.task.reads_conversations)
     for line in text.describe():
         say(line)
-    if teacher.manifest.labels and list(text.classes) != teacher.manifest.labels:
-        advice = numbers_hint(text.classes, teacher.manifest.labels)
-        raise RequestError(
-            f"data: classes {list(text.classes)} are not the teacher's {teacher.manifest.labels}{advice}"
-        )
-
+    distillation_data.check(config, learns, teacher, text)
     samples = None
     if config.mode == "on_policy":
-        if not learns.task.reads_conversations and not {"prompt", "completion"} <= set(text.columns):
-            raise RequestError('mode = "on_policy": the data has no prompts with completions; map them in data.columns')
         samples = StudentSamples.of(config, learns.model, devices, tokens, end_ids(words, tokens))
-    spent = {}
+
+    answered, labelled = {}, text
     if config.mode == "sequence":
         answers = teacher_answers.TeacherAnswers(config, ctx, teacher, text, devices)
         text = answers.added(lambda: (teachers if loaded else load())[0], say)
-        spent = answers.metrics
+        answered = answers.metrics
 
-    corpus = ctx.work / "corpus"
-    needed = training_rows(config.train)
-    learn = _rows(config, learns, text, "train", tokens, corpus, shuffle=True, needed=needed)
-    unseen = _rows(config, learns, text, "validation", tokens, corpus, shuffle=False)
-    judged = None
+    learn, unseen = own = learner.rows_of_splits(config, learns, text, tokens, ctx.work / "corpus")
+    judged = cached = None
     if config.cache:
         cache = teacher_cache.TeacherCache(config, ctx, learns, teachers, devices, tokens, text)
         learn, unseen = cache.filled(learn, unseen, (lambda: teachers) if loaded else load, say)
-        judged = cache.judged
+        judged, cached = cache.judged, cache.tokens
+    alone = {}
+    if config.compare_without_teacher:
+        if labelled is not text:
+            own = learner.rows_of_splits(config, learns, labelled, tokens, ctx.work / "labelled")
+        alone = without_teacher.trained(config, ctx, devices, learns, *own)
+        student, learns = made()  # the arrays of the first training were donated
     if config.signals.schedules:
         learn = ScheduledRows(learn, config, learner.with_length(config, learn)[0].steps)
     if samples:
@@ -211,9 +221,16 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen)
     beside = {}
     if reads_teacher(config):
-        beside = teacher_comparison.compared(config, learns, teachers, params, held_out, judged)
-    if line := teacher_comparison.sentence(beside):
+        beside = comparison.compared(config, learns, teachers, params, held_out, judged)
+    if line := comparison.sentence(beside):
         say(line)
+    metrics |= answered
+    metrics |= comparison.spent(config, teachers, metrics, cached)
+    files: list[Path] = []
+    if alone:
+        files, alone = without_teacher.report(config, ctx, learns, metrics, alone, say)
+        console.note(without_teacher.table(metrics, alone))
+        metrics["without_teacher"] = alone
     origin = student or teacher
     ctx.save(
         config,
@@ -225,8 +242,9 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         fitted=learner.fitted(config, learns, params, held_out),
         generation=artifact.generation_settings(teacher.manifest),
         pruned=config.sparsify.pruned or (None if student else False),
-        metrics=metrics | beside | spent | distillation.named_teachers(teachers),
+        metrics=metrics | beside | distillation.named_teachers(teachers),
         tokenizer_dir=words,
+        beside=files,
     )
 
 
@@ -236,6 +254,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.data.examples import synthetic
     from llmctl.evaluate.tasks.registry import distilled
     from llmctl.train import distillation, learned_scales, learner, programs, teacher_answers, teacher_outputs
+    from llmctl.train import without_teacher as labels_alone
     from llmctl.train.signal_schedules import ScheduledRows
     from llmctl.train.student_samples import StudentSamples
 
@@ -247,7 +266,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     prompts = config.mode != "teacher_forced" and not learns.task.reads_conversations
     columns = ("prompt", "completion") if prompts else learns.task.columns
     text = synthetic.SyntheticText(config.data, columns, config.train.seq_len, labels)
-    rows = _rows(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
+    rows = learner.rows_of(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     params = learned_scales.as_saved(config.fake_quantize, abstract_artifact.masters(learns.params))
     task, origin = distilled(teacher.manifest), student or teacher
     left = abstract_artifact.abstract_result(
@@ -256,32 +275,17 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         pruned=config.sparsify.pruned or (None if student else False),
     )  # fmt: skip
     before = teacher_answers.programs(config, teacher, mesh) if config.mode == "sequence" else []
+    plain = rows
     if config.cache:
         stored, rows = teacher_outputs.program(config, learns, teachers, rows, mesh)
         before.append(stored)
     if config.signals.schedules:
         rows = ScheduledRows(rows, config, config.train.steps)
     found = [*before, programs.train_step(config, learns, rows, mesh)]
+    if config.compare_without_teacher:
+        found.append(programs.train_step(config, labels_alone.learner_of(learns), plain, mesh, labels_alone.TITLE))
     if config.mode == "on_policy":
         samples = StudentSamples.of(config, learns.model, mesh, synthetic.TOKENIZER, ())
         job = learner.job(config, learns, rows, validate=None, steps=config.train.steps)
         found.append(samples.program(job, rows))
     return found, left
-
-
-def _rows(
-    config: Config,
-    learns: Learner,
-    text: Text,
-    split: str,
-    tokens: Tokenizer,
-    cache: Path,
-    *,
-    shuffle: bool,
-    needed: int = 0,
-) -> Any:
-    """Return the training or validation rows of `split`. The tokens are stored in the folder `cache`."""
-    from llmctl.evaluate.tasks.rows import RowSettings
-
-    settings = RowSettings(config.train.seq_len, shuffle, config.seed, config.truncate)
-    return learns.task.stage_rows(learns.model, text, split, tokens, cache, settings, needed)

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from llmctl.artifacts.artifact import Artifact
     from llmctl.artifacts.manifest import Manifest
     from llmctl.data.pretraining.lm_corpus import Text
-    from llmctl.data.tokenizers.loading import Tokenizer
-    from llmctl.model.config import ModelConfig
     from llmctl.pipeline.stage import Programs
 
 
@@ -170,7 +168,6 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
 
     from llmctl.artifacts import artifact
     from llmctl.data.pretraining.lm_corpus import Text
-    from llmctl.data.row_counts import training_rows
     from llmctl.data.tokenizers import loading
     from llmctl.distributed import mesh
     from llmctl.model import weights
@@ -199,12 +196,9 @@ def _finetune(config: Config, parent: Path, ctx: Context) -> None:
     for line in task_head.notices(config, base, labels, learns.model):
         console.say(f"{config.title}: {line}")
 
-    cache = ctx.work / "corpus"
-    needed = training_rows(config.train)
-    learn = _rows(config, learns.model, text, "train", tokens, cache, shuffle=True, needed=needed)
+    learn, unseen = learner.rows_of_splits(config, learns, text, tokens, ctx.work / "corpus")
     learn = learn.balanced() if config.regularize.balance else learn
     method.check_rows(config, learns.model, learn)
-    unseen = _rows(config, learns.model, text, "validation", tokens, cache, shuffle=False)
     further = task.validator(learns.model, text, tokens, own, config.train, end_ids(tokenizer_dir, tokens))
     params, metrics, held_out = learner.run(config, ctx, devices, learns, learn, unseen, further)
     params = method.finish(config, params)
@@ -241,7 +235,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     from llmctl.artifacts import abstract_artifact
     from llmctl.data.examples import synthetic
     from llmctl.model import functional, weights
-    from llmctl.train import finetuning, learned_scales, programs
+    from llmctl.train import finetuning, learned_scales, learner, programs
 
     base = required(config, base)
     seq_len = config.train.seq_len
@@ -250,7 +244,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
     text = synthetic.SyntheticText(config.data, TASKS[config.task].columns, seq_len, names)
     labels = _labels(config, text)
     learns = programs.abstractly(mesh, lambda b: finetuning.make_learner(config, b or base, labels, mesh), base)
-    rows = _rows(config, learns.model, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
+    rows = learner.rows_of(config, learns, text, "train", synthetic.TOKENIZER, Path(), shuffle=False)
     merges = METHODS[config.method].merges(config)
     params = abstract_artifact.masters(learns.params, learns.job_fields["trains"])
     params = jax.eval_shape(weights.merge_adapters, params) if merges else params
@@ -268,24 +262,6 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
         generating = learns.task.generation_programs(learns.model, learns.params, config.generation, mesh, **sizes)
     found = [step, *(programs.beside(step, program) for program in generating)]
     return [replace(program, steps=program.steps * config.seeds) for program in found], left
-
-
-def _rows(
-    config: Config,
-    model: ModelConfig,
-    text: Text,
-    split: str,
-    tokens: Tokenizer,
-    cache: Path,
-    *,
-    shuffle: bool,
-    needed: int = 0,
-) -> Any:
-    """Return the training or validation rows of `split`. The tokens are stored in the folder `cache`."""
-    from llmctl.evaluate.tasks.rows import RowSettings
-
-    settings = RowSettings(config.train.seq_len, shuffle, config.seed, config.truncate)
-    return TASKS[config.task].stage_rows(model, text, split, tokens, cache, settings, needed)
 
 
 def _labels(config: Config, text: Text) -> list[str]:

@@ -66,6 +66,8 @@ def test_a_cached_teacher_teaches_as_a_loaded_one(kind, tmp_path, monkeypatch):
     same(cached, online)
     metrics = [{k: v for k, v in made.manifest.metrics.items() if "seconds" not in k} for made in (cached, online)]
     metrics[1].pop("validation_acceptance", None)  # needs all probabilities of the teacher
+    read = [made.pop("teacher_tokens") for made in metrics]
+    assert 0 < read[0] <= read[1] == metrics[1]["tokens"]  # an example is stored once, for several epochs
     for name, value in metrics[1].items():
         assert metrics[0][name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
     files = contents(tmp_path / "cache")
@@ -109,14 +111,15 @@ def test_a_killed_cache_goes_on_at_its_file(tmp_path, monkeypatch, untrained):
     whole = contents(tmp_path / "whole")
     assert sum(name.startswith("train") and name.endswith(".json") for name in whole) == 4
     described = json.loads(whole["train-00001.json"])
+    assert 16 < described["tokens"] <= 16 * 16
     assert described["numbers"] == list(range(16, 32)) and described["bytes"] == len(whole["train-00001.arrayrecord"])
     add = teacher_records.Records.add
 
-    def killed(self, numbers, records):
+    def killed(self, numbers, records, tokens):
         if numbers[0] == 32:
             (self.folder / "train-00002.arrayrecord").write_bytes(b"a part of it")
             raise KeyboardInterrupt
-        add(self, numbers, records)
+        add(self, numbers, records, tokens)
 
     monkeypatch.setattr(teacher_records.Records, "add", killed)
     given["cache"] = str(tmp_path / "killed")
@@ -124,7 +127,9 @@ def test_a_killed_cache_goes_on_at_its_file(tmp_path, monkeypatch, untrained):
         tiny.go(tmp_path / "run", teacher, student, **given)
     assert len(list((tmp_path / "killed").glob("train-*.json"))) == 2
     began = []
-    monkeypatch.setattr(teacher_records.Records, "add", lambda self, n, r: (began.append(n[0]), add(self, n, r)))
+    monkeypatch.setattr(
+        teacher_records.Records, "add", lambda self, n, *rest: (began.append(n[0]), add(self, n, *rest))
+    )
     fill(tmp_path, teacher, student, **given)
     assert contents(tmp_path / "killed") == whole and began[:2] == [32, 48]
     longer = given | {"train": given["train"].model_copy(update={"steps": 9})}
