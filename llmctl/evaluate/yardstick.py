@@ -53,6 +53,7 @@ class TfidfClassifier:
         Raises:
             RequestError: If the texts have no terms, or the labels have fewer than two classes.
         """
+        from scipy.sparse import hstack
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
@@ -61,13 +62,13 @@ class TfidfClassifier:
         lowest = 2 if len(examples) >= RARE_FROM else 1
         self.vectorizers = [TfidfVectorizer(min_df=lowest, sublinear_tf=True, **TERMS[terms]) for _ in self.columns]
         try:
-            for vectorizer, column in zip(self.vectorizers, self.columns, strict=True):
-                vectorizer.fit(examples.texts(column))
-                vectorizer.idf_ = vectorizer.idf_.astype(np.float32)
-            features = self._features([list(examples.texts(c)) for c in self.columns])
+            pairs = zip(self.vectorizers, self.columns, strict=True)
+            features = hstack([v.fit_transform(examples.texts(c)) for v, c in pairs], format="csr")
             self.regression = LogisticRegression(C=INVERSE_PENALTY, max_iter=300).fit(features, examples.labels)
         except ValueError as e:
             raise RequestError(f"yardstick: cannot be trained on the train split: {e}") from None
+        for vectorizer in self.vectorizers:
+            vectorizer.idf_ = vectorizer.idf_.astype(np.float32)
         for name in ("coef_", "intercept_"):
             setattr(self.regression, name, getattr(self.regression, name).astype(np.float32))
 
