@@ -35,7 +35,7 @@ JAX_FREE = (
     *("train.distill_settings", "train.finetune_settings"),
     *(f"train.robust.{name}" for name in ("settings", "registry", "adversary", "fgm", "pgd", "freelb", "smart")),
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry", "evaluate.probes"),
-    *(f"evaluate.robustness.{name}" for name in ("probe", "settings")),
+    *(f"evaluate.robustness.{name}" for name in ("probe", "settings", "perturbations", "synonyms")),
     *(
         "compress.calibration.settings",
         "compress.pruning.scores",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def scoring(
         setup = measurements.probe_setup(config, mesh, Path(name), chosen[name].manifest)
         settings = measurements.probe_settings(config, probe)
         probe.check_model(chosen[name].manifest, settings, name)
-        programs += probe.programs(chosen[name], data, setup, settings)
+        programs += probe.programs(name, chosen[name], data, setup, settings)
     if not config.measures_task:
         return programs
     tasks = [TASKS[task] for task in config.named_tasks] or [of(chosen[name].manifest)]
@@ -65,7 +65,10 @@ def scoring(
         acceptance.check_tasks(tasks, name)
     setup = measurements.setup(config, mesh, Path(name), chosen[name].manifest)
     for task in tasks:
-        programs.append(_program(config, data, name, chosen, setup, task))
+        title = f"scoring of {name}" + (f" on {task.title}" if len(config.named_tasks) > 1 else "")
+        others = [other for other in chosen.values() if other is not chosen[name]] if config.speed else []
+        task.check_model(chosen[name].model, name)
+        programs.append(of_task(title, chosen[name], data, setup, task, [other.params for other in others]))
         if target:
             programs.append(_acceptance(data, name, chosen[name], target, setup, task))
         sizes = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}
@@ -108,21 +111,29 @@ def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> P
     )
 
 
-def _program(
-    config: MeasureConfig, data: DataConfig, name: str, chosen: Mapping[str, Artifact], setup: Setup, task: Task
+def of_task(
+    title: str, artifact: Artifact, data: DataConfig, setup: Setup, task: Task, others: Sequence[Any] = ()
 ) -> Program:
-    model, params, mesh = chosen[name].model, chosen[name].params, setup.mesh
-    task.check_model(model, name)
-    step, batch = task.scorer(model, setup.dtype), _batch(data, task, model, setup)
+    """Return the program that scores a batch of a task.
+
+    Args:
+        title: Title of the program.
+        artifact: Artifact with abstract arrays.
+        data: Data settings, which determine the columns of a batch.
+        setup: Settings of the measurement.
+        task: The task.
+        others: Parameters of other artifacts that are in memory at the same time.
+    """
+    model, params, mesh = artifact.model, artifact.params, setup.mesh
+    step, batch = task.scorer(model, setup.dtype), example_batch(data, task, model, setup)
     tokens = sum(a.size for key, a in batch.items() if key in ("tokens", "encoder_tokens"))
-    others = [other.params for other in chosen.values() if other.params is not params] if config.speed else []
 
     def trace() -> Any:
         with meshes.use(mesh), attention_kernels.use("auto"):
             return step.trace(params, batch)
 
     return Program(
-        f"scoring of {name}" + (f" on {task.title}" if len(config.named_tasks) > 1 else ""),
+        title,
         model,
         mesh,
         trace,
@@ -131,9 +142,9 @@ def _program(
         rows=setup.batch_size,
         seq_len=setup.seq_len,
         dtype=setup.dtype,
-        parameters=[params, others],
+        parameters=[params, list(others)],
         batch=batch,
-        beside=others,
+        beside=list(others),
         work=Pass(written=batch["tokens"].shape[1] if "encoder_tokens" in batch else 0),
     )
 
@@ -159,7 +170,7 @@ def _acceptance(data: DataConfig, name: str, draft: Artifact, target: Artifact, 
     )  # fmt: skip
 
 
-def _batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+def example_batch(data: DataConfig, task: Task, model: ModelConfig, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """Return an abstract batch of the task: shapes, dtypes and shardings of its arrays, by name."""
     text = synthetic.SyntheticText(data, task.columns, setup.seq_len)
     row = task.rows(model, text.splits["train"], synthetic.TOKENIZER, RowSettings(setup.seq_len))[0]

@@ -112,9 +112,14 @@ class MeasureConfig(Config):
         return bool(self.named_tasks) or not (self.tasks or self.harness)
 
     @property
-    def probes_data(self) -> bool:
-        """Return whether a probe reads the data of the evaluation, with the columns of each artifact's own task."""
-        return any(PROBES[name].reads_data for name in self.named_probes)
+    def tasks_on_data(self) -> list[str]:
+        """Return the names of the tasks whose columns the evaluation reads from its data; "" is an artifact's own task.
+
+        Probes read the columns of the task that their section names in its field `task`.
+        """
+        probes = [probe for probe in map(PROBES.__getitem__, self.named_probes) if probe.reads_data]
+        of_probes = [getattr(getattr(self, probe.section, None), "task", "") for probe in probes]
+        return [*(self.named_tasks or [""] * self.measures_task), *of_probes]
 
     @field_validator("tasks")
     @classmethod

@@ -28,6 +28,7 @@ from llmctl.config.base import Config, read_toml
 from llmctl.config.errors import RequestError
 from llmctl.config.validation import validate
 from llmctl.data import splits
+from llmctl.data.changed_source import ChangedSource
 from llmctl.data.config import DataConfig, Split
 from llmctl.data.source import Row, Source
 from llmctl.data.splits import Examples
@@ -159,30 +160,7 @@ def _solved(file: str, config: TaskFile, examples: Examples) -> str:
     return "".join(parts)
 
 
-class _Wrapped(Source):
-    """Change the rows of a source when they are read."""
-
-    def __init__(self, source: Source) -> None:
-        self._source, self.columns, self.names = source, source.columns, source.names
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, i: int) -> Row:
-        return self._source[i] | self.changed(self._source[i])
-
-    def has(self, column: str) -> bool:
-        return self._source.has(column)
-
-    def where(self, i: int) -> str:
-        return self._source.where(i)
-
-    def changed(self, row: Row) -> Row:
-        """Return the changed columns of a row, by name."""
-        raise NotImplementedError
-
-
-class _Prompted(_Wrapped):
+class _Prompted(ChangedSource):
     """Put a text before each prompt."""
 
     def __init__(self, source: Source, text: str) -> None:
@@ -193,7 +171,7 @@ class _Prompted(_Wrapped):
         return {"prompt": self._text + row["prompt"]}
 
 
-class _Spaced(_Wrapped):
+class _Spaced(ChangedSource):
     """Put a text before each choice."""
 
     def __init__(self, source: Source, text: str) -> None:

@@ -90,8 +90,8 @@ def _tasks(recipe: Recipe, step: Step) -> list[str]:
         named = [_distilled(recipe, step)]
     else:
         named = [_learned(recipe, read) for read in step.others.values() or [step.parent]]
-    own: list[str] = list(getattr(step.config, "named_tasks", ()))
-    return own if own and not getattr(step.config, "probes_data", False) else [*own, *(task for task in named if task)]
+    chosen: list[str] = list(getattr(step.config, "tasks_on_data", [""]))
+    return [task for name in chosen for task in ([name] if name else named) if task]
 
 
 def _distilled(recipe: Recipe, step: Step) -> str:

@@ -64,6 +64,9 @@ class Metric:
         return self.format.format(value * self.scale)
 
 
+UNDER = "_under_"
+"""Part of the name of a metric on changed inputs: METRIC_under_CHANGE, such as accuracy_under_typos."""
+
 _OWN = (
     Metric("accuracy", "accuracy", "maximize", "{:.2%}", table="run"),
     Metric("micro_f1", "micro F1", "maximize", table="run", unless="accuracy"),
@@ -109,6 +112,10 @@ _OWN = (
     Metric("acceptance", "acceptance as a draft", "maximize", "{:.2%}", table="file"),
     Metric("greedy_acceptance", "greedy acceptance as a draft", "maximize", "{:.2%}", table="file"),
     Metric("retained", "share of the teacher's metric", "maximize", "{:.2%}", table="none"),
+    Metric("flips", "changed predictions", "minimize", "{:.2%}", table="none"),
+    Metric("shift", "mean change of predictions", "minimize", "{:.4g}", "the label's unit", table="none"),
+    Metric("changed", "changed texts", "neither", "{:.2%}", table="none"),
+    Metric("edits", "substitutions per attacked text", "maximize", "{:.2f}", table="none"),
     Metric("hidden", "distance of hidden states", "minimize", table="none"),
     Metric("relations", "divergence of relations", "minimize", unit="nats", table="none"),
     Metric("embeddings", "distance of embeddings", "minimize", table="none"),
@@ -125,10 +132,15 @@ METRICS: Registry[Metric] = Registry("metric", {m.name: m for m in _OWN})
 def find(name: str) -> Metric | None:
     """Return the registered metric called `name`, or None if there is no such metric.
 
-    If the name has the prefix `validation_`, the title of the returned metric begins with "val.".
+    If the name has the prefix `validation_`, the title of the returned metric begins with "val.". If the name has the
+    form METRIC_under_CHANGE, the title is that of the metric followed by "under" and the change.
     """
     if name in METRICS:
         return METRICS[name]
+    metric, under, change = name.partition(UNDER)
+    if under and metric in METRICS:
+        title = f"{METRICS[metric].title} under {change.replace('_', ' ')}"
+        return dataclasses.replace(METRICS[metric], name=name, title=title)
     bare = name.removeprefix(VALIDATION)
     if bare in (name, "") or bare not in METRICS:
         return None

@@ -51,7 +51,7 @@ class Probe:
     """Field of `MeasureConfig` with the settings of the probe; empty if the probe has no settings."""
     reads_data: ClassVar[bool] = True
     """Whether the probe reads the held-out examples of the evaluation. The examples have the columns of the task that
-    the artifact was trained for."""
+    the artifact was trained for or, if the settings have a field `task` that is not empty, of that task."""
     compares: ClassVar[bool] = True
     """Whether `measure` returns values per example, which a paired comparison needs."""
 
@@ -85,6 +85,16 @@ class Probe:
         """
         raise NotImplementedError
 
-    def programs(self, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any) -> Sequence[Program]:
-        """Return the compiled programs of the probe for `llmctl plan`; the artifact has abstract arrays."""
+    def programs(
+        self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
+    ) -> Sequence[Program]:
+        """Return the compiled programs of the probe for `llmctl plan`.
+
+        Args:
+            name: Name of the artifact, for the titles of the programs.
+            artifact: Artifact with abstract arrays.
+            data: Data settings, which determine the columns of a batch.
+            setup: Sequence length, batch size, dtype and mesh.
+            settings: Settings of the probe.
+        """
         return []

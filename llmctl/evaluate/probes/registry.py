@@ -14,7 +14,7 @@ from llmctl.evaluate.probes.base import Probe
 PROBES: Registry[Probe] = Registry(
     "probe",
     {
-        "robustness": "llmctl.evaluate.robustness.probe:PROBE",
+        "robustness": "llmctl.evaluate.robustness.probe:ROBUSTNESS",
     },
 )
 """Probes by name."""

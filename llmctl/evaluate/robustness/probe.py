@@ -1,4 +1,4 @@
-"""Measure robustness: the metrics of a task on changed texts, and the fraction of predictions that change."""
+"""Define the probes `robustness` and `attack`."""
 
 from __future__ import annotations
 
@@ -6,60 +6,68 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.probes.base import Probe
+from llmctl.evaluate.robustness import synonyms
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmctl.artifacts.artifact import Artifact
     from llmctl.artifacts.manifest import Manifest
+    from llmctl.data.config import DataConfig
     from llmctl.evaluate.setup import Held, Measured, Setup
+    from llmctl.evaluate.tasks.base import Task
+    from llmctl.model.program import Program
 
 
 class Robustness(Probe):
-    """Measure accuracy on texts in upper case, and the flip rate: the fraction of predictions that change."""
+    """Measure a task on changed texts: its main metric, and the fraction of predictions that change (flip rate)."""
 
     name = "robustness"
     title = "robustness"
     section = "robustness"
 
+    def task(self, manifest: Manifest, settings: Any) -> Task:
+        """Return the task that is measured."""
+        from llmctl.evaluate.tasks import registry
+
+        return registry.TASKS[settings.task] if settings.task else registry.of(manifest)
+
     def check_model(self, manifest: Manifest, settings: Any, where: str) -> None:
-        """Check that the artifact is a classifier.
+        """Check that the task has predictions per text, that the model suits it, and that the synonyms can be read.
 
         Raises:
-            RequestError: If the artifact has another task.
+            RequestError: If not.
         """
-        from llmctl.evaluate.tasks.registry import of
+        task = self.task(manifest, settings)
+        if not task.perturbs:
+            raise RequestError(
+                f"{where}: tasks: 'robustness' changes the texts of classify, multilabel, regress and choice, not of "
+                f"task {task.name!r}; robustness.task names another one"
+            )
+        task.check_model(manifest.model, where)
+        if "synonyms" in settings.changes:
+            synonyms.read(settings.synonyms)
 
-        if (task := of(manifest)).name != "classify":
-            raise RequestError(f"{where}: task 'robustness' needs a model of task classify, this model has {task.name}")
+    def definition(self, settings: Any) -> Any:
+        """Return the settings and the digest of the synonyms."""
+        known = synonyms.digest(synonyms.read(settings.synonyms)) if "synonyms" in settings.changes else ""
+        return [settings.model_dump(exclude={"synonyms"}), known]
 
     def measure(self, artifact: Artifact, held: Held | None, setup: Setup, settings: Any) -> Measured:
-        """Classify each text, and the text in upper case."""
-        import numpy as np
-
-        from llmctl.evaluate.metrics.classification import wilson_interval
-        from llmctl.evaluate.predict import Predictor
-        from llmctl.evaluate.setup import Measured, label_map
+        """Measure the task on the original texts, and on the texts after each change."""
+        from llmctl.evaluate.robustness import measurement
 
         assert held is not None
-        known, rows = artifact.manifest.labels, list(held.examples)
-        label_N = label_map(held.examples.classes, known, str(artifact.path))[held.examples.labels]
-        predictor = Predictor(artifact, setup.batch_size, setup.seq_len, setup.dtype)
+        return measurement.measure(self.task(artifact.manifest, settings), artifact, held, setup, settings)
 
-        def predicted(change: Any) -> np.ndarray:
-            found = predictor.predictions([{**row, "text": change(row["text"])} for row in rows])
-            return np.stack(found).argmax(-1)
+    def programs(
+        self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
+    ) -> Sequence[Program]:
+        """Return the program that scores a batch, which is that of the task."""
+        from llmctl.evaluate import programs
 
-        clean_N, upper_N = predicted(str), predicted(str.upper)
-        values = {
-            "accuracy": clean_N == label_N,
-            "accuracy_upper": upper_N == label_N,
-            "flips_upper": clean_N != upper_N,
-        }
-        metrics: dict[str, Any] = {}
-        for name, value_N in values.items():
-            low, high = wilson_interval(int(value_N.sum()), len(value_N))
-            metrics |= {name: float(value_N.mean()), f"{name}_low": low, f"{name}_high": high}
-        protocol = f"{held.split} split, {len(rows)} examples, {setup.seq_len} tokens, {setup.dtype}"
-        return Measured(self.title, protocol, metrics, values=values)
+        task = self.task(artifact.manifest, settings)
+        return [programs.of_task(f"robustness of {name}", artifact, data, setup, task)]
 
 
-PROBE = Robustness()
+ROBUSTNESS = Robustness()

@@ -50,6 +50,7 @@ class Choice(Task):
     reads = ()
     answers = False
     asks = ("prompt", "choices")
+    perturbs = ("prompt",)
     text_field = "answer"
     peft_type = "FEATURE_EXTRACTION"
 
@@ -207,7 +208,7 @@ class Choice(Task):
         right_N = total_NK.argmax(-1) == label_N
         low, high = wilson_interval(int(right_N.sum()), len(right_N))
         metrics = {"accuracy": float(np.mean(right_N)), "accuracy_low": low, "accuracy_high": high}
-        values = {"accuracy": right_N}
+        values = {"accuracy": right_N, "prediction": total_NK.argmax(-1)}
         if artifact.model.head_kind.vocabulary:
             values["accuracy_per_token"] = (total_NK / tokens_NK).argmax(-1) == label_N
             metrics |= {"accuracy_per_token": float(np.mean(values["accuracy_per_token"]))}

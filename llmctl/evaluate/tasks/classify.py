@@ -41,6 +41,7 @@ class Classify(Task):
     architectures = ("decoder", "encoder", "encoder_decoder")
     label_type = "class"
     classes = True
+    perturbs = ("text", "pair")
     peft_type = "SEQ_CLS"
 
     def best(self, labels: Sequence[str] = ()) -> str:

@@ -5,7 +5,7 @@ Shapes: B rows per batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ import numpy as np
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
+from llmctl.data.corpus import Corpus
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
+from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, programs
 from llmctl.evaluate.tasks.rows import RowMethods, RowSettings
 from llmctl.model.config import ModelConfig
@@ -86,12 +88,8 @@ class EvaluationMethods(RowMethods):
             RequestError: If `check_examples` rejects the data.
         """
         self.check_examples(artifact, held.examples)
-        tokenizer = tokenizers.load(artifact.tokenizer_dir)
-        settings = RowSettings(setup.seq_len, truncate=setup.truncate, corpus=held.corpus)
-        rows = self.rows(artifact.model, held.examples, tokenizer, settings)
         step = self.scorer(artifact.model, setup.dtype)
-        found = answers(step, artifact.params, rows, setup, self.reads)
-        scores = self.metrics(artifact, held.examples, rows, found)
+        rows, scores = self.scored(artifact, held.examples, setup, step, held.corpus)
         single, batched = programs(step, artifact.params, first(rows, setup, self.reads), setup.mesh)
         units = {"examples_per_second": setup.batch_size}
         protocol = self.protocol(artifact, held, setup, rows, scores.metrics)
@@ -106,6 +104,28 @@ class EvaluationMethods(RowMethods):
             scores.records,
             scores.values,
         )
+
+    def scored(
+        self,
+        artifact: Artifact,
+        examples: Examples,
+        setup: Setup,
+        step: Any,
+        corpus: Callable[[Tokenizer], Corpus] | None = None,
+    ) -> tuple[Any, Scores]:
+        """Return the rows of examples, and what the task computes from the outputs of a model for these rows.
+
+        Args:
+            artifact: The evaluated artifact.
+            examples: Held-out examples.
+            setup: Settings of the measurement.
+            step: Compiled function of `scorer`, which several measurements can share.
+            corpus: Function that returns the tokens of the examples' texts; None tokenizes the texts.
+        """
+        settings = RowSettings(setup.seq_len, truncate=setup.truncate, corpus=corpus)
+        rows = self.rows(artifact.model, examples, tokenizers.load(artifact.tokenizer_dir), settings)
+        found = answers(step, artifact.params, rows, setup, self.reads)
+        return rows, self.metrics(artifact, examples, rows, found)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Compute metrics from the model's outputs.

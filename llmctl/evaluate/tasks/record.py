@@ -47,6 +47,9 @@ class TaskRecord:
     """Section of the `finetune` settings that belongs to this task; empty if the task has no settings."""
     answers: ClassVar[bool] = True
     """Whether `metrics` also returns true labels and predictions, which user-selected metrics need."""
+    perturbs: ClassVar[tuple[str, ...]] = ()
+    """Columns whose texts the probe `robustness` changes. If empty, the probe does not support the task. Otherwise
+    `metrics` returns values per example called "prediction"."""
     reads: ClassVar[tuple[str, ...]] = READ
     """Names of the batch arrays that `scorer` reads; empty means all."""
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"

@@ -31,6 +31,7 @@ class Regress(Task):
     head = "regress"
     title = "regression"
     label_type = "number"
+    perturbs = ("text", "pair")
     text_field = "value"
     peft_type = "SEQ_CLS"
     problem_type = "regression"

@@ -74,7 +74,7 @@ class Config(MeasureConfig, StageConfig):
     def reads_data(self) -> bool:
         """Return whether a task or a probe reads the data. Task files and tasks of lm-evaluation-harness have their own
         data."""
-        return self.measures_task or self.probes_data
+        return bool(self.tasks_on_data)
 
 
 def run(config: Config, parent: Path | None, ctx: Context) -> None:
@@ -163,10 +163,8 @@ def tasks_of_data(config: Config, paths: Iterable[Path]) -> list[Task]:
 
     if not config.reads_data:
         return []
-    tasks = [TASKS[t] for t in config.named_tasks]
-    if config.probes_data or not tasks:
-        tasks += [of(artifact.read_manifest(path)) for path in paths]
-    return tasks
+    own = [of(artifact.read_manifest(path)) for path in paths]
+    return [task for name in config.tasks_on_data for task in ([TASKS[name]] if name else own)]
 
 
 def _splits(config: Config, tasks: Sequence[Task]) -> Splits:

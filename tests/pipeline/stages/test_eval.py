@@ -272,7 +272,7 @@ def test_a_probe_is_measured_beside_a_task_and_kept(run_folder, tmp_path, data, 
     capsys.readouterr()
     again = measured(run_folder, tmp_path, data, ["big"], tasks=["robustness"], plot=False)
     assert again == [probe] and "1 results are there and are kept" in capsys.readouterr().err
-    with pytest.raises(RequestError, match=r"lm: task 'robustness' needs a model of task classify, this model has lm"):
+    with pytest.raises(RequestError, match=r"lm: tasks: 'robustness' changes the texts of .*, not of task 'lm'"):
         stage.run(
             stage.Config(data=data, tasks=["robustness"], plot=False),
             None,
