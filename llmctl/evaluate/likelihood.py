@@ -1,8 +1,9 @@
 """Compute the log-likelihood of continuations after their contexts, such as the choices of a question.
 
-Several sequences are packed into one row as separate segments. All rows have one of a few lengths. The number of
-compiled programs is therefore small, and few positions are padding. The output projection runs only at the scored
-positions.
+Several contexts are packed into one row as separate segments. All rows have one of a few lengths. The number of
+compiled programs is therefore small, and few positions are padding. Continuations of the same context share the
+context's computation: they are branches of its segment (see `llmctl.model.attention`). The output projection runs only
+at the scored positions.
 
 Shapes: B rows per batch, T tokens per row, P scored positions per row, D model width.
 """
@@ -18,14 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmctl.config.errors import RequestError, WorkError
+from llmctl.evaluate import nonfinite
 from llmctl.evaluate.setup import Batch, Setup, answers
 from llmctl.evaluate.sliding_window import pack
 from llmctl.evaluate.tasks.losses import project
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 
-SHORTEST, GROWTH = 128, 4
-"""Shortest length of a row, and the ratio of two successive lengths."""
+SHORTEST, GROWTH = 256, 4
+"""Shortest standard length of a row, and the ratio of two successive lengths."""
+LEAST = 128
+"""Minimum length of a row. Fused attention kernels need multiples of 128 tokens."""
+FEW = 2
+"""Number of batches of short sequences that are packed into longer rows, because compiling a program for them would
+take longer than their computation."""
 POSITIONS = 32
 """Divisor of the number of scored positions per row. Logits are computed in chunks, whose number must divide the number
 of positions."""
@@ -46,11 +53,25 @@ class Score(NamedTuple):
 
 
 class ScoredSequence(NamedTuple):
-    """Store the inputs of one sequence, and its scored positions."""
+    """Store the inputs of a context and of continuations of this context, and the scored positions."""
 
-    inputs: tuple[int, ...]
+    context: tuple[int, ...]
+    branches: dict[tuple[int, ...], int]
+    """Map from the inputs of each continuation, without the last token, to the index of the first of these inputs."""
     targets: list[tuple[int, int, int]]
-    """Triples (position, target token, number of the query)."""
+    """Triples (index of an input, target token, number of the query)."""
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs."""
+        return len(self.context) + sum(map(len, self.branches))
+
+    def add(self, continuation: Sequence[int], query: int) -> None:
+        """Add a continuation. Continuations whose inputs are equal share these inputs."""
+        branch = tuple(continuation[:-1])
+        first = self.branches.setdefault(branch, self.inputs)
+        at = (len(self.context) - 1, *range(first, first + len(branch)))
+        self.targets.extend((i, token, query) for i, token in zip(at, continuation, strict=True))
 
 
 class Scorer:
@@ -62,8 +83,8 @@ class Scorer:
         Args:
             model: Config of a decoder.
             params: Parameters of the model.
-            setup: Settings of the measurement. `batch_size` is the number of rows of `SHORTEST` tokens per batch;
-                batches of longer rows have fewer rows.
+            setup: Settings of the measurement. `batch_size` is the number of rows of `LEAST` tokens per batch; batches
+                of longer rows have fewer rows.
             prefix: Token ids of a trained prompt, which precedes every context.
         """
         self.longest = setup.seq_len - len(prefix)
@@ -76,29 +97,34 @@ class Scorer:
     def __call__(self, queries: Sequence[Query]) -> list[Score]:
         """Return the scores of the queries, in their order.
 
-        The beginning of a context that is too long is removed. Queries with equal inputs are computed once. For
-        example, choices of one token after the same context are computed together.
+        The beginning of a context that is too long is removed. A context is computed once for all its continuations.
 
         Raises:
             RequestError: If a continuation alone is longer than `longest`, or if a context or continuation is empty.
             WorkError: If a log-likelihood is not a finite number.
         """
         total_Q, greedy_Q = np.zeros(len(queries)), np.ones(len(queries), bool)
-        for length, sequences in by_length(self._sequences(queries), self._setup.seq_len).items():
-            rows = PackedRows(sequences, length)
-            setup = replace(self._setup, batch_size=rows_per_batch(self._setup, length, len(rows)))
+        tokens = self._setup.batch_size * LEAST
+        for rows in packed(self._sequences(queries), self._setup.seq_len, FEW * tokens):
+            setup = replace(self._setup, batch_size=rows_per_batch(self._setup, rows.length, len(rows)))
             for batch, found in answers(self._step, self._params, rows, setup, PackedRows.reads):
                 query_BP = batch["query"]
                 real = query_BP >= 0
+                if len(rows_R := np.flatnonzero((real & ~np.isfinite(found["log_p"])).any(1))):
+                    row = {name: a[rows_R[:1]] for name, a in batch.items()}
+                    layer = nonfinite.first_layer(self._model, self._params, row, setup)
+                    raise WorkError(f"the model gives a log-likelihood that is not a finite number; {layer}")
                 np.add.at(total_Q, query_BP[real], found["log_p"].astype(np.float64)[real])
                 np.logical_and.at(greedy_Q, query_BP[real], found["best"][real])
-        if not np.isfinite(total_Q).all():
-            raise WorkError("the model gives a log-likelihood that is not a finite number")
         return [Score(float(total), bool(greedy)) for total, greedy in zip(total_Q, greedy_Q, strict=True)]
 
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:
-        """Return one sequence per distinct input, with the targets of all queries that have this input."""
-        found: dict[tuple[int, ...], ScoredSequence] = {}
+        """Return one sequence per distinct context, with all continuations of this context.
+
+        If a row has no room for all continuations, the context has several sequences.
+        """
+        open_: dict[tuple[int, ...], ScoredSequence] = {}
+        found: list[ScoredSequence] = []
         for q, (context, continuation) in enumerate(queries):
             count = len(continuation)
             if not len(context) or not count:
@@ -108,80 +134,108 @@ class Scorer:
                     f"a continuation has {count:,} tokens, and the model reads at most {self.longest:,}; raise seq_len"
                 )
             self.truncated += len(context) + count > self.longest + 1
-            inputs = (*self._prefix, *[*context, *continuation][-self.longest - 1 :][:-1])
-            sequence = found.setdefault(inputs, ScoredSequence(inputs, []))
-            first = len(inputs) - count
-            sequence.targets.extend((first + i, token, q) for i, token in enumerate(continuation))
-        return list(found.values())
+            kept = (*self._prefix, *context[max(len(context) + count - self.longest - 1, 0) :])
+            sequence = open_.get(kept)
+            if sequence is None or sequence.inputs + count - 1 > self._setup.seq_len:
+                sequence = open_[kept] = ScoredSequence(kept, {}, [])
+                found.append(sequence)
+            sequence.add(continuation, q)
+        return found
 
 
 class PackedRows:
     """Build rows of several sequences each.
 
-    A batch has the arrays tokens, segments and positions [B, T]. The arrays at, targets and query [B, P] contain the
-    position, the target token and the query of each scored token. `query` is -1 at entries that only fill a row.
+    A batch has the arrays tokens, segments and positions [B, T] and, if a sequence has several continuations, branches
+    [B, T] (see `llmctl.model.attention`). The arrays at, targets and query [B, P] contain the index in the row, the
+    target token and the query of each scored token. `query` and `targets` are -1 at entries that only fill a row.
     """
 
-    reads = ("tokens", "segments", "positions", "at", "targets")
+    reads = ("tokens", "segments", "positions", "branches", "at", "targets")
 
-    def __init__(self, sequences: Sequence[ScoredSequence], length: int) -> None:
-        """Pack the sequences into rows of `length` tokens."""
-        self._sequences, self._length = sequences, length
-        self._bins = pack([len(s.inputs) for s in sequences], length)
-        most = max(sum(len(sequences[i].targets) for i in members) for members in self._bins)
-        self._scored = -(-most // POSITIONS) * POSITIONS
+    def __init__(self, bins: Sequence[Sequence[ScoredSequence]], length: int) -> None:
+        """Store the sequences of each row of `length` tokens.
+
+        Rows are sorted by their number of scored positions, so that the rows of a batch have similar numbers.
+        """
+        self.length = length
+        self._bins = sorted(bins, key=lambda members: -sum(len(s.targets) for s in members))
+        self._scored = -(-sum(len(s.targets) for s in self._bins[0]) // POSITIONS) * POSITIONS
+        self._branched = any(sum(map(bool, s.branches)) > 1 for members in bins for s in members)
 
     def __len__(self) -> int:
         return len(self._bins)
 
     def batch(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows with the numbers `rows_B` as arrays, int32."""
-        out = {name: np.zeros((len(rows_B), self._length), np.int32) for name in ("tokens", "segments", "positions")}
-        out |= {name: np.zeros((len(rows_B), self._scored), np.int32) for name in ("at", "targets")}
-        out["query"] = np.full((len(rows_B), self._scored), -1, np.int32)
+        names = ("tokens", "segments", "positions", *(["branches"] if self._branched else []))
+        out = {name: np.zeros((len(rows_B), self.length), np.int32) for name in names}
+        out["at"] = np.zeros((len(rows_B), self._scored), np.int32)
+        out |= {name: np.full((len(rows_B), self._scored), -1, np.int32) for name in ("targets", "query")}
         for row, members in enumerate(self._bins[i] for i in rows_B):
-            first = entry = 0
-            for segment, member in enumerate(members, 1):
-                inputs, targets = self._sequences[member]
-                here = slice(first, first + len(inputs))
-                out["tokens"][row, here], out["segments"][row, here] = inputs, segment
-                out["positions"][row, here] = np.arange(len(inputs))
-                there = slice(entry, entry + len(targets))
-                at, out["targets"][row, there], out["query"][row, there] = np.array(targets, np.int32).T
-                out["at"][row, there] = first + at
-                first, entry = first + len(inputs), entry + len(targets)
+            start = entry = 0
+            for segment, sequence in enumerate(members, 1):
+                first = start
+                known = len(sequence.context)
+                for branch, inputs in enumerate((sequence.context, *sequence.branches)):
+                    here = slice(first, first + len(inputs))
+                    out["tokens"][row, here], out["segments"][row, here] = inputs, segment
+                    out["positions"][row, here] = np.arange(len(inputs)) + (known if branch else 0)
+                    if self._branched:
+                        out["branches"][row, here] = branch
+                    first = here.stop
+                there = slice(entry, entry + len(sequence.targets))
+                at, out["targets"][row, there], out["query"][row, there] = np.array(sequence.targets, np.int32).T
+                out["at"][row, there] = start + at
+                start, entry = first, there.stop
         return out
 
 
 def rows_per_batch(setup: Setup, length: int, rows: int = 2**31) -> int:
-    """Return the number of rows of `length` tokens per batch. A batch has about `setup.batch_size` * `SHORTEST` tokens.
+    """Return the number of rows of `length` tokens per batch. A batch has about `setup.batch_size` * `LEAST` tokens.
 
-    The number is a multiple of the number of devices over which rows are sharded.
+    All batches have about the same number of rows, so that the last batch is not mostly padding. The number is a
+    multiple of the number of devices over which rows are sharded.
     """
     ways = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-    size = min(max(setup.batch_size * SHORTEST // length, 1), rows)
+    most = max(setup.batch_size * LEAST // length // ways, 1) * ways
+    size = -(-rows // -(-rows // most)) if rows < 2**31 else most
     return -(-size // ways) * ways
 
 
-def by_length(sequences: Sequence[ScoredSequence], longest: int) -> dict[int, list[ScoredSequence]]:
-    """Group sequences by the length of the packed rows, shortest first.
+def packed(sequences: Sequence[ScoredSequence], longest: int, few: int) -> list[PackedRows]:
+    """Pack sequences into rows of a few lengths, the longest rows first.
 
-    A row is at least twice as long as each of its sequences, if `longest` permits. Shorter rows would contain much
-    padding.
+    A row has the shortest standard length that is sufficient for its longest sequence. Shorter sequences fill the rest
+    of a long row. If the remaining short sequences have at most `few` tokens, they have no rows of their own. Rows are
+    halved as long as the total length of all rows does not grow.
 
     Args:
         sequences: Sequences of at most `longest` tokens.
         longest: Maximum length of a row.
+        few: Number of tokens for which a program of their own is not worth its compilation.
     """
-    lengths = [SHORTEST]
-    while lengths[-1] < longest:
-        lengths.append(lengths[-1] * GROWTH)
-    lengths = [min(length, longest) for length in lengths]
-    groups: dict[int, list[ScoredSequence]] = {length: [] for length in lengths}
-    for sequence in sequences:
-        fitting = next((length for length in lengths if 2 * len(sequence.inputs) <= length), lengths[-1])
-        groups[fitting].append(sequence)
-    return {length: group for length, group in groups.items() if group}
+    lengths = [min(SHORTEST, longest)]
+    most = max((s.inputs for s in sequences), default=0)
+    while lengths[-1] < most:
+        lengths.append(min(lengths[-1] * GROWTH, longest))
+    found, left = [], list(sequences)
+    for length, shorter in zip(lengths[::-1], [*lengths[-2::-1], 0], strict=True):
+        if not any(s.inputs > shorter for s in left):
+            continue
+        opens = shorter if sum(s.inputs for s in left if s.inputs <= shorter) > few else 0
+        sizes = [s.inputs for s in left]
+        bins = pack(sizes, length, opens)
+        if not opens:
+            while length % 2 == 0 and length // 2 >= max(LEAST, *sizes):
+                halves = pack(sizes, length // 2)
+                if len(halves) > 2 * len(bins):
+                    break
+                length, bins = length // 2, halves
+        found.append(PackedRows([[left[i] for i in members] for members in bins], length))
+        inside = {i for members in bins for i in members}
+        left = [s for i, s in enumerate(left) if i not in inside]
+    return found
 
 
 def position_scores(model: ModelConfig, dtype: str) -> Any:
@@ -192,7 +246,7 @@ def position_scores(model: ModelConfig, dtype: str) -> Any:
 
     @jax.jit
     def step(params: functional.Params, batch: Batch) -> dict[str, jax.Array]:
-        inputs = {name: batch[name] for name in ("tokens", "segments", "positions")}
+        inputs = {name: batch[name] for name in PackedRows.reads[:4] if name in batch}
         x_BTD = functional.hidden(model, params, inputs, dtype=dtype)
         x_BPD = jnp.take_along_axis(x_BTD, batch["at"][..., None], axis=1)
         head = functional.head_params(model, params)
@@ -202,6 +256,11 @@ def position_scores(model: ModelConfig, dtype: str) -> Any:
             log_p, _ = chunked_loss.target_log_probability(logits, targets)
             return {"log_p": log_p, "best": chunked_loss.hits(logits, targets)}
 
-        return chunked_loss.per_token(scores, head, x_BPD, batch["targets"], model.vocab_size)
+        def scores_if_any(head: functional.Params, x: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
+            """Skip the projection of a chunk that has no targets. Rows have different numbers of targets."""
+            none = {"log_p": jnp.zeros(targets.shape, jnp.float32), "best": jnp.zeros(targets.shape, bool)}
+            return jax.lax.cond(jnp.any(targets >= 0), scores, lambda *_: none, head, x, targets)
+
+        return chunked_loss.per_token(scores_if_any, head, x_BPD, batch["targets"], model.vocab_size)
 
     return step

@@ -77,7 +77,9 @@ def scoring(
 
 
 def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> Program:
-    """Return the program that scores requests of lm-evaluation-harness in rows of the second shortest length.
+    """Return the program that scores requests of lm-evaluation-harness in rows of the shortest standard length.
+
+    Continuations share their contexts.
 
     An evaluation also uses rows of other lengths, depending on the texts. Batches of all lengths have about the same
     number of tokens.
@@ -85,8 +87,9 @@ def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> P
     harness.check_model(there.model, name)
     sizes = {"seq_len": config.seq_len, "batch_size": config.batch_size, "dtype": config.dtype}
     setup = harness.setup(mesh, there.manifest, name, **sizes)
-    length = min(likelihood.SHORTEST * likelihood.GROWTH, setup.seq_len)
-    rows = likelihood.PackedRows([likelihood.ScoredSequence((0,) * length, [(length - 1, 0, 0)])], length)
+    length = min(likelihood.SHORTEST, setup.seq_len)
+    sequence = likelihood.ScoredSequence((0,) * (length - 2), {(k,): length - 2 + k for k in range(2)}, [(0, 0, 0)])
+    rows = likelihood.PackedRows([[sequence]], length)
     setup = replace(setup, batch_size=likelihood.rows_per_batch(setup, length))
     row = {key: rows.batch(np.zeros(1, int))[key][0] for key in rows.reads}
     batch, step = setup.batches().abstract(row), likelihood.position_scores(there.model, setup.dtype)

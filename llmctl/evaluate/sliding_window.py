@@ -49,7 +49,7 @@ def slide(document: int, inputs: int, context: int, stride: int) -> Iterable[Win
         fresh = end
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int, opens: int = 0) -> list[list[int]]:
     """Pack items into bins of size `capacity` by best fit, beginning with the longest item.
 
     The result is deterministic.
@@ -57,6 +57,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Args:
         lengths: Length of each item.
         capacity: Maximum total length per bin.
+        opens: Maximum length of an item that never opens a new bin. Such an item is left out if no bin has room.
 
     Returns:
         The indices of the items in each bin.
@@ -72,6 +73,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         at = bisect_left(room, (lengths[item], -1))
         if at < len(room):
             free, where = room.pop(at)
+        elif lengths[item] <= opens:
+            continue
         else:
             free, where = capacity, len(bins)
             bins.append([])

@@ -6,6 +6,10 @@ The softmax is computed in `attention_xla`. Other modules define optional featur
 A sequence may consist of several packed texts. Each text is a segment, numbered from 1, and attention does not cross
 segments. Segment 0 is padding. A slot is one position along the sequence axis of the key-value cache.
 
+A segment may have several continuations of one context, its branches. The tokens of the context are branch 0, and the
+tokens of the continuations are branches 1, 2, … A token attends to the context and to its own branch only, so all
+continuations share the context's computation. The positions of each branch continue those of the context.
+
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width, D model width.
 """
 
@@ -69,6 +73,8 @@ class Shared(NamedTuple):
     cache."""
     mutual_BT: jax.Array | None = None
     """Segment number of each token, which fused kernels need; None if attention is causal, or if there is a cache."""
+    branches_BT: jax.Array | None = None
+    """Branch of each token; None if no segment has branches. Only attention with a mask supports branches."""
     rows_B: jax.Array | None = None
     """Index of each sequence in the full batch, if this is a microbatch. Dropout masks depend on this index."""
 
@@ -79,6 +85,14 @@ def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
     An element is true if query and key are in the same segment and the key is not padding.
     """
     return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
+
+
+def position_differences(positions_BT: jax.Array) -> jax.Array:
+    """Return the position of each key minus the position of each query, int [B, T, T], for keys of the same segment.
+
+    In a row with branches, these differences are not the differences of the tokens' indices.
+    """
+    return positions_BT[:, None, :] - positions_BT[:, :, None]
 
 
 def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.Array | None) -> jax.Array:
@@ -109,6 +123,7 @@ def share(
     cached_BS: jax.Array | None = None,
     slot: jax.Array | int | None = None,
     order_BT: jax.Array | None = None,
+    branches_BT: jax.Array | None = None,
 ) -> Shared:
     """Build the self-attention inputs that all layers of one stack (encoder or decoder) share: masks and rotary tables.
 
@@ -121,6 +136,7 @@ def share(
         slot: Cache position of the first of the T tokens: a scalar, or one position per row [B]. The tokens are stored
             one after the other. None without a cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
+        branches_BT: Branch of each token in its segment; None without branches.
     """
     mask = local = None
     if order_BT is None or not meshes.splits_sequences():
@@ -129,6 +145,9 @@ def share(
         distance_TS = distances(mask, slot, order_BT)
         if causal:
             mask &= distance_TS <= 0
+        if branches_BT is not None:
+            mask &= (branches_BT[:, None, :] == 0) | (branches_BT[:, None, :] == branches_BT[:, :, None])
+            distance_TS = position_differences(positions_BT)
         if cfg.window:
             local = mask & (jnp.abs(distance_TS) < cfg.window)
     rotary = local_rotary = None
@@ -138,6 +157,7 @@ def share(
             unscaled = cfg.model_copy(update={"rope_scaling": {}})
             local_rotary = rotary_table(positions_BT, unscaled, cfg.rope_local_theta)
     shared = Shared(mask, local, rotary, local_rotary, slot=slot, rows_B=jnp.arange(len(segments_BT)))
+    shared = shared._replace(branches_BT=branches_BT)
     if slot is not None:
         return shared
     return shared._replace(causal_BT=segments_BT) if causal else shared._replace(mutual_BT=segments_BT)

@@ -96,7 +96,7 @@ def attend(
         )  # fmt: skip
     if not cross and segments_BT is not None and shared.bias_HTS is None:
         kernel = choose(cfg, q_BTHK.shape[1], q_BTHK.dtype).kernel
-        if kernel == "splash":
+        if kernel == "splash" and shared.branches_BT is None:
             return splash(q_BTHK, k_BSGK, v_BSGK, segments_BT, local, cfg, causal=causal)
         if kernel == "cudnn":
             return cudnn(q_BTHK, k_BSGK, v_BSGK, mask_BTS, cfg)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmctl.model.attention import Shared, distances
+from llmctl.model.attention import Shared, distances, position_differences
 from llmctl.model.config import ModelConfig
 
 
@@ -36,6 +36,7 @@ def add(
     causal: bool,
     slot: jax.Array | int | None,
     order_BT: jax.Array | None,
+    positions_BT: jax.Array,
 ) -> Shared:
     """Add the relative position bias [H, T, S] to the inputs that all layers share, and return these inputs.
 
@@ -51,6 +52,7 @@ def add(
         slot: Position of the first token in the key-value cache, a scalar or one position per row [B]. None without a
             cache.
         order_BT: Index of each token in the original sequence, if context parallelism permutes the tokens.
+        positions_BT: Position of each token in its segment, which is read if segments have branches.
     """
     if shared.mask_BTS is None:
         return shared._replace(bias_table_UH=table_UH)
@@ -59,6 +61,8 @@ def add(
         return jnp.moveaxis(table_UH.astype(jnp.float32)[bucket_of(cfg, not causal, distance_TS)], -1, -3)
 
     distance_TS = distances(shared.mask_BTS, slot, order_BT)
+    if shared.branches_BT is not None:
+        distance_TS = position_differences(positions_BT)
     shared = shared._replace(bias_HTS=bias(distance_TS))
     if not cfg.prefix_tokens:
         return shared

