@@ -63,7 +63,7 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
     """
     module = stage.load(kind)
     cls: type[stage.StageConfig] = module.Config
-    fields = list(_fields(cls))
+    fields = list(config_fields(cls))
 
     def run_stage(**given: Any) -> None:
         from llmctl.pipeline import console, recipe, runner
@@ -76,11 +76,11 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
         processes = {k: given.pop(k) for k in PROCESSES}
         flags: dict[str, Any] = {}
         for path, field in fields:
-            if (value := given[_variable(path)]) is not None:
+            if (value := given[variable(path)]) is not None:
                 at = flags
                 for part in path[:-1]:
                     at = at.setdefault(part, {})
-                at[path[-1]] = _parsed(field, value)
+                at[path[-1]] = parsed(field, value)
         if not out and cls.produces:
             raise RequestError(f"{kind}: --out: say where the artifact goes")
         with console.folder(out) as folder:
@@ -119,12 +119,12 @@ def command(kind: str) -> tuple[Callable[..., None], Any]:
             **PROCESSES, "json": (json, False), "help_all": (Annotated[bool, everything], False),
         }.items()
     ]  # fmt: skip
-    own = [_flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
+    own = [flag(path, field, default) for (path, field), default in zip(fields, _defaults(cls, fields), strict=True)]
     parameters = [*sorted([*first, *own], key=lambda p: p.name not in (ARTIFACT, "parent", "out")), *last]
     run_stage.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_stage.__annotations__ = {p.name: p.annotation for p in parameters}
     run_stage.__doc__ = summary(module)
-    variables = {path: _variable(path) for path, _ in fields}
+    variables = {path: variable(path) for path, _ in fields}
     always = [ARTIFACT, "parent", "out", "recipe_file", "sets", "json"]
     return run_stage, stage_help.of_stage(cls, variables, always, list(PROCESSES))
 
@@ -155,14 +155,15 @@ def _report(step: Step, json: bool) -> None:
         console.show(shown.table([shown.one(step.out)], str(step.out)))
 
 
-def _fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+def config_fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Yield (path, field) for each field of a settings class and of its sections."""
     for name, field in cls.model_fields.items():
         key = field.alias or name
         if not above and key in HIDDEN:
             continue
         inner = section(cls, key)
         if inner:
-            yield from _fields(inner, (*above, key))
+            yield from config_fields(inner, (*above, key))
         else:
             yield (*above, key), field
 
@@ -181,7 +182,8 @@ def _attribute(cls: type[Config], key: str) -> str:
     return next(n for n, f in cls.model_fields.items() if key in (n, f.alias))
 
 
-def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Parameter:
+def flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Parameter:
+    """Return the parameter of the flag `--PATH`, with the help of the field."""
     name = ".".join(path).replace("_", "-")
     kind = _base(field.annotation)
     text, metavar = field.description or "", _metavar(field)
@@ -194,8 +196,8 @@ def _flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Para
     if default not in ("", None, [], {}) and not field.is_required():
         text += f" [default: {_text(default)}]"
     if kind is bool:
-        return _parameter(_variable(path), bool, f"--{name}/--no-{name}", help=text)
-    return _parameter(_variable(path), str, f"--{name}", metavar=metavar, help=text, autocompletion=lambda: choices)
+        return _parameter(variable(path), bool, f"--{name}/--no-{name}", help=text)
+    return _parameter(variable(path), str, f"--{name}", metavar=metavar, help=text, autocompletion=lambda: choices)
 
 
 def _parameter(variable: str, kind: Any, flag: str = "", argument: Any = None, **option: Any) -> inspect.Parameter:
@@ -203,11 +205,12 @@ def _parameter(variable: str, kind: Any, flag: str = "", argument: Any = None, *
     return inspect.Parameter(variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _variable(path: tuple[str, ...]) -> str:
+def variable(path: tuple[str, ...]) -> str:
+    """Return the name of the Python argument with a flag's value."""
     return "__".join("parent" if p == "from" else p for p in path)
 
 
-def _parsed(field: FieldInfo, value: Any) -> Any:
+def parsed(field: FieldInfo, value: Any) -> Any:
     """Parse the text of a flag into the value of its field. Except for fields of type str, the text is TOML."""
     kind = _base(field.annotation)
     if not isinstance(value, str) or kind is str or get_origin(kind) is Literal:

@@ -13,7 +13,7 @@ from llmctl.artifacts import artifact, integrity
 from llmctl.artifacts.adapters import find_base
 from llmctl.artifacts.drafts import check_draft
 from llmctl.cli import app
-from llmctl.cli.generation import Draft, load_models
+from llmctl.cli.named_models import Draft, load_models
 from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer

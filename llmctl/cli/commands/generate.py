@@ -8,12 +8,15 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from llmctl.cli.settings_flags import with_settings
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import KVCache
 from llmctl.config.text_input import check_unicode, parse_json
+from llmctl.evaluate.harm.settings import FilterConfig
 
 
+@with_settings("filter", FilterConfig)
 def generate(
     artifact_dir: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact of a language model.")],
     adapter: Annotated[
@@ -80,10 +83,12 @@ def generate(
         int | None, typer.Option(min=1, max=64, help="With --draft: number of proposed tokens per step; 4 by default.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    filter_settings: FilterConfig = FilterConfig(),
 ) -> None:
     """Continue text, chat, or fill masks. Prompts come from flags, a file, or lines of standard input.
 
-    An encoder-decoder answers prompts. An encoder replaces every <mask> by the most likely word.
+    An encoder-decoder answers prompts. An encoder replaces every <mask> by the most likely word. With --filter.words or
+    --filter.classifier, an answer is printed after all of it was checked.
     """
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")
@@ -98,7 +103,7 @@ def generate(
     from llmctl.artifacts import adapters
     from llmctl.artifacts.drafts import check_draft
     from llmctl.artifacts.manifest_file import read_manifest
-    from llmctl.cli import generation
+    from llmctl.cli import generation, named_models
     from llmctl.model.generate.beam import Beams
     from llmctl.model.generate.chat import read_conversation
     from llmctl.model.generate.sampling import Sampling
@@ -146,21 +151,38 @@ def generate(
         check_draft(f"--draft {draft}", read_manifest(draft), manifests[answers], str(answers))
     elif draft_tokens:
         raise RequestError(f"--draft-tokens {draft_tokens}: is for a draft; name one with --draft")
-    drafted = generation.Draft(draft, draft_tokens or DRAFT_TOKENS) if draft else None
-    named_models = generation.load_models(artifact_dir, adapter or [], bases, dtype, kv_cache, drafted)
+    if filter_settings.active and model.architecture == "encoder":
+        raise RequestError(f"--filter: {artifact_dir} fills masks, and the filter checks answers; leave it out")
+    if filter_settings.active and filter_settings.action == "resample" and not temperature:
+        raise RequestError(
+            "--filter.action resample: the same text comes again unless it is sampled; say --temperature"
+        )
+    output_filter = _filter(filter_settings)
+    drafted = named_models.Draft(draft, draft_tokens or DRAFT_TOKENS) if draft else None
+    models = named_models.load_models(artifact_dir, adapter or [], bases, dtype, kv_cache, drafted)
     if model.architecture == "encoder":
-        generation.fill(named_models, texts or _stdin(), top_k or 5, json)
+        generation.fill(models, texts or _stdin(), top_k or 5, json)
         return
     common: dict[str, Any] = {"max_new": max_new, "sampling": rules, "seed": seed, "stops": stop or ()}
+    common["output_filter"] = output_filter
     if chat:
         tools, turns = None, ([{"role": "user", "content": line}] for line in _stdin())
         if file:
             messages, tools = read_conversation(file)
             turns = [messages]
-        generation.chat(named_models, turns, system, json, tools, **common)
+        generation.chat(models, turns, system, json, tools, **common)
         return
     batches = _batches(texts, batch_size) if texts else ([line] for line in _stdin())
-    generation.continue_texts(named_models, batches, texts is None, json, width=width, **common)
+    generation.continue_texts(models, batches, texts is None, json, width=width, **common)
+
+
+def _filter(settings: FilterConfig) -> Any:
+    """Return the output filter, or None if the settings name no list and no classifier."""
+    if not settings.active:
+        return None
+    from llmctl.evaluate.harm.output_filter import OutputFilter
+
+    return OutputFilter(settings, "--filter")
 
 
 def _stdin() -> Iterator[str]:

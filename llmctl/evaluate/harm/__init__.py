@@ -1,0 +1,1 @@
+"""Filter generated text, and measure toxicity, memorization and contamination."""
