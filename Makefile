@@ -30,9 +30,10 @@ $(VENV)/.published: Makefile | $(VENV)/.dev
 	@$(BIN)/python -m pip install --quiet --no-deps $(PUBLISHED)
 	@touch $@
 
-demo: $(VENV)/.demo ## pretrain, finetune, prune, distill, quantize and measure a model on movie reviews
+demo: $(VENV)/.demo ## pretrain, finetune, prune, distill, quantize and measure a model on movie reviews, with a report
 	@echo "== recipes/demo.toml into $(DEMO): minutes on a CPU the first time; finished stages are skipped"
 	@$(LLMCTL) run recipes/demo.toml --run $(DEMO)
+	@$(LLMCTL) report $(DEMO)
 
 # One stage of the demo: make runs/demo/prune/manifest.json runs this stage and those that it needs.
 define demo_stage

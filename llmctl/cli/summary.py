@@ -78,7 +78,18 @@ def one(folder: Path) -> dict[str, Any]:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Return the results that `eval` wrote into its artifact; an empty list if there are none.
+    """Return the results that `eval` wrote into its artifact, without fields that only tables need; an empty list if
+    there are none.
+
+    Raises:
+      RequestError: If the file is damaged.
+    """
+    names = ("artifact", "digest", "task", "protocol", "metrics", "content", *SIZES)
+    return [{k: r[k] for k in names if k in r} for r in complete_results(folder)]
+
+
+def complete_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the results that `eval` wrote into its artifact, with all fields; an empty list if there are none.
 
     Raises:
       RequestError: If the file is damaged.
@@ -88,11 +99,15 @@ def results(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = parse_json(file.read_bytes())
-        needed, newer = ("artifact", "digest", "task", "protocol", "metrics"), ("content", *SIZES)
         if odd := next((r for r in found if not isinstance(r["metrics"], dict)), None):
             raise ValueError(f"the metrics of {str(odd['artifact'])[:40]!r} are no object")
-        kept = [(*needed, *(k for k in newer if k in r or r.get("stage") == YARDSTICK)) for r in found]
-        return [{k: r[k] for k in names} for names, r in zip(kept, found, strict=True)]
+        for result in found:
+            needed = ("artifact", "digest", "task", "protocol")
+            if odd := [key for key in needed if not isinstance(result[key], str)]:
+                raise ValueError(f"{odd[0]} is no text")
+            if result.get("stage") == YARDSTICK and (lost := [key for key in ("content", *SIZES) if key not in result]):
+                raise ValueError(f"a yardstick has no {lost[0]}")
+        return found
     except (ValueError, KeyError, TypeError) as e:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
 
@@ -170,7 +185,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
 
     If no `eval` has measured the run, the columns are the validation metrics of training.
     """
-    shown = _table_metrics({name for e in entries for name, value in e["metrics"].items() if value is not None})
+    shown = table_metrics({name for e in entries for name, value in e["metrics"].items() if value is not None})
     out = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("artifact", "stage", "from"):
         out.add_column(column, overflow="fold")
@@ -185,7 +200,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
     return out
 
 
-def _table_metrics(there: set[str]) -> list[Metric]:
+def table_metrics(there: set[str]) -> list[Metric]:
     """Return the metrics that become columns of the table, chosen from the metric names in `there`.
 
     If no quality metric of `eval` is among the names, validation metrics of training are included.

@@ -159,7 +159,9 @@ class ModelConfig(Config):
     def _start_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {**defaults(given.get("preset", ""), given.get("family", "")), **given}
+        # Values that pass a validator in Python are no JSON any more, in which a list may stand for a tuple.
+        tuples = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        return {**defaults(given.get("preset", ""), given.get("family", "")), **given, **tuples}
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:

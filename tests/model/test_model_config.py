@@ -3,6 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
+from llmctl.config.errors import RequestError
+from llmctl.config.validation import validate
 from llmctl.model.config import ModelConfig
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -28,3 +30,10 @@ def test_what_can_be_is_not():
     for scaling in ({}, {"rope_type": "default"}, {"type": "linear", "factor": 2}, {**YARN, "beta_fast": 16.0}):
         assert ModelConfig(rope_scaling=scaling).rope_scaling == scaling
     assert ModelConfig(preset="llama-tiny", family="llama") == ModelConfig(preset="llama-tiny")
+
+
+def test_a_recipe_sets_the_local_layers_by_a_list():
+    """Values that passed the preset's validator were no JSON any more, and a list was refused ("must be a list")."""
+    assert validate(ModelConfig, {"window": 4, "window_layers": [0, 2]}, str).window_layers == (0, 2)
+    with pytest.raises(RequestError, match=r"window_layers\.0: must be a whole number"):
+        validate(ModelConfig, {"window": 4, "window_layers": [0.5]}, str)

@@ -1,0 +1,105 @@
+"""Show the results of evaluations: tables per task, intervals, comparisons, and results of any other structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmctl.cli.report import classes, figures, json_tables, plots
+from llmctl.cli.report.document import Block, Folded, Paragraph, Plot, Section, Table, cell, number
+from llmctl.cli.report.run_contents import Contents, Evaluation, Record
+from llmctl.evaluate.report import comparison_cells
+
+MOST_ROWS = 40
+"""Maximum number of metrics in a plot of intervals."""
+
+
+def section(contents: Contents) -> Section:
+    """Return the section with the results of all evaluations."""
+    parts: list[Block] = []
+    for evaluation in contents.evaluations:
+        tasks = dict.fromkeys(r["task"] for r in evaluation.results)
+        found: list[Block] = [_task(task, [r for r in evaluation.results if r["task"] == task]) for task in tasks]
+        if evaluation.comparisons:
+            found.append(_comparisons(evaluation))
+        parts += [Section(cell(evaluation.name).text, found)] if len(contents.evaluations) > 1 else found
+    return Section("Results of evaluations", parts or [Paragraph("This run has no evaluation.")])
+
+
+def _task(task: str, results: Sequence[Record]) -> Section:
+    protocols = dict.fromkeys(r["protocol"] for r in results)
+    parts: list[Block] = [Paragraph(f"Protocol: {cell(p).text}.") for p in protocols]
+    parts += [Paragraph(line) for line in dict.fromkeys(map(_timing, results)) if line]
+    parts.append(table(task, results))
+    parts += intervals(task, results)
+    parts += classes.blocks(results)
+    for r in results:
+        rest = {k: v for k, v in r["metrics"].items() if isinstance(v, (dict, list)) and v and k not in classes.SHOWN}
+        if rest:
+            parts.append(Folded(f"{cell(r['artifact']).text}: further results", json_tables.blocks(rest)))
+    return Section(cell(task).text, parts)
+
+
+def _timing(result: Record) -> str:
+    """Return a line about how times were measured; empty if none were."""
+    if not result.get("timed_on"):
+        return ""
+    batch, rounds = (result.get(f"timed_{key}", "?") for key in ("batch", "rounds"))
+    return cell(f"Times: {result['timed_on']}, {rounds} rounds, batches of {batch} for throughput.").text
+
+
+def table(task: str, results: Sequence[Record]) -> Table:
+    """Return the table of all numbers of a task: one row per metric, one column per model."""
+    names = figures.ordered(name for r in results for name in figures.scalars(r["metrics"]))
+    rows = [[cell(figures.title(name)), *(figures.metric_cell(r["metrics"], name) for r in results)] for name in names]
+    caption = f"{cell(task).text}: all metrics, with 95 % intervals"
+    return Table(caption, ["metric", *(cell(r["artifact"]).text for r in results)], rows)
+
+
+def intervals(task: str, results: Sequence[Record]) -> list[Plot]:
+    """Return a plot of all ratios with intervals, such as the accuracy under each perturbation.
+
+    The plot needs at least two metrics, because the plot of quality against cost shows one.
+    """
+    named = figures.ordered(name for r in results for name in r["metrics"] if figures.interval(r["metrics"], name))
+    names = [
+        n for n in named if figures.is_ratio(n, [v for r in results if figures.is_number(v := r["metrics"].get(n))])
+    ]
+    names = names[:MOST_ROWS]
+    if len(names) < 2:
+        return []
+    series = [cell(name).text for name in dict.fromkeys(r["artifact"] for r in results)]
+    values: list[dict[str, Any]] = []
+    for r in results:
+        for name in names:
+            value, ends = r["metrics"].get(name), figures.interval(r["metrics"], name)
+            if figures.is_number(value):
+                point = {"row": figures.title(name), "series": cell(r["artifact"]).text, "value": value}
+                values.append(point | ({"low": ends[0], "high": ends[1]} if ends else {}))
+    spec = plots.intervals(values, [figures.title(name) for name in names], series, "value with 95 % interval")
+    rows = [[cell(figures.title(n)), *(figures.metric_cell(r["metrics"], n) for r in results)] for n in names]
+    drawn = Table("Metrics with 95 % intervals", ["metric", *(cell(r["artifact"]).text for r in results)], rows)
+    description = f"{len(names)} metrics of {cell(task).text} for {len(series)} models, each with a 95 % interval."
+    return [Plot(f"{cell(task).text}: metrics with intervals", spec, description, drawn)]
+
+
+def _comparisons(evaluation: Evaluation) -> Section:
+    head, body = comparison_cells(evaluation.comparisons)
+    rows = [[cell(text) for text in row] for row in body]
+    about = evaluation.comparisons[0]
+    text = f"Both models were measured on the same {about['examples']:,} examples; {about['resamples']:,} resamples."
+    values = Folded(
+        "Exact differences",
+        [
+            Table(
+                f"{cell(one['artifact']).text} minus {cell(one['against']).text}, {cell(one['task']).text}",
+                ["metric", "difference", "low", "high", "p-value"],
+                [[cell(name), *(number(found.get(key)) for key in EXACT)] for name, found in one["metrics"].items()],
+            )
+            for one in evaluation.comparisons
+        ],
+    )
+    return Section("Differences", [Paragraph(text), Table("Paired differences", head, rows), values])
+
+
+EXACT = ("difference", "difference_low", "difference_high", "p_value")

@@ -1,0 +1,54 @@
+
+"use strict";
+// Replace each drawing by an interactive one. Without JavaScript, the page keeps the drawings.
+for (const drawing of document.querySelectorAll(".drawing")) {
+  const number = drawing.id.slice("plot-".length);
+  const controls = document.getElementById(`controls-${number}`);
+  const spec = JSON.parse(document.getElementById(`spec-${number}`).textContent);
+  const still = drawing.firstElementChild;
+  drawing.style.minHeight = `${drawing.clientHeight}px`; // the page does not jump while a drawing is replaced
+  window.vegaEmbed(drawing, spec, { mode: "vega", renderer: "svg", actions: false, defaultStyle: false, bind: controls })
+    .then(({ view }) => {
+      drawing.style.minHeight = "";
+      if (controls.firstElementChild) enableDragging(drawing, view);
+    }, (error) => {
+      drawing.replaceChildren(still);
+      console.error(error);
+    });
+}
+
+// A print has the text of all closed parts, except the tables of plots.
+const closed = () => document.querySelectorAll("main details:not([open], figure details)");
+let opened = [];
+window.addEventListener("beforeprint", () => {
+  opened = [...closed()];
+  for (const part of opened) part.open = true;
+});
+window.addEventListener("afterprint", () => {
+  for (const part of opened) part.open = false;
+});
+
+// Dragging with a mouse selects a range of the horizontal axis, and a double click selects all of it.
+function enableDragging(drawing, view) {
+  const whole = ["low", "high"].map((name) => view.signal(name));
+  const select = ([low, high]) => view.signal("low", low).signal("high", high).runAsync();
+  const at = (event) => {
+    const left = drawing.querySelector("svg").getBoundingClientRect().left + view.origin()[0];
+    const position = Math.min(Math.max(event.clientX - left, 0), view.signal("width"));
+    return Math.round(view.scale("x").invert(position));
+  };
+  let from = null;
+  drawing.addEventListener("pointerdown", (event) => {
+    if (event.pointerType !== "mouse" || event.button !== 0) return;
+    event.preventDefault();
+    from = at(event);
+    drawing.setPointerCapture(event.pointerId);
+  });
+  drawing.addEventListener("pointerup", (event) => {
+    if (from === null) return;
+    const ends = [from, at(event)].sort((a, b) => a - b);
+    from = null;
+    if (ends[1] > ends[0]) select(ends);
+  });
+  drawing.addEventListener("dblclick", () => select(whole));
+}

@@ -1,0 +1,161 @@
+"""Read what the stages of a run left: manifests, logs, results of evaluations, predictions and attributions.
+
+JAX is not imported. Arrays are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmctl.artifacts.manifest import NAME, Manifest
+from llmctl.artifacts.manifest_file import read_manifest
+from llmctl.cli import summary
+from llmctl.config.errors import RequestError
+from llmctl.config.text_input import parse_json
+
+LOG, RECORDS, ATTRIBUTIONS = "log.jsonl", "predictions.jsonl", "attributions.jsonl"
+WORK = ".work"
+"""Folder in a run with the temporary files of stages that have not finished."""
+MOST_RECORDS = 200_000
+"""Maximum number of lines that are read of each file with predictions or attributions."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Store one model of the run."""
+
+    name: str
+    manifest: Manifest
+    summary: Record
+    """Entry of the model in the output of `llmctl show --json`."""
+    log: list[Record]
+    """Lines of the training log, or of the log of a calibration walk; empty if there are none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Store the results of one `eval` stage."""
+
+    name: str
+    manifest: Manifest
+    results: list[Record]
+    comparisons: list[Record]
+    records: list[Record]
+    """Lines of predictions.jsonl: one record per example, with the keys "artifact" and "task"."""
+    attributions: list[Record]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Store what an interrupted or failed stage left in the temporary folder of the run."""
+
+    name: str
+    log: list[Record]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Store the contents of a run, or of a single artifact."""
+
+    folder: str
+    """Path of the run as the user wrote it, without its parents."""
+    summary: Record
+    """Output of `llmctl show --json` for a run: {"artifacts": [...], "reports": [...]}."""
+    models: list[Model]
+    evaluations: list[Evaluation]
+    unfinished: list[Unfinished] = field(default_factory=list)
+    single: bool = False
+    """Whether the folder is one artifact and not a run."""
+
+
+def read(folder: Path) -> Contents:
+    """Read the run in `folder`. If the folder is an artifact, read this artifact and the evaluations next to it.
+
+    Raises:
+        RequestError: If the folder has no artifact, or if a file is damaged. The message names the file.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such folder")
+    if (folder / NAME).exists():
+        return _single(folder)
+    found = summary.run(folder)
+    names = _artifacts(folder)
+    manifests = {name: read_manifest(folder / name) for name in names}
+    named = {(m.name, m.digest): name for name, m in manifests.items() if m.weights}
+    places = [(named[entry["name"], entry["digest"]], entry) for entry in found["artifacts"]]
+    models = [_model(folder / name, manifests[name], entry) for name, entry in places]
+    evaluations = [_evaluation(folder / name, manifests[name]) for name in names if not manifests[name].weights]
+    return Contents(folder.resolve().name, found, models, evaluations, _unfinished(folder, names))
+
+
+def _single(folder: Path) -> Contents:
+    """Read one artifact. Results of evaluations next to it are used if they measured the same weights."""
+    manifest = read_manifest(folder)
+    entry = summary.one(folder)
+    if not manifest.weights:
+        evaluation = _evaluation(folder, manifest)
+        shown = {"artifacts": [], "reports": summary.results(folder)}
+        return Contents(folder.resolve().name, shown, [], [evaluation], single=True)
+    keys = summary.entry(manifest).keys()
+    shown = {"artifacts": [{key: entry[key] for key in keys}], "reports": []}
+    model = _model(folder, manifest, shown["artifacts"][0])
+    return Contents(folder.resolve().name, shown, [model], [], single=True)
+
+
+def _artifacts(folder: Path) -> list[str]:
+    """Return the names of the folders in a run that are artifacts. Names that begin with a dot are temporary."""
+    return sorted(p.parent.name for p in folder.glob(f"*/{NAME}") if not p.parent.name.startswith("."))
+
+
+def _model(folder: Path, manifest: Manifest, entry: Record) -> Model:
+    return Model(manifest.name, manifest, entry, lines(folder / LOG))
+
+
+def _evaluation(folder: Path, manifest: Manifest) -> Evaluation:
+    results = summary.complete_results(folder)
+    return Evaluation(
+        manifest.name,
+        manifest,
+        results,
+        summary.comparisons(folder),
+        lines(folder / RECORDS, _has("artifact", "task")),
+        lines(folder / ATTRIBUTIONS),
+    )
+
+
+def _unfinished(folder: Path, finished: Sequence[str]) -> list[Unfinished]:
+    """Return the stages that have a temporary folder and no artifact."""
+    work = folder / WORK
+    names = sorted(p.name for p in work.iterdir() if p.is_dir()) if work.is_dir() else []
+    return [Unfinished(name, lines(work / name / LOG)) for name in names if name not in finished]
+
+
+def _has(*keys: str) -> Callable[[Record], bool]:
+    return lambda record: all(isinstance(record.get(key), str) for key in keys)
+
+
+def lines(file: Path, valid: Callable[[Record], bool] = lambda _: True) -> list[Record]:
+    """Return the objects of a file with one JSON object per line; an empty list if there is no file.
+
+    An incomplete last line, which a killed process may leave, is omitted.
+
+    Raises:
+        RequestError: If another line is no valid object. The message names the file and the line.
+    """
+    if not file.is_file():
+        return []
+    found: list[Record] = []
+    for n, line in enumerate(file.read_bytes().split(b"\n")[:-1][:MOST_RECORDS], 1):
+        try:
+            value = parse_json(line)
+            if not isinstance(value, dict) or not valid(value):
+                raise ValueError("not a record")
+        except ValueError as e:
+            raise RequestError(f"{file}: line {n}: damaged ({e}); run the stage that made it again") from None
+        found.append(value)
+    return found
