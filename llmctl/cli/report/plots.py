@@ -75,7 +75,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
 
     Example:
         >>> thinned([(x, x % 5) for x in range(1000)], 6)
-        [(0, 0), (4, 4), (499, 4), (500, 0), (999, 4)]
+        [(0, 0), (4, 4), (500, 0), (504, 4), (999, 4)]
     """
     if len(points) <= most:
         return list(points)
