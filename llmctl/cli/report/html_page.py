@@ -48,11 +48,11 @@ def page(document: Document) -> str:
 
 
 def script_json(value: Any) -> Markup:
-    """Return JSON data for a script element of a page. The data equals `value` when it is parsed.
+    r"""Return JSON data for a script element of a page. The data equals `value` when it is parsed.
 
     Example:
-        >>> script_json({"name": "</script>"})
-        Markup('{"name": "\\u003c/script\\u003e"}')
+        >>> print(script_json({"name": "</script>"}))
+        {"name": "\u003c/script\u003e"}
     """
     text = as_json(value)
     for character, escape in ESCAPES.items():
