@@ -37,6 +37,7 @@ JAX_FREE = (
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry", "evaluate.probes"),
     *(f"evaluate.robustness.{name}" for name in ("probe", "settings", "perturbations", "synonyms")),
     *(f"evaluate.harm.{name}" for name in ("settings", "word_list")),
+    *("evaluate.attribution.settings", "evaluate.attribution.page", "evaluate.attribution.picture"),
     *(
         "compress.calibration.settings",
         "compress.pruning.scores",

@@ -68,6 +68,18 @@ def rows(stream: IO[bytes], name: str, kind: str, columns: dict[str, str]) -> It
             yield where, RequestError(f"{where}: {row}")
 
 
+def column_names(text: str) -> tuple[str, str]:
+    """Split the value of the flag `--column`, such as "text=review", into (llmctl's column name, name in the stream).
+
+    Raises:
+        RequestError: If a name is missing.
+    """
+    ours, equals, theirs = text.partition("=")
+    if not (equals and ours and theirs):
+        raise RequestError(f"--column {text}: must look like text=review")
+    return ours, theirs
+
+
 def in_windows(read: Iterator[Read], size: int) -> Iterator[list[Read]]:
     """Yield lists of `size` rows, or shorter lists if the stream pauses. A thread reads up to two lists ahead.
 

@@ -26,6 +26,7 @@ from llmctl.distributed import host_arrays
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.predict_text import TextPredictor
 from llmctl.evaluate.setup import ROW, prediction_length
+from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.registry import of
 from llmctl.evaluate.tasks.rows import RowSettings
 
@@ -139,14 +140,7 @@ class Ensemble:
         Raises:
             RequestError: If a column is missing, or has only white space.
         """
-        asked = self.task.asks or (("tokens",) if "tokens" in row else ("text",))
-        for name in asked:
-            if name not in row:
-                said = name if self.task.asks else "tokens (a list of words) or text"
-                raise RequestError(f"{where}: no {said}; --column {name}=NAME names the column")
-            if not "".join(row[name]).strip():
-                raise RequestError(f"{where}: the column {name!r} is empty")
-        return row
+        return check_columns(self.task, row, where)
 
     def answers(self, rows: Sequence[Row], every: bool = False) -> list[dict[str, Any]]:
         """Return the answer to each row: its prediction as JSON data.
@@ -189,6 +183,22 @@ def predictor(
     if max_new or beams:
         raise RequestError(f"{loaded[0].path}: generates no text; leave --max-new and --beams out")
     return Ensemble([Predictor(found, batch_size, seq_len, dtype) for found in loaded])
+
+
+def check_columns(task: Task, row: Row, where: str) -> Row:
+    """Return the row if it has the columns of the task.
+
+    Raises:
+        RequestError: If a column is missing, or has only white space.
+    """
+    asked = task.asks or (("tokens",) if "tokens" in row else ("text",))
+    for name in asked:
+        if name not in row:
+            said = name if task.asks else "tokens (a list of words) or text"
+            raise RequestError(f"{where}: no {said}; --column {name}=NAME names the column")
+        if not "".join(row[name]).strip():
+            raise RequestError(f"{where}: the column {name!r} is empty")
+    return row
 
 
 def generates(found: Artifact) -> bool:

@@ -87,6 +87,25 @@ def by_head(
     return y_BGNK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
+def probabilities(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, mask_BTS: jax.Array, bias_HTS: jax.Array | None, cfg: ModelConfig
+) -> jax.Array:
+    """Compute the attention probabilities, float32 [B, H, T, S], for analyses of a model.
+
+    The arguments are those of `attend`, which never stores these probabilities.
+    """
+    found: list[jax.Array] = []
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores, _ = _scores(cfg.attn_softcap, q, k, mask_BTS, bias_HTS)
+        found.append(jax.nn.softmax(scores, axis=-1))
+        return q
+
+    by_head(run, q_BTHK, k_BSGK, k_BSGK, cfg)
+    p_BGRTS = found[0]
+    return p_BGRTS.reshape(len(p_BGRTS), -1, *p_BGRTS.shape[3:])
+
+
 class Keys(NamedTuple):
     """Store a block of keys with their values, mask and bias.
 

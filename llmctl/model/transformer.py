@@ -18,7 +18,7 @@ from flax.core.scope import Scope
 from llmctl.distributed import mesh as meshes
 from llmctl.distributed.mesh import constrain
 from llmctl.model import attention_kernels, layer_states, pipeline_parallel, quantized_matmul, relative_bias, weights
-from llmctl.model.attention import PROJECTED, Attention, Shared, local_layers, share, visible
+from llmctl.model.attention import PROJECTED, Attention, Choose, Shared, local_layers, share, visible
 from llmctl.model.attention_xla import KEPT
 from llmctl.model.bottleneck import Bottleneck
 from llmctl.model.config import ModelConfig
@@ -45,6 +45,8 @@ class Block(nn.Module):
     dtype: Any
     layers: int
     cross: bool = False
+    choose: Choose | None = None
+    """Function that computes attention; None selects a kernel, or plain XLA on CPUs."""
 
     @nn.compact
     def __call__(
@@ -59,7 +61,7 @@ class Block(nn.Module):
             key: Random key for dropout; None disables dropout.
         """
         cfg, rows_B = self.config, cast(jax.Array, shared.rows_B)
-        choose = attention_kernels.attend if _may_use_kernels() else None
+        choose = self.choose or (attention_kernels.attend if _may_use_kernels() else None)
         attention = partial(Attention, cfg, self.dtype, self.layers, choose=choose)
         sublayers: dict[str, Any] = {"attn": lambda x: attention(name="attn")(x, shared, local)}
         if self.cross:

@@ -15,7 +15,7 @@ STAGES = Path(__file__).parent / "stages"
 COMMANDS = Path(__file__).parent.parent / "cli" / "commands"
 ORDER = (
     *("run", "pretrain", "finetune", "prune", "quantize", "distill", "eval"),
-    *("predict", "generate", "import", "export", "prepare", "plan", "show", "verify", "report", "doctor"),
+    *("predict", "explain", "generate", "import", "export", "prepare", "plan", "show", "verify", "report", "doctor"),
 )
 """Order of the commands in the help. Other commands follow, sorted by name."""
 

@@ -65,7 +65,7 @@ def predict(
     kind = kind or (row_stream.of_path(file) if file else "")
     if kind and kind not in row_stream.FORMATS:
         raise RequestError(f"--format {kind}: must be {', '.join(row_stream.FORMATS)}")
-    names = dict(_pair(text) for text in column or ())
+    names = dict(row_stream.column_names(text) for text in column or ())
     if out and out.exists():
         raise RequestError(f"--out {out}: exists already; name a new file")
 
@@ -107,13 +107,6 @@ def predict(
         console.say(line)
     rate = count / max(time.monotonic() - begun, 1e-9)
     console.say(f"{count:,} rows, {rate:,.0f} rows/s" + (f"; {bad:,} could not be read" if bad else ""))
-
-
-def _pair(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not (equals and ours and theirs):
-        raise RequestError(f"--column {text}: must look like text=review")
-    return ours, theirs
 
 
 def _read(model: Any, where: str, row: Any) -> Any:
