@@ -72,6 +72,27 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Store a text whose tokens have numbers, such as attributions."""
+
+    title: str
+    tokens: Sequence[tuple[str, Number]]
+    note: str = ""
+
+    @property
+    def strengths(self) -> list[float]:
+        """Return the magnitude of each token's number, relative to the largest in the text."""
+        largest = max((abs(value) for _, value in self.tokens), default=0) or 1
+        return [round(abs(value) / largest, 3) for _, value in self.tokens]
+
+    @property
+    def table(self) -> Table:
+        """Return the tokens with their numbers as a table."""
+        rows = [[Cell(visible(text.strip() or "␣")), number(value)] for text, value in self.tokens]
+        return Table(f"{self.title}: attribution per token", ["token", "attribution"], rows)
+
+
+@dataclass(frozen=True)
 class Code:
     """Store text with fixed line breaks, such as commands or a recipe."""
 
@@ -105,7 +126,7 @@ class Section:
     """Id of the section in the page, for links."""
 
 
-Block = Section | Paragraph | Table | Plot | Code | Columns | Folded
+Block = Section | Paragraph | Table | Plot | Tokens | Code | Columns | Folded
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from llmctl.cli.report.document import (
     Plot,
     Section,
     Table,
+    Tokens,
 )
 from llmctl.config.terminal import visible
 
@@ -57,6 +58,9 @@ def _blocks(blocks: Sequence[Block], level: int) -> Iterator[str]:
             yield from _table(block)
         elif isinstance(block, Plot):
             yield from (f"**{escaped(block.title)}**", _paragraph(block.description), *_table(block.table))
+        elif isinstance(block, Tokens):
+            yield f"**{escaped(block.title)}** {escaped(block.note)}".rstrip()
+            yield from _table(block.table)
         elif isinstance(block, Code):
             yield from (f"{escaped(block.title)}:", _fenced(block))
         elif isinstance(block, Folded):

@@ -17,8 +17,8 @@ for (const drawing of document.querySelectorAll(".drawing")) {
     });
 }
 
-// A print has the text of all closed parts, except the tables of plots.
-const closed = () => document.querySelectorAll("main details:not([open], figure details)");
+// A print has the text of all closed parts, except the tables of plots and tokens.
+const closed = () => document.querySelectorAll("main details:not([open], figure details, .tokens details)");
 let opened = [];
 window.addEventListener("beforeprint", () => {
   opened = [...closed()];

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmctl.cli.report import (
+    attributions,
     curves,
     evaluations,
     html_page,
@@ -33,6 +34,7 @@ def document(contents: Contents, title: str = "") -> Document:
         curves.section(contents),
         evaluations.section(contents),
         samples.section(contents),
+        *attributions.sections(contents),
         stage_details.section(contents),
         reproduction.section(contents),
     ]
@@ -59,7 +61,7 @@ def write(folder: Path, out: Path | None, title: str = "") -> list[Path]:
         RequestError: If the folder has no artifact, if a file is damaged, or if a package for the plots is missing.
     """
     html_page.check_installed()
-    contents = run_contents.read(folder)
+    contents = run_contents.read(folder, attributions.is_valid)
     target = out or (folder.resolve().parent if contents.single else folder)
     if target.exists() and not target.is_dir():
         raise RequestError(f"--out {target}: is a file; name a folder")

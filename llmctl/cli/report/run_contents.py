@@ -6,7 +6,7 @@ JAX is not imported. Arrays are not read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from llmctl.cli import summary
 from llmctl.config.errors import RequestError
 from llmctl.config.text_input import parse_json
 
-LOG, RECORDS, ATTRIBUTIONS = "log.jsonl", "predictions.jsonl", "attributions.jsonl"
+LOG, RECORDS = "log.jsonl", "predictions.jsonl"
+ATTRIBUTIONS = "*.attributions.json"
+"""Pattern of the names of files in a run that `llmctl explain --json` wrote."""
 WORK = ".work"
 """Folder in a run with the temporary files of stages that have not finished."""
 MOST_RECORDS = 200_000
@@ -47,7 +49,6 @@ class Evaluation:
     comparisons: list[Record]
     records: list[Record]
     """Lines of predictions.jsonl: one record per example, with the keys "artifact" and "task"."""
-    attributions: list[Record]
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,18 @@ class Contents:
     models: list[Model]
     evaluations: list[Evaluation]
     unfinished: list[Unfinished] = field(default_factory=list)
+    attributions: list[Record] = field(default_factory=list)
+    """Contents of the files with attributions of tokens, whose models are in the run."""
     single: bool = False
     """Whether the folder is one artifact and not a run."""
 
 
-def read(folder: Path) -> Contents:
+def read(folder: Path, is_attribution: Callable[[Record], bool] = lambda _: True) -> Contents:
     """Read the run in `folder`. If the folder is an artifact, read this artifact and the evaluations next to it.
+
+    Args:
+        folder: Folder of a run, or of an artifact.
+        is_attribution: Function that returns whether an object is a valid record of attributions.
 
     Raises:
         RequestError: If the folder has no artifact, or if a file is damaged. The message names the file.
@@ -82,7 +89,9 @@ def read(folder: Path) -> Contents:
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder")
     if (folder / NAME).exists():
-        return _single(folder)
+        return replace(
+            found := _single(folder), attributions=_attributions(folder.resolve().parent, found, is_attribution)
+        )
     found = summary.run(folder)
     names = _artifacts(folder)
     manifests = {name: read_manifest(folder / name) for name in names}
@@ -90,7 +99,8 @@ def read(folder: Path) -> Contents:
     places = [(named[entry["name"], entry["digest"]], entry) for entry in found["artifacts"]]
     models = [_model(folder / name, manifests[name], entry) for name, entry in places]
     evaluations = [_evaluation(folder / name, manifests[name]) for name in names if not manifests[name].weights]
-    return Contents(folder.resolve().name, found, models, evaluations, _unfinished(folder, names))
+    made = Contents(folder.resolve().name, found, models, evaluations, _unfinished(folder, names))
+    return replace(made, attributions=_attributions(folder, made, is_attribution))
 
 
 def _single(folder: Path) -> Contents:
@@ -124,7 +134,6 @@ def _evaluation(folder: Path, manifest: Manifest) -> Evaluation:
         results,
         summary.comparisons(folder),
         lines(folder / RECORDS, _has("artifact", "task")),
-        lines(folder / ATTRIBUTIONS),
     )
 
 
@@ -133,6 +142,24 @@ def _unfinished(folder: Path, finished: Sequence[str]) -> list[Unfinished]:
     work = folder / WORK
     names = sorted(p.name for p in work.iterdir() if p.is_dir()) if work.is_dir() else []
     return [Unfinished(name, lines(work / name / LOG)) for name in names if name not in finished]
+
+
+def _attributions(folder: Path, of: Contents, valid: Callable[[Record], bool]) -> list[Record]:
+    """Return the records of attributions in a folder that have the weights of one of the models.
+
+    Raises:
+        RequestError: If a file is damaged.
+    """
+    found: list[Record] = []
+    for file in sorted(folder.glob(ATTRIBUTIONS)):
+        try:
+            value = parse_json(file.read_bytes())
+            if not isinstance(value, dict) or not valid(value):
+                raise ValueError("no attributions")
+        except (ValueError, TypeError, AttributeError) as e:
+            raise RequestError(f"{file}: damaged ({e}); write it again with llmctl explain --json") from None
+        found.append(value)
+    return [value for value in found if value["digest"] in {model.manifest.digest for model in of.models}]
 
 
 def _has(*keys: str) -> Callable[[Record], bool]:

@@ -84,6 +84,12 @@ def run(tmp_path_factory):
                    "p_value": 0.01, "test": "McNemar"}  # fmt: skip
     about = {"artifact": "base", "against": HOSTILE, "task": "classify", "examples": 100, "resamples": 10, "seed": 0}
     (folder / "eval/comparisons.json").write_text(json.dumps([{**about, "metrics": {"accuracy": differences}}]))
+    tokens = [{"text": HOSTILE, "kind": "text", "attribution": 0.5}, {"text": " b", "attribution": -0.25}]
+    about = {"method": "gradient_input", "unit": HOSTILE, "averages": []}
+    for model in (base, evil):
+        texts = [{"texts": [HOSTILE + " b"], "target": HOSTILE, "output": 1.5, "tokens": tokens}]
+        record = {"artifact": model.name, "digest": model.digest, **about, "texts": texts}
+        (folder / f"{model.digest[:4]}.attributions.json").write_text(json.dumps(record))
     (folder / ".work/distill").mkdir(parents=True)
     log_lines(folder / ".work/distill")
     with (folder / ".work/distill/log.jsonl").open("a") as stream:
@@ -245,9 +251,17 @@ def test_colors_can_be_read_in_light_and_dark():
             for ground in ("paper", "panel"):
                 assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
         most = plots.confusion([], ["a"], True)["layer"][0]["encoding"]["opacity"]["scale"]["range"][1]
-        mixed = [round(most * int(colors["series-1"][i : i + 2], 16) + (1 - most) * int(colors["paper"][i : i + 2], 16))
-                 for i in (1, 3, 5)]  # fmt: skip
-        assert contrast(colors["ink"], "#" + "".join(f"{c:02x}" for c in mixed)) >= 4.5
+        for name, share in (("series-1", most), ("series-1", 0.5), ("series-2", 0.5)):  # cells, and marked tokens
+            pairs = [[int(colors[c][i : i + 2], 16) for c in (name, "paper")] for i in (1, 3, 5)]
+            mixed = "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
+            assert contrast(colors["ink"], f"#{mixed}") >= 4.5, name
+
+
+def test_tokens_are_marked_side_by_side(page):
+    marks = page.named("mark")
+    assert [(m["text"].strip()[-1], m["attrs"].get("class"), m["attrs"]["style"]) for m in marks] == [
+        (")", None, "--strength: 1.0"), ("b", "against", "--strength: 0.5")
+    ] * 2  # fmt: skip
 
 
 def test_the_same_run_gives_the_same_bytes(run, pages, tmp_path):
@@ -260,6 +274,8 @@ def test_the_same_run_gives_the_same_bytes(run, pages, tmp_path):
     ("eval/results.json", '[{"artifact": ["a"], "digest": "", "task": "", "protocol": "", "metrics": {}}]', "no text"),
     ("eval/comparisons.json", "[1]", r"eval/comparisons\.json: damaged"),
     ("eval/predictions.jsonl", '{"artifact": "a", "task": "t"}\n[]\n', r"predictions\.jsonl: line 2: damaged"),
+    ("x.attributions.json", '{"artifact": "a", "texts": [1]}', r"x\.attributions\.json: damaged"),
+    ("x.attributions.json", '{"artifact": "", "digest": "", "method": "", "unit": "", "texts": [1]}', "damaged"),
     ("base/log.jsonl", "nonsense\n", r"base/log\.jsonl: line 1: damaged"),
     ("base/manifest.json", '{"format": 1}', r"base/manifest\.json: damaged"),
 ])  # fmt: skip
@@ -327,7 +343,7 @@ def test_the_recipe_of_a_report_has_the_settings_of_the_run(file, tmp_path):
             models.append(run_contents.Model(step.name, manifest, {}, []))
         else:
             results = [{"artifact": name} for name in step.others or [step.parent]]
-            evaluations.append(run_contents.Evaluation(step.name, manifest, results, [], [], []))
+            evaluations.append(run_contents.Evaluation(step.name, manifest, results, [], []))
     written = reproduction.recipe(run_contents.Contents("run", {}, models, evaluations))
     (tmp_path / "recipe.toml").write_text(written, encoding="utf-8")
     again = {s.name: s for s in recipe.read(tmp_path / "recipe.toml", tmp_path / "run").steps}

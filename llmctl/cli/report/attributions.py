@@ -1,0 +1,92 @@
+"""Show attributions of tokens, which `llmctl explain --json` computes: each text with all models side by side.
+
+The files are NAME.attributions.json in the folder of the run. `llmctl.evaluate.attribution.record` defines their content.
+"""
+
+from __future__ import annotations
+
+from llmctl.cli.report import figures
+from llmctl.cli.report.document import Block, Columns, Folded, Paragraph, Section, Table, Tokens, cell, number
+from llmctl.cli.report.run_contents import Contents, Record
+
+SHOWN = 12
+"""Maximum number of texts."""
+MOST_TOKENS = 400
+"""Maximum number of tokens per text."""
+METHODS = {
+    "integrated_gradients": "integrated gradients (Sundararajan et al., 2017, arXiv:1703.01365)",
+    "gradient_input": "gradient times input",
+    "rollout": "attention rollout (Abnar and Zuidema, 2020, arXiv:2005.00928)",
+}
+
+
+def sections(contents: Contents) -> list[Section]:
+    """Return the section with attributions, or an empty list if the run has none."""
+    found = contents.attributions
+    if not found:
+        return []
+    parts: list[Block] = [
+        Paragraph(f"{r['artifact']}: {METHODS.get(r['method'], r['method'])}; {r['unit']}.") for r in found
+    ]
+    parts.append(
+        Paragraph(
+            "Blue tokens raise the output for the target. Orange, underlined tokens lower it. The darkest token of a text has "
+            "the largest attribution of this text."
+        )
+    )
+    texts: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
+    for record in found:
+        for text in record["texts"]:
+            texts.setdefault(tuple(text["texts"]), []).append((record, text))
+    chosen = sorted(texts.values(), key=lambda group: -len(group))[:SHOWN]  # first what several models explain
+    parts += [Columns([_tokens(record, text) for record, text in group]) for group in chosen]
+    if len(texts) > len(chosen):
+        parts.append(Paragraph(f"{len(texts) - len(chosen):,} further texts are in the JSON data."))
+    averages = [(r, one) for r in found for one in r.get("averages") or []]
+    if averages:
+        parts.append(Folded("Mean attribution per token and target", [_average(r, one) for r, one in averages]))
+    return [Section("Attributions", parts)]
+
+
+def _tokens(record: Record, text: Record) -> Tokens:
+    rollout = record["method"] == "rollout"
+    shown = [t for t in text["tokens"] if rollout or t.get("kind", "text") == "text"]
+    error = text.get("completeness_error")
+    note = f"Completeness error {error:.2%}." if figures.is_number(error) else ""
+    if len(shown) > MOST_TOKENS:
+        note += f" {len(shown) - MOST_TOKENS:,} further tokens are in the JSON data."
+    output = f" ({text['output']:+.3g})" if figures.is_number(text.get("output")) and not rollout else ""
+    pairs = [(t["text"], t["attribution"]) for t in shown[:MOST_TOKENS]]
+    return Tokens(cell(f"{record['artifact']}: {text['target']}{output}").text, pairs, note.strip())
+
+
+def _average(record: Record, one: Record) -> Table:
+    rows = [
+        [cell(t["token"]), number(t["mean"]), number(t["count"])]
+        for side in ("for", "against")
+        for t in one.get(side, [])
+    ]
+    caption = f"{record['artifact']}, target {one['target']}: tokens for it, then against it"
+    return Table(cell(caption).text, ["token", "mean attribution", "texts"], rows)
+
+
+def is_valid(record: Record) -> bool:
+    """Return whether a JSON value has the fields of attributions that the report reads."""
+    if not all(isinstance(record.get(key), str) for key in ("artifact", "digest", "method", "unit")):
+        return False
+    return isinstance(record.get("texts"), list) and all(map(_is_text, record["texts"])) and _has_averages(record)
+
+
+def _is_text(text: Record) -> bool:
+    return (
+        isinstance(text.get("texts"), list)
+        and all(isinstance(part, str) for part in text["texts"])
+        and "target" in text
+        and isinstance(text.get("tokens"), list)
+        and all(isinstance(t.get("text"), str) and figures.is_number(t.get("attribution")) for t in text["tokens"])
+    )
+
+
+def _has_averages(record: Record) -> bool:
+    tokens = [t for one in record.get("averages") or [] for side in ("for", "against") for t in one.get(side, [])]
+    return all("token" in t and figures.is_number(t.get("mean")) and figures.is_number(t.get("count")) for t in tokens)
