@@ -1,6 +1,6 @@
 """Show attributions of tokens, which `llmctl explain --json` computes: each text with all models side by side.
 
-The files are NAME.attributions.json in the folder of the run. `llmctl.evaluate.attribution.record` defines their content.
+The files are NAME.attributions.json in the folder of the run. Their content is the output of `llmctl explain --json`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def sections(contents: Contents) -> list[Section]:
     ]
     parts.append(
         Paragraph(
-            "Blue tokens raise the output for the target. Orange, underlined tokens lower it. The darkest token of a text has "
-            "the largest attribution of this text."
+            "Blue tokens raise the output for the target. Orange, underlined tokens lower it. The strongest color of a "
+            "text marks its largest attribution."
         )
     )
     texts: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
@@ -61,11 +61,8 @@ def _tokens(record: Record, text: Record) -> Tokens:
 
 
 def _average(record: Record, one: Record) -> Table:
-    rows = [
-        [cell(t["token"]), number(t["mean"]), number(t["count"])]
-        for side in ("for", "against")
-        for t in one.get(side, [])
-    ]
+    tokens = [t for side in ("for", "against") for t in one.get(side, [])]
+    rows = [[cell(t["token"]), number(t["mean"]), number(t["count"])] for t in tokens]
     caption = f"{record['artifact']}, target {one['target']}: tokens for it, then against it"
     return Table(cell(caption).text, ["token", "mean attribution", "texts"], rows)
 
