@@ -35,6 +35,7 @@ JAX_FREE = (
     *("train.distill_settings", "train.finetune_settings"),
     *(f"train.robust.{name}" for name in ("settings", "registry", "adversary", "fgm", "pgd", "freelb", "smart")),
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry", "evaluate.probes"),
+    *(f"evaluate.bias.{name}" for name in ("probes", "settings")),
     *(f"evaluate.robustness.{name}" for name in ("probe", "settings", "perturbations", "synonyms")),
     *(f"evaluate.harm.{name}" for name in ("settings", "word_list")),
     *("evaluate.attribution.settings", "evaluate.attribution.page", "evaluate.attribution.picture"),

@@ -103,20 +103,10 @@ class Scorer:
             RequestError: If a continuation alone is longer than `longest`, or if a context or continuation is empty.
             WorkError: If a log-likelihood is not a finite number.
         """
-        total_Q, greedy_Q = np.zeros(len(queries)), np.ones(len(queries), bool)
-        tokens = self._setup.batch_size * LEAST
-        for rows in packed(self._sequences(queries), self._setup.seq_len, FEW * tokens):
-            setup = replace(self._setup, batch_size=rows_per_batch(self._setup, rows.length, len(rows)))
-            for batch, found in answers(self._step, self._params, rows, setup, PackedRows.reads):
-                query_BP = batch["query"]
-                real = query_BP >= 0
-                if len(rows_R := np.flatnonzero((real & ~np.isfinite(found["log_p"])).any(1))):
-                    row = {name: a[rows_R[:1]] for name, a in batch.items()}
-                    layer = nonfinite.first_layer(self._model, self._params, row, setup)
-                    raise WorkError(f"the model gives a log-likelihood that is not a finite number; {layer}")
-                np.add.at(total_Q, query_BP[real], found["log_p"].astype(np.float64)[real])
-                np.logical_and.at(greedy_Q, query_BP[real], found["best"][real])
-        return [Score(float(total), bool(greedy)) for total, greedy in zip(total_Q, greedy_Q, strict=True)]
+        found = summed(
+            self._step, self._model, self._params, self._sequences(queries), len(queries), self._setup
+        )
+        return [Score(float(total), bool(greedy)) for total, greedy in zip(*found, strict=True)]
 
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:
         """Return one sequence per distinct context, with all continuations of this context.
@@ -141,6 +131,42 @@ class Scorer:
                 found.append(sequence)
             sequence.add(continuation, q)
         return found
+
+
+def summed(
+    step: Any,
+    model: ModelConfig,
+    params: functional.Params,
+    sequences: Sequence[ScoredSequence],
+    queries: int,
+    setup: Setup,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log-likelihood of each query in nats, float64 [Q], and whether its tokens are all most probable, [Q].
+
+    Args:
+        step: The result of `position_scores`.
+        model: Config of the model.
+        params: Parameters of the model.
+        sequences: Sequences with the scored tokens of the queries.
+        queries: Number of queries, Q.
+        setup: Settings of the measurement (see `Scorer`).
+
+    Raises:
+        WorkError: If a log-likelihood is not a finite number.
+    """
+    total_Q, greedy_Q = np.zeros(queries), np.ones(queries, bool)
+    for rows in packed(sequences, setup.seq_len, FEW * setup.batch_size * LEAST):
+        sized = replace(setup, batch_size=rows_per_batch(setup, rows.length, len(rows)))
+        for batch, found in answers(step, params, rows, sized, PackedRows.reads):
+            query_BP = batch["query"]
+            real = query_BP >= 0
+            if len(rows_R := np.flatnonzero((real & ~np.isfinite(found["log_p"])).any(1))):
+                row = {name: a[rows_R[:1]] for name, a in batch.items()}
+                layer = nonfinite.first_layer(model, params, row, sized)
+                raise WorkError(f"the model gives a log-likelihood that is not a finite number; {layer}")
+            np.add.at(total_Q, query_BP[real], found["log_p"].astype(np.float64)[real])
+            np.logical_and.at(greedy_Q, query_BP[real], found["best"][real])
+    return total_Q, greedy_Q
 
 
 class PackedRows:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, field_validator
 from llmctl.config.base import Config, hint
 from llmctl.config.settings import Dtype
 from llmctl.data.config import Split
+from llmctl.evaluate.bias.settings import BBQConfig, CrowsPairsConfig, IdentitySwapsConfig, StereoSetConfig
 from llmctl.evaluate.harness.settings import HarnessConfig
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.probes.registry import PROBES
@@ -23,6 +24,7 @@ class MeasureConfig(Config):
 
     added: ClassVar[frozenset[str]] = frozenset(
         {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap", "robustness", "yardstick"}
+        | {"crows_pairs", "stereoset", "bbq", "identity_swaps"}
     )
     unkeyed: ClassVar[frozenset[str]] = frozenset({"again"})
 
@@ -60,6 +62,14 @@ class MeasureConfig(Config):
     """Settings of the tasks in `harness`."""
     robustness: RobustnessConfig = RobustnessConfig()
     """Settings of the probe `robustness`."""
+    crows_pairs: CrowsPairsConfig = CrowsPairsConfig()
+    """Settings of the probe `crows_pairs`."""
+    stereoset: StereoSetConfig = StereoSetConfig()
+    """Settings of the probe `stereoset`."""
+    bbq: BBQConfig = BBQConfig()
+    """Settings of the probe `bbq`."""
+    identity_swaps: IdentitySwapsConfig = IdentitySwapsConfig()
+    """Settings of the probe `identity_swaps`."""
     bootstrap: int = Field(default=0, ge=0)
     """Number of bootstrap resamples for 95 % intervals of metrics without another interval, such as macro F1, BLEU and
     correlations; 0 computes none."""
@@ -73,7 +83,7 @@ class MeasureConfig(Config):
     the task are the same."""
 
     def inputs(self) -> list[str]:
-        """Return the paths of local task files, and of the data files that these task files name.
+        """Return the paths of local task files, and of the data files that these task files and probes name.
 
         Raises:
             RequestError: If a file is missing.
@@ -87,6 +97,8 @@ class MeasureConfig(Config):
             from llmctl.evaluate import task_files
 
             found += task_files.inputs(self.tasks)
+        for probe in (PROBES[name] for name in self.named_probes):
+            found += probe.inputs(getattr(self, probe.section, None))
         return found
 
     @property

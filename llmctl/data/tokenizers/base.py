@@ -237,6 +237,14 @@ class Tokenizer(ABC):
         """Return the token ids to put before a document or a prompt: `prefix`, and `bos_id` if `add_bos` is set."""
         return (*self.prefix, *(self.bos_id,) * self.add_bos)
 
+    @property
+    def start_id(self) -> int:
+        """Return the id of the token after which the first token of a text without context is predicted.
+
+        This is the begin-of-sequence token or, if the tokenizer has none, the end-of-sequence token.
+        """
+        return self.bos_id if self.add_bos or self.bos_id != self.pad_id else self.eos_id
+
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt for generation: first the ids that `begin` returns, then the ids of the
         text."""

@@ -61,12 +61,8 @@ class ArtifactLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the id of the token that precedes a text without context.
-
-        This is the begin-of-sequence token or, if the tokenizer has none, the end-of-sequence token.
-        """
-        words = self._words
-        return words.bos_id if words.add_bos or words.bos_id != words.pad_id else words.eos_id
+        """Return the id of the token that precedes a text without context."""
+        return self._words.start_id
 
     @property
     def tokenizer_name(self) -> str:

@@ -103,6 +103,21 @@ _OWN = (
     Metric("accuracy_per_character", "accuracy per character", "maximize", "{:.2%}", table="file"),
     Metric("accuracy_per_byte", "accuracy per byte", "maximize", "{:.2%}", table="file"),
     Metric("margin", "margin", "maximize", "{:.3f}", table="file"),
+    Metric("stereotype_score", "stereotype score", "neither", "{:.2%}", table="file"),
+    Metric("language_modelling_score", "language modelling score", "maximize", "{:.2%}", table="file"),
+    Metric("icat", "ICAT", "maximize", "{:.2%}", table="file"),
+    Metric("bias_score", "bias score", "neither", "{:+.3f}", table="none"),
+    Metric("bias_score/ambiguous", "bias score (ambiguous)", "neither", "{:+.3f}", table="file"),
+    Metric("bias_score/disambiguated", "bias score (disambiguated)", "neither", "{:+.3f}", table="file"),
+    Metric("accuracy_gap", "gap of accuracy", "minimize", "{:.2%}", table="none"),
+    Metric("probability", "probability", "neither", "{:.4f}", table="none"),
+    Metric("probability_gap", "gap of probability", "minimize", "{:.4f}", table="none"),
+    Metric("true_positive_rate", "true-positive rate", "maximize", "{:.2%}", table="none"),
+    Metric("true_positive_rate_gap", "gap of true-positive rate", "minimize", "{:.2%}", table="none"),
+    Metric("false_positive_rate", "false-positive rate", "minimize", "{:.2%}", table="none"),
+    Metric("false_positive_rate_gap", "gap of false-positive rate", "minimize", "{:.2%}", table="none"),
+    Metric("flip_rate", "flip rate", "minimize", "{:.2%}", table="file"),
+    Metric("probability_change", "change of probability", "minimize", "{:.4f}", table="file"),
     Metric("loss", "loss", "minimize", table="run"),
     Metric("error", "mean absolute error", "minimize", unit="the label's unit", table="none"),
     Metric("next_sentence_loss", "next sentence loss", "minimize", unit="nats", table="none"),
@@ -133,7 +148,8 @@ def find(name: str) -> Metric | None:
     """Return the registered metric called `name`, or None if there is no such metric.
 
     If the name has the prefix `validation_`, the title of the returned metric begins with "val.". If the name has the
-    form METRIC_under_CHANGE, the title is that of the metric followed by "under" and the change.
+    form METRIC_under_CHANGE, the title is that of the metric followed by "under" and the change. A name of the form
+    METRIC/PART is a metric on a part of the data, such as "accuracy/gender/female". No table has a column for it.
     """
     if name in METRICS:
         return METRICS[name]
@@ -141,6 +157,10 @@ def find(name: str) -> Metric | None:
     if under and metric in METRICS:
         title = f"{METRICS[metric].title} under {change.replace('_', ' ')}"
         return dataclasses.replace(METRICS[metric], name=name, title=title)
+    metric, slash, part = name.partition("/")
+    if slash and metric in METRICS:
+        title = f"{METRICS[metric].title} ({part})"
+        return dataclasses.replace(METRICS[metric], name=name, title=title, table="none", baseline="")
     bare = name.removeprefix(VALIDATION)
     if bare in (name, "") or bare not in METRICS:
         return None

@@ -67,6 +67,14 @@ class Probe:
             RequestError: If the probe does not support the artifact, or if a setting does not suit it.
         """
 
+    def inputs(self, settings: Any) -> list[str]:
+        """Return the paths of the files that the probe reads. If a file changes, the stage `eval` runs again.
+
+        Raises:
+            RequestError: If a file is missing.
+        """
+        return []
+
     def definition(self, settings: Any) -> Any:
         """Return JSON data that determines the result together with the examples, the sequence length and the weights.
 

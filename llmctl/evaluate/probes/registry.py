@@ -15,6 +15,10 @@ PROBES: Registry[Probe] = Registry(
     "probe",
     {
         "robustness": "llmctl.evaluate.robustness.probe:ROBUSTNESS",
+        "crows_pairs": "llmctl.evaluate.bias.probes:CROWS_PAIRS",
+        "stereoset": "llmctl.evaluate.bias.probes:STEREOSET",
+        "bbq": "llmctl.evaluate.bias.probes:BBQ",
+        "identity_swaps": "llmctl.evaluate.bias.probes:IDENTITY_SWAPS",
     },
 )
 """Probes by name."""
