@@ -89,19 +89,32 @@ def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> P
     setup = harness.setup(mesh, there.manifest, name, **sizes)
     length = min(likelihood.SHORTEST, setup.seq_len)
     sequence = likelihood.ScoredSequence((0,) * (length - 2), {(k,): length - 2 + k for k in range(2)}, [(0, 0, 0)])
+    return of_likelihoods(f"likelihoods of {name} for lm-evaluation-harness", there, setup, sequence)
+
+
+def of_likelihoods(title: str, there: Artifact, setup: Setup, sequence: likelihood.ScoredSequence) -> Program:
+    """Return the program that scores tokens in packed rows of the shortest standard length.
+
+    Args:
+        title: Title of the program.
+        there: Language model with abstract arrays.
+        setup: Settings of the measurement.
+        sequence: Content of one row, which determines the number of scored positions.
+    """
+    length = min(likelihood.SHORTEST, setup.seq_len)
     rows = likelihood.PackedRows([[sequence]], length)
     setup = replace(setup, batch_size=likelihood.rows_per_batch(setup, length))
     row = {key: rows.batch(np.zeros(1, int))[key][0] for key in rows.reads}
     batch, step = setup.batches().abstract(row), likelihood.position_scores(there.model, setup.dtype)
 
     def trace() -> Any:
-        with meshes.use(mesh), attention_kernels.use("auto"):
+        with meshes.use(setup.mesh), attention_kernels.use("auto"):
             return step.trace(there.params, batch)
 
     return Program(
-        f"likelihoods of {name} for lm-evaluation-harness",
+        title,
         there.model,
-        mesh,
+        setup.mesh,
         trace,
         flops=flops.row(there.model, length, 0, len(row["at"])) * setup.batch_size,
         tokens=setup.batch_size * length,

@@ -54,7 +54,8 @@ def _pair(row: BenchmarkRow) -> Pair:
     kind = row.text("bias_type")
     if "sentence" in row.columns and "sent_more" not in row.columns:
         sentence = row.text("sentence")
-        return Pair(*(sentence.replace(MASK, row.text(name)) for name in ("mask1", "mask2")), kind)
+        more, less = (sentence.replace(MASK, row.text(name)) for name in ("mask1", "mask2"))
+        return Pair(more, less, kind)
     direction = ""
     if row.columns.get("stereo_antistereo"):
         direction = row.one_of("stereo_antistereo", ("stereo", "antistereo"))
@@ -121,7 +122,8 @@ def summary(
     The fraction has Wilson's interval, and is also computed per bias type and per direction.
     """
     prefers_N = more_N > less_N
-    metrics, values = proportion(SCORE, prefers_N), {SCORE: prefers_N}
+    metrics: dict[str, Any] = proportion(SCORE, prefers_N)
+    values: dict[str, np.ndarray] = {SCORE: prefers_N}
     kinds = np.array([[pair.bias_type, pair.direction] for pair in pairs])
     for group in dict.fromkeys(kind for kind in kinds.T.ravel().tolist() if kind):
         own_N = (kinds == group).any(1)

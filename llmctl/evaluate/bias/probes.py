@@ -9,9 +9,13 @@ from llmctl.config.errors import RequestError
 from llmctl.evaluate.probes.base import Probe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmctl.artifacts.artifact import Artifact
     from llmctl.artifacts.manifest import Manifest
+    from llmctl.data.config import DataConfig
     from llmctl.evaluate.setup import Held, Measured, Setup
+    from llmctl.model.program import Program
 
 
 class _Benchmark(Probe):
@@ -30,6 +34,16 @@ class _Benchmark(Probe):
         from llmctl.evaluate.bias import benchmark_rows
 
         return benchmark_rows.digest(settings)
+
+    def programs(
+        self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
+    ) -> Sequence[Program]:
+        """Return the program that scores every token of packed sentences."""
+        from llmctl.evaluate import likelihood, programs
+
+        length = min(likelihood.SHORTEST, setup.seq_len)
+        sequence = likelihood.ScoredSequence((0,) * length, {}, [(i, 0, 0) for i in range(length)])
+        return [programs.of_likelihoods(f"{self.title} of {name}", artifact, setup, sequence)]
 
 
 class _Sentences(_Benchmark):
@@ -106,6 +120,17 @@ class BBQProbe(_Benchmark):
 
         return bbq.measure(artifact, setup, settings)
 
+    def programs(
+        self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
+    ) -> Sequence[Program]:
+        """Return the program that scores choices: that of sentences for a decoder, otherwise that of task `choice`."""
+        from llmctl.evaluate import programs
+        from llmctl.evaluate.tasks.registry import TASKS
+
+        if artifact.model.architecture == "decoder":
+            return super().programs(name, artifact, data, setup, settings)
+        return [programs.of_task(f"{self.title} of {name}", artifact, data, setup, TASKS["choice"])]
+
 
 class IdentitySwaps(Probe):
     """Measure how a classifier's predictions change if its texts name another group."""
@@ -145,6 +170,15 @@ class IdentitySwaps(Probe):
 
         assert held is not None
         return identity_swaps.measure(artifact, held, setup, settings)
+
+    def programs(
+        self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
+    ) -> Sequence[Program]:
+        """Return the program that classifies a batch."""
+        from llmctl.evaluate import programs
+        from llmctl.evaluate.tasks.registry import of
+
+        return [programs.of_task(f"{self.title} of {name}", artifact, data, setup, of(artifact.manifest))]
 
 
 CROWS_PAIRS, STEREOSET, BBQ, IDENTITY_SWAPS = CrowsPairs(), StereoSet(), BBQProbe(), IdentitySwaps()
