@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmctl.cli.report import classes, figures, json_tables, plots
-from llmctl.cli.report.document import Block, Folded, Paragraph, Plot, Section, Table, cell, number
+from llmctl.cli.report.document import Block, Columns, Folded, Paragraph, Plot, Section, Table, cell, number
 from llmctl.cli.report.run_contents import Contents, Evaluation, Record
+from llmctl.evaluate.metrics.base import UNDER
 from llmctl.evaluate.report import comparison_cells
 
 MOST_ROWS = 40
@@ -31,7 +32,7 @@ def _task(task: str, results: Sequence[Record]) -> Section:
     parts: list[Block] = [Paragraph(f"Protocol: {cell(p).text}.") for p in protocols]
     parts += [Paragraph(line) for line in dict.fromkeys(map(_timing, results)) if line]
     parts.append(table(task, results))
-    parts += intervals(task, results)
+    parts.append(Columns(intervals(task, results)))
     parts += classes.blocks(results)
     for r in results:
         rest = {k: v for k, v in r["metrics"].items() if isinstance(v, (dict, list)) and v and k not in classes.SHOWN}
@@ -57,30 +58,40 @@ def table(task: str, results: Sequence[Record]) -> Table:
 
 
 def intervals(task: str, results: Sequence[Record]) -> list[Plot]:
-    """Return a plot of all ratios with intervals, such as the accuracy under each perturbation.
+    """Return plots of all ratios with intervals: one plot per metric under several changes, and one for all others.
 
-    The plot needs at least two metrics, because the plot of quality against cost shows one.
+    A plot needs at least two metrics, because the plot of quality against cost shows one.
     """
     named = figures.ordered(name for r in results for name in r["metrics"] if figures.interval(r["metrics"], name))
-    names = [
-        n for n in named if figures.is_ratio(n, [v for r in results if figures.is_number(v := r["metrics"].get(n))])
-    ]
-    names = names[:MOST_ROWS]
-    if len(names) < 2:
-        return []
+    groups: dict[str, list[str]] = {}
+    for name in named:
+        values = [v for r in results if figures.is_number(v := r["metrics"].get(name))]
+        if figures.is_ratio(name, values):
+            base = name.partition(UNDER)[0]
+            changed = any(other.startswith(base + UNDER) for other in named)
+            groups.setdefault(base if changed else "", []).append(name)
+    return [_intervals(task, base, names[:MOST_ROWS], results) for base, names in groups.items() if len(names) > 1]
+
+
+def _intervals(task: str, base: str, names: Sequence[str], results: Sequence[Record]) -> Plot:
+    """Return the plot of the metrics `names`. If `base` is not empty, they are this metric under several changes."""
     series = [cell(name).text for name in dict.fromkeys(r["artifact"] for r in results)]
+    labels = {name: figures.title(name) for name in names}
+    if base:
+        labels = {name: cell(name.partition(UNDER)[2].replace("_", " ") or "unchanged").text for name in names}
     values: list[dict[str, Any]] = []
     for r in results:
         for name in names:
             value, ends = r["metrics"].get(name), figures.interval(r["metrics"], name)
             if figures.is_number(value):
-                point = {"row": figures.title(name), "series": cell(r["artifact"]).text, "value": value}
+                point = {"row": labels[name], "series": cell(r["artifact"]).text, "value": value}
                 values.append(point | ({"low": ends[0], "high": ends[1]} if ends else {}))
-    spec = plots.intervals(values, [figures.title(name) for name in names], series, "value with 95 % interval")
+    what = figures.title(base) if base else "metrics"
+    spec = plots.intervals(values, list(labels.values()), series, f"{what}, 95 % interval")
     rows = [[cell(figures.title(n)), *(figures.metric_cell(r["metrics"], n) for r in results)] for n in names]
-    drawn = Table("Metrics with 95 % intervals", ["metric", *(cell(r["artifact"]).text for r in results)], rows)
-    description = f"{len(names)} metrics of {cell(task).text} for {len(series)} models, each with a 95 % interval."
-    return [Plot(f"{cell(task).text}: metrics with intervals", spec, description, drawn)]
+    drawn = Table(f"{what} with 95 % intervals", ["metric", *(cell(r["artifact"]).text for r in results)], rows)
+    description = f"{len(names)} values of {what} ({cell(task).text}) for {len(series)} models, each with its interval."
+    return Plot(f"{cell(task).text}: {what} with intervals", spec, description, drawn)
 
 
 def _comparisons(evaluation: Evaluation) -> Section:

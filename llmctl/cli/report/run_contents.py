@@ -98,7 +98,9 @@ def read(folder: Path, is_attribution: Callable[[Record], bool] = lambda _: True
     named = {(m.name, m.digest): name for name, m in manifests.items() if m.weights}
     places = [(named[entry["name"], entry["digest"]], entry) for entry in found["artifacts"]]
     models = [_model(folder / name, manifests[name], entry) for name, entry in places]
-    evaluations = [_evaluation(folder / name, manifests[name]) for name in names if not manifests[name].weights]
+    known = {m.content or m.digest: m.name for m in manifests.values() if m.weights}
+    measured = [(folder / name, manifests[name]) for name in names if not manifests[name].weights]
+    evaluations = [_evaluation(place, manifest, known) for place, manifest in measured]
     made = Contents(folder.resolve().name, found, models, evaluations, _unfinished(folder, names))
     return replace(made, attributions=_attributions(folder, made, is_attribution))
 
@@ -108,7 +110,7 @@ def _single(folder: Path) -> Contents:
     manifest = read_manifest(folder)
     entry = summary.one(folder)
     if not manifest.weights:
-        evaluation = _evaluation(folder, manifest)
+        evaluation = _evaluation(folder, manifest, {})
         shown = {"artifacts": [], "reports": summary.results(folder)}
         return Contents(folder.resolve().name, shown, [], [evaluation], single=True)
     keys = summary.entry(manifest).keys()
@@ -126,14 +128,28 @@ def _model(folder: Path, manifest: Manifest, entry: Record) -> Model:
     return Model(manifest.name, manifest, entry, lines(folder / LOG))
 
 
-def _evaluation(folder: Path, manifest: Manifest) -> Evaluation:
+def _evaluation(folder: Path, manifest: Manifest, known: dict[str, str]) -> Evaluation:
+    """Read the results of an evaluation. Models of the run have their names in the run, not the paths of `--of`.
+
+    Args:
+        folder: Folder of the evaluation.
+        manifest: Its manifest.
+        known: Name of each model of the run, by its content digest.
+    """
     results = summary.complete_results(folder)
+    names = {r["artifact"]: known.get(r.get("content") or r["digest"], r["artifact"]) for r in results}
+    if len(set(names.values())) < len(names):  # copies of one model were measured
+        names = {}
+
+    def renamed(records: list[Record], *keys: str) -> list[Record]:
+        return [{**r, **{key: names.get(r[key], r[key]) for key in keys}} for r in records]
+
     return Evaluation(
         manifest.name,
         manifest,
-        results,
-        summary.comparisons(folder),
-        lines(folder / RECORDS, _has("artifact", "task")),
+        renamed(results, "artifact"),
+        renamed(summary.comparisons(folder), "artifact", "against"),
+        renamed(lines(folder / RECORDS, _has("artifact", "task")), "artifact"),
     )
 
 

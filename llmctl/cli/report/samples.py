@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from llmctl.cli.report import figures
@@ -63,8 +64,12 @@ def _is_output(name: str) -> bool:
 
 
 def _cell(fields: Record) -> Cell:
-    """Return a cell with one line per field."""
-    return cell("\n".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in fields.items()) or "–")
+    """Return a cell with one line per field. The location of a row is shown without folders."""
+    shown = {
+        name: PurePath(value).name if name == "row" and isinstance(value, str) else value
+        for name, value in fields.items()
+    }
+    return cell("\n".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in shown.items()) or "–")
 
 
 def _text(value: Any) -> str:

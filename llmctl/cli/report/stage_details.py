@@ -29,6 +29,8 @@ LAYERED = {
     "structured_layers": ("influence", "error"),
 }
 """Reports with one record per layer, and the fields of these records that are plotted."""
+UNFOLDED = 24
+"""Maximum number of metrics of a model that are shown without being opened."""
 
 
 def section(contents: Contents) -> Section:
@@ -48,7 +50,8 @@ def _model(index: int, model: Model) -> Section:
             [cell(figures.title(name)), figures.metric_cell(model.summary["metrics"], name)]
             for name in figures.ordered(names)
         ]
-        tables.append(Table("Metrics of the stage and of evaluations", ["metric", "value"], rows))
+        measured = Table("Metrics of the stage and of evaluations", ["metric", "value"], rows)
+        tables.append(measured if len(rows) <= UNFOLDED else Folded(f"{len(rows)} metrics", [measured]))
     layers = _layers(model.name, metrics)
     parts: list[Block] = [Columns(tables), *([Columns(layers)] if layers else [])]
     rest = {k: v for k, v in metrics.items() if isinstance(v, (dict, list)) and v}
