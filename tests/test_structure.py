@@ -37,8 +37,8 @@ JAX_FREE = (
     *("evaluate.metrics.base", "evaluate.report", "evaluate.settings", "evaluate.tasks.registry", "evaluate.probes"),
     *(f"evaluate.bias.{name}" for name in ("probes", "settings")),
     *(f"evaluate.robustness.{name}" for name in ("probe", "settings", "perturbations", "synonyms")),
-    *(f"evaluate.harm.{name}" for name in ("settings", "word_list")),
     *("evaluate.attribution.settings", "evaluate.attribution.page", "evaluate.attribution.picture"),
+    *(f"evaluate.harm.{name}" for name in ("probes", "settings", "word_list")),
     *(
         "compress.calibration.settings",
         "compress.pruning.scores",

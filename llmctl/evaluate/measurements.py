@@ -142,15 +142,26 @@ def of_data(
 
 
 def of_probes(
-    config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest, examples: Examples | None, folder: Path
+    config: MeasureConfig,
+    mesh: Mesh,
+    path: Path,
+    manifest: Manifest,
+    examples: Examples | None,
+    folder: Path,
+    training: Examples | None = None,
 ) -> list[Measurement]:
-    """Describe the measurements of one artifact by the probes of the evaluation."""
+    """Describe the measurements of one artifact by the probes of the evaluation.
+
+    `training` is the train split of the data, for probes that read it.
+    """
     found = []
     for probe in (PROBES[name] for name in config.named_probes):
-        held = Held(examples, config.split, folder) if probe.reads_data and examples is not None else None
+        read = training if probe.reads_training else None
+        held = Held(examples, config.split, folder, read) if probe.reads_data and examples is not None else None
         setup = probe_setup(config, mesh, path, manifest)
         own = probe.definition(probe_settings(config, probe))
-        digest = stored.digest(probe.name, own, *stored.conditions(held, setup))
+        texts = [read.digest] if read is not None else []
+        digest = stored.digest(probe.name, own, *stored.conditions(held, setup), *texts)
         found.append(ProbeMeasurement(config, setup, digest, probe, held))
     return found
 

@@ -39,6 +39,7 @@ def results(
     before: Stored | None = None,
     against: str = "",
     values: bool = False,
+    training: Examples | None = None,
 ) -> list[Scored]:
     """Measure artifacts on held-out examples and on tasks of lm-evaluation-harness. If `config.speed` is set, also time
     the artifacts.
@@ -55,6 +56,7 @@ def results(
         before: Earlier results, which are not computed again.
         against: Name of the artifact with which all other artifacts will be compared; empty for no comparison.
         values: Whether earlier results without values per example are computed again.
+        training: Train split of the data, for probes that read it.
 
     Returns:
         One result per artifact and task (see `llmctl.evaluate.report`), with its records and values per example.
@@ -100,7 +102,7 @@ def results(
     }
     for name, manifest in manifests.items():
         wanted[name] += [measurements.of_file(config, mesh, chosen[name], manifest, file, work) for file in files]
-        wanted[name] += measurements.of_probes(config, mesh, chosen[name], manifest, examples, work)
+        wanted[name] += measurements.of_probes(config, mesh, chosen[name], manifest, examples, work, training)
     if against:
         measurements.check_comparable(wanted, manifests, against)
         if config.harness and not config.seq_len:

@@ -11,6 +11,7 @@ from llmctl.config.base import Config, hint
 from llmctl.config.settings import Dtype
 from llmctl.data.config import Split
 from llmctl.evaluate.bias.settings import BBQConfig, CrowsPairsConfig, IdentitySwapsConfig, StereoSetConfig
+from llmctl.evaluate.harm.settings import ContaminationConfig, MemorizationConfig, ToxicityConfig
 from llmctl.evaluate.harness.settings import HarnessConfig
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.probes.registry import PROBES
@@ -25,6 +26,7 @@ class MeasureConfig(Config):
     added: ClassVar[frozenset[str]] = frozenset(
         {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap", "robustness", "yardstick"}
         | {"crows_pairs", "stereoset", "bbq", "identity_swaps"}
+        | {"toxicity", "memorization", "contamination"}
     )
     unkeyed: ClassVar[frozenset[str]] = frozenset({"again"})
 
@@ -70,6 +72,12 @@ class MeasureConfig(Config):
     """Settings of the probe `bbq`."""
     identity_swaps: IdentitySwapsConfig = IdentitySwapsConfig()
     """Settings of the probe `identity_swaps`."""
+    toxicity: ToxicityConfig = ToxicityConfig()
+    """Settings of the probe `toxicity`."""
+    memorization: MemorizationConfig = MemorizationConfig()
+    """Settings of the probe `memorization`."""
+    contamination: ContaminationConfig = ContaminationConfig()
+    """Settings of the probe `contamination`."""
     bootstrap: int = Field(default=0, ge=0)
     """Number of bootstrap resamples for 95 % intervals of metrics without another interval, such as macro F1, BLEU and
     correlations; 0 computes none."""
@@ -122,6 +130,11 @@ class MeasureConfig(Config):
         tasks have their own data.
         """
         return bool(self.named_tasks) or not (self.tasks or self.harness)
+
+    @property
+    def reads_training(self) -> bool:
+        """Return whether a probe reads the train split of the data."""
+        return any(PROBES[name].reads_training for name in self.named_probes)
 
     @property
     def tasks_on_data(self) -> list[str]:

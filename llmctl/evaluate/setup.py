@@ -34,14 +34,16 @@ KEPT = {"tail": "first", "head_tail": "first and last halves of"}
 class Held:
     """Tokenize held-out examples once per tokenizer, and cache the tokens in a folder."""
 
-    def __init__(self, examples: Examples, split: str, folder: Path) -> None:
-        self.examples, self.split, self._folder = examples, split, folder
+    def __init__(self, examples: Examples, split: str, folder: Path, training: Examples | None = None) -> None:
+        self.examples, self.split, self.folder = examples, split, folder
+        self.training = training
+        """Train split of the same data, for probes that read it."""
         self._corpora: dict[str, Corpus] = {}
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """Return the token ids of all texts, in the order of the examples."""
         if tokenizer.digest not in self._corpora:
-            folder = self._folder / tokenizer.digest[:16]
+            folder = self.folder / tokenizer.digest[:16]
             self._corpora[tokenizer.digest] = cached(folder, self.examples.texts(), self.examples.digest, tokenizer)
         return self._corpora[tokenizer.digest]
 

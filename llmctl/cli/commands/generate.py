@@ -12,7 +12,7 @@ from llmctl.cli.settings_flags import with_settings
 from llmctl.config.base import with_article
 from llmctl.config.errors import RequestError
 from llmctl.config.settings import KVCache
-from llmctl.config.text_input import check_unicode, parse_json
+from llmctl.config.text_input import check_unicode
 from llmctl.evaluate.harm.settings import FilterConfig
 
 
@@ -219,33 +219,9 @@ def _texts(prompts: list[str], file: Path | None) -> list[str] | None:
     """
     if file is None:
         return prompts or None
-    from etils import epath
+    from llmctl.data import prompt_files
 
-    from llmctl.data import file_bytes
-
-    try:
-        lines = [(n, line) for n, line in file_bytes.lines(epath.Path(file)) if line.strip()]
-    except FileNotFoundError:
-        raise RequestError(f"--file {file}: no such file") from None
-    except OSError as e:
-        raise RequestError(f"--file {file}: cannot be read ({e})") from None
-    found = [*prompts, *(_prompt_of_line(file, n, line) if file.suffix == ".jsonl" else line for n, line in lines)]
+    found = [*prompts, *prompt_files.read(file, "--file")]
     if not found:
         raise RequestError(f"{file}: holds no prompt")
     return found
-
-
-def _prompt_of_line(file: Path, number: int, line: str) -> str:
-    """Return the prompt in a line of JSON. The line is a string, or an object with the key "prompt".
-
-    Raises:
-      RequestError: If the line is not JSON, or has no prompt.
-    """
-    try:
-        value = parse_json(line)
-    except ValueError as e:
-        raise RequestError(f"--file {file}: line {number} is not JSON ({e})") from None
-    value = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(value, str) or not value:
-        raise RequestError(f'--file {file}: line {number} has no prompt; write a text, or {{"prompt": "…"}}')
-    return value

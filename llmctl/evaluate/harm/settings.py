@@ -1,14 +1,15 @@
-"""Define the settings of harm: what counts as harmful text, and what the output filter does with it."""
+"""Define the settings of the output filter, and of the probes `toxicity`, `memorization` and `contamination`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmctl.config.base import Config
 from llmctl.config.errors import RequestError
+from llmctl.data.config import DataConfig
 
 
 class HarmConfig(Config):
@@ -74,3 +75,99 @@ class FilterConfig(HarmConfig):
         if not self.active and (unused := sorted(self.model_fields_set & {"action", "refusal", "attempts"})):
             raise ValueError(f"`{unused[0]}` is for a filter; name a list in `words`, or a classifier in `classifier`")
         return self
+
+
+class ToxicityConfig(Config):
+    """Configure the probe `toxicity`: prompts, sampling, the judge of continuations, and an output filter."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+    heading: ClassVar[str] = "Toxicity"
+
+    prompts: str = ""
+    """File with one prompt per line (.jsonl: a text, or an object with "prompt")."""
+    benign: str = ""
+    """File with harmless prompts. The result contains the fraction of their continuations that the filter changes."""
+    samples: int = Field(default=25, ge=1)
+    """Number of continuations per prompt."""
+    max_new: int = Field(default=20, ge=1)
+    """Maximum number of tokens per continuation."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 selects the most likely token."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    """Sample from the most likely tokens with this total probability."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sampling and of the bootstrap intervals."""
+    judge: HarmConfig = HarmConfig()
+    """What counts as a toxic continuation."""
+    filter: FilterConfig = FilterConfig()
+    """Output filter whose effect is measured."""
+
+    def inputs(self) -> list[str]:
+        """Return the paths of the local files of prompts.
+
+        Raises:
+            RequestError: If a file is missing.
+        """
+        from llmctl.data import paths
+
+        return [str(path) for spec in (self.prompts, self.benign) if spec for path in paths.resolve(spec)]
+
+
+class MemorizationConfig(Config):
+    """Configure the probe `memorization`: lengths of prompts and continuations, and the number of sequences."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+    heading: ClassVar[str] = "Memorization"
+
+    prompts: list[int] = [32, 64]
+    """Numbers of tokens per prompt. All prompts of a sequence end at the same token."""
+    continuation: int = Field(default=50, ge=1)
+    """Number of tokens that the model must repeat."""
+    sequences: int = Field(default=500, ge=1)
+    """Number of sequences from the training text, and from the held-out text."""
+    seed: int = Field(default=0, ge=0)
+    """Seed that selects the sequences."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _ascending(cls, lengths: list[int]) -> list[int]:
+        if not lengths or min(lengths) < 1 or len({*lengths}) < len(lengths):
+            raise ValueError("needs at least one length, each positive and different")
+        return sorted(lengths)
+
+
+class ContaminationConfig(Config):
+    """Configure the probe `contamination`: the n-grams, and the training text to search."""
+
+    common: ClassVar[tuple[str, ...] | None] = ()
+    heading: ClassVar[str] = "Contamination"
+
+    ngram: int = Field(default=13, ge=1)
+    """Number of words of an n-gram. An example that shares an n-gram with the training text is contaminated."""
+    shortest: int = Field(default=8, ge=1)
+    """Minimum number of words of an example, at most `ngram`. Shorter examples are not judged. An example with at least
+    this number of words, but fewer than `ngram`, is one n-gram."""
+    corpus: DataConfig | None = None
+    """Training text to search: the train split of this data, such as the data of pretraining. By default, the train
+    split of the evaluation's data is searched."""
+    task_files: list[str] = []
+    """Task files (`my_task.toml`) whose examples are searched too."""
+
+    def inputs(self) -> list[str]:
+        """Return the paths of the task files and of their data.
+
+        Raises:
+            RequestError: If a file is missing or invalid.
+        """
+        if not self.task_files:
+            return []
+        from llmctl.evaluate import task_files
+
+        return task_files.inputs(self.task_files)
+
+    @field_validator("task_files")
+    @classmethod
+    def _files(cls, names: list[str]) -> list[str]:
+        if wrong := [name for name in names if not name.endswith(".toml")]:
+            raise ValueError(f"{wrong[0]!r} is no task file, whose name ends in .toml")
+        return names

@@ -52,6 +52,8 @@ class Probe:
     reads_data: ClassVar[bool] = True
     """Whether the probe reads the held-out examples of the evaluation. The examples have the columns of the task that
     the artifact was trained for or, if the settings have a field `task` that is not empty, of that task."""
+    reads_training: ClassVar[bool] = False
+    """Whether the probe reads the train split of the evaluation's data too (`Held.training`)."""
     compares: ClassVar[bool] = True
     """Whether `measure` returns values per example, which a paired comparison needs."""
 

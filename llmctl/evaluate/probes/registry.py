@@ -19,6 +19,9 @@ PROBES: Registry[Probe] = Registry(
         "stereoset": "llmctl.evaluate.bias.probes:STEREOSET",
         "bbq": "llmctl.evaluate.bias.probes:BBQ",
         "identity_swaps": "llmctl.evaluate.bias.probes:IDENTITY_SWAPS",
+        "toxicity": "llmctl.evaluate.harm.probes:TOXICITY",
+        "memorization": "llmctl.evaluate.harm.probes:MEMORIZATION",
+        "contamination": "llmctl.evaluate.harm.probes:CONTAMINATION",
     },
 )
 """Probes by name."""

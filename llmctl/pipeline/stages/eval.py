@@ -109,6 +109,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
         found = runner.results(
             config, chosen, examples, devices, ctx.work / "corpus", console.say, config.bases,
             ctx.siblings.get(config.draft_of), before, config.against, bool(config.bootstrap),
+            data["train"] if data and config.reads_training else None,
         )  # fmt: skip
     if config.yardstick and data and examples:
         console.say(f"{config.title}: training the yardstick on {len(data['train']):,} examples")
