@@ -40,7 +40,7 @@ def explain(
     tolerance: Annotated[
         float, typer.Option(help="Completeness error to reach, as a share of the output's change.")
     ] = DEFAULTS.tolerance,
-    top: Annotated[int, typer.Option(min=1, help="Tokens to list per text and per class.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Tokens to list per text, and words per class.")] = 10,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="New HTML page for the attributions.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="New PNG for the attributions (extra demo).")] = None,
     seq_len: Annotated[int, typer.Option(min=0, help="Tokens per row at most; 0 takes that of training, or 512.")] = 0,
@@ -51,7 +51,7 @@ def explain(
     """Explain an output by the tokens of its text: which tokens raise or lower it, and by how much.
 
     The output of a classifier is the log odds of the predicted class. A language model explains its next token. With
-    several texts, the mean attribution per token is listed for each class.
+    several texts, the mean attribution per word is listed for each class.
     """
     for flag, value, known in (("method", method, get_args(Method)), ("baseline", baseline, get_args(Baseline))):
         if value not in known:
@@ -160,7 +160,7 @@ def _show(found: dict[str, Any], top: int) -> None:
     """Print the tokens with the largest attributions of each text, and the averages per class."""
     from rich.table import Table
 
-    from llmctl.evaluate.attribution.page import number
+    from llmctl.evaluate.attribution.page import counted, number
 
     table = Table(title=f"{found['artifact']}: {found['method']}, {found['unit']}")
     for name in ("text", "target", "output", "largest attributions"):
@@ -172,11 +172,11 @@ def _show(found: dict[str, Any], top: int) -> None:
         table.add_row(str(i), text["target"], number(text["output"]), said)
     console.show(table)
     for one in found["averages"]:
-        table = Table(title=f"{one['target']}: mean attribution per token ({one['texts']:,} texts)")
+        table = Table(title=f"{one['target']}: mean attribution per word ({counted(one['texts'])})")
         for name in ("for", "mean", "count", "against", "mean", "count"):
             table.add_column(name, justify="left" if name in ("for", "against") else "right")
         for row in range(max(len(one["for"]), len(one["against"]))):
             sides = [one[side][row] if row < len(one[side]) else None for side in ("for", "against")]
-            cells = [[s["token"], number(s["mean"]), f"{s['count']:,}"] if s else ["", "", ""] for s in sides]
+            cells = [[s["word"], number(s["mean"]), f"{s['count']:,}"] if s else ["", "", ""] for s in sides]
             table.add_row(*cells[0], *cells[1])
         console.show(table)

@@ -1,7 +1,7 @@
 """Write attributions as one self-contained HTML page, from their JSON record (`record.record`).
 
 The page needs no script and no network. Colors follow the reader's light or dark mode. Every value is also text: in the
-title of its token and in a table. Tokens against the target also have a dotted underline.
+title of its token and in a table. Tokens with a large attribution against the target have a dotted underline.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from llmctl.config.terminal import visible
 
+LARGE = 0.1
+"""Smallest share of the largest attribution of a text for a dotted underline."""
 MOST = 100
 """Maximum number of texts on a page. The JSON record has all texts."""
 
@@ -30,24 +32,24 @@ STYLE = """
 .attributions mark, .attributions .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .attributions mark { color: inherit; border-radius: .2em; padding: .15em .05em;
   background: rgb(var(--for) / calc(var(--a) * var(--depth))); }
-.attributions mark.against { background: rgb(var(--against) / calc(var(--a) * var(--depth)));
-  text-decoration: underline dotted; text-underline-offset: .25em; }
+.attributions mark.against { background: rgb(var(--against) / calc(var(--a) * var(--depth))); }
+.attributions mark.dotted { text-decoration: underline dotted; text-underline-offset: .25em; }
 .attributions .aside { color: var(--quiet); font-size: .8em; border: 1px solid var(--rule); }
-.attributions .cut { color: var(--quiet); text-decoration: line-through; }
+.attributions .cut { color: var(--quiet); font-size: .85em; font-style: italic; }
 .attributions details { margin: .3rem 0 .8rem; }
 .attributions summary { cursor: pointer; color: var(--quiet); font-size: .9rem; }
 .attributions .scroll { max-height: 24rem; overflow: auto; }
 .attributions table { border-collapse: collapse; font-size: .9rem; }
 .attributions caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-.attributions th, .attributions td { text-align: left; padding: .15rem .9rem .15rem 0;
+.attributions th, .attributions td { text-align: left; padding: .15rem .7rem .15rem 0;
   border-bottom: 1px solid var(--rule); }
 .attributions .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .attributions .bar { display: inline-block; height: .75em; border-radius: .15em; background: rgb(var(--for)); }
 .attributions .against .bar { background: rgb(var(--against)); }
 .attributions .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr));
   gap: 0 2rem; }
-.attributions .sides table { width: 100%; }
-.attributions .sides .scale { width: 35%; }
+.attributions .sides table { width: 100%; align-self: start; }
+.attributions .sides .scale { width: 28%; }
 @media print { .attributions .scroll { max-height: none; } }
 """
 
@@ -90,12 +92,12 @@ def _section(record: dict[str, Any]) -> Iterator[str]:
     if gradients:
         yield (
             '<p>A <mark style="--a:.8">blue token</mark> raises the output for the target, and an '
-            '<mark class="against" style="--a:.8">orange token</mark> lowers it.</p>'
+            '<mark class="against dotted" style="--a:.8">orange token</mark> lowers it.</p>'
         )
     else:
         yield '<p>The darker a <mark style="--a:.8">token</mark>, the more of it reaches the output.</p>'
     if record["averages"]:
-        yield "<h2>Mean attribution per token</h2>"
+        yield "<h2>Mean attribution per word</h2>"
         for one in record["averages"]:
             yield from _average(one)
     if len(texts := record["texts"]) > 1:
@@ -110,17 +112,17 @@ def _section(record: dict[str, Any]) -> Iterator[str]:
 def _average(one: dict[str, Any]) -> Iterator[str]:
     rows = [*one["for"], *one["against"]]
     largest = max((abs(row["mean"]) for row in rows), default=0) or 1
-    yield f'<h3>{_text_of(one["target"])} <span class="quiet">({one["texts"]:,} texts)</span></h3>'
+    yield f'<h3>Target “{_text_of(one["target"])}” <span class="quiet">({counted(one["texts"])})</span></h3>'
     yield '<div class="sides">'
     for side, title in (("for", "For the target"), ("against", "Against the target")):
         if not one[side]:
             continue
         yield f'<table class="{side}"><caption>{title}</caption>'
-        yield '<tr><th scope="col">token</th><th scope="col" class="number">mean</th>'
+        yield '<tr><th scope="col">word</th><th scope="col" class="number">mean</th>'
         yield '<th scope="col" class="number">count</th><td class="scale"></td></tr>'
         for row in one[side]:
             width = 100 * abs(row["mean"]) / largest
-            yield f'<tr><th scope="row">{_text_of(row["token"])}</th><td class="number">{number(row["mean"])}</td>'
+            yield f'<tr><th scope="row">{_text_of(row["word"])}</th><td class="number">{number(row["mean"])}</td>'
             yield f'<td class="number">{row["count"]:,}</td>'
             yield f'<td class="scale" aria-hidden="true"><span class="bar" style="width:{width:.1f}%"></span></td></tr>'
         yield "</table>"
@@ -128,8 +130,8 @@ def _average(one: dict[str, Any]) -> Iterator[str]:
 
 
 def _text(at: int, text: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
-    output = f' <span class="quiet">({number(text["output"])})</span>' if record["method"] != "rollout" else ""
-    yield f"<h3>{at}. {_text_of(text['target'])}{output}</h3>"
+    output = f' <span class="quiet">(output {number(text["output"])})</span>'
+    yield f"<h3>Text {at}: target “{_text_of(text['target'])}”{output}</h3>"
     if "completeness_error" in text:
         yield f'<p class="quiet">{completeness(text)}</p>'
         if text["completeness_error"] > record["tolerance"]:
@@ -138,11 +140,11 @@ def _text(at: int, text: dict[str, Any], record: dict[str, Any]) -> Iterator[str
     shown = record["method"] == "rollout"
     for part in range(len(text["texts"])):
         yield f'<p class="text">{_marked(text, part, largest, shown)}</p>'
-    counted = [t for t in text["tokens"] if shown or t["kind"] == "text"]
-    yield f"<details><summary>Values of {len(counted):,} tokens as a table</summary>"
+    listed = [t for t in text["tokens"] if shown or t["kind"] == "text"]
+    yield f"<details><summary>Values of {len(listed):,} tokens as a table</summary>"
     yield '<div class="scroll" tabindex="0" role="region" aria-label="Table of tokens"><table><tr>'
     yield '<th scope="col">token</th><th scope="col" class="number">attribution</th></tr>'
-    for token in counted:
+    for token in listed:
         yield f'<tr><th scope="row">{_name(token)}</th><td class="number">{number(token["attribution"])}</td></tr>'
     yield "</table></div></details>"
 
@@ -174,13 +176,13 @@ def _marked(text: dict[str, Any], part: int, largest: float, special: bool) -> s
 
 
 def _gap(text: str) -> str:
-    return f'<span class="cut" title="not read">{_text_of(text)}</span>' if text.strip() else escape(text)
+    return f' <span class="cut">[{len(text):,} characters are not read]</span> ' if text.strip() else escape(text)
 
 
 def _mark(token: dict[str, Any], shown: str, largest: float, kind: str = "") -> str:
     value = token["attribution"]
     title = f"{_name(token)}: {number(value)}"
-    names = f"{'against' if value < 0 else 'for'}{kind}"
+    names = ("against" if value < 0 else "for") + " dotted" * (value < -LARGE * largest) + kind
     return f'<mark class="{names}" style="--a:{min(abs(value) / largest, 1):.3f}" title="{title}">{shown}</mark>'
 
 
@@ -202,6 +204,11 @@ def number(value: float) -> str:
         ('−0.123', '+12')
     """
     return f"{value:+.3g}".replace("-", "−")
+
+
+def counted(texts: int) -> str:
+    """Return a number of texts in words, such as "1 text"."""
+    return f"{texts:,} text" + "s" * (texts != 1)
 
 
 def completeness(text: dict[str, Any]) -> str:

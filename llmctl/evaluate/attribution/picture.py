@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config.terminal import visible
-from llmctl.evaluate.attribution.page import number
+from llmctl.evaluate.attribution.page import counted, number
 
 MOST, BARS = 6, 10
 """Maximum number of texts, and of averaged tokens per target and side."""
-COLUMNS, ROWS = 88, 8
+COLUMNS, ROWS = 100, 8
 """Characters per line, and lines per text; the rest of a text is left out."""
 _INK, _QUIET, _FOR, _AGAINST = "#1f2328", "#59636e", "#0969da", "#cf5c14"
 _LINE = 0.28
 """Height of a line in inches."""
-_GLYPH = 0.1
+_GLYPH = 0.0815
 """Width of a character in inches, for the monospaced font below."""
 
 
@@ -64,27 +64,35 @@ def _heading(record: dict[str, Any]) -> str:
 
 def _title(at: int, text: dict[str, Any]) -> str:
     error = f", completeness error {text['completeness_error']:.2%}" if "completeness_error" in text else ""
-    return f"{at}. {textwrap.shorten(visible(text['target']), 40)}  ({number(text['output'])}{error})"
+    return (
+        f"Text {at}: target “{textwrap.shorten(visible(text['target']), 40)}” (output {number(text['output'])}{error})"
+    )
 
 
 def _lines(text: dict[str, Any]) -> list[list[tuple[str, float, int]]]:
     """Return the lines of a text: lists of (characters, share of the largest attribution, column)."""
     tokens = [t for t in text["tokens"] if t["kind"] == "text"]
     largest = max((abs(t["attribution"]) for t in tokens), default=0) or 1
-    lines: list[list[tuple[str, float, int]]] = [[]]
-    column, before = 0, (0, 0)
+    words: list[list[tuple[str, float]]] = []
+    before = (0, 0)
     for token in tokens:
         shown = visible(" ".join(token["text"].split()))
         if not shown:
             continue
-        spaced = before != (token["part"], token["first"]) or token["text"][0].isspace()
-        column += spaced and column > 0
-        if column + len(shown) > COLUMNS or token["part"] != before[0]:
+        joined = words and before == (token["part"], token["first"]) and not token["text"][0].isspace()
+        words = words if joined else [*words, []]
+        words[-1].append((shown[:COLUMNS], token["attribution"] / largest))
+        before = token["part"], token["last"]
+    lines: list[list[tuple[str, float, int]]] = [[]]
+    column = 0
+    for word in words:
+        column += bool(lines[-1])
+        if column + sum(len(shown) for shown, _ in word) > COLUMNS and lines[-1]:
             lines.append([])
             column = 0
-        lines[-1].append((shown[:COLUMNS], token["attribution"] / largest, column))
-        column += len(shown)
-        before = token["part"], token["last"]
+        for shown, share in word:
+            lines[-1].append((shown, share, column))
+            column += len(shown)
     return lines if len(lines) <= ROWS else [*lines[: ROWS - 1], [("…", 0.0, 0)]]
 
 
@@ -104,10 +112,10 @@ def _draw_line(ax: Any, row: float, line: list[tuple[str, float, int]]) -> None:
 def _draw_bars(ax: Any, one: dict[str, Any]) -> None:
     rows = [*one["for"][:BARS], *reversed(one["against"][:BARS])]
     ax.barh(range(len(rows)), [r["mean"] for r in rows], color=[_FOR if r["mean"] > 0 else _AGAINST for r in rows])
-    ax.set_yticks(range(len(rows)), [f"{visible(r['token'])} ({r['count']})" for r in rows], parse_math=False)
+    ax.set_yticks(range(len(rows)), [f"{visible(r['word'])} ({r['count']})" for r in rows], parse_math=False)
     ax.invert_yaxis()
     ax.axvline(0, color=_QUIET, linewidth=0.8)
-    title = f"Mean attribution per token: {textwrap.shorten(visible(one['target']), 40)} ({one['texts']:,} texts)"
+    title = f"Mean attribution per word: {textwrap.shorten(visible(one['target']), 40)} ({counted(one['texts'])})"
     ax.set_title(title, fontsize=10, weight="bold", loc="left", color=_INK, parse_math=False)
     for name in ("top", "right", "left"):
         ax.spines[name].set_visible(False)

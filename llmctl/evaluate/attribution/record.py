@@ -21,7 +21,7 @@ def record(explainer: Explainer, found: Sequence[Explanation], top: int) -> dict
     Args:
         explainer: Explainer that made the explanations.
         found: Explanations, in the order of the rows.
-        top: Maximum number of tokens per target in the averages, for and against the target.
+        top: Maximum number of words per target in the averages, for and against the target.
     """
     manifest, config = explainer.found.manifest, explainer.config
     about: dict[str, Any] = {
@@ -38,7 +38,7 @@ def record(explainer: Explainer, found: Sequence[Explanation], top: int) -> dict
     classes = []
     for target, means in averages(found).items() if len(found) > 1 else ():
         sides = extremes(means, top)
-        named = [[{"token": a.token, "mean": short(a.mean), "count": a.count} for a in side] for side in sides]
+        named = [[{"word": a.word, "mean": short(a.mean), "count": a.count} for a in side] for side in sides]
         texts = sum(one.target == target for one in found)
         classes.append({"target": target, "texts": texts, "for": named[0], "against": named[1]})
     return about | {"texts": [_text(one) for one in found], "averages": classes}

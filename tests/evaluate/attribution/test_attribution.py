@@ -16,7 +16,7 @@ from llmctl.config.settings import MeshConfig
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate.attribution import gradients, page
-from llmctl.evaluate.attribution.averages import Average, averages, extremes
+from llmctl.evaluate.attribution.averages import Average, averages, extremes, words
 from llmctl.evaluate.attribution.explain import Explainer, Explanation
 from llmctl.evaluate.attribution.inputs import Piece
 from llmctl.evaluate.attribution.record import record
@@ -191,6 +191,10 @@ def test_averages_are_means_of_all_occurrences_per_target():
     assert means == {"yes": [Average("good", 3.0, 3), Average("bad", -1.5, 2)]}
     assert extremes(means["yes"], 1) == ([means["yes"][0]], [means["yes"][1]])
     assert averages(found, rare=1)["no"] == [Average("bad", 7.0, 1)]
+    pieces = [Piece("unhappy, 漢字42"[a:b], "text", 0, a, b) for a, b in ((0, 2), (2, 7), (7, 8), (9, 10), (10, 11))]
+    pieces += [Piece("4", "text", 0, 11, 12), Piece("2", "text", 0, 12, 13)]
+    one = Explanation(pieces, ["unhappy, 漢字42"], np.arange(1.0, 8), "yes", 0.0)
+    assert words(one) == [("unhappy", 3.0), (",", 3.0), ("漢", 4.0), ("字", 5.0), ("42", 13.0)]
 
 
 def test_the_page_has_every_value_and_needs_no_network(save, tmp_path):
@@ -204,7 +208,7 @@ def test_the_page_has_every_value_and_needs_no_network(save, tmp_path):
     assert "<script" not in text and "&lt;script&gt;" in text and not re.search(r"(src|href|url|@import|http)", text)
     for value in ("+1<", "−0.25<", "+0.5<", 'title="a: +1"', 'title="b: +0"'):
         assert value in text
-    assert '<span class="cut" title="not read"> cut tail</span>' in text
+    assert '<span class="cut">[9 characters are not read]</span>' in text
     assert "Warning: completeness error 20.0%, more than 1%" in text and page.unfinished(made) == [1]
     assert re.search(r'<th scope="row">a</th><td class="number">\+1\.5</td>\s*<td class="number">2</td>', text)
     assert text.count("<mark") == text.count("</mark>") and text.count("<div") == text.count("</div>")
