@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llmctl.artifacts import artifact, sparse_storage
+from llmctl.artifacts import adapters, artifact, sparse_storage
 from llmctl.artifacts.artifact import Artifact, Manifest
 from llmctl.config.base import keyed
 from llmctl.model import functional, weights
@@ -33,7 +33,7 @@ def abstract_result(
     task: str | None = None,
     generation: dict[str, Any] | None = None,
     pruned: bool | None = None,
-    stored: Callable[[str], bool] = lambda _: True,
+    stored: Callable[[str], bool] | None = None,
     sparsity: float | None = None,
 ) -> Artifact:
     """Return the artifact that a stage would save, with shapes and dtypes in place of arrays, and without digests.
@@ -47,16 +47,16 @@ def abstract_result(
         task: Name of the task; None uses the task of `base`.
         generation: Settings for generating answers; None uses the settings in `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
-        stored: Function that returns whether the saved folder contains the array with a given name. An adapter's folder
-            contains only some arrays.
+        stored: Function that returns whether the saved folder contains the array with a given name. If given, the
+            artifact is an adapter of `base`.
         sparsity: Fraction of zeros, if the stage stores the pruned matrices in a sparse format. If None, each array
             that `base` stores in a sparse format keeps its fraction.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
     pruned = (before is not None and before.pruned) if pruned is None else pruned
-    named = {name: a for name, a in weights.arrays(params).items() if stored(name)}
-    storage = _storage(params, base, sparsity) if pruned and len(named) == len(weights.arrays(params)) else {}
+    named = {name: a for name, a in weights.arrays(params).items() if not stored or stored(name)}
+    storage = _storage(params, base, sparsity) if pruned and not stored else {}
     encoded = sum(sparse_storage.size(record, named[name].shape, named[name].dtype) for name, record in storage.items())
     manifest = Manifest(
         format=artifact.FORMAT,
@@ -72,6 +72,7 @@ def abstract_result(
         bytes=bytes_of([a for name, a in named.items() if name not in storage], whole=True) + encoded,
         sparsity=0.0,
         pruned=pruned,
+        base=adapters.base_record(before, named, "") if stored and before else None,
         storage=storage,
         bits=8 * bytes_of(params, whole=True) / parameters,
         digest="",
@@ -84,6 +85,9 @@ def abstract_result(
 def _storage(params: Params, base: Artifact | None, sparsity: float | None) -> dict[str, sparse_storage.Record]:
     """Estimate the manifest's records of arrays in a sparse format, by array name (see `sparse_storage.Record`)."""
     arrays = weights.arrays(params)
+    if base and sparsity is None and base.manifest.stores_sparse and base.manifest.base:
+        # An adapter, whose base has the fractions of the single arrays. A planned one has no fraction.
+        sparsity = base.manifest.sparsity or None
     before = weights.arrays(base.params) if base else {}
     inherited = {
         weights.parse(name).path: sparse_storage.nonzero(record, before[name].shape)

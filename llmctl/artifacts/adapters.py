@@ -184,4 +184,5 @@ def base_record(base: Manifest, stored: Mapping[str, Any], digest: str) -> Base:
         stored: Arrays that the adapter's own folder contains, by name.
         digest: Digest of the arrays in `stored`.
     """
-    return Base(**base.as_parent().model_dump(), stored=sorted(stored), stored_digest=digest)
+    identity = base.as_parent().model_dump()
+    return Base(**identity, stored=sorted(stored), stored_digest=digest, sparse=base.stores_sparse)

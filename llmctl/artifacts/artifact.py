@@ -115,8 +115,7 @@ def load(
 
     there = abstract(path, mesh)
     base, about = there.manifest.base, there.manifest
-    if wrong := damaged_files(there.path, about, "content"):
-        raise RequestError(f"{path}: damaged ({listed(wrong.values())}); {ADVICE}")
+    _check_files(path, about)
     flat = weights.flatten(there.params)
     target = {name: weights.parts(w) for name, w in flat.items()}
     if base:
@@ -167,10 +166,22 @@ def load_each(paths: Sequence[Path], mesh: Mesh | None = None, *, bases: Sequenc
     loaded: dict[str, Artifact] = {}
     for path, manifest in zip(paths, manifests, strict=True):
         key = manifest.content or manifest.digest
+        if key in loaded:
+            _check_files(path, manifest)  # its arrays are not read, but its tokenizer may be
         found = loaded.get(key) or load(path, mesh, bases=bases, loaded=loaded)
         if key in shared:
             loaded[key] = found
         yield replace(found, path=Path(path), manifest=manifest)
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """Check the files of an artifact's tokenizer.
+
+    Raises:
+        RequestError: If a file differs from its checksum.
+    """
+    if wrong := damaged_files(Path(path), manifest, "content"):
+        raise RequestError(f"{path}: damaged ({listed(wrong.values())}); {ADVICE}")
 
 
 def _check_digest(path: Path, found: str, expected: str) -> None:

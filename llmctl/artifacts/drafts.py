@@ -10,6 +10,8 @@ from llmctl.config.errors import RequestError
 def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str) -> None:
     """Check that draft and target read the same token ids, and that both predict the next token.
 
+    In a plan, a tokenizer that is not trained yet has no digest. It is then not compared.
+
     Args:
         where: Name of the draft in messages.
         draft: Manifest of the draft.
@@ -28,7 +30,7 @@ def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str)
         raise RequestError(f"{where}: {target_name} is an encoder, and continues no text")
     if not target.model.head_kind.vocabulary:
         raise RequestError(f"{where}: {target_name} has the head {target.model.head!r}, and continues no text")
-    if draft.tokenizer != target.tokenizer:
+    if draft.tokenizer and target.tokenizer and draft.tokenizer != target.tokenizer:
         raise RequestError(f"{where}: has another tokenizer than {target_name}; a draft needs its target's")
     if draft.model.prompt_tokens != target.model.prompt_tokens:
         raise RequestError(f"{where}: has another number of trained prompt tokens than {target_name}")

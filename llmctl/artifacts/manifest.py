@@ -66,6 +66,13 @@ class Base(Parent):
     """Names of the arrays in the adapter's folder, such as `decoder/blocks/attn/q/kernel:a`."""
     stored_digest: str
     """SHA-256 over the names, dtypes, shapes and values of the stored arrays."""
+    sparse: bool = False
+    """Whether the base stores its pruned matrices in a sparse format."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `sparse` if it is false, so that earlier versions can read the manifest."""
+        return {name: value for name, value in fields(self).items() if value or name != "sparse"}
 
 
 class Digest(BaseModel):
@@ -188,6 +195,14 @@ class Manifest(BaseModel):
         """Return the size of all arrays in memory, in bytes. The field `bytes` has their compressed size on disk."""
         arrays = (part for record in self.weights.values() for part in record.get("parts", {}).values())
         return sum(-(-math.prod(shape) * type_bits(dtype) // 8) for dtype, shape in arrays)
+
+    @property
+    def stores_sparse(self) -> bool:
+        """Return whether the pruned matrices are stored in a sparse format, in this folder or in the base's.
+
+        Later stages that save all arrays use this format too.
+        """
+        return bool(self.storage) or (self.base is not None and self.base.sparse)
 
     def as_parent(self) -> Parent:
         """Return the name and the digests of this artifact. An artifact that starts from this artifact stores the

@@ -141,7 +141,7 @@ def save(
                 f"{out}: {bad[0]}{more} would hold NaN or infinity; --allow-nonfinite saves it all the same"
             )
         measured["pruned"] = (parent.pruned if parent else measured["pruned"]) if pruned is None else pruned
-        sparse = bool(parent and parent.storage) if sparse is None else sparse
+        sparse = bool(parent and parent.stores_sparse) if sparse is None else sparse
         if written:
             shutil.move(written, draft / "params")
         else:

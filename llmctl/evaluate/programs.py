@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from llmctl.evaluate.setup import Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.registry import TASKS, of
 from llmctl.evaluate.tasks.rows import RowSettings
-from llmctl.model import attention_kernels, flops
+from llmctl.model import attention_kernels, flops, weights
 from llmctl.model.config import ModelConfig
 from llmctl.model.program import Pass, Program
 
@@ -62,13 +62,14 @@ def scoring(
         return programs
     tasks = [TASKS[task] for task in config.named_tasks] or [of(chosen[name].manifest)]
     if target:
+        acceptance.check(chosen[name].manifest, target.manifest, name)
         acceptance.check_tasks(tasks, name)
     setup = measurements.setup(config, mesh, Path(name), chosen[name].manifest)
     for task in tasks:
         title = f"scoring of {name}" + (f" on {task.title}" if len(config.named_tasks) > 1 else "")
-        others = [other for other in chosen.values() if other is not chosen[name]] if config.speed else []
+        others = unshared(chosen[name], chosen.values()) if config.speed else []
         task.check_model(chosen[name].model, name)
-        programs.append(of_task(title, chosen[name], data, setup, task, [other.params for other in others]))
+        programs.append(of_task(title, chosen[name], data, setup, task, others))
         if target:
             programs.append(_acceptance(data, name, chosen[name], target, setup, task))
         sizes = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}
@@ -163,6 +164,32 @@ def of_task(
         beside=list(others),
         work=Pass(written=batch["tokens"].shape[1] if "encoder_tokens" in batch else 0),
     )
+
+
+def unshared(first: Artifact, others: Iterable[Artifact]) -> list[dict[str, Any]]:
+    """Return the arrays of other artifacts that are not in memory yet, {name: array} per artifact.
+
+    Adapters of one base share its arrays with each other and with the base (`llmctl.artifacts.artifact.load_each`).
+
+    Args:
+        first: Artifact whose arrays are in memory.
+        others: Other artifacts. `first` may be one of them.
+    """
+
+    def base(there: Artifact) -> str:
+        origin = there.manifest.base or there.manifest
+        return origin.content or origin.digest or origin.name  # artifacts of a planned recipe have no digest
+
+    held, found = {base(first)}, []
+    for there in others:
+        if there is first:
+            continue
+        named, inner = weights.arrays(there.params), there.manifest.base
+        if base(there) in held:
+            named = {name: named[name] for name in inner.stored} if inner else {}
+        held.add(base(there))
+        found.append(named)
+    return found
 
 
 def _acceptance(data: DataConfig, name: str, draft: Artifact, target: Artifact, setup: Setup, task: Task) -> Program:

@@ -180,8 +180,10 @@ def _mean_keys(length: int, window: int, causal: bool) -> float:
     """Return the mean number of keys to which a query attends.
 
     A query attends to keys that are fewer than `window` tokens away, or to all keys if `window` is 0. If attention is
-    causal, later keys are excluded.
+    causal, later keys are excluded. Without queries, the mean is 0.
     """
+    if not length:
+        return 0.0
     reach = min(window or length, length)
     if causal:
         return (reach * (reach + 1) / 2 + (length - reach) * reach) / length

@@ -148,8 +148,7 @@ def _generation(
         if draft not in made and not (Path(draft) / MANIFEST).is_file():
             raise RequestError(f"--draft {draft}: no such stage{hint(draft, list(made))}, and no artifact")
         other = made.get(draft) or artifact.abstract(Path(draft), mesh)
-        if other.manifest.tokenizer and there.manifest.tokenizer:  # a tokenizer that is not trained yet has no digest
-            check_draft(f"--draft {draft}", other.manifest, there.manifest, name)
+        check_draft(f"--draft {draft}", other.manifest, there.manifest, name)
         drafted = Draft(other.model, other.params, draft_tokens)
     try:
         found = generation(there.model, there.params, request, mesh, platform, kv_cache=kv_cache, draft=drafted)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmctl.artifacts import artifact, integrity
+from llmctl.artifacts import abstract_artifact, artifact, integrity
 from llmctl.artifacts.adapters import find_base
 from llmctl.artifacts.drafts import check_draft
 from llmctl.cli import app
@@ -17,6 +17,7 @@ from llmctl.cli.named_models import Draft, load_models
 from llmctl.compress.quantization.quantize import quantize
 from llmctl.config.errors import RequestError
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
+from llmctl.evaluate import programs
 from llmctl.model import functional, weights
 from llmctl.model.array_bytes import bytes_of
 from llmctl.model.config import ModelConfig
@@ -24,6 +25,7 @@ from llmctl.model.generate.decode import Decoder
 from llmctl.model.generate.decoders import Decoders
 from llmctl.pipeline import up_to_date
 from llmctl.pipeline.recipe import Step
+from llmctl.pipeline.stage import StageConfig
 from llmctl.pipeline.stages import finetune
 
 SIZES = {"vocab_size": 259, "d_model": 32, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16, "d_ff": 64}
@@ -90,6 +92,41 @@ def test_several_adapters_share_the_arrays_of_one_base(run, prefix):
         base, pair = artifact.load(run / names[0]), 2 * sum(map(sum, ((32, 32), (64, 32)))) * 2 * 4
         assert bytes_of([*buffers.values()], whole=True) == bytes_of(base.params, whole=True) + 2 * pair
         assert [made.path.name for made in found] == order
+
+
+def test_a_second_folder_of_a_base_is_checked_too(run, tmp_path):
+    """Its arrays are those of the base that is loaded, and its tokenizer is its own."""
+    shutil.copytree(run / "base", tmp_path / "copy")
+    one, copy = artifact.load_each([run / "one", tmp_path / "copy"])
+    shared = weights.arrays(copy.params)
+    name = next(iter(shared.keys() & weights.arrays(one.params).keys()))
+    assert copy.path == tmp_path / "copy" and shared[name] is weights.arrays(one.params)[name]
+    words = next(p for p in sorted((tmp_path / "copy" / "tokenizer").iterdir()) if p.is_file())
+    words.write_bytes(words.read_bytes() + b" ")
+    with pytest.raises(RequestError, match=r"copy: damaged \(tokenizer/"):
+        list(artifact.load_each([run / "one", tmp_path / "copy"]))
+
+
+def test_a_plan_counts_the_arrays_that_adapters_share_once(run):
+    """The bytes are those of the live arrays of test_several_adapters_share_the_arrays_of_one_base."""
+    pair = sum(map(sum, ((32, 32), (64, 32)))) * 2 * 4 * 2
+    for prefix, name in (("", "base"), ("int_", "integers")):
+        one, two, base = (artifact.abstract(run / n) for n in (f"{prefix}one", f"{prefix}two", name))
+        whole = bytes_of(base.params, whole=True)
+        assert bytes_of(programs.unshared(base, [one, base, two]), whole=True) == 2 * pair
+        assert bytes_of(programs.unshared(one, [one, two]), whole=True) == pair
+        assert bytes_of(programs.unshared(one, [artifact.abstract(run / "whole")]), whole=True) > whole / 2
+    config = StageConfig(kind="finetune", name="made")
+    base = artifact.abstract(run / "base")
+    made = [
+        abstract_artifact.abstract_result(
+            config.model_copy(update={"name": name}), artifact.abstract(run / name).params, MODEL, base=base,
+            stored=lambda name: name.rpartition(":")[2] in ("a", "b"),
+        )
+        for name in ("one", "two")
+    ]  # fmt: skip
+    assert bytes_of(programs.unshared(made[0], made), whole=True) == pair
+    assert bytes_of(programs.unshared(base, made), whole=True) == 2 * pair
 
 
 def test_the_base_is_found_beside_the_adapter_or_named(run, tmp_path):

@@ -163,6 +163,20 @@ def test_later_stages_keep_the_format_of_a_pruned_parent(tmp_path, pruned):
     child = save(tmp_path / "b", artifact.load(tmp_path / "a").params, parent=parent)
     assert child.storage == parent.storage and child.format == 3
     assert not save(tmp_path / "c", pruned, parent=parent, pruned=False).storage
+    # An adapter has dense arrays of its own. What is saved whole from it is stored as its base.
+    flat = weights.flatten(artifact.load(tmp_path / "a").params)
+    flat["decoder/norm/scale"] += 1
+    adapter = save(tmp_path / "e", weights.unflatten(flat), parent=parent, base=artifact.load(tmp_path / "a").params)
+    assert adapter.base and adapter.base.sparse and not adapter.storage
+    assert save(tmp_path / "f", artifact.load(tmp_path / "e").params, parent=adapter).storage == parent.storage
+    dense = save(tmp_path / "g", pruned, pruned=True)
+    other = save(tmp_path / "h", weights.unflatten(flat), parent=dense, base=artifact.load(tmp_path / "g").params)
+    assert "sparse" not in json.loads(other.model_dump_json())["base"]  # earlier versions read it
+    params = artifact.abstract(tmp_path / "e").params
+    planned = abstract_artifact.abstract_result(
+        StageConfig(kind="test", name="x"), params, MODEL, base=artifact.abstract(tmp_path / "e")
+    )
+    assert planned.manifest.storage.keys() == parent.storage.keys()
     assert not save(tmp_path / "d", pruned, parent=parent, sparse=False).storage
 
 

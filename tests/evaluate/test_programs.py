@@ -13,11 +13,15 @@ from llmctl.evaluate.settings import MeasureConfig
 from llmctl.model import flops, functional
 from llmctl.model.config import ModelConfig
 
+IDENTITY = {"base": None, "content": "", "digest": ""}
+
 
 def test_every_task_of_an_artifact_has_a_program():
     sizes = {"d_model": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "max_seq_len": 32}
     cfg = ModelConfig(preset="bert-tiny", vocab_size=300, **sizes)
-    manifest = SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={})
+    manifest = SimpleNamespace(
+        name="a", model=cfg, task="", seq_len=32, truncate="", config={}, generation={}, **IDENTITY
+    )
     chosen = {"a": SimpleNamespace(model=cfg, params=functional.abstract(cfg), manifest=manifest)}
     config = MeasureConfig(tasks=["masked", "next_sentence"], batch_size=2)
     found = programs.scoring(config, DataConfig(), "a", chosen, meshes.make(MeshConfig()))  # pyright: ignore[reportArgumentType]
@@ -30,7 +34,9 @@ def test_every_task_of_an_artifact_has_a_program():
 
 def test_tasks_of_the_harness_are_planned_as_rows_of_scored_positions():
     cfg = ModelConfig(preset="llama-tiny", vocab_size=300, layers=1, max_seq_len=64)
-    manifest = SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={})
+    manifest = SimpleNamespace(
+        name="a", model=cfg, task="", seq_len=32, truncate="", config={}, generation={}, **IDENTITY
+    )
     chosen = {"a": SimpleNamespace(model=cfg, params=functional.abstract(cfg), manifest=manifest)}
     config = MeasureConfig(harness=["piqa"], batch_size=2)
     (found,) = programs.scoring(config, DataConfig(), "a", chosen, meshes.make(MeshConfig()))  # pyright: ignore[reportArgumentType]
@@ -48,9 +54,19 @@ def test_a_draft_is_measured_with_its_target():
         SimpleNamespace(
             model=cfg,
             params=functional.abstract(cfg),
-            manifest=SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={}),
+            manifest=SimpleNamespace(
+                name="b",
+                tokenizer=tokenizer,
+                model=cfg,
+                task="",
+                seq_len=32,
+                truncate="",
+                config={},
+                generation={},
+                **IDENTITY,
+            ),
         )
-        for cfg in models
+        for cfg, tokenizer in zip(models, ("", "x"), strict=True)  # that of the draft is not trained yet
     )
     mesh = meshes.make(MeshConfig())
     _, found = programs.scoring(MeasureConfig(batch_size=2), DataConfig(), "a", {"a": draft}, mesh, target)  # pyright: ignore[reportArgumentType]
@@ -61,3 +77,9 @@ def test_a_draft_is_measured_with_its_target():
         programs.scoring(MeasureConfig(tasks=["choice"]), DataConfig(), "a", {"a": draft}, mesh, target)  # pyright: ignore[reportArgumentType]
     with pytest.raises(RequestError, match="draft_of: a: no task reads the texts"):
         acceptance.check_tasks([], "a")
+    target.manifest.model = target.manifest.model.model_copy(update={"vocab_size": 301})
+    with pytest.raises(RequestError, match="draft_of: a has 300 tokens, and b has 301"):
+        programs.scoring(MeasureConfig(batch_size=2), DataConfig(), "a", {"a": draft}, mesh, target)  # pyright: ignore[reportArgumentType]
+    draft.manifest.tokenizer = "y"
+    with pytest.raises(RequestError, match="draft_of: a: has another tokenizer than b"):
+        programs.scoring(MeasureConfig(batch_size=2), DataConfig(), "a", {"a": draft}, mesh, target)  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from llmctl.distributed import mesh as meshes
 from llmctl.pipeline.stages import distill, finetune
 from llmctl.train import learner as training
 from llmctl.train import without_teacher
+from llmctl.train.distill_settings import SignalsConfig
 
 ONE = MeshConfig()
 TRAIN = tiny.TRAIN.model_copy(update={"steps": 4, "eval_every": 2, "log_every": 2})
@@ -88,7 +89,7 @@ def test_the_temperature_of_a_draft_is_that_of_sampling():
     assert make().temperature == 2.0 and make(divergence="total_variation").temperature == 1.0
     assert make(divergence="total_variation", temperature=2.0).temperature == 2.0
     with pytest.raises(ValueError, match="divergence: no signal reads it"):
-        make(divergence="total_variation", **{"signals": {"hidden": 1.0}})
+        make(divergence="total_variation", signals=SignalsConfig(hidden=1.0))
 
 
 def test_the_step_at_which_the_taught_student_is_as_good():

@@ -1,7 +1,6 @@
 """Run calibration data through a model, layer by layer, to measure and change each layer (calibration walk).
 
-The walk first computes the embeddings of all batches. The walk then visits the layers in order, in three steps per
-layer:
+The walk computes the embeddings of all batches, and then visits the layers in order, in three steps per layer:
 
 1. The batches pass through the unchanged layer. Statistics of the inputs of every matrix are collected.
 2. The compression method, if there is one, changes the layer.
@@ -42,6 +41,7 @@ from llmctl.compress.calibration.layer_files import Saved
 from llmctl.compress.calibration.layer_passes import empty, empty_of_head, head_passes, passes, placed
 from llmctl.compress.calibration.layer_stack import LayerStack, shard_like
 from llmctl.compress.calibration.statistics import Collect, Stats
+from llmctl.compress.calibration.walk_state import WalkState
 from llmctl.config.errors import RequestError
 from llmctl.distributed import host_memory
 from llmctl.model import functional, layerwise
@@ -130,6 +130,7 @@ def walk(
     keep: bool = False,
     progress: Callable[[LayerReport], None] | None = None,
     saved: Saved | None = None,
+    state: WalkState | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[dict[str, Any], list[LayerReport]]:
     """Run batches through a model layer by layer, and measure or change each layer.
@@ -150,6 +151,7 @@ def walk(
       saved: folder in which changed layers are saved. If the folder already has a layer, the layer is read, and not
           changed again. The same compiled functions run saved layers and changed layers, so an interrupted walk gives
           bit-identical results.
+      state: progress of a walk that only measures. Layers that an interrupted walk measured are not measured again.
       dtype: dtype of the computation.
 
     Returns:
@@ -168,7 +170,7 @@ def walk(
         if progress is not None:
             progress(report)
 
-    job = _Walk(cfg, batches, collect, change, gradients or {}, keep, note, saved, dtype)
+    job = _Walk(cfg, batches, collect, change, gradients or {}, keep, note, saved, state, dtype)
     memories: list[Any] = [None] * len(batches)
     x_BTDs: list[jax.Array] = []
     for stack in functional.stacks(cfg):
@@ -176,10 +178,12 @@ def walk(
         start = jax.jit(partial(layerwise.embed_encoder if beside else layerwise.embed, cfg, dtype=dtype))
         extra = [() if beside else (memory,) for memory in memories]
         carries = [start(params, batch, *more) for batch, more in zip(batches, extra, strict=True)]
-        params = job.stack(params, stack, carries)
+        params = job.stack(params, stack, carries, memories)
         if beside or head:
             end = jax.jit(partial(layerwise.finish, cfg, dtype=dtype), static_argnames=("stack",))
             memories = x_BTDs = [end(params=params, stack=stack, carry=carry) for carry in carries]
+            if beside and state is not None:
+                memories = state.memories(memories)
     return job.head(params, x_BTDs) if head else params, reports
 
 
@@ -195,18 +199,28 @@ class _Walk:
     keep: bool
     note: Callable[[LayerReport], None]
     saved: Saved | None
+    state: WalkState | None
     dtype: Any
 
-    def stack(self, params: dict[str, Any], stack: str, carries: list[layerwise.Carry]) -> dict[str, Any]:
+    def stack(
+        self, params: dict[str, Any], stack: str, carries: list[layerwise.Carry], memories: Sequence[Any] = ()
+    ) -> dict[str, Any]:
         """Visit all layers of one stack, and return the parameters with the changed layers.
 
         The list `carries` has one entry per batch: the inputs of the first layer. This method replaces these inputs by
-        the outputs of the last layer.
+        the outputs of the last layer. `memories` are the final states of the encoder, if the layers read them.
         """
+        first = 0 if self.state is None else self.state.resume(stack, carries)
         observe, advance = passes(self.cfg, stack, self.dtype)
         layers = LayerStack(params[stack]["blocks"])
         for i in range(functional.depth(self.cfg, stack)):
             layer, index = layers[i], jnp.int32(i)
+            if self.state is not None and i < first:
+                stats = placed(empty(self.cfg, stack, layer, carries[0], self.collect, self.dtype))
+                stats, share = self.state.layer(stack, i, stats)
+                self.state.add(stack, i, stats, share)
+                self.note(LayerReport(stack, i, share, 0.0, stats if self.keep else {}))
+                continue
             done = self._saved(stack, i, layer)
             if done is None:
                 stats = placed(empty(self.cfg, stack, layer, carries[0], self.collect, self.dtype))
@@ -223,6 +237,8 @@ class _Walk:
                 visit = Visit(stack, i, layer, stats, gradients, inputs=carries, outputs=outputs, batches=self.batches)
                 new, share = self._changed(visit), float(influence[0] / influence[1])
                 report = LayerReport(stack, i, share, 0.0, stats if self.keep else {}, visit.notes)
+                if self.state is not None:
+                    self.state.add(stack, i, stats, share, carries, memories)
                 del stats, visit  # Gram matrices are larger than the layer; they are freed before the next ones
             else:
                 (new, report), outputs = done, []

@@ -29,21 +29,34 @@ class Measurements:
 
         If the file is missing or damaged, call `measure` and write the file.
         """
+        found = self.find(name)
+        if found is None:
+            found = measure()
+            self.put(name, found)
+        return found
+
+    def find(self, name: str) -> Arrays | None:
+        """Return the arrays of the file `name`, or None if the file is missing or damaged."""
         if self.folder is None:
-            return measure()
-        file = self.folder / f"{name}.npz"
+            return None
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
                 found = dict(stored)
         except Exception:  # the zip format has a checksum of every entry, and a damaged file raises many types
             found = None
-        if all(processes.gather(found is not None)) and found is not None:
-            return found
-        found = measure()
-        if processes.first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(".draft")
-            with draft.open("wb") as f:
-                np.savez(f, **found)  # pyright: ignore[reportArgumentType]
-            draft.replace(file)
-        return found
+        return found if all(processes.gather(found is not None)) else None
+
+    def put(self, name: str, arrays: Arrays) -> None:
+        """Write the file `name`. The file appears only when it is complete."""
+        if self.folder is None or not processes.first():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f"{name}.draft"
+        with draft.open("wb") as f:
+            np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
+        draft.replace(self.folder / f"{name}.npz")
+
+    def drop(self, name: str) -> None:
+        """Remove the file `name`, if it exists."""
+        if self.folder is not None and processes.first():
+            (self.folder / f"{name}.npz").unlink(missing_ok=True)

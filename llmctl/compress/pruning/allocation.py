@@ -22,6 +22,7 @@ from llmctl.compress.calibration.calibrate import LayerReport, walk
 from llmctl.compress.calibration.gradients import Gradients, of_layer
 from llmctl.compress.calibration.measurements import Measurements
 from llmctl.compress.calibration.statistics import Moments, moments
+from llmctl.compress.calibration.walk_state import WalkState
 from llmctl.compress.pruning import prune
 from llmctl.compress.pruning.sparse_method import SparseMethod
 from llmctl.distributed import host_arrays
@@ -272,11 +273,13 @@ def allocate(
     layers = [(stack, i) for stack in functional.stacks(cfg) for i in range(functional.depth(cfg, stack))]
 
     def measured() -> dict[str, np.ndarray]:
-        _, reports = walk(cfg, params, batches, moments, keep=True, progress=progress, dtype=dtype)
+        _, reports = walk(cfg, params, batches, moments, keep=True, progress=progress, state=state, dtype=dtype)
         named = ((f"{r.stack}.{r.layer}.{path}", stat) for r in reports for path, stat in r.stats.items())
         return {f"{name}:{part}": host_arrays.read(getattr(s, part)) for name, s in named for part in MOMENTS}
 
+    state = WalkState(saved, "inputs")
     inputs: dict[str, Any] = saved.get("inputs", measured)
+    state.drop()
     stats: dict[LayerAt, dict[str, Moments]] = {at: {} for at in layers}
     for name in {name.partition(":")[0] for name in inputs}:
         stack, i, path = name.split(".", 2)

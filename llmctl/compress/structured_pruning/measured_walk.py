@@ -1,7 +1,6 @@
 """Run a calibration walk that only measures, and save the measurements, so that an interrupted run can resume.
 
-The measurements are saved when the walk ends. Files per layer would save little time, because a
-resumed walk passes all batches through all layers again.
+The measurements are saved when the walk ends. Until then, `llmctl.compress.calibration.walk_state` saves its progress.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import numpy as np
 from llmctl.compress.calibration.calibrate import Batch, LayerReport, walk
 from llmctl.compress.calibration.measurements import Arrays, Measurements
 from llmctl.compress.calibration.statistics import Collect
+from llmctl.compress.calibration.walk_state import WalkState
 from llmctl.model.config import ModelConfig
 
 Progress = Callable[[LayerReport], None] | None
@@ -54,15 +54,19 @@ def measure(
       dtype: dtype of the computation.
     """
     runs: list[bool] = []
+    state = WalkState(saved, name)
 
     def measured() -> Arrays:
         runs.append(True)
-        _, reports = walk(cfg, params, batches, collect, head=head, keep=True, progress=progress, dtype=dtype)
+        _, reports = walk(
+            cfg, params, batches, collect, head=head, keep=True, progress=progress, state=state, dtype=dtype
+        )
         stacks = dict.fromkeys(r.stack for r in reports)
         influence = {f"{_INFLUENCE}{s}": np.array([r.influence for r in reports if r.stack == s]) for s in stacks}
         return reduce(reports) | influence
 
     found = saved.get(name, measured)
+    state.drop()
     influence = {k.removeprefix(_INFLUENCE): v.tolist() for k, v in found.items() if k.startswith(_INFLUENCE)}
     if progress is not None and not runs:
         for stack, values in influence.items():

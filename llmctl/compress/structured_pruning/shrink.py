@@ -38,8 +38,7 @@ def target(
     """Return the config of the model after heads, neurons, layers and hidden channels are removed.
 
     In `heads`, `ffn`, `layers` and `hidden`, a number below 1 is the fraction to remove. A number of 1 or more is the
-    count to keep. 0 keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer, and is
-    at least 1.
+    count to keep. 0 keeps all. If a fraction is removed, the remaining count is rounded to the nearest integer.
 
     Args:
       cfg: the config before pruning.
@@ -52,8 +51,8 @@ def target(
       multiple: divisor of the numbers of kept neurons and of kept hidden channels.
 
     Raises:
-      RequestError: If a requested number is impossible, or a fraction removes nothing. A fraction that removes nothing
-        is an error even if the other numbers remove something.
+      RequestError: If a requested number is impossible, or a fraction removes nothing or leaves nothing. A fraction
+        that removes nothing is an error even if the other numbers remove something.
     """
     ratio = cfg.heads // cfg.kv_heads
     update: dict[str, Any] = {}
@@ -102,10 +101,15 @@ def _keep(field: str, request: float, groups: float, size: int) -> int:
       size: number of heads, neurons or layers in a group.
 
     Raises:
-      RequestError: If the requested number is not a multiple of `size`, or is too large.
+      RequestError: If a fraction leaves nothing. If the requested number is not a multiple of `size`, or is too large.
     """
     if request < 1:
-        return max(1, round(groups * (1 - request)))
+        if kept := round(groups * (1 - request)):
+            return kept
+        least = f"{size:,} of {groups * size:,.0f}"
+        raise RequestError(
+            f"{field}: a fraction of {request:g} removed leaves fewer than {least}, the least that can stay"
+        )
     if request != int(request) or int(request) % size:
         raise RequestError(f"{field}: {request:g} to keep is not a multiple of {size}, which go together")
     kept = int(request) // size

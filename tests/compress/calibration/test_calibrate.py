@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl.compress.calibration import calibrate, walk_state
 from llmctl.compress.calibration.calibrate import Visit, walk
 from llmctl.compress.calibration.layer_files import Saved
 from llmctl.compress.calibration.layer_stack import LayerStack
+from llmctl.compress.calibration.measurements import Measurements
 from llmctl.compress.calibration.statistics import Gram, LayerStats, Moments, grams, moments, nothing
+from llmctl.compress.calibration.walk_state import WalkState
 from llmctl.compress.pruning.pattern import Pattern
 from llmctl.compress.pruning.prune import prune_layer
 from llmctl.compress.pruning.sparse_method import SparseMethod
@@ -256,6 +259,52 @@ def test_a_killed_walk_goes_on_at_its_layer(tiny, make_rows, tmp_path, stack):
     assert jax.tree.structure(again) == jax.tree.structure(whole)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("stack", "dtype"), [("decoder", jnp.bfloat16), ("encoder", jnp.float32)])
+def test_a_killed_walk_that_only_measures_goes_on_at_its_layer(tiny, make_rows, tmp_path, stack, dtype, monkeypatch):
+    """Run again, it measures the layers that are not in the file, and every statistic has the same bits."""
+    change = {"architecture": "encoder_decoder", "encoder_layers": 2, "layers": 3, "positions": "relative"}
+    cfg = ModelConfig.model_validate({**tiny.model_dump(), **change})
+    params = jax.jit(lambda key: functional.init(cfg, key))(jax.random.key(1))
+    batches, measured = [make_rows(cfg, seed) for seed in range(2)], []
+    passes = calibrate.passes
+
+    def counted(cfg, stack, dtype):
+        observe, advance = passes(cfg, stack, dtype)
+        return lambda layer, index, *rest: (measured.append((stack, int(index))), observe(layer, index, *rest))[
+            1
+        ], advance
+
+    monkeypatch.setattr(calibrate, "passes", counted)
+    monkeypatch.setattr(walk_state, "SECONDS", 0.0)
+
+    def run(folder, progress=None):
+        state = WalkState(Measurements(folder), "inputs")
+        return state, walk(cfg, params, batches, moments, keep=True, progress=progress, state=state, dtype=dtype)[1]
+
+    def kill(report):
+        if (report.stack, report.layer) == (stack, 1):
+            raise Killed
+
+    whole = run(None)[1]
+    with pytest.raises(Killed):
+        run(tmp_path, kill)
+    measured.clear()
+    state, again = run(tmp_path)
+    layers = [("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1), ("decoder", 2)]
+    assert measured[::2] == layers[layers.index((stack, 1)) + 1 :]
+    assert [r.numbers for r in again] == [r.numbers for r in whole]
+    for a, b in zip(again, whole, strict=True):
+        assert jax.tree.structure(a.stats) == jax.tree.structure(b.stats)
+        for x, y in zip(jax.tree.leaves(a.stats), jax.tree.leaves(b.stats), strict=True):
+            np.testing.assert_array_equal(x, y)
+    (tmp_path / "inputs.walk.npz").write_bytes(b"damaged")
+    measured.clear()
+    run(tmp_path)
+    assert len(measured) == 10
+    state.drop()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [{"tied": False}, {"tied": True}, {"head": "classify", "labels": 3}], ids=str)

@@ -104,6 +104,10 @@ def test_rows_cost_what_their_parts_cost():
     encoder = 128 * (2 * matrices + 2 * 4 * 128 * 128)
     decoder = 40 * (2 * (matrices + 2 * 2 * 128 * 128) + 2 * 128 * 32_128 + 2 * 4 * 128 * (41 / 2 + 128))
     cross = 128 * 2 * 2 * 2 * 128 * 128
+    # The FLOPs are a quadratic function of the number of encoder tokens, which may be 0.
+    each = [flops.row(t5, 40, source) for source in range(4)]
+    assert each[0] == pytest.approx(3 * each[1] - 3 * each[2] + each[3])
+    assert flops.of_rows(t5, {"tokens": (40,)}) == each[0] / 40
     found = flops.of_rows(t5, {"tokens": (40,), "encoder_tokens": (128,)})
     assert found == pytest.approx((encoder + decoder + cross) / 168)
 
