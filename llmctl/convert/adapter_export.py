@@ -19,6 +19,7 @@ from llmctl.convert import (
     peft,
     peft_prefix,
     peft_prompt,
+    proof_texts,
     sentence_transformer,
     text_proof,
     tokenizer_export,
@@ -82,10 +83,14 @@ def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple
         hf_export.save(base, config, hf_export.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
         if cfg.head_kind.bare:
             sentence_transformer.save(cfg, base)
-        rows, T, begin = text_proof.read_rows(found, theirs, base, True, say)
-        expected = np.asarray(parity.answers(cfg, found.params, text_proof.batch_of(cfg, rows, T)))
-        got = text_proof.answers_there(theirs, base, rows, T, adapter=draft)
-    return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
+        samples, begin = text_proof.read_rows(found, theirs, base, True, say)
+        expected = np.asarray(parity.answers(cfg, found.params, proof_texts.batch_of(cfg, samples)))
+        got = text_proof.answers_there(theirs, base, samples, adapter=draft)
+    return (
+        delta,
+        parity.prove(str(found.path), got, expected[-len(samples.rows) :]),
+        f"{begin}PEFT reads what was written",
+    )
 
 
 def _vectors(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
@@ -120,9 +125,13 @@ def _vectors(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[
         ids = written.ids if written else {}
         config = hf_export.config_of(theirs, registry.of(about), about.labels, ids, "float32")
         hf_export.save(folder, config, hf_export.tensors_of(theirs, params, lazy_tensors.dtype("float32")))
-        rows, T, begin = text_proof.read_rows(bare, theirs, folder, True, say)
-        batch = text_proof.batch_of(bare.model, rows, T)
+        samples, begin = text_proof.read_rows(bare, theirs, folder, True, say)
+        batch = proof_texts.batch_of(bare.model, samples)
         expected = np.asarray(parity.answers(cfg, found.params, parity.prompted(cfg, batch) if prompt else batch))
         outputs = 0 if cfg.encoder_layers else cfg.prompt_tokens
-        got = text_proof.answers_there(theirs, folder, rows, T, adapter=draft, prompt=outputs)
-    return delta, parity.prove(str(found.path), got, expected[-len(rows) :]), f"{begin}PEFT reads what was written"
+        got = text_proof.answers_there(theirs, folder, samples, adapter=draft, prompt=outputs)
+    return (
+        delta,
+        parity.prove(str(found.path), got, expected[-len(samples.rows) :]),
+        f"{begin}PEFT reads what was written",
+    )

@@ -27,6 +27,7 @@ from llmctl.convert import (
     merging,
     name_map,
     parity,
+    proof_texts,
     safetensors,
     sentence_transformer,
     sparse_tensors,
@@ -205,14 +206,14 @@ def _prove(
     what = str(found.path)
     package = to.replace("-", "_") if to != "hf" else ""
     missing = unread or text_proof.available(4 * found.manifest.parameters, package)
-    rows, T, begin = text_proof.read_rows(found, cfg, draft, not missing, say)
+    samples, begin = text_proof.read_rows(found, cfg, draft, not missing, say)
     with jax.default_matmul_precision("highest"):
-        batch = text_proof.batch_of(cfg, rows, T)
+        batch = proof_texts.batch_of(cfg, samples)
         expected = np.asarray(parity.answers(cfg, ours, batch))
         delta = parity.prove(what, parity.answers(model, back, batch), expected)
     if missing:
         return delta, None, f"{begin}{text_proof.OUR_READER} ({missing})"
-    theirs = parity.prove(what, text_proof.answers_there(cfg, draft, rows, T), expected[-len(rows) :])
+    theirs = parity.prove(what, text_proof.answers_there(cfg, draft, samples), expected[-len(samples.rows) :])
     return delta, theirs, f"{begin}transformers reads what was written"
 
 

@@ -15,78 +15,22 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError, WorkError
-from llmctl.convert import parity
+from llmctl.convert.proof_texts import Rows, Samples, decoded, samples_of
 from llmctl.convert.tokenizers import pools_last, projects_pooled, reads_texts
-from llmctl.data.examples.labelled import templated
-from llmctl.data.tokenizers import loading
-from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.model.config import ModelConfig
 
-TEXTS = (
-    "The film was better than the book.",
-    "x",
-    "Ein Satz, 12 Worte?  Two spaces",
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen",
-)
-"""Sample texts of unequal length. The last text is truncated, because it has more than `LENGTH` tokens."""
-LENGTH = 24
-"""Maximum number of tokens per row."""
 COPY = 1.5
 """Memory that transformers needs to load a model, as a multiple of the size of the model's float32 weights."""
 
 OUR_READER = "llmctl reads the written weights"
-
-Rows = list[list[int]]
-
-
-def texts_of(cfg: ModelConfig, folder: Path, seq_len: int = 0) -> tuple[Rows, int]:
-    """Return the token ids of `TEXTS` from the tokenizer in a folder, and their maximum length T.
-
-    Without a tokenizer, return one row of random tokens.
-    """
-    T = min(LENGTH, cfg.max_seq_len, seq_len or LENGTH)
-    if not (folder / loading.DESCRIPTOR).is_file():
-        return [np.random.default_rng(1).integers(0, cfg.vocab_size, T).tolist()], T
-    words = loading.load(folder)
-    return [_ids(cfg, words, text, T) for text in TEXTS], T
-
-
-def _ids(cfg: ModelConfig, words: Tokenizer, text: str, T: int) -> list[int]:
-    if reads_texts(cfg):
-        return templated(words.template, np.array(words.encode(text), np.int32), None, T)[0].tolist()
-    return words.prompt(text)[:T]
-
-
-def batch_of(cfg: ModelConfig, rows: Rows, T: int) -> dict[str, jax.Array]:
-    """Return the batch of `parity.probe` (random tokens), extended by one row for each sequence in `rows`."""
-    probe = {k: np.asarray(v) for k, v in parity.probe(cfg, T).items()}
-    side = _padded(rows, T, "encoder_" if cfg.encoder_layers else "")
-    if cfg.encoder_layers:
-        side |= _padded([_decoded(ids, T) for ids in rows], T, "")
-    return {k: jnp.asarray(np.concatenate([v, side[k]]), jnp.int32) for k, v in probe.items()}
-
-
-def _decoded(ids: Sequence[int], T: int) -> list[int]:
-    """Return tokens for the decoder of an encoder-decoder: the start token, and up to five tokens of the text."""
-    return [0, *ids[: min(5, T - 1)]]
-
-
-def _padded(rows: Rows, T: int, prefix: str) -> dict[str, np.ndarray]:
-    tokens, segments = np.zeros((2, len(rows), T), np.int32)
-    for b, ids in enumerate(rows):
-        tokens[b, : len(ids)], segments[b, : len(ids)] = ids, 1
-    positions = np.arange(T, dtype=np.int32) * segments
-    return {f"{prefix}tokens": tokens, f"{prefix}segments": segments, f"{prefix}positions": positions}
 
 
 def available(found_bytes: int, package: str = "") -> str:
@@ -108,8 +52,8 @@ def available(found_bytes: int, package: str = "") -> str:
     return ""
 
 
-def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
-    """Return the token ids of `TEXTS` that transformers (or the library `tokenizers`) gets from the tokenizer in a
+def tokens_there(cfg: ModelConfig, folder: Path, samples: Samples, theirs: bool) -> Rows:
+    """Return the token ids of samples that transformers (or the library `tokenizers`) gets from the tokenizer in a
     folder.
 
     If the model is a decoder with a pooled head, padding tokens at the end of a row are removed. transformers also
@@ -118,39 +62,34 @@ def tokens_there(cfg: ModelConfig, folder: Path, T: int, theirs: bool) -> Rows:
     Args:
         cfg: Config of the model.
         folder: Folder of the model.
-        T: Maximum number of tokens per row.
+        samples: The texts, and pairs of texts.
         theirs: Whether transformers reads the tokenizer; if false, the library `tokenizers` reads it.
     """
     if theirs:
         with _quietly() as hf:
             words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            rows = [words(text, truncation=True, max_length=T)["input_ids"] for text in TEXTS]
+            short = {"truncation": True, "max_length": samples.length}
+            rows = [words(text, **short)["input_ids"] for text in samples.texts]
+            rows += [words(*pair, **short)["input_ids"] for pair in samples.pairs]
     else:
         from tokenizers import Tokenizer as Backend
 
         made = Backend.from_file(str(folder / "tokenizer.json"))
         made.no_padding()
-        made.enable_truncation(T)
+        made.enable_truncation(samples.length)
         settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
         made.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-        rows = [made.encode(text).ids for text in TEXTS]
+        rows = [made.encode(text).ids for text in samples.texts]
+        rows += [made.encode(*pair).ids for pair in samples.pairs]
     if not pools_last(cfg):
         return rows
     pad = json.loads((folder / "config.json").read_text("utf-8")).get("pad_token_id")
     return [ids[: max((n + 1 for n, i in enumerate(ids) if i != pad), default=0)] for ids in rows]
 
 
-def same_tokens(what: str, ours: Rows, there: Rows) -> str:
-    """Describe the first text for which the token ids in `ours` and `there` differ; return "" if all are equal."""
-    for text, a, b in zip(TEXTS, ours, there, strict=True):
-        if a != b:
-            return f"{what}: others read {text!r} as {b[:8]}…{b[-2:]} ({len(b)} tokens), llmctl as {a[:8]}…{a[-2:]}"
-    return ""
-
-
 def read_rows(
     found: Artifact, cfg: ModelConfig, folder: Path, theirs: bool, say: Callable[[str], None]
-) -> tuple[Rows, int, str]:
+) -> tuple[Samples, str]:
     """Tokenize the texts for the comparison of the artifact with the written model.
 
     Args:
@@ -162,29 +101,29 @@ def read_rows(
             tokenizer. The ids of the written tokenizer are then returned.
 
     Returns:
-        (token ids, maximum number of tokens T, beginning of the comparison's description). If a tokenizer was written,
-        the description begins with "from text, ". If token ids are random, the beginning is "".
+        (samples, beginning of the comparison's description). If a tokenizer was written, the description begins with
+        "from text, ", or with "from texts and pairs, ". If token ids are random, the beginning is "".
 
     Raises:
         WorkError: If the written tokenizer gives other ids than the artifact's tokenizer, and the model reads complete
             texts.
     """
-    rows, T = texts_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
+    samples = samples_of(cfg, found.tokenizer_dir, found.manifest.seq_len)
     if not (folder / "tokenizer.json").is_file():
-        return rows, T, ""
+        return samples, ""
     try:
-        there = tokens_there(cfg, folder, T, theirs=theirs)
+        there = tokens_there(cfg, folder, samples, theirs=theirs)
     except Exception as e:  # the libraries raise many exception types
         raise RequestError(
             f"{found.path}: other programs cannot read its tokenizer ({type(e).__name__}: "
             f"{' '.join(str(e).split())[:200]}); correct its tokenizer_config.json"
         ) from None
-    if differs := same_tokens(str(found.path), rows, there):
+    if differs := samples.difference(str(found.path), there):
         if reads_texts(cfg):
             raise WorkError(f"{differs}; nothing was written")
         say(f"{differs}; both sides are compared on theirs, and prompts there need llmctl's tokens for its answers")
-        rows = there
-    return rows, T, "from text, "
+        samples = samples.with_rows(there)
+    return samples, "from texts and pairs, " if samples.pairs else "from text, "
 
 
 def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str:
@@ -195,25 +134,25 @@ def tokenization_difference(cfg: ModelConfig, source: Path, folder: Path) -> str
     """
     if not reads_texts(cfg) or importlib.util.find_spec("transformers") is None:
         return ""
-    rows, T = texts_of(cfg, folder)
+    samples = samples_of(cfg, folder)
     try:
-        return same_tokens(str(source), rows, tokens_there(cfg, source, T, theirs=True))
+        return samples.difference(str(source), tokens_there(cfg, source, samples, theirs=True))
     except Exception as e:  # the library raises many exception types
         return f"{source}: transformers cannot load its tokenizer ({type(e).__name__}); not compared"
 
 
 def answers_there(
-    cfg: ModelConfig, folder: Path, rows: Rows, T: int, adapter: Path | None = None, prompt: int = 0
+    cfg: ModelConfig, folder: Path, samples: Samples, adapter: Path | None = None, prompt: int = 0
 ) -> np.ndarray:
     """Compute the outputs of the model in `folder` by transformers, in the layout of `parity.answers`.
 
-    A classifier runs on all texts as one batch, padded by the written tokenizer. Other models run on one row at a time.
+    A classifier runs on all texts as one batch, and on all pairs as another batch, padded by the written tokenizer.
+    Other models run on one row at a time.
 
     Args:
         cfg: Config of the model.
         folder: Folder of the model.
-        rows: Token ids of the texts.
-        T: Maximum number of tokens per row.
+        samples: The texts, and pairs of texts.
         adapter: Folder of an adapter, which PEFT loads onto the model.
         prompt: Number of outputs at the vectors of a trained prompt. 0 if there is no prompt. Also 0 for an
             encoder-decoder, because the decoder does not read the prompt.
@@ -250,15 +189,17 @@ def answers_there(
         with torch.no_grad():
             if projects_pooled(cfg) and (folder / "tokenizer.json").is_file():
                 words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-                given = words(list(TEXTS), truncation=True, max_length=T, padding=True, return_tensors="pt")
-                return model(**given).logits.float().numpy().reshape(len(rows), -1)
-            return np.stack([_one(cfg, model, torch, ids, T, folder, prompt) for ids in rows])
+                kinds = [(list(samples.texts),), tuple(map(list, zip(*samples.pairs, strict=True)))]
+                short = {"truncation": True, "max_length": samples.length, "padding": True, "return_tensors": "pt"}
+                found = [model(**words(*texts, **short)).logits.float().numpy() for texts in kinds if texts]
+                return np.concatenate(found).reshape(len(samples.rows), -1)
+            return np.stack([_one(cfg, model, torch, ids, samples.length, folder, prompt) for ids in samples.rows])
 
 
 def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folder: Path, prompt: int) -> np.ndarray:
     given = {"input_ids": torch.tensor([ids])}
     if cfg.encoder_layers:
-        given["decoder_input_ids"] = torch.tensor([_decoded(ids, T)])
+        given["decoder_input_ids"] = torch.tensor([decoded(ids, T)])
     out = model(**given)
     if cfg.head_kind.bare:
         return _pooled(out.last_hidden_state[0].float().numpy(), folder)

@@ -10,7 +10,7 @@ import pytest
 
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
-from llmctl.convert import peft, peft_ia3, peft_lora, safetensors, text_proof
+from llmctl.convert import peft, peft_ia3, peft_lora, proof_texts, safetensors, text_proof
 from llmctl.convert import tokenizers as brought
 from llmctl.convert.lazy_tensors import of_array
 from llmctl.data.config import TokenizerConfig
@@ -128,5 +128,5 @@ def test_code_of_a_model_folder_is_never_run(exported, config, monkeypatch):
     library = types.SimpleNamespace(AutoTokenizer=Words)
     monkeypatch.setattr(text_proof, "_quietly", lambda: contextlib.nullcontext(library))
     with pytest.raises(ValueError, match="has code"):
-        text_proof.tokens_there(config, exported, 8, theirs=True)
+        text_proof.tokens_there(config, exported, proof_texts.Samples(("x",), (), [[1]], [[0]], 8), theirs=True)
     assert asked == [False]

@@ -1,5 +1,6 @@
 """Texts in llmctl and in transformers' pipelines give the same predictions, whatever the tokenizer adds to a text."""
 
+import dataclasses
 import json
 import warnings
 
@@ -11,6 +12,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from llmctl.artifacts import artifact
+from llmctl.convert import post_processor
 from llmctl.data.examples.labelled import padded, templated
 from llmctl.data.tokenizers import loading
 from llmctl.data.tokenizers.tokenizer_json import JsonTokenizer
@@ -150,7 +152,8 @@ def goes_out(kind, head, name, texts, wild, call, tmp_path):
     )  # fmt: skip
     code, made, err = call("export", tmp_path / "a", "--out", tmp_path / "hf")
     assert code == 0, err
-    assert made["proof"] == "from text, transformers reads what was written"
+    read = "texts and pairs" if head in ("classify", "regress") else "text"
+    assert made["proof"] == f"from {read}, transformers reads what was written"
     assert made["transformers"] < 1e-3
     same(cfg, ours(cfg, params, words, texts), theirs(cfg, tmp_path / "hf", texts))
     # and comes back as it was
@@ -163,6 +166,43 @@ def goes_out(kind, head, name, texts, wild, call, tmp_path):
 @pytest.mark.parametrize(("kind", "head", "name"), FAST)
 def test_exported_models_predict_the_same_from_text(kind, head, name, wild, call, tmp_path):
     goes_out(kind, head, name, TEXTS[:9], wild, call, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["", "between", "types"])
+def test_classifiers_of_pairs_are_proven_on_pairs(fault, wild, call, tmp_path, monkeypatch):
+    """The pipeline answers to pairs as llmctl; a written tokenizer that joins them otherwise is found."""
+    words = tokenizer(("eos", "pad"))
+    cfg = model_of("encoder", "classify", words).model_copy(update={"token_types": 2})
+    params, labels = wild(cfg), [f"class {i}" for i in range(3)]
+    words.save(tmp_path / "words")
+    about = {"stage": "finetune", "key": "k", "config": {}, "labels": labels, "tokenizer_dir": tmp_path / "words"}
+    artifact.save(tmp_path / "a", params, cfg, **about)
+    put = post_processor.put
+
+    def faulty(made, template):
+        put(made, template if fault != "between" else dataclasses.replace(template, between=()))
+        if fault == "types":
+            made.post_processor = Tokenizer.from_str(made.to_str().replace('"type_id":1', '"type_id":0')).post_processor
+
+    monkeypatch.setattr(post_processor, "put", faulty)
+    code, made, err = call("export", tmp_path / "a", "--out", tmp_path / "hf")
+    if fault:
+        line = {"between": "others read ('x', 'a b') as", "types": "the answers differ"}.get(fault)
+        assert code == 1 and line in err and not (tmp_path / "hf").exists()
+        return
+    assert made["proof"].startswith("from texts and pairs") and made["transformers"] < 1e-3
+    pairs = [("cat sat", "a mat"), ("so", "the film"), ("12", "345")]
+    encoded = [[np.array(words.encode(t), np.int32) for t in pair] for pair in pairs]
+    rows, types = zip(*(templated(words.template, a, b, SHORT) for a, b in encoded), strict=True)
+    batch = {k: jnp.asarray(v) for k, v in padded(rows, SHORT, words.pad_id).items()}
+    batch["types"] = jnp.stack([jnp.pad(jnp.asarray(t), (0, SHORT - len(t))) for t in types])
+    y = functional.outputs(cfg, params, functional.hidden(cfg, params, batch), batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = hf.pipeline("text-classification", model=str(tmp_path / "hf"), device="cpu")
+        found = [pipe({"text": a, "text_pair": b}, top_k=None, function_to_apply="none") for a, b in pairs]
+    want = [[{s["label"]: s["score"] for s in one}[label] for label in labels] for one in found]
+    np.testing.assert_allclose(y, want, atol=1e-4 * max(1, np.abs(want).max()))
 
 
 @pytest.mark.slow

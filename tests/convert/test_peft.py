@@ -251,7 +251,7 @@ def test_a_trained_task_head_goes_out_beside_its_pairs(saved, save, config, wild
     code, shown, err = call("export", made, "--to", "peft", "--out", tmp_path / "adapter")
     assert code == 0, err
     # The proof's base pools at the last token that is not its padding, for which the table gets a row.
-    assert shown["proof"] == "from text, PEFT reads what was written" and shown["transformers"] < 1e-4
+    assert shown["proof"] == "from texts and pairs, PEFT reads what was written" and shown["transformers"] < 1e-4
     hf = pytest.importorskip("transformers")
     said = json.loads((base_folder / "config.json").read_text()) | {"num_labels": 3, "pad_token_id": 0}
     (base_folder / "config.json").write_text(json.dumps(said))
