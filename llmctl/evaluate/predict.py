@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Artifact
@@ -20,6 +21,7 @@ from llmctl.config.errors import RequestError
 from llmctl.config.limits import check_memory
 from llmctl.config.settings import MeshConfig
 from llmctl.data import device_batches
+from llmctl.data.config import Truncate
 from llmctl.data.source import Row
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.distributed import host_arrays
@@ -38,7 +40,15 @@ length."""
 class Predictor:
     """Predict rows with one artifact. Store the artifact's parameters, its task and the compiled function."""
 
-    def __init__(self, source: Path | Artifact, batch_size: int = 32, seq_len: int = 0, dtype: str = "float32"):
+    def __init__(
+        self,
+        source: Path | Artifact,
+        batch_size: int = 32,
+        seq_len: int = 0,
+        dtype: str = "float32",
+        truncate: Truncate | None = None,
+        mesh: Mesh | None = None,
+    ):
         """Load the artifact onto all devices.
 
         Args:
@@ -46,12 +56,14 @@ class Predictor:
             batch_size: Number of rows per batch. The number is rounded up to a multiple of the number of devices.
             seq_len: Maximum number of tokens per row; 0 uses the value of training (see `prediction_length`).
             dtype: Dtype of the computation.
+            truncate: Part of a long text to remove; None uses the value of training.
+            mesh: Mesh on whose devices the artifact is; None makes the mesh of all devices.
 
         Raises:
             RequestError: If the folder is no artifact. If the model has no task head. If `seq_len` exceeds the model's
                 maximum sequence length.
         """
-        self.mesh = meshes.make(MeshConfig())
+        self.mesh = mesh or meshes.make(MeshConfig())
         found = source if isinstance(source, Artifact) else artifact.load(source, self.mesh)
         path = found.path
         self.manifest, self._params, self.task = found.manifest, found.params, of(found.manifest)
@@ -60,6 +72,7 @@ class Predictor:
         self._model, self._seq_len = found.model, prediction_length(self.manifest, seq_len, path)
         self._size = -(-batch_size // self.mesh.size) * self.mesh.size
         check_memory(self._size * self._seq_len * ROW, f"--batch-size {batch_size}: its rows", "take a smaller one")
+        self._truncate: Truncate = truncate or self.manifest.truncate or "tail"
         self._tokenizer = tokenizers.load(found.tokenizer_dir)
         self._step = self.task.prediction_step(found.model, dtype)
 
@@ -69,8 +82,8 @@ class Predictor:
         The predictions are in the order of `rows`. Rows with a second text and rows without a second text run in
         separate batches. The prediction of a row therefore does not depend on the other rows.
         """
-        truncate, labels = self.manifest.truncate or "tail", tuple(self.manifest.labels)
-        settings, found = RowSettings(self._seq_len, truncate=truncate, labels=labels), [None] * len(rows)
+        labels, found = tuple(self.manifest.labels), [None] * len(rows)
+        settings = RowSettings(self._seq_len, truncate=self._truncate, labels=labels)
         for paired in (False, True):
             index = [i for i, row in enumerate(rows) if ("pair" in row) == paired]
             if not index:

@@ -15,7 +15,7 @@ from llmctl.evaluate.harm.settings import ContaminationConfig, MemorizationConfi
 from llmctl.evaluate.harness.settings import HarnessConfig
 from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.probes.registry import PROBES
-from llmctl.evaluate.robustness.settings import RobustnessConfig
+from llmctl.evaluate.robustness.settings import AttackConfig, RobustnessConfig
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.settings import GenerationConfig
 
@@ -24,7 +24,8 @@ class MeasureConfig(Config):
     """Configure an evaluation: data split, truncation, batches and speed measurement."""
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap", "robustness", "yardstick"}
+        {"metrics", "tasks", "generation", "harness", "lm_eval", "again", "bootstrap", "yardstick"}
+        | {"robustness", "attack"}
         | {"crows_pairs", "stereoset", "bbq", "identity_swaps"}
         | {"toxicity", "memorization", "contamination"}
     )
@@ -64,6 +65,8 @@ class MeasureConfig(Config):
     """Settings of the tasks in `harness`."""
     robustness: RobustnessConfig = RobustnessConfig()
     """Settings of the probe `robustness`."""
+    attack: AttackConfig = AttackConfig()
+    """Settings of the probe `attack`."""
     crows_pairs: CrowsPairsConfig = CrowsPairsConfig()
     """Settings of the probe `crows_pairs`."""
     stereoset: StereoSetConfig = StereoSetConfig()

@@ -40,6 +40,10 @@ class Held:
         """Train split of the same data, for probes that read it."""
         self._corpora: dict[str, Corpus] = {}
 
+    def sample(self, count: int) -> Held:
+        """Return at most `count` of the examples, sampled by their hash (see `Examples.sample`)."""
+        return Held(self.examples.sample(count), self.split, self._folder / f"sample{count}")
+
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """Return the token ids of all texts, in the order of the examples."""
         if tokenizer.digest not in self._corpora:

@@ -15,6 +15,7 @@ PROBES: Registry[Probe] = Registry(
     "probe",
     {
         "robustness": "llmctl.evaluate.robustness.probe:ROBUSTNESS",
+        "attack": "llmctl.evaluate.robustness.probe:ATTACK",
         "crows_pairs": "llmctl.evaluate.bias.probes:CROWS_PAIRS",
         "stereoset": "llmctl.evaluate.bias.probes:STEREOSET",
         "bbq": "llmctl.evaluate.bias.probes:BBQ",

@@ -70,4 +70,49 @@ class Robustness(Probe):
         return [programs.of_task(f"robustness of {name}", artifact, data, setup, task)]
 
 
-ROBUSTNESS = Robustness()
+class Attack(Probe):
+    """Measure the accuracy of a classifier under attack, beside random substitutions with the same budget."""
+
+    name = "attack"
+    title = "attack"
+    section = "attack"
+
+    def check_model(self, manifest: Manifest, settings: Any, where: str) -> None:
+        """Check that the artifact predicts one class per text, and that the synonyms can be read.
+
+        Raises:
+            RequestError: If not.
+        """
+        from llmctl.evaluate.tasks import registry
+
+        task = registry.of(manifest)
+        if task.head != "classify" or task.label_type != "class":
+            raise RequestError(
+                f"{where}: tasks: 'attack' needs a classifier with one class per text, not task {task.name!r}"
+            )
+        task.check_model(manifest.model, where)
+        if "textfooler" in settings.methods:
+            synonyms.read(settings.synonyms)
+
+    def definition(self, settings: Any) -> Any:
+        """Return the settings and the digest of the synonyms."""
+        known = synonyms.digest(synonyms.read(settings.synonyms)) if "textfooler" in settings.methods else ""
+        return [settings.model_dump(exclude={"synonyms"}), known]
+
+    def measure(self, artifact: Artifact, held: Held | None, setup: Setup, settings: Any) -> Measured:
+        """Attack a sample of the examples."""
+        from llmctl.evaluate.robustness import attack
+
+        assert held is not None
+        return attack.measure(artifact, held, setup, settings)
+
+    def programs(
+        self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
+    ) -> Sequence[Program]:
+        """Return the program that scores a batch and, for HotFlip, the program that selects substitutions."""
+        from llmctl.evaluate.robustness import attack_programs
+
+        return attack_programs.of(name, artifact, data, setup, settings)
+
+
+ROBUSTNESS, ATTACK = Robustness(), Attack()
