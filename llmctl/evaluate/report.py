@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmctl.evaluate.metrics.base import columns, find, text
+from llmctl.evaluate.metrics.base import METRICS, UNDER, change_of, columns, find, text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,7 +79,8 @@ def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 def headline(result: Result) -> str:
     """Return one line with the task and its quality metrics.
 
-    The value of a metric is followed by the 95 % interval and the baseline, if they are known.
+    The value of a metric is followed by the 95 % interval and the baseline, if they are known. Values on changed inputs
+    follow at the end.
     """
     found = {k: v for k, v in result["metrics"].items() if v is not None}
     parts = []
@@ -93,6 +94,10 @@ def headline(result: Result) -> str:
         if m.baseline in found:
             part += f" (baseline that ignores the input: {m.text(found[m.baseline])})"
         parts.append(part)
+    for name in found:
+        metric, change = change_of(name)
+        if change and metric in found and not name.endswith(("_low", "_high")):
+            parts.append(f"under {change.replace('_', ' ')} {text(name, found[name])}")
     return f"{result['task']}: {', '.join(parts)}"
 
 
@@ -108,14 +113,43 @@ def protocols(results: Sequence[Result]) -> list[str]:
 def markdown(results: Sequence[Result], compared: Sequence[Result] = ()) -> str:
     """Return a Markdown table of the results, followed by the protocols and the digests of the scored weights.
 
-    If artifacts are compared, a second table has the differences.
+    Metrics on changed inputs are in a table of their own. If artifacts are compared, a further table has the
+    differences.
     """
     table = _markdown(*cells(results))
+    head, body = change_cells(results)
+    table += ["", "On changed texts, with 95 % intervals", "", *_markdown(head, body)] if body else []
     if compared:
         table += ["", "Differences", "", *_markdown(*comparison_cells(compared))]
     digests = dict.fromkeys(f"- `{r['artifact']}`: `{r['digest']}`" for r in results)
     notes = [f"- {p}" for p in protocols(results)]
     return "\n".join([*table, "", "Protocols", "", *notes, "", "Digests of the scored weights", "", *digests, ""])
+
+
+def change_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the table of metrics on changed inputs as (headings, rows of cells), with one row per change.
+
+    The first row of a result has the values without a change.
+    """
+    names = {name for result in results for name in result["metrics"] if change_of(name)[1]}
+    shown = [m for m in METRICS if any(change_of(name)[0] == m for name in names)]
+    body = []
+    for result in results:
+        found = {k: v for k, v in result["metrics"].items() if v is not None}
+        changes = dict.fromkeys(change_of(k)[1] for k in found if not k.endswith(("_low", "_high")) and UNDER in k)
+        for change in ["", *changes] if changes else ():
+            keys = [f"{m}{UNDER}{change}" if change else m for m in shown]
+            values = [_with_interval(found, key) for key in keys]
+            body.append([result["artifact"], result["task"], change.replace("_", " ") or "–", *values])
+    return ["artifact", "task", "change", *(METRICS[m].title for m in shown)], body
+
+
+def _with_interval(found: Result, name: str) -> str:
+    """Format a metric with the bounds of its 95 % interval; return a dash if there is no such metric."""
+    if name not in found:
+        return "–"
+    ends = [text(name, found[key]) for key in (f"{name}_low", f"{name}_high") if key in found]
+    return text(name, found[name]) + (f" ({' to '.join(ends)})" if ends else "")
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

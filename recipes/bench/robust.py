@@ -1,9 +1,10 @@
 """Accuracy of a review classifier under perturbed texts, trained plainly and with FreeLB; three seeds.
 
-The language model that the demo pretrains (`make demo`) is finetuned on sentences of movie reviews. Of the words with
-four letters or more in the held-out sentences, a share has two inner letters swapped, and another share is replaced by
-a synonym: another word of the most frequent sense in WordNet 3.0 (Debian's package `wordnet-base`). Without that
-package only letters are swapped. The same command continues an interrupted benchmark.
+The language model that the demo pretrains (`make demo`) is finetuned on sentences of movie reviews. In the held-out
+sentences, a share of the words has two inner letters swapped, and a share of the words with synonyms is replaced. A
+synonym is another word of the most frequent sense in WordNet 3.0 (Debian's package `wordnet-base`). Without that
+package only letters are swapped. The changes are those of `eval --tasks robustness`. The same command continues an
+interrupted benchmark.
 
     python recipes/bench/robust.py --out runs/robust
 """
@@ -21,12 +22,13 @@ from typing import Any
 import _figures
 from _figures import llmctl, package
 
-LONG = 4
-"""Letters of the words that are perturbed."""
+from llmctl.evaluate.robustness import synonyms
+from llmctl.evaluate.robustness.perturbations import Options, changed
+
 HELD_OUT = 2000
 WORDNET = Path("/usr/share/wordnet")
 RATES = {"clean": (0.0, 0.0), "light": (0.15, 0.15), "heavy": (0.5, 0.3)}
-"""Shares of the long words that are misspelt and that are replaced by a synonym."""
+"""Share of the words with swapped letters, and share of the words with synonyms that are replaced."""
 METHODS: dict[str, list[Any]] = {
     "plain": [],
     "freelb": [
@@ -45,37 +47,11 @@ def sentences() -> list[tuple[str, str]]:
     return rows
 
 
-def synonyms(folder: Path) -> dict[str, list[str]]:
-    """Return other single words of the most frequent sense of each word, by WordNet's files."""
-    found: dict[str, tuple[int, list[str]]] = {}
-    for part in ("noun", "verb", "adj", "adv") if folder.is_dir() else ():
-        data = (folder / f"data.{part}").read_bytes()
-        for line in (folder / f"index.{part}").read_text().splitlines():
-            lemma, *fields = line.split()
-            if line.startswith(" ") or not lemma.isalpha() or len(lemma) < LONG:
-                continue
-            tagged, first = int(fields[4 + int(fields[2])]), int(fields[5 + int(fields[2])])
-            words = data[first : data.index(b"\n", first)].decode().split()
-            others = [w.split("(")[0].lower() for w in words[4 : 4 + 2 * int(words[3], 16) : 2]]
-            others = [w for w in others if w.isalpha() and w != lemma]
-            if lemma not in found or tagged > found[lemma][0]:
-                found[lemma] = tagged, others
-    return {lemma: others for lemma, (_, others) in found.items() if others}
-
-
-def perturbed(text: str, swaps: float, replaces: float, known: dict[str, list[str]], rng: random.Random) -> str:
-    """Return the text with swapped letters in a share of its long words, and synonyms for another share."""
-    words = text.split(" ")
-    for i, word in enumerate(words):
-        if not word.isalpha() or len(word) < LONG:
-            continue
-        chance = rng.random()
-        if chance < swaps:
-            k = rng.randrange(1, len(word) - 2)
-            words[i] = word[:k] + word[k + 1] + word[k] + word[k + 2 :]
-        elif chance < swaps + replaces and word in known:
-            words[i] = rng.choice(known[word])
-    return " ".join(words)
+def perturbed(text: str, swaps: float, replaces: float, known: dict[str, list[str]]) -> str:
+    """Return the text with swapped letters in a share of its words, and synonyms for another share."""
+    for name, rate in (("synonyms", replaces), ("swaps", swaps)):
+        text = changed(name, text, Options(rate, known), seed=1)
+    return text
 
 
 def write(file: Path, rows: list[tuple[str, str]]) -> None:
@@ -104,12 +80,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    rows, known = sentences(), synonyms(given.wordnet)
+    rows, known = sentences(), synonyms.read(str(given.wordnet)) if given.wordnet.is_dir() else {}
     held, files = rows[:HELD_OUT], {name: given.out / f"{name}.csv" for name in RATES}
     write(given.out / "train.csv", rows[HELD_OUT:])
     for name, rates in RATES.items():
-        rng = random.Random(1)
-        write(files[name], [(perturbed(text, *rates, known, rng), label) for text, label in held])
+        write(files[name], [(perturbed(text, *rates, known), label) for text, label in held])
     data = ("--data.source", "csv", "--data.path", given.out / "train.csv", "--data.test", 0, "--data.validation", 0.08)
     result: dict[str, Any] = _figures.where("jax") | {"synonyms": len(known)}
     methods = given.methods.split(",")

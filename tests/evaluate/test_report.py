@@ -46,3 +46,17 @@ def test_in_a_terminal_every_figure_has_a_row_and_every_result_a_column():
     ]
     headings = [c.header for c in report.table([result("a", "masked"), result("a", "next")]).columns]
     assert headings == ["metric", "a: masked", "a: next"]
+
+
+def test_metrics_on_changed_texts_have_a_table_of_their_own():
+    metrics = {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "accuracy_under_typos": 0.7}
+    metrics |= {"accuracy_under_typos_low": 0.6, "accuracy_under_typos_high": 0.8, "flips_under_typos": 0.25}
+    result = {"artifact": "a", "task": "robustness", "digest": "d", "protocol": "p", "metrics": metrics}
+    head, body = report.change_cells([result, {**result, "artifact": "b", "metrics": {"accuracy": 0.5}}])
+    assert head == ["artifact", "task", "change", "accuracy", "changed predictions"]
+    assert body == [
+        ["a", "robustness", "–", "90.00% (80.00% to 95.00%)", "–"],
+        ["a", "robustness", "typos", "70.00% (60.00% to 80.00%)", "25.00%"],
+    ]
+    assert "| a | robustness | typos | 70.00% (60.00% to 80.00%) | 25.00% |" in report.markdown([result])
+    assert report.headline(result).endswith("(95 % interval 80.00% to 95.00%), under typos 70.00%")

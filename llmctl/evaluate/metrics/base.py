@@ -166,8 +166,8 @@ def find(name: str) -> Metric | None:
     """
     if name in METRICS:
         return METRICS[name]
-    metric, under, change = name.partition(UNDER)
-    if under and metric in METRICS:
+    metric, change = change_of(name)
+    if change and metric in METRICS:
         title = f"{METRICS[metric].title} under {change.replace('_', ' ')}"
         return dataclasses.replace(METRICS[metric], name=name, title=title)
     metric, slash, part = name.partition("/")
@@ -178,6 +178,17 @@ def find(name: str) -> Metric | None:
     if bare in (name, "") or bare not in METRICS:
         return None
     return dataclasses.replace(METRICS[bare], name=name, title=f"val. {METRICS[bare].title}")
+
+
+def change_of(name: str) -> tuple[str, str]:
+    """Split the name of a metric on changed inputs into (metric, change). The change is empty for other metrics.
+
+    Example:
+        >>> change_of("accuracy_under_typos"), change_of("accuracy")
+        (('accuracy', 'typos'), ('accuracy', ''))
+    """
+    metric, _, change = name.partition(UNDER)
+    return metric, change
 
 
 def columns(names: Iterable[str], table: Table) -> list[Metric]:
