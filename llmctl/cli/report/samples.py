@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -12,6 +13,8 @@ from llmctl.cli.report.run_contents import Contents, Record
 
 KEYS = ("row", "doc_id", "id", "prompt", "question", "text")
 """Fields that identify an example. The first one that all records of a task have is used."""
+ALSO = ("change", "attack")
+"""Fields that identify a version of an example, if a record has them."""
 SHOWN = 12
 """Maximum number of examples per task."""
 LONGEST = 700
@@ -36,7 +39,8 @@ def _task(task: str, records: Sequence[Record], models: Sequence[str]) -> list[B
     key = next((k for k in KEYS if all(k in r for r in records)), "")
     groups: dict[str, dict[str, Record]] = {}
     for i, r in enumerate(records):
-        groups.setdefault(_text(r[key]) if key else str(i), {}).setdefault(r["artifact"], r)
+        same = json.dumps([r[k] for k in (key, *ALSO) if k in r]) if key else str(i)
+        groups.setdefault(same, {}).setdefault(r["artifact"], r)
     chosen = sorted(groups.values(), key=lambda group: -len(group))[:SHOWN]
     if not chosen:
         return []
