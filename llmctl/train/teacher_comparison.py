@@ -108,12 +108,24 @@ def spent(config: Any, teachers: Sequence[Artifact], metrics: Mapping[str, Any],
       cached: number of tokens of the training rows in the cache. These tokens are read once for all students.
 
     >>> from types import SimpleNamespace
-    >>> online = SimpleNamespace(mode="teacher_forced", cache="")
+    >>> online = SimpleNamespace(mode="teacher_forced", cache="", signals=None)
     >>> spent(online, ["one", "two"], {"tokens": 1000}, None)
     {'teacher_tokens': 2000}
     """
     read = 0 if not reads_teacher(config) else cached if config.cache else metrics.get("tokens")
     return {} if read is None else {"teacher_tokens": metrics.get("answer_tokens", 0) + len(teachers) * read}
+
+
+def tokens_line(metrics: Mapping[str, Any]) -> str:
+    """Format the numbers of tokens as a log line; "" if the tokens of the training were not counted.
+
+    >>> tokens_line({"tokens": 1000, "teacher_tokens": 2000})
+    'trained on 1,000 tokens; the teacher read or generated 2,000 tokens'
+    """
+    parts = [f"trained on {metrics['tokens']:,} tokens"] if "tokens" in metrics else []
+    if "teacher_tokens" in metrics:
+        parts.append(f"the teacher read or generated {metrics['teacher_tokens']:,} tokens")
+    return "; ".join(parts)
 
 
 def sentence(metrics: dict[str, Any]) -> str:

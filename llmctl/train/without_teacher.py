@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ def trained(
             draft = done.with_suffix(".draft")
             draft.write_text(json.dumps(metrics))
             draft.replace(done)
+            shutil.rmtree(own.work / "checkpoints", ignore_errors=True)  # they are as large as the student's own
         processes.barrier("trained without teacher")
     return processes.broadcast(lambda: json.loads(done.read_text()))
 
@@ -150,7 +152,7 @@ def sentence(found: Mapping[str, Any], taught: Mapping[str, Any]) -> str:
       taught: metrics of the training with the teacher.
 
     >>> sentence({"metric": "loss", "equal_step": 20, "validation_loss": 1.5}, {"validation_loss": 1.2, "steps": 50})
-    'loss 1.2, without the teacher 1.5; as good as that after 20 of 50 steps'
+    'loss 1.2000, without the teacher 1.5000; as good as that after 20 of 50 steps'
     """
     metric, name = METRICS[found["metric"]], PREFIX + found["metric"]
     line = f"{metric.title} {metric.text(taught[name]).strip()}, without the teacher {metric.text(found[name]).strip()}"

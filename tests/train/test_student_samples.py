@@ -101,7 +101,9 @@ def test_a_resumed_run_samples_the_same_texts(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tiny.go(tmp_path / "killed", teacher, student, **given)
     monkeypatch.setattr(loop._Loop, "log", log)
-    assert tiny.digest(tiny.go(tmp_path / "killed", teacher, student, **given)) == tiny.digest(whole)
+    again = tiny.go(tmp_path / "killed", teacher, student, **given)
+    assert tiny.digest(again) == tiny.digest(whole)
+    assert again.manifest.metrics["tokens"] == whole.manifest.metrics["tokens"] > 0
     plain = tiny.go(tmp_path / "plain", teacher, student, **given | {"on_policy_fraction": 1e-9})
     assert tiny.digest(plain) != tiny.digest(whole)
 

@@ -222,10 +222,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
     beside = {}
     if reads_teacher(config):
         beside = comparison.compared(config, learns, teachers, params, held_out, judged)
-    if line := comparison.sentence(beside):
-        say(line)
     metrics |= answered
     metrics |= comparison.spent(config, teachers, metrics, cached)
+    for line in filter(None, (comparison.sentence(beside), comparison.tokens_line(metrics))):
+        say(line)
     files: list[Path] = []
     if alone:
         files, alone = without_teacher.report(config, ctx, learns, metrics, alone, say)
