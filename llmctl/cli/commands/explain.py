@@ -34,7 +34,10 @@ def explain(
     ] = "",
     method: Annotated[str, typer.Option(help="integrated_gradients, gradient_input or rollout.")] = DEFAULTS.method,
     baseline: Annotated[
-        str, typer.Option(help="Baseline of gradients: zero embeddings, or the padding token (pad).")
+        str,
+        typer.Option(
+            help="Baseline of gradients: zero embeddings (zero), or the padding token (pad); by default zero, and pad with RMSNorm."
+        ),
     ] = DEFAULTS.baseline,
     steps: Annotated[int, typer.Option(min=12, help="Gradients per text at most.")] = DEFAULTS.steps,
     tolerance: Annotated[
@@ -53,7 +56,10 @@ def explain(
     The output of a classifier is the log odds of the predicted class. A language model explains its next token. With
     several texts, the mean attribution per word is listed for each class.
     """
-    for flag, value, known in (("method", method, get_args(Method)), ("baseline", baseline, get_args(Baseline))):
+    for flag, value, known in (
+        ("method", method, get_args(Method)),
+        ("baseline", baseline or "zero", get_args(Baseline)[1:]),
+    ):
         if value not in known:
             raise RequestError(f"--{flag} {value}: must be {', '.join(known[:-1])} or {known[-1]}")
     if dtype not in ("float32", "bfloat16"):

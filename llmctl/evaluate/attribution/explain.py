@@ -1,5 +1,7 @@
 """Explain the outputs of an artifact by attributions to the tokens of its input.
 
+If the artifact quantizes activations, the explained model has its weights and activations that are not quantized.
+
 Example:
     explainer = Explainer(artifact.load(Path("runs/demo/finetune")))
     found = explainer([{"text": "A fine film."}])
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +37,7 @@ from llmctl.evaluate.attribution.settings import ROLLOUT, AttributionConfig
 from llmctl.evaluate.predict import check_columns, padded_length
 from llmctl.evaluate.setup import prediction_length
 from llmctl.evaluate.tasks.registry import of
-from llmctl.model import functional
+from llmctl.model import functional, weights
 
 
 class Unit(NamedTuple):
@@ -98,11 +100,17 @@ class Explainer:
         Raises:
             RequestError: If the method does not suit the artifact.
         """
-        self.config = config or AttributionConfig()
+        config = config or AttributionConfig()
+        chosen = config.baseline or ("pad" if found.model.norm == "rms" else "zero")
+        self.config = config.model_copy(update={"baseline": chosen})
         outputs.check(found)
         if self.config.method == ROLLOUT:
             rollout.check(found)
-        self.found, self.task, self.model = found, of(found.manifest), found.model
+        # Rounded activations have no useful gradient.
+        params = jax.tree.map(
+            lambda w: weights.as_node(w).without_activations(), found.params, is_leaf=weights.is_weight
+        )
+        self.found, self.task, self.model = replace(found, params=params), of(found.manifest), found.model
         self.unit = "share of the attention" if self.config.method == ROLLOUT else outputs.unit(found)
         self._tokenizer = tokenizers.load(found.tokenizer_dir)
         self._seq_len = prediction_length(found.manifest, self.config.seq_len, found.path)

@@ -11,7 +11,7 @@ from llmctl.config.settings import Dtype
 
 ROLLOUT = "rollout"
 Method = Literal["integrated_gradients", "gradient_input", "rollout"]
-Baseline = Literal["zero", "pad"]
+Baseline = Literal["", "zero", "pad"]
 
 
 class AttributionConfig(Config):
@@ -20,9 +20,10 @@ class AttributionConfig(Config):
     method: Method = "integrated_gradients"
     """integrated_gradients sums to the change of the output; gradient_input is its first-order estimate; rollout
     follows the attention."""
-    baseline: Baseline = "zero"
+    baseline: Baseline = ""
     """Embedding that replaces each token of the text at the start of the integral: zeros, or that of the padding
-    token. Special tokens, positions and segment types stay."""
+    token. Special tokens, positions and segment types stay. If empty, models with RMSNorm take the padding token,
+    because their outputs jump near zero embeddings, and others take zeros."""
     tolerance: float = Field(default=0.01, gt=0, lt=1)
     """Largest completeness error of integrated gradients, relative to the change of the output."""
     steps: int = Field(default=1024, ge=12)

@@ -168,7 +168,7 @@ def test_quantized_sparse_and_adapted_weights_equal_their_dense_values(save):
 def test_attributions_of_every_family_are_complete(save, family):
     given = {"preset": None, "family": family, **BASE, **VARIANTS.get(family, {})}
     given |= {"vocab_size": ByteTokenizer.new(0).vocab_size, "head": "lm", "labels": 0}
-    if encoder := family in ("bert", "roberta"):
+    if encoder := family in ("bert", "roberta", "modern"):
         given |= {"head": "classify", "labels": 3}
     else:
         given |= {"next_sentence": None, "pooler": None, "head_transform": None, "pooling": None}
