@@ -36,7 +36,7 @@ def explain(
     baseline: Annotated[
         str,
         typer.Option(
-            help="Baseline of gradients: zero embeddings (zero), or the padding token (pad); by default zero, and pad with RMSNorm."
+            help="Baseline of gradients: zero (embeddings) or pad (padding token); zero by default, pad with RMSNorm."
         ),
     ] = DEFAULTS.baseline,
     steps: Annotated[int, typer.Option(min=12, help="Gradients per text at most.")] = DEFAULTS.steps,
