@@ -123,8 +123,20 @@ def comparisons(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         needed = ("artifact", "against", "task", "examples", "resamples", "seed", "metrics")
-        return [{k: one[k] for k in needed} for one in parse_json(file.read_bytes())]
-    except (ValueError, KeyError, TypeError) as e:
+        found = [{k: one[k] for k in needed} for one in parse_json(file.read_bytes())]
+        numbers = ("value", "against", "difference", "difference_low", "difference_high", "p_value")
+        for one in found:
+            texts = [one["artifact"], one["against"], one["task"], *(m["test"] for m in one["metrics"].values())]
+            values = [m[name] for m in one["metrics"].values() for name in numbers] + [
+                one["examples"],
+                one["resamples"],
+            ]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("a name is no text")
+            if not all(isinstance(value, (int, float)) for value in values):
+                raise ValueError("a difference is no number")
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise RequestError(f"{file}: damaged ({e}); run eval again") from None
 
 

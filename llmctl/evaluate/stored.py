@@ -180,5 +180,5 @@ def _parsed(read: Callable[[], Any]) -> list[Any]:
 
 def _lines(file: Path) -> list[Any]:
     """Return the values of a file with one JSON value per line. An incomplete last line is omitted."""
-    text = file.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = file.read_text(encoding="utf-8").split("\n")  # a text may contain other characters that end a line
+    return [json.loads(line) for line in lines[:-1]]

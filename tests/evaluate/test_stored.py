@@ -58,3 +58,14 @@ def test_two_tasks_of_one_name_are_refused():
     for tasks in (["a/one.toml", "b/one.toml"], ["lm", "lm.toml"]):
         with pytest.raises(ValueError, match="two tasks are named"):
             MeasureConfig(tasks=tasks)
+
+
+def test_texts_with_other_line_ends_are_read_back(tmp_path):
+    """U+2028, U+0085 and form feeds end a line for str.splitlines; such records were lost without a word."""
+    result = {"artifact": "a", "record": "t", "content": "", "digest": "d", "definition": "e"}
+    records = [{"artifact": "a", "task": "t", "text": "one\u2028two\u0085three\x0cfour"}]
+    stored.write([Scored(result, records)], tmp_path)
+    with (tmp_path / stored.RECORDS).open("a") as stream:
+        stream.write('{"artifact": "a", "ta')  # a killed process leaves an incomplete line
+    found = stored.read(tmp_path, tmp_path / "none").find("d", "e")
+    assert found is not None and found.records == records

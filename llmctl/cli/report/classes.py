@@ -13,7 +13,7 @@ SHOWN = ("confusion", "per_class", "reliability")
 """Metrics that this module shows. `llmctl.evaluate.metrics` defines them."""
 COUNTED = 12
 """Maximum number of classes whose counts are written into the plot."""
-DRAWN = 100
+DRAWN = 40
 """Maximum number of classes in a plot of a confusion matrix."""
 MOST_PAIRS = 40
 """Maximum number of rows in the table of the most frequent confusions."""
@@ -45,6 +45,8 @@ def confusion(name: str, metrics: Record) -> Plot | Table | None:
     for i, row in enumerate(counts):
         total = max(sum(row), 1)
         for j, count in enumerate(row):
+            if not count and len(names) > COUNTED:
+                continue  # most cells of many classes are empty
             values.append({"true": names[i], "predicted": names[j], "count": count, "share": round(count / total, 6)})
     if len(names) > DRAWN:
         return _frequent(name, values)

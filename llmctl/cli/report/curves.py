@@ -17,7 +17,7 @@ AFTER = ("tokens_per_second", "examples_per_second", "learning_rate", "gradient_
 TITLES = {"learning_rate": "learning rate", "gradient_norm": "norm of the gradient"}
 WITHOUT = ("step", "time", "layer", "step_seconds", "input_wait", "mfu", "memory_gib")
 """Logged values without a plot."""
-BUDGET = 20_000
+BUDGET = 8_000
 """Maximum number of points in all curves, which bounds the size of the page."""
 
 

@@ -10,12 +10,21 @@ for (const drawing of document.querySelectorAll(".drawing")) {
   window.vegaEmbed(drawing, spec, { mode: "vega", renderer: "svg", actions: false, defaultStyle: false, bind: controls })
     .then(({ view }) => {
       drawing.style.minHeight = "";
-      if (controls.firstElementChild) enableDragging(drawing, view);
+      if (!controls.firstElementChild) return;
+      controls.setAttribute("role", "group");
+      controls.setAttribute("aria-label", `Range of ${drawing.previousElementSibling.textContent}`);
+      enableDragging(drawing, view);
     }, (error) => {
       drawing.replaceChildren(still);
       console.error(error);
     });
 }
+
+// Only tables that are wider than their place can be scrolled, so only these are reached by the keyboard.
+const sizes = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.tabIndex = target.scrollWidth > target.clientWidth ? 0 : -1;
+});
+for (const place of document.querySelectorAll(".scroll, pre")) sizes.observe(place);
 
 // A print has the text of all closed parts, except the tables of plots and tokens.
 const closed = () => document.querySelectorAll("main details:not([open], figure details, .tokens details)");

@@ -214,9 +214,10 @@ def confusion(values: Values, names: Sequence[str], counted: bool) -> Spec:
     size = {"step": max(36, 170 // len(names)) if counted else max(4, 300 // len(names))}
     labels = {"labelLimit": 110} | ({} if len(names) <= 30 else {"labels": False, "ticks": False})
     encoding: Spec = {
-        "x": {"field": "predicted", "type": "nominal", "sort": list(names), "title": "predicted class"},
-        "y": {"field": "true", "type": "nominal", "sort": list(names), "title": "true class", "axis": labels},
+        "x": {"field": "predicted", "type": "nominal", "scale": {"domain": list(names)}, "title": "predicted class"},
+        "y": {"field": "true", "type": "nominal", "scale": {"domain": list(names)}, "title": "true class"},
     }
+    encoding["y"]["axis"] = labels
     encoding["x"]["axis"] = {**labels, "labelAngle": -40 if len(names) > 3 else 0}
     shade = {"field": "share", "type": "quantitative", "legend": None}
     shade["scale"] = {"domain": [0, 1], "range": [0.04, 0.55]}  # the ink stays readable on the darkest cell

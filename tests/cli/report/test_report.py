@@ -273,6 +273,8 @@ def test_the_same_run_gives_the_same_bytes(run, pages, tmp_path):
     ("eval/results.json", "{", r"eval/results\.json: damaged"),
     ("eval/results.json", '[{"artifact": ["a"], "digest": "", "task": "", "protocol": "", "metrics": {}}]', "no text"),
     ("eval/comparisons.json", "[1]", r"eval/comparisons\.json: damaged"),
+    ("eval/comparisons.json", json.dumps([dict.fromkeys(("artifact", "against", "task", "examples", "resamples"), "a")
+                                          | {"seed": 0, "metrics": {}}]), r"eval/comparisons\.json: damaged"),
     ("eval/predictions.jsonl", '{"artifact": "a", "task": "t"}\n[]\n', r"predictions\.jsonl: line 2: damaged"),
     ("x.attributions.json", '{"artifact": "a", "texts": [1]}', r"x\.attributions\.json: damaged"),
     ("x.attributions.json", '{"artifact": "", "digest": "", "method": "", "unit": "", "texts": [1]}', "damaged"),
