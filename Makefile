@@ -42,6 +42,7 @@ $(DEMO)/$(1)/manifest.json: recipes/demo.toml $(2:%=$(DEMO)/%/manifest.json) | $
 	@touch $$@
 endef
 $(eval $(call demo_stage,pretrain,))
+$(eval $(call demo_stage,perplexity,pretrain))
 $(eval $(call demo_stage,finetune,pretrain))
 $(eval $(call demo_stage,prune,finetune))
 $(eval $(call demo_stage,distill,prune))
