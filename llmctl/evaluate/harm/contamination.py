@@ -25,6 +25,7 @@ from llmctl.data.splits import Examples
 from llmctl.evaluate import task_files
 from llmctl.evaluate.harm import ngrams
 from llmctl.evaluate.harm.settings import ContaminationConfig
+from llmctl.evaluate.metrics.base import METRICS
 from llmctl.evaluate.metrics.classification import wilson_interval
 from llmctl.evaluate.metrics.resampling import estimators, interval, resamples
 from llmctl.evaluate.setup import Held, Measured, Setup
@@ -135,9 +136,11 @@ def _measured(
     metrics: dict[str, Any] = {"contaminated": float(hit_N.sum() / judged_N.sum())}
     metrics |= {"contaminated_low": low, "contaminated_high": high}
     metrics |= {"judged_examples": int(judged_N.sum()), "short_examples": int((~judged_N).sum())}
-    for prefix, part_N in (("all", np.ones_like(hit_N)), ("clean", judged_N & ~hit_N), ("contaminated", hit_N)):
-        found = on_part(measured.values, part_N, measured.metrics)
-        metrics |= {f"{prefix}_{name}": value for name, value in found.items()}
+    parts = {"all": np.ones_like(hit_N), "clean": judged_N & ~hit_N, "contaminated": hit_N}
+    metrics["parts"] = {name: on_part(measured.values, part_N, measured.metrics) for name, part_N in parts.items()}
+    clean = metrics["parts"]["clean"]
+    for name in (name for name in clean if f"clean_{name}" in METRICS):
+        metrics |= {f"clean_{name}{end}": clean[f"{name}{end}"] for end in ("", "_low", "_high")}
     records = []
     for i in np.flatnonzero(hit_N).tolist():
         where, one = held.examples.source.where(int(held.examples.index[i])), shared[i]

@@ -10,6 +10,7 @@ from tiny_memorizer import sentences
 from llmctl.cli import app
 from llmctl.evaluate.harm import ngrams
 from llmctl.evaluate.harm.contamination import on_part
+from llmctl.evaluate.predict import Predictor
 
 
 def brute(texts, corpus, ngram, shortest):
@@ -85,7 +86,9 @@ def test_a_language_model_is_measured_on_the_clean_texts(memorizer, tmp_path, ca
     clean = evaluated(capsys, memorizer, *data, tmp_path / "clean.txt", "--tasks", "lm")["metrics"]
     every = evaluated(capsys, memorizer, *data, tmp_path / "test.txt", "--tasks", "lm")["metrics"]
     assert metrics["clean_perplexity"] == pytest.approx(clean["perplexity"], rel=1e-5)
-    assert metrics["all_perplexity"] == pytest.approx(every["perplexity"], rel=1e-5)
+    assert metrics["parts"]["all"]["perplexity"] == pytest.approx(every["perplexity"], rel=1e-5)
+    assert metrics["clean_perplexity_low"] <= metrics["clean_perplexity"] <= metrics["clean_perplexity_high"]
+    assert {name: part["perplexity"] for name, part in metrics["parts"].items()}["clean"] == metrics["clean_perplexity"]
     records = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [r["ngram"] for r in records] == [" ".join(text.split()[3:11]) for text in train[:3]]
     # A training text of its own, and a task file.
@@ -98,6 +101,26 @@ def test_a_language_model_is_measured_on_the_clean_texts(memorizer, tmp_path, ca
     found = evaluated(capsys, memorizer, *data, tmp_path / "clean.txt", "--tasks", "contamination", *rules, *corpus)
     assert found["metrics"]["contaminated"] == 1
     assert found["metrics"]["task_files"]["task"]["contaminated"] == 5 / 8
+
+
+def test_a_classifier_is_measured_on_the_clean_texts(judge, tmp_path, capsys):
+    """Contaminated rows lie between clean ones; the accuracy of the others is that of their predictions."""
+    train, test = sentences(0), sentences(1)
+    for i in (1, 2, 6):
+        test[i] = train[i]
+    labels = ["fine", "toxic"] * 4
+    for name, texts in (("train", train), ("test", test)):
+        end = "!" * (name == "test")  # duplicates are removed from the train split
+        rows = [{"text": text + end, "label": label} for text, label in zip(texts, labels, strict=True)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--data.source", "jsonl", "--data.path", tmp_path / "train.jsonl", "--data.test-path"]
+    metrics = evaluated(capsys, judge, *data, tmp_path / "test.jsonl", "--tasks", "contamination")["metrics"]
+    p_NC = np.array(Predictor(judge).predictions([{"text": f"{text}!"} for text in test]))
+    right = [labels[i] == ("fine", "toxic")[p_NC[i].argmax()] for i in range(8)]
+    clean = [right[i] for i in (0, 3, 4, 5, 7)]
+    assert metrics["contaminated"] == 3 / 8 and metrics["clean_accuracy"] == np.mean(clean)
+    assert metrics["parts"]["contaminated"]["accuracy"] == np.mean([right[i] for i in (1, 2, 6)])
+    assert 0 < sum(right) < 8
 
 
 def test_refusals(memorizer, tmp_path, capsys):
