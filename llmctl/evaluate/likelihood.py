@@ -11,15 +11,15 @@ Shapes: B rows per batch, T tokens per row, P scored positions per row, D model 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmctl.config.errors import RequestError, WorkError
+from llmctl.config.errors import RequestError
 from llmctl.evaluate import nonfinite
+from llmctl.evaluate.batch_sizes import balanced
 from llmctl.evaluate.setup import Batch, Setup, answers
 from llmctl.evaluate.sliding_window import pack
 from llmctl.evaluate.tasks.losses import project
@@ -77,7 +77,15 @@ class ScoredSequence(NamedTuple):
 class Scorer:
     """Score continuations with one model. Its programs are compiled once per length of a row and size of a batch."""
 
-    def __init__(self, model: ModelConfig, params: functional.Params, setup: Setup, prefix: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: functional.Params,
+        setup: Setup,
+        prefix: Sequence[int] = (),
+        step: Any = None,
+        what: str = "likelihoods",
+    ) -> None:
         """Store the model.
 
         Args:
@@ -86,11 +94,13 @@ class Scorer:
             setup: Settings of the measurement. `batch_size` is the number of rows of `LEAST` tokens per batch; batches
                 of longer rows have fewer rows.
             prefix: Token ids of a trained prompt, which precedes every context.
+            step: Result of `position_scores` that several scorers share; None compiles one.
+            what: Name of the work in the progress bar.
         """
         self.longest = setup.seq_len - len(prefix)
         """Maximum number of input tokens per query, without the trained prompt."""
         self._model, self._params, self._setup, self._prefix = model, params, setup, tuple(prefix)
-        self._step = position_scores(model, setup.dtype)
+        self._step, self._what = step or position_scores(model, setup.dtype), what
         self.truncated = 0
         """Number of queries whose context was truncated so far."""
 
@@ -103,7 +113,7 @@ class Scorer:
             RequestError: If a continuation alone is longer than `longest`, or if a context or continuation is empty.
             WorkError: If a log-likelihood is not a finite number.
         """
-        found = summed(self._step, self._model, self._params, self._sequences(queries), len(queries), self._setup)
+        found = summed(self._step, self._model, self._params, self._sequences(queries), len(queries), self._setup, self._what)
         return [Score(float(total), bool(greedy)) for total, greedy in zip(*found, strict=True)]
 
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:
@@ -115,7 +125,7 @@ class Scorer:
         found: list[ScoredSequence] = []
         for q, (context, continuation) in enumerate(queries):
             count = len(continuation)
-            if not len(context) or not count:
+            if not (len(context) or self._prefix) or not count:
                 raise RequestError("a context or a continuation has no tokens, so nothing can be scored")
             if count > self.longest:
                 raise RequestError(
@@ -138,6 +148,7 @@ def summed(
     sequences: Sequence[ScoredSequence],
     queries: int,
     setup: Setup,
+    what: str = "likelihoods",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the log-likelihood of each query in nats, float64 [Q], and whether its tokens are all most probable, [Q].
 
@@ -148,20 +159,18 @@ def summed(
         sequences: Sequences with the scored tokens of the queries.
         queries: Number of queries, Q.
         setup: Settings of the measurement (see `Scorer`).
+        what: Name of the work in the progress bar.
 
     Raises:
         WorkError: If a log-likelihood is not a finite number.
     """
     total_Q, greedy_Q = np.zeros(queries), np.ones(queries, bool)
     for rows in packed(sequences, setup.seq_len, FEW * setup.batch_size * LEAST):
-        sized = replace(setup, batch_size=rows_per_batch(setup, rows.length, len(rows)))
-        for batch, found in answers(step, params, rows, sized, PackedRows.reads):
+        sized = setup.sized(rows_per_batch(setup, rows))
+        for batch, found in answers(step, params, rows, sized, PackedRows.reads, what=what):
             query_BP = batch["query"]
             real = query_BP >= 0
-            if len(rows_R := np.flatnonzero((real & ~np.isfinite(found["log_p"])).any(1))):
-                row = {name: a[rows_R[:1]] for name, a in batch.items()}
-                layer = nonfinite.first_layer(model, params, row, sized)
-                raise WorkError(f"the model gives a log-likelihood that is not a finite number; {layer}")
+            nonfinite.check(model, params, batch, found["log_p"], real, setup.mesh, setup.dtype)
             np.add.at(total_Q, query_BP[real], found["log_p"].astype(np.float64)[real])
             np.logical_and.at(greedy_Q, query_BP[real], found["best"][real])
     return total_Q, greedy_Q
@@ -215,16 +224,9 @@ class PackedRows:
         return out
 
 
-def rows_per_batch(setup: Setup, length: int, rows: int = 2**31) -> int:
-    """Return the number of rows of `length` tokens per batch. A batch has about `setup.batch_size` * `LEAST` tokens.
-
-    All batches have about the same number of rows, so that the last batch is not mostly padding. The number is a
-    multiple of the number of devices over which rows are sharded.
-    """
-    ways = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
-    most = max(setup.batch_size * LEAST // length // ways, 1) * ways
-    size = -(-rows // -(-rows // most)) if rows < 2**31 else most
-    return -(-size // ways) * ways
+def rows_per_batch(setup: Setup, rows: PackedRows) -> int:
+    """Return the number of rows per batch. A batch has at most about `setup.batch_size` * `LEAST` tokens."""
+    return balanced(setup.mesh, setup.batch_size * LEAST // rows.length, len(rows))
 
 
 def packed(sequences: Sequence[ScoredSequence], longest: int, few: int) -> list[PackedRows]:

@@ -16,6 +16,7 @@ from llmctl.data.config import DataConfig
 from llmctl.data.examples import synthetic
 from llmctl.distributed import mesh as meshes
 from llmctl.evaluate import acceptance, likelihood, measurements, task_files
+from llmctl.evaluate.batch_sizes import balanced
 from llmctl.evaluate.harness import evaluation as harness
 from llmctl.evaluate.probes.registry import PROBES
 from llmctl.evaluate.settings import MeasureConfig
@@ -104,7 +105,7 @@ def of_likelihoods(title: str, there: Artifact, setup: Setup, sequence: likeliho
     """
     length = min(likelihood.SHORTEST, setup.seq_len)
     rows = likelihood.PackedRows([[sequence]], length)
-    setup = replace(setup, batch_size=likelihood.rows_per_batch(setup, length))
+    setup = setup.sized(balanced(mesh, setup.batch_size * likelihood.LEAST // length, 2**31))
     row = {key: rows.batch(np.zeros(1, int))[key][0] for key in rows.reads}
     batch, step = setup.batches().abstract(row), likelihood.position_scores(there.model, setup.dtype)
 

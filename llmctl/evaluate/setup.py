@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmctl.data.label_values import one_spelling
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.distributed import host_arrays
+from llmctl.evaluate import progress
 from llmctl.evaluate.tasks.settings import GenerationConfig
 from llmctl.model import functional
 
@@ -79,6 +80,10 @@ class Setup:
         Tokens stay in text order, even with context parallelism.
         """
         return DeviceBatches(self.mesh, self.batch_size, reading_order=True)
+
+    def sized(self, batch_size: int) -> Setup:
+        """Return the settings with another number of rows per batch."""
+        return replace(self, batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,11 @@ def answers(
     rows: Rows,
     setup: Setup,
     reads: tuple[str, ...] = READ,
+    what: str = "",
 ) -> Iterator[tuple[Batch, Any]]:
     """Run the compiled function `step` on all rows, and yield its outputs batch by batch.
+
+    If `what` is not empty, a terminal shows a progress bar with this name.
 
     Each process builds only the rows of its own devices. Every process receives the outputs of all rows.
 
@@ -177,12 +185,13 @@ def answers(
     def place(batch: Batch) -> tuple[Batch, Batch]:
         return batch, batches.place({k: a for k, a in batch.items() if read(k) or batches.spans is not None})
 
-    with batches.once(rows, place=place) as steps:
+    with batches.once(rows, place=place) as steps, progress.bar(what, -(-len(rows) // setup.batch_size)) as advance:
         for _, (batch, placed) in steps:
             found = step(params, {k: a for k, a in placed.items() if read(k) and k != "row_weight"})
             batch = batches.gather(batch, placed)
             real = batch["row_weight"] > 0
             yield {k: a[real] for k, a in batch.items()}, jax.tree.map(lambda a, r=real: host_arrays.read(a)[r], found)
+            advance()
 
 
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:

@@ -26,7 +26,7 @@ from llmctl.model import bert_init
 from llmctl.model.config import ModelConfig
 from llmctl.model.layers import LMHead
 from llmctl.model.param_sharding import shard_params
-from llmctl.model.task_head import TaskHead
+from llmctl.model.task_head import TaskHead, pool_segments
 from llmctl.model.transformer import (
     Batch,
     Params,
@@ -55,6 +55,7 @@ __all__ = [
     "laid_out",
     "lm_logits",
     "outputs",
+    "segment_outputs",
     "shardings",
     "stacks",
 ]
@@ -212,6 +213,25 @@ def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dt
     """
     head = {"params": params.get("head", {})}
     return apply(TaskHead(cfg, dtype), head, x_BTD, batch["segments"], batch.get("order"))
+
+
+def segment_outputs(
+    cfg: ModelConfig, params: Params, x_BTD: jax.Array, segments_BT: jax.Array, count: int, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Compute the outputs of a head with one output per text, for rows that pack several texts, [B, E, ...].
+
+    Args:
+        cfg: Config of the model.
+        params: Parameters of the model.
+        x_BTD: Final hidden states.
+        segments_BT: Number of the text that each token belongs to, from 1 to E; 0 is padding.
+        count: Number of texts per row, E. Texts without tokens get arbitrary outputs.
+        dtype: Dtype of the computation.
+    """
+    pooled_BED = pool_segments(x_BTD, segments_BT, cfg.pooling, count)
+    alone = pooled_BED.reshape(-1, 1, cfg.d_model)
+    y = outputs(cfg, params, alone, {"segments": jnp.ones(alone.shape[:2], jnp.int32)}, dtype)
+    return y.reshape(*pooled_BED.shape[:2], *y.shape[1:])
 
 
 def depth(cfg: ModelConfig, stack: str) -> int:

@@ -36,6 +36,26 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
     return (total / jnp.maximum(real_BT.sum(axis=1), 1)[:, None]).astype(x_BTD.dtype)
 
 
+def pool_segments(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, count: int) -> jax.Array:
+    """Reduce each segment of packed rows to one vector [B, E, D], as `pool` reduces a row with one text.
+
+    Args:
+        x_BTD: Hidden states.
+        segments_BT: Number of the packed text that each token belongs to, from 1 to E; 0 is padding.
+        pooling: "last", "mean" or "first" (see `pool`).
+        count: Number of segments per row, E. Segments without tokens get arbitrary vectors.
+    """
+    member_BET = segments_BT[:, None, :] == jnp.arange(1, count + 1)[:, None]
+    if pooling == "mean":
+        weight_BET = member_BET / jnp.maximum(member_BET.sum(-1, keepdims=True), 1)
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("bet,btd->bed", weight_BET, x_BTD.astype(jnp.float32), precision=exact).astype(x_BTD.dtype)
+    at_BE = jnp.argmax(member_BET, -1)
+    if pooling == "last":
+        at_BE = member_BET.shape[-1] - 1 - jnp.argmax(member_BET[..., ::-1], -1)
+    return jnp.take_along_axis(x_BTD, at_BE[..., None], axis=1)
+
+
 class TaskHead(nn.Module):
     """Compute the outputs of a task head in float32.
 

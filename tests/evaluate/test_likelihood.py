@@ -8,6 +8,7 @@ import pytest
 from llmctl.config.errors import WorkError
 from llmctl.config.settings import MeshConfig
 from llmctl.distributed import mesh as meshes
+from llmctl.evaluate.batch_sizes import balanced
 from llmctl.evaluate.likelihood import PackedRows, Query, ScoredSequence, Scorer, packed, rows_per_batch
 from llmctl.evaluate.setup import Setup
 from llmctl.model import functional
@@ -111,7 +112,7 @@ def test_rows_have_few_lengths_and_little_padding():
     assert [rows.length for rows in found] == [1024, 256]
     slots = 0
     for rows in found:
-        size = rows_per_batch(setup(32), rows.length, len(rows))
+        size = rows_per_batch(setup(32), rows)
         slots += -(-len(rows) // size) * size * rows.length
     assert sum(sizes) / slots > 0.97
     total = sum(int((rows.batch(np.arange(len(rows)))["query"] >= 0).sum()) for rows in found)
@@ -123,9 +124,8 @@ def test_rows_have_few_lengths_and_little_padding():
 
 
 def test_batches_are_of_equal_size():
-    one = setup(32)
-    assert [rows_per_batch(one, 256, n) for n in (1, 16, 17, 33, 47)] == [1, 16, 9, 11, 16]
-    assert rows_per_batch(setup(32, data=4, fsdp=2), 256, 17) == 16
+    assert [balanced(setup().mesh, 16, n) for n in (0, 1, 16, 17, 33, 47)] == [1, 1, 16, 9, 11, 16]
+    assert [balanced(setup(data=4, fsdp=2).mesh, 16, n) for n in (3, 17, 33)] == [8, 16, 16]
 
 
 def test_the_first_layer_with_a_number_that_is_not_finite_is_named():

@@ -94,6 +94,16 @@ class ChoiceRows(ExampleRows):
         self.max_choices = int(self._count_N.max(initial=2))
         """Largest number of choices of any question, K; at least 2."""
 
+    @property
+    def begin(self) -> list[int]:
+        """Return the token ids that precede every prompt."""
+        return list(self._tokenizer.begin)
+
+    def queries(self, i: int) -> list[tuple[list[int], list[int]]]:
+        """Return (token ids of the prompt, token ids of a choice) for each choice of question i, for decoders."""
+        prompt = self._prompt(i).tolist()
+        return [(prompt, self._choice(i, k).tolist()) for k in range(int(self._count_N[i]))]
+
     def _build(self, example_B: np.ndarray) -> Batch:
         batch = {"label": self.answers_N[example_B], "choices": self._count_N[example_B]}
         for k in range(self.max_choices):

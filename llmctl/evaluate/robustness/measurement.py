@@ -41,7 +41,7 @@ def measure(task: Task, artifact: Artifact, held: Held, setup: Setup, settings: 
     """Measure the task on the original texts, and on the texts after each change of the settings."""
     task.check_examples(artifact, held.examples)
     options = Options(settings.rate, synonyms.read(settings.synonyms), settings.templates, settings.neutral)
-    step = task.scorer(artifact.model, setup.dtype)
+    step = task.measuring_step(artifact.model, setup.dtype)
     rows, scores = task.scored(artifact, held.examples, setup, step, held.corpus)
     clean = scores.values
     name, values_N = main_values(task, artifact, clean)

@@ -10,6 +10,7 @@ Shapes: B questions, K choices per question, R = B * K rows, T tokens per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +24,10 @@ from llmctl.data.examples.choices import ChoiceRows, SingleChoiceRows, prefix
 from llmctl.data.source import Row
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate import likelihood
 from llmctl.evaluate.metrics.calibration import softmax
 from llmctl.evaluate.metrics.classification import wilson_interval
-from llmctl.evaluate.setup import Batch
+from llmctl.evaluate.setup import Batch, Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
@@ -161,6 +163,33 @@ class Choice(Task):
 
         return scores
 
+    def measuring_step(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled function that `outputs` runs. A decoder scores packed rows."""
+        return likelihood.position_scores(model, dtype) if shares(model) else super().measuring_step(model, dtype)
+
+    def outputs(
+        self, artifact: Artifact, rows: ChoiceRows, setup: Setup, step: Any, folder: Path | None = None
+    ) -> Found:
+        """Yield the outputs of `scorer` for all questions, in their order.
+
+        With a decoder, the choices of a question share the computation of its prompt.
+        """
+        if not shares(artifact.model):
+            yield from super().outputs(artifact, rows, setup, step, folder)
+            return
+        queries = [rows.queries(i) for i in range(len(rows))]
+        score = likelihood.Scorer(
+            artifact.model, artifact.params, setup, rows.begin, step=step, what=artifact.path.name
+        )
+        at = [(i, k) for i, pairs in enumerate(queries) for k, (_, choice) in enumerate(pairs) if choice]
+        scores = score([likelihood.Query(*queries[i][k]) for i, k in at])
+        found_NK2 = np.zeros((len(queries), rows.max_choices, 2), np.float32)
+        count_N = np.array([len(pairs) for pairs in queries])
+        found_NK2[np.arange(rows.max_choices) >= count_N[:, None], 0] = -1e30
+        for (i, k), found in zip(at, scores, strict=True):
+            found_NK2[i, k] = found.log_likelihood, len(queries[i][k][1])
+        yield {"label": rows.answers_N, "choices": count_N}, found_NK2
+
     def new_rows(
         self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings
     ) -> SingleChoiceRows:
@@ -213,6 +242,11 @@ class Choice(Task):
             values["accuracy_per_token"] = (total_NK / tokens_NK).argmax(-1) == label_N
             metrics |= {"accuracy_per_token": float(np.mean(values["accuracy_per_token"]))}
         return Scores(metrics | {"baseline_accuracy": float(np.mean(1 / count_N))}, values=values)
+
+
+def shares(model: ModelConfig) -> bool:
+    """Return whether the choices of a question can share the computation of the prompt."""
+    return model.architecture == "decoder" and model.head_kind.vocabulary
 
 
 def choice_scores(cfg: ModelConfig, params: functional.Params, x_RTD: jax.Array, batch: Batch, dtype: Any) -> jax.Array:

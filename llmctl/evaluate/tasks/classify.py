@@ -38,6 +38,7 @@ class Classify(Task):
     head = "classify"
     title = "classification"
     calibrates = True
+    packs = True
     architectures = ("decoder", "encoder", "encoder_decoder")
     label_type = "class"
     classes = True

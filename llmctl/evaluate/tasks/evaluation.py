@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
@@ -18,7 +20,9 @@ from llmctl.data.corpus import Corpus
 from llmctl.data.splits import Examples
 from llmctl.data.tokenizers import loading as tokenizers
 from llmctl.data.tokenizers.base import Tokenizer
+from llmctl.evaluate import nonfinite, packed_examples
 from llmctl.evaluate.setup import KEPT, Batch, Held, Measured, Setup, answers, first, programs
+from llmctl.evaluate.tasks.losses import Losses
 from llmctl.evaluate.tasks.rows import RowMethods, RowSettings
 from llmctl.model.config import ModelConfig
 
@@ -45,7 +49,7 @@ class Scores:
     """Values per example, for intervals and comparisons (see `llmctl.evaluate.metrics.resampling.Values`)."""
 
 
-class EvaluationMethods(RowMethods):
+class EvaluationMethods(Losses, RowMethods):
     """Define the methods of a task that `eval` calls."""
 
     def check_model(self, model: ModelConfig, where: str) -> None:
@@ -88,10 +92,12 @@ class EvaluationMethods(RowMethods):
             RequestError: If `check_examples` rejects the data.
         """
         self.check_examples(artifact, held.examples)
-        step = self.scorer(artifact.model, setup.dtype)
-        rows, scores = self.scored(artifact, held.examples, setup, step, held.corpus)
-        single, batched = programs(step, artifact.params, first(rows, setup, self.reads), setup.mesh)
-        units = {"examples_per_second": setup.batch_size}
+        step = self.measuring_step(artifact.model, setup.dtype)
+        rows, scores = self.scored(artifact, held.examples, setup, step, held.corpus, held.folder)
+        timed = self.scorer(artifact.model, setup.dtype)
+        inputs = first(rows, setup, self.reads)
+        single, batched = programs(timed, artifact.params, inputs, setup.mesh)
+        units = {"examples_per_second": min(setup.batch_size, len(rows))}
         protocol = self.protocol(artifact, held, setup, rows, scores.metrics)
         return Measured(
             self.title,
@@ -112,6 +118,7 @@ class EvaluationMethods(RowMethods):
         setup: Setup,
         step: Any,
         corpus: Callable[[Tokenizer], Corpus] | None = None,
+        folder: Path | None = None,
     ) -> tuple[Any, Scores]:
         """Return the rows of examples, and what the task computes from the outputs of a model for these rows.
 
@@ -119,13 +126,42 @@ class EvaluationMethods(RowMethods):
             artifact: The evaluated artifact.
             examples: Held-out examples.
             setup: Settings of the measurement.
-            step: Compiled function of `scorer`, which several measurements can share.
+            step: Result of `measuring_step`, which several measurements can share.
             corpus: Function that returns the tokens of the examples' texts; None tokenizes the texts.
+            folder: Folder for outputs from which an interrupted measurement continues; None saves none.
         """
         settings = RowSettings(setup.seq_len, truncate=setup.truncate, corpus=corpus)
         rows = self.rows(artifact.model, examples, tokenizers.load(artifact.tokenizer_dir), settings)
-        found = answers(step, artifact.params, rows, setup, self.reads)
+        found = self.outputs(artifact, rows, setup, step, folder)
         return rows, self.metrics(artifact, examples, rows, found)
+
+    def measuring_step(self, model: ModelConfig, dtype: str) -> Any:
+        """Return the compiled function that `outputs` runs."""
+        if self.packs and packed_examples.supports(model):
+            return packed_examples.step(model, dtype)
+        return self.scorer(model, dtype)
+
+    def outputs(self, artifact: Artifact, rows: Any, setup: Setup, step: Any, folder: Path | None = None) -> Found:
+        """Yield the outputs for all rows, in the order of the rows. Each row is used exactly once.
+
+        Args:
+            artifact: The evaluated artifact.
+            rows: Rows of the examples.
+            setup: Settings of the measurement.
+            step: Result of `measuring_step`.
+            folder: Folder for outputs from which an interrupted measurement continues; None saves none.
+
+        Raises:
+            WorkError: If an output is not a finite number.
+        """
+        model, params = artifact.model, artifact.params
+        if self.packs and packed_examples.supports(model):
+            yield from packed_examples.outputs(step, artifact, rows, setup, folder)
+            return
+        for batch, found in answers(step, params, rows, setup, self.reads, what=artifact.path.name):
+            for y in jax.tree.leaves(found):
+                nonfinite.check(model, params, batch, y, np.array(True), setup.mesh, setup.dtype, self.model_inputs)
+            yield batch, found
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
         """Compute metrics from the model's outputs.

@@ -50,6 +50,8 @@ class TaskRecord:
     perturbs: ClassVar[tuple[str, ...]] = ()
     """Columns whose texts the probe `robustness` changes. If empty, the probe does not support the task. Otherwise
     `metrics` returns values per example called "prediction"."""
+    packs: ClassVar[bool] = False
+    """Whether the outputs are those of the task head, one per text. Evaluation then packs several texts into a row."""
     reads: ClassVar[tuple[str, ...]] = READ
     """Names of the batch arrays that `scorer` reads; empty means all."""
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"
