@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -111,6 +113,7 @@ def results(
     done: dict[str, list[Scored]] = {name: [] for name in chosen}
     timing = _timing(config, mesh) if config.speed else {}
     timed: list[tuple[Measured, Result]] = []
+    scoring = 0.0  # seconds
     sizes = {"seq_len": config.seq_len, "dtype": config.dtype}
     with harness.Suite(config.harness, config.lm_eval, config.examples, **sizes) as suite:
         pending: dict[str, tuple[list[Measurement], list[str]]] = {}
@@ -134,7 +137,9 @@ def results(
             if any(_generates(one) for one in pending[name][0]) and (line := served.dequantized(there.params)):
                 say(f"{name}: {line}")
             for one in pending[name][0]:
+                begun = time.perf_counter()
                 measured = one.measure(there)
+                scoring += time.perf_counter() - begun
                 result = _result(name, manifests[name], measured, one)
                 if isinstance(one, TaskMeasurement):
                     result["metrics"] |= further(one.config.metrics, measured)
@@ -155,8 +160,8 @@ def results(
     if timed:
         for _, result in timed:
             result.update(timing)
-        say(f"timing {', '.join(chosen)}, in turn, {config.repeats} rounds")
-        add_times(timed, config)
+        say(f"timing {', '.join(chosen)}, in turn, at most {config.repeats} rounds")
+        add_times(timed, config, scoring)
     return [scored for found in done.values() for scored in found]
 
 
@@ -227,10 +232,21 @@ def _timing(config: MeasureConfig, mesh: Mesh) -> dict[str, Any]:
     return {"timed_on": devices, "timed_batch": config.batch_size, "timed_rounds": config.repeats}
 
 
-def add_times(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig) -> None:
-    """Time all programs, and add latency (batch 1, in seconds) and throughput to the metrics of their results."""
-    single = speed.interleave({str(i): p.single for i, (p, _) in enumerate(timed) if p.single}, config.repeats)
-    batched = speed.interleave({str(i): p.batched for i, (p, _) in enumerate(timed) if p.batched}, config.repeats)
+def add_times(timed: Sequence[tuple[Measured, Result]], config: MeasureConfig, seconds: float = math.inf) -> None:
+    """Time all programs, and add latency (batch 1, in seconds) and throughput to the metrics of their results.
+
+    Args:
+        timed: Pairs of a measurement and its result.
+        config: Settings of the evaluation.
+        seconds: Time after which no further round begins (see `speed.interleave`).
+    """
+    single, batched = (
+        speed.interleave(
+            {str(i): run for i, (p, _) in enumerate(timed) if (run := getattr(p, name))}, config.repeats,
+            seconds=seconds / 2,
+        )
+        for name in ("single", "batched")
+    )  # fmt: skip
     for i, (program, result) in enumerate(timed):
         result["metrics"] |= {
             "latency_p50": single[str(i)].p50,

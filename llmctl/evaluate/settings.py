@@ -43,7 +43,7 @@ class MeasureConfig(Config):
     stride: int = Field(default=0, ge=0)
     """Number of new tokens per window for perplexity; 0 uses the context length, so that windows do not overlap."""
     batch_size: int = Field(default=32, ge=1)
-    """Number of sequences per batch, also for the throughput measurement."""
+    """Number of sequences per batch, also for the throughput measurement (at most the number of examples)."""
     dtype: Dtype = "float32"
     """Dtype of the computation."""
     metrics: list[Annotated[str, AfterValidator(METRICS.check), METRICS]] = []
@@ -51,7 +51,8 @@ class MeasureConfig(Config):
     speed: bool = True
     """Measure latency (batch 1) and throughput of all artifacts in alternation."""
     repeats: int = Field(default=15, ge=1)
-    """Number of rounds in the speed measurement."""
+    """Maximum number of rounds in the speed measurement. After 3 rounds, it ends when it has taken as long as the
+    scoring of the examples."""
     generation: GenerationConfig = GenerationConfig()
     """Settings for generating answers, for the task `seq2seq`."""
     tasks: list[str] = []

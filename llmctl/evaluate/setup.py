@@ -195,11 +195,30 @@ def answers(
 
 
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
-    """Return a batch with the first `setup.batch_size` rows, for timing. If there are fewer rows, the rows are
-    repeated.
+    """Return a batch with the first `setup.batch_size` rows, or all rows if there are fewer, for timing.
+
+    Rows are cut to the length of the longest of these rows, rounded up to a power of two, as `predict` cuts them.
     """
-    batch = rows.batch(np.arange(setup.batch_size) % len(rows))
-    return {k: a for k, a in batch.items() if not reads or k in reads}
+    batch = rows.batch(np.arange(min(setup.batch_size, len(rows))))
+    return trimmed({k: a for k, a in batch.items() if not reads or k in reads})
+
+
+def trimmed(batch: Batch) -> Batch:
+    """Cut rows [B, T] to the length of the longest row, rounded up to a power of two; T is the width of the segments.
+
+    The arrays of an encoder, whose names contain "encoder_", are cut apart from the others.
+    """
+    out = dict(batch)
+    for encoder in (False, True):
+        names = [name for name in batch if ("encoder_" in name) == encoder]
+        segments = [batch[name] for name in names if name.endswith("segments")]
+        if not segments:
+            continue
+        width = segments[0].shape[1]
+        longest = max(int((a > 0).sum(-1).max()) for a in segments)
+        short = min(1 << max(longest - 1, 15).bit_length(), width)
+        out |= {name: batch[name][:, :short] for name in names if batch[name].shape[1:2] == (width,)}
+    return out
 
 
 def programs(

@@ -4,11 +4,15 @@ The programs run round-robin (A B C A B C …) in one process. If another proces
 rounds of all programs are slow. The median ignores such rounds. Compilation happens in the warm-up.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+LEAST_ROUNDS = 3
+"""Minimum number of timed rounds, if no smaller number is requested."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +41,28 @@ def interleave(
     repeats: int,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Time `repeats` rounds of all programs, after `warmup` rounds that are not timed, and return the timings by name.
 
-    A program must block until its work is done (`jax.block_until_ready` for JAX programs).
+    A program must block until its work is done (`jax.block_until_ready` for JAX programs). If the timed rounds took
+    `seconds`, no further round begins after the first `LEAST_ROUNDS`.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats ({repeats}) must be positive and warmup ({warmup}) not negative")
     for _ in range(warmup):
         for program in programs.values():
             program()
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    taken: dict[str, list[float]] = {name: [] for name in programs}
     names = list(programs)
+    begun = clock()
     for round_ in range(repeats):
+        if round_ >= LEAST_ROUNDS and clock() - begun >= seconds:
+            break
         # Alternate the direction, so that no program always runs after the same one, which may have evicted its cache
         # lines.
         for name in names if round_ % 2 == 0 else reversed(names):
             start = clock()
             programs[name]()
-            seconds[name].append(clock() - start)
-    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+            taken[name].append(clock() - start)
+    return {name: Timing(tuple(each)) for name, each in taken.items()}

@@ -41,3 +41,11 @@ def test_percentiles_and_rates():
 def test_a_measurement_needs_a_repeat():
     with pytest.raises(ValueError, match="repeats"):
         interleave({}, repeats=0)
+
+
+def test_rounds_end_when_their_time_is_over_but_not_before_three():
+    clock = Clock()
+    got = interleave({"a": clock.program("a", 9, 2, 2, 2, 2, 2, 2)}, repeats=9, clock=clock, seconds=8)
+    assert got["a"].seconds == (2, 2, 2, 2)
+    got = interleave({"a": clock.program("a", 9, 5, 5, 5, 5)}, repeats=4, clock=clock, seconds=1)
+    assert got["a"].seconds == (5, 5, 5)
