@@ -113,7 +113,9 @@ class Scorer:
             RequestError: If a continuation alone is longer than `longest`, or if a context or continuation is empty.
             WorkError: If a log-likelihood is not a finite number.
         """
-        found = summed(self._step, self._model, self._params, self._sequences(queries), len(queries), self._setup, self._what)
+        found = summed(
+            self._step, self._model, self._params, self._sequences(queries), len(queries), self._setup, self._what
+        )
         return [Score(float(total), bool(greedy)) for total, greedy in zip(*found, strict=True)]
 
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:

@@ -105,8 +105,8 @@ def of_likelihoods(title: str, there: Artifact, setup: Setup, sequence: likeliho
     """
     length = min(likelihood.SHORTEST, setup.seq_len)
     rows = likelihood.PackedRows([[sequence]], length)
-    setup = setup.sized(balanced(mesh, setup.batch_size * likelihood.LEAST // length, 2**31))
-    row = {key: rows.batch(np.zeros(1, int))[key][0] for key in rows.reads}
+    setup = setup.sized(balanced(setup.mesh, setup.batch_size * likelihood.LEAST // length, 2**31))
+    row = {key: a[0] for key, a in rows.batch(np.zeros(1, int)).items() if key in rows.reads}
     batch, step = setup.batches().abstract(row), likelihood.position_scores(there.model, setup.dtype)
 
     def trace() -> Any:
