@@ -54,10 +54,13 @@ def flipper(model: ModelConfig, dtype: str, similarity: float = 0.0) -> Any:
     def flip(
         params: functional.Params, batch: Batch, label_B: jax.Array, open_BT: jax.Array, allowed_V: jax.Array
     ) -> jax.Array:
+        # The gradient of rounded activations is zero, so it is computed without their quantization.
+        smooth = jax.tree.map(lambda w: weights.as_node(w).without_activations(), params, is_leaf=weights.is_weight)
+
         def loss(offset_BTD: jax.Array) -> jax.Array:
             there = batch | {"embedding_offset": offset_BTD}
-            x_BTD = functional.hidden(model, params, there, dtype=dtype)
-            logits_BC = functional.outputs(model, params, x_BTD, there, dtype).astype(jnp.float32)
+            x_BTD = functional.hidden(model, smooth, there, dtype=dtype)
+            logits_BC = functional.outputs(model, smooth, x_BTD, there, dtype).astype(jnp.float32)
             log_p_BC = jax.nn.log_softmax(logits_BC)
             return -jnp.sum(jnp.take_along_axis(log_p_BC, label_B[:, None], axis=-1))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 
 from llmctl.artifacts import artifact
 from llmctl.config.errors import RequestError
@@ -25,7 +26,7 @@ from llmctl.evaluate.settings import MeasureConfig
 from llmctl.evaluate.setup import Held, Setup
 from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.evaluate.tasks.rows import RowSettings
-from llmctl.model import functional
+from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 GOOD, BAD = ("fine", "grand", "bright", "warm", "lovely"), ("poor", "grey", "dull", "cold", "awful")
@@ -161,6 +162,26 @@ def test_hotflip_selects_the_largest_product_of_gradient_and_difference(trained)
         assert near[b, 0] == -1 or unit[near[b, 1]] @ unit[batch["tokens"][b, near[b, 0]]] >= 0.3
     none = np.array(token_attack.flipper(cfg, "float32", 0.999)(params, batch, label, open_BT, allowed))
     assert (none[:, 0] == -1).all()
+
+
+def test_quantized_activations_do_not_hide_the_gradient(trained):
+    """An int8 classifier with int8 activations: the substitutions are those of the same weights with exact inputs."""
+    model = trained.model("decoder")
+    rows = TASKS["classify"].rows(model.model, trained.held.examples, trained.words, RowSettings(LENGTH, shuffle=False))
+    batch = {k: a for k, a in rows.batch(np.arange(8)).items() if k in TASKS["classify"].reads}
+    table = model.params["embed"]["tokens"]
+    allowed = token_attack.attackable(trained.words, len(table))
+    flat = weights.flatten(model.params)
+    kernels = {path for path in flat if "/blocks/" in path and path.endswith("kernel")}
+    exact, rounded = (
+        {p: weights.Quantized(qwix.quantize(w, "int8", channelwise_axes=[0, 2]), kind) if p in kernels else w
+         for p, w in flat.items()}
+        for kind in ("", "int8")
+    )  # fmt: skip
+    flip = token_attack.flipper(model.model, "float32")
+    inputs = batch, np.zeros(8, int), (batch["segments"] > 0) & allowed[batch["tokens"]], allowed
+    a, b = (np.array(flip(weights.unflatten(tree), *inputs)) for tree in (exact, rounded))
+    assert len(kernels) == 7 and (a[:, 0] >= 0).all() and (a == b).all()
 
 
 def test_textfooler_takes_the_most_important_word_and_the_first_synonym_that_deceives():
