@@ -43,7 +43,7 @@ class Held:
 
     def sample(self, count: int) -> Held:
         """Return at most `count` of the examples, sampled by their hash (see `Examples.sample`)."""
-        return Held(self.examples.sample(count), self.split, self._folder / f"sample{count}")
+        return Held(self.examples.sample(count), self.split, self.folder / f"sample{count}", self.training)
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         """Return the token ids of all texts, in the order of the examples."""

@@ -20,6 +20,8 @@ from llmctl.data.source import Row
 from llmctl.evaluate.robustness.outcome import Outcome, budget
 from llmctl.evaluate.robustness.perturbations import WORD, cased
 
+UNCHANGED = 1e-6
+"""Largest change of a probability that counts as none."""
 Predict = Callable[[Sequence[Row]], np.ndarray]
 """Function from M rows with texts to the probabilities of the classes [M, C]."""
 
@@ -155,7 +157,8 @@ class WordAttack:
         """Return the places of each text, the most important word first.
 
         If the removal of a word changes the prediction, the rise of the new class's probability is added to the drop of
-        the true class's probability.
+        the true class's probability. Words whose removal changes nothing, such as words that truncation removes, are
+        omitted.
         """
         texts = [self._texts[i] for i in rows]
         p_NC = self._predict([text.row for text in texts]) if texts else np.zeros((0, 1))
@@ -167,5 +170,5 @@ class WordAttack:
             label, new_K = self._label_N[i], after_KC.argmax(-1)
             score_K = before_C[label] - after_KC[:, label]
             score_K = score_K + (new_K != label) * (after_KC[np.arange(len(new_K)), new_K] - before_C[new_K])
-            found.append(np.argsort(-score_K, kind="stable").tolist())
+            found.append([int(k) for k in np.argsort(-score_K, kind="stable") if abs(score_K[k]) > UNCHANGED])
         return found
