@@ -118,8 +118,11 @@ def _heading(cls: Any, path: tuple[str, ...]) -> str:
 def _is_common(cls: Any, path: tuple[str, ...]) -> bool:
     """Return whether `--help` lists the flag of a field.
 
-    The flag is listed if the field's class lists the field in `common`, or if this `common` is None.
+    The flag is listed if the field's class lists the field in `common`, or if this `common` is None. A section inside
+    another section must be listed there too.
     """
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1]):
+        if depth and cls.common is not None and part not in cls.common:
+            return False
         cls = section(cls, part)
     return cls.common is None or path[-1] in cls.common

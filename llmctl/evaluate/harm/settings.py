@@ -15,6 +15,8 @@ from llmctl.data.config import DataConfig
 class HarmConfig(Config):
     """Configure what counts as harmful text: a list of words, a classifier, or both."""
 
+    common: ClassVar[tuple[str, ...] | None] = ()
+
     words: str = ""
     """File with one harmful word or phrase per line; pkg:NAME/path for a file inside a Python package. Case, accents
     and simple obfuscation are ignored. Only whole words match."""
