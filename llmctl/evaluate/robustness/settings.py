@@ -48,7 +48,7 @@ class RobustnessConfig(SynonymsConfig):
     """Configure how texts are changed to measure robustness."""
 
     heading: ClassVar[str] = "Robustness"
-    common: ClassVar[tuple[str, ...] | None] = ("changes", "rate")
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     changes: list[Annotated[str, AfterValidator(PERTURBATIONS.check), PERTURBATIONS]] = Field(
         default=list(PERTURBATIONS.own), min_length=1
@@ -94,7 +94,7 @@ class AttackConfig(SynonymsConfig):
     """Configure attacks: searches for small changes of a text that change the prediction of a classifier."""
 
     heading: ClassVar[str] = "Attacks"
-    common: ClassVar[tuple[str, ...] | None] = ("methods", "budget")
+    common: ClassVar[tuple[str, ...] | None] = ()
 
     methods: list[Literal["hotflip", "textfooler"]] = Field(default=["hotflip", "textfooler"], min_length=1)
     """Attacks. hotflip: substitute tokens, guided by the gradient of the loss (Ebrahimi et al., 2018). textfooler:

@@ -42,6 +42,7 @@ class Config(MeasureConfig, StageConfig):
         "split",
         "examples",
         "batch_size",
+        "tasks",
         "harness",
         "speed",
         "plot",
