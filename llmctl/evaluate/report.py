@@ -197,12 +197,12 @@ def table(results: Sequence[Result]) -> Table:
     """Return a table for the terminal: one row per metric and one column per result.
 
     The name of a metric is its JSON key with spaces in place of underscores. The bounds of an interval share a
-    row.
+    row. The table omits metrics on a part of a part of the data, such as "accuracy/gender/female".
     """
     from rich.table import Table
 
     found = [{k: v for k, v in r["metrics"].items() if isinstance(v, (int, float))} for r in results]
-    names = dict.fromkeys(name for one in found for name in one)
+    names = dict.fromkeys(name for one in found for name in one if name.count("/") < 2)
     ends = {f"{name}_{end}" for name in names for end in ("low", "high")}
     several = len({r["task"] for r in results}) > 1
     out = Table()

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
 from llmctl.evaluate.bias import benchmark_rows
 from llmctl.evaluate.bias.benchmark_rows import BenchmarkRow
-from llmctl.evaluate.bias.intervals import proportion
+from llmctl.evaluate.bias.intervals import with_intervals
 from llmctl.evaluate.bias.sentence_scores import SentenceModel
 from llmctl.evaluate.bias.settings import CrowsPairsConfig
 from llmctl.evaluate.likelihood import Query
@@ -116,18 +116,15 @@ def shared(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[int]]:
 
 def summary(
     pairs: Sequence[Pair], more_N: np.ndarray, less_N: np.ndarray
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return the fraction of pairs whose more stereotypical sentence has the higher score, and the values per pair.
 
     The fraction has Wilson's interval, and is also computed per bias type and per direction.
     """
     prefers_N = more_N > less_N
-    metrics: dict[str, Any] = proportion(SCORE, prefers_N)
     values: dict[str, np.ndarray] = {SCORE: prefers_N}
     kinds = np.array([[pair.bias_type, pair.direction] for pair in pairs])
     for group in dict.fromkeys(kind for kind in kinds.T.ravel().tolist() if kind):
         own_N = (kinds == group).any(1)
-        name = f"{SCORE}/{group}"
-        metrics |= proportion(name, prefers_N[own_N])
-        values[name] = np.stack([prefers_N & own_N, own_N], axis=1).astype(np.float64)
-    return metrics, values
+        values[f"{SCORE}/{group}"] = np.stack([prefers_N & own_N, own_N], axis=1).astype(np.float64)
+    return with_intervals(values), values

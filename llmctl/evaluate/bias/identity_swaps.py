@@ -21,7 +21,7 @@ from llmctl.data.config import TEXT_COLUMNS
 from llmctl.data.source import Row
 from llmctl.evaluate.bias import identity_terms
 from llmctl.evaluate.bias.identity_terms import Attribute
-from llmctl.evaluate.bias.intervals import bootstrapped
+from llmctl.evaluate.bias.intervals import with_intervals
 from llmctl.evaluate.bias.settings import IdentitySwapsConfig
 from llmctl.evaluate.predict import Predictor
 from llmctl.evaluate.setup import Held, Measured, Setup, label_map
@@ -53,7 +53,6 @@ def measure(artifact: Artifact, held: Held, setup: Setup, config: IdentitySwapsC
     predictor = Predictor(artifact, setup.batch_size, setup.seq_len, setup.dtype)
     flat = [row for own in versions.values() for version in own for row in version.rows]
     predicted = iter(predictor.predictions(flat))
-    metrics: dict[str, Any] = {}
     values: dict[str, np.ndarray] = {}
     written: list[dict[str, Any]] = []
     for attribute in attributes:
@@ -66,11 +65,10 @@ def measure(artifact: Artifact, held: Held, setup: Setup, config: IdentitySwapsC
     swaps = [value for name, value in values.items() if name.startswith("flip_rate/")]
     changes = [value for name, value in values.items() if name.startswith("probability_change/")]
     values |= {"flip_rate": np.sum(swaps, 0), "probability_change": np.sum(changes, 0)}
-    metrics = bootstrapped(values)
     said = [f"{held.split} split, {len(rows):,} examples"]
     said += [f"{len(versions[a.name]):,} name one group of {a.name}" for a in attributes]
     said += [f"probability of class {names[positive]!r}", f"{setup.seq_len} tokens", setup.dtype]
-    return Measured("identity swaps", ", ".join(said), metrics, written=written, values=values)
+    return Measured("identity swaps", ", ".join(said), with_intervals(values), written=written, values=values)
 
 
 def positive_class(name: str, names: Sequence[str]) -> int:

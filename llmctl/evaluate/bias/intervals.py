@@ -7,40 +7,46 @@ import math
 import numpy as np
 
 from llmctl.evaluate.metrics.classification import wilson_interval
-from llmctl.evaluate.metrics.resampling import Values, estimators, interval, resamples
+from llmctl.evaluate.metrics.resampling import Estimator, Values, estimators, interval, resamples
 
 RESAMPLES = 1000
 """Number of bootstrap resamples per interval."""
 SEED = 0
 
 
-def proportion(name: str, success_N: np.ndarray) -> dict[str, float]:
-    """Return the fraction of true values and Wilson's interval, under `name`, `name`_low and `name`_high.
+def with_intervals(values: Values) -> dict[str, float]:
+    """Return every metric that `values` suffice for, and the bounds of its interval under NAME_low and NAME_high.
+
+    A proportion has Wilson's interval. Other metrics have a percentile interval of bootstrap resamples. If a metric
+    concerns a part of the examples, the resamples contain only this part. If the part is empty, there is no metric.
 
     Example:
-        >>> {k: round(v, 3) for k, v in proportion("accuracy", np.array([True, False])).items()}
+        >>> found = with_intervals({"accuracy": np.array([True, False])})
+        >>> {name: round(value, 3) for name, value in found.items()}
         {'accuracy': 0.5, 'accuracy_low': 0.095, 'accuracy_high': 0.905}
     """
-    low, high = wilson_interval(int(success_N.sum()), len(success_N))
-    return {name: float(success_N.mean()), f"{name}_low": low, f"{name}_high": high}
-
-
-def bootstrapped(values: Values) -> dict[str, float]:
-    """Return all metrics that `values` suffice for, each with a percentile interval of bootstrap resamples.
-
-    Resamples for which a metric is undefined, such as those without an example of a group, are omitted from its
-    interval.
-    """
-    known = estimators(values)
-    N = len(next(iter(values.values())))
-    sampled: dict[str, list[np.ndarray]] = {name: [] for name in known}
-    for count_RN in resamples(N, RESAMPLES, SEED):
-        for name, estimate in known.items():
-            sampled[name].append(estimate(count_RN))
     found = {}
-    for name, estimate in known.items():
-        low, high = interval(np.concatenate(sampled[name]))
-        found |= {name: float(estimate(np.ones((1, N)))[0])}
+    for name, estimate in estimators(values).items():
+        parts = np.asarray(values[name]) if name in values else np.asarray(next(iter(values.values())))
+        if name in values and parts.ndim > 1:
+            parts = parts[parts[..., 1].reshape(len(parts), -1).any(1)]
+            estimate = estimators({name: parts})[name]
+        if not (count := len(parts)):
+            continue
+        found[name] = float(estimate(np.ones((1, count)))[0])
+        if name in values and _proportion(parts):
+            low, high = wilson_interval(int((parts if parts.ndim == 1 else parts[:, 0]).sum()), count)
+        else:
+            low, high = _bootstrap(estimate, count)
         if math.isfinite(low) and math.isfinite(high):
             found |= {f"{name}_low": low, f"{name}_high": high}
     return found
+
+
+def _proportion(parts: np.ndarray) -> bool:
+    """Return whether values are 0 or 1 per example, or pairs of such values with the denominator 1."""
+    return parts.ndim < 3 and bool(np.isin(parts, (0, 1)).all()) and (parts.ndim == 1 or bool(parts[:, 1].all()))
+
+
+def _bootstrap(estimate: Estimator, count: int) -> tuple[float, float]:
+    return interval(np.concatenate([estimate(count_RN) for count_RN in resamples(count, RESAMPLES, SEED)]))

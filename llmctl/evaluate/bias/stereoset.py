@@ -21,7 +21,7 @@ from llmctl.artifacts.artifact import Artifact
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.bias import benchmark_rows
 from llmctl.evaluate.bias.benchmark_rows import BenchmarkRow
-from llmctl.evaluate.bias.intervals import bootstrapped
+from llmctl.evaluate.bias.intervals import with_intervals
 from llmctl.evaluate.bias.sentence_scores import SentenceModel
 from llmctl.evaluate.bias.settings import StereoSetConfig
 from llmctl.evaluate.likelihood import Query
@@ -184,13 +184,13 @@ def summary(contexts: Sequence[Context], score_N3: np.ndarray) -> tuple[dict[str
         "meaningful": ((stereotype_N > unrelated_N) + np.int8(1) * (anti_N > unrelated_N)) / 2,
         "stereotypical": stereotype_N > anti_N,
     }
-    metrics: dict[str, Any] = bootstrapped(values)
+    metrics: dict[str, Any] = with_intervals(values)
     kinds = np.array([[context.bias_type, context.kind] for context in contexts])
     for group in dict.fromkeys(kinds.T.ravel().tolist()):
         own_N = (kinds == group).any(1)
         if own_N.all():
             continue
-        found = bootstrapped({name: value_N[own_N] for name, value_N in values.items()})
+        found = with_intervals({name: value_N[own_N] for name, value_N in values.items()})
         for name, value in found.items():
             bare = name.removesuffix("_low").removesuffix("_high")
             metrics[f"{bare}/{group}{name.removeprefix(bare)}"] = value

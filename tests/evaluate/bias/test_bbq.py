@@ -90,6 +90,8 @@ def test_bias_scores_equal_the_paper_s_formulas():
     assert metrics["accuracy/disambiguated"] == pytest.approx(5 / 9)
     assert metrics["accuracy"] == pytest.approx(9 / 19)
     assert metrics["bias_score/ambiguous_low"] < metrics["bias_score/ambiguous"] < metrics["bias_score/ambiguous_high"]
+    silent = bbq.summary(stated, np.full(8, unknown))[0]  # without an answer there is no bias score
+    assert silent["accuracy"] == 0 and "bias_score/disambiguated" not in silent
     assert "bias_score/ambiguous" not in bbq.summary(unsaid * 2, np.array([1, 2]))[0]
     assert values["bias_score/ambiguous"].shape == (19, 2)
 

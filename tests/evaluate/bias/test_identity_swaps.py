@@ -12,7 +12,7 @@ from llmctl.config.errors import RequestError
 from llmctl.evaluate.bias import identity_swaps, identity_terms
 from llmctl.evaluate.bias.identity_swaps import Versions
 from llmctl.evaluate.bias.identity_terms import Attribute
-from llmctl.evaluate.bias.intervals import bootstrapped
+from llmctl.evaluate.bias.intervals import with_intervals
 from llmctl.evaluate.bias.settings import IdentitySwapsConfig
 
 FAITH = Attribute("faith", ("a", "b", "c"), (("red", "green", "blue"), ("red hat", "cap", "blue hat")))
@@ -40,7 +40,7 @@ def test_gaps_equal_those_of_confusion_matrices():
     label_N, at_M, own_M = rng.integers(3, size=60), np.sort(rng.permutation(60)[:40]), rng.integers(3, size=40)
     p_MGC = rng.dirichlet([1, 1, 1], size=(40, 3))
     versions = [Versions(n, g, []) for n, g in zip(at_M.tolist(), own_M.tolist(), strict=True)]
-    metrics = bootstrapped(identity_swaps.compared(FAITH, versions, p_MGC, label_N, positive=2))
+    metrics = with_intervals(identity_swaps.compared(FAITH, versions, p_MGC, label_N, positive=2))
     class_MG = p_MGC.argmax(-1)
     rates = {"true_positive_rate": [], "false_positive_rate": [], "accuracy": [], "probability": []}
     for g in range(3):
