@@ -5,9 +5,10 @@ for (const drawing of document.querySelectorAll(".drawing")) {
   const number = drawing.id.slice("plot-".length);
   const controls = document.getElementById(`controls-${number}`);
   const spec = JSON.parse(document.getElementById(`spec-${number}`).textContent);
-  const still = drawing.firstElementChild;
+  const canvas = drawing.firstElementChild; // Vega gives its container a role and a name of its own
+  const still = canvas.firstElementChild;
   drawing.style.minHeight = `${drawing.clientHeight}px`; // the page does not jump while a drawing is replaced
-  window.vegaEmbed(drawing, spec, { mode: "vega", renderer: "svg", actions: false, defaultStyle: false, bind: controls })
+  window.vegaEmbed(canvas, spec, { mode: "vega", renderer: "svg", actions: false, defaultStyle: false, bind: controls })
     .then(({ view }) => {
       drawing.style.minHeight = "";
       if (!controls.firstElementChild) return;
@@ -15,7 +16,7 @@ for (const drawing of document.querySelectorAll(".drawing")) {
       controls.setAttribute("aria-label", `Range of ${drawing.previousElementSibling.textContent}`);
       enableDragging(drawing, view);
     }, (error) => {
-      drawing.replaceChildren(still);
+      canvas.replaceChildren(still);
       console.error(error);
     });
 }

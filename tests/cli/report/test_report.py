@@ -372,4 +372,6 @@ def test_a_browser_opens_the_page_without_errors(run, tmp_path):
     words += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", html.as_uri()]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert done.stdout.count('type="range"') >= 2 * 3 and "alert" not in Page(done.stdout).named("title")[0]["attrs"]
+    drawn = [e for e in Page(done.stdout).elements if e["attrs"].get("class") == "drawing"]
+    assert done.stdout.count('type="range"') >= 2 * 3 and "vega-embed" in done.stdout
+    assert drawn and all(e["attrs"]["role"] == "img" and "Vega" not in e["attrs"]["aria-label"] for e in drawn)
