@@ -23,7 +23,7 @@ import numpy as np
 
 from llmctl.data.device_batches import DeviceBatches
 from llmctl.distributed import host_arrays
-from llmctl.evaluate import sliding_window
+from llmctl.evaluate import nonfinite, sliding_window
 from llmctl.model import chunked_loss, functional
 from llmctl.model.config import ModelConfig
 
@@ -143,6 +143,9 @@ def document_nll(
 
     Returns:
         The summed NLL of each document in nats, float64 [D], and the number of its scored tokens, int64 [D].
+
+    Raises:
+        WorkError: If a NLL is not a finite number.
     """
     rows = sliding_window.Rows(documents, prefix, context, stride, given, repeated)
     step = target_nll(model, dtype)
@@ -155,6 +158,8 @@ def document_nll(
         for _, (batch, placed) in steps:
             inputs = {name: a for name, a in placed.items() if name not in ("document", "row_weight")}
             nll_BT = np.asarray(host_arrays.read(step(params, inputs)), np.float64)
-            document_BT = batches.gather(batch, placed)["document"]
+            whole = batches.gather(batch, placed)
+            nonfinite.check(model, params, whole, nll_BT, np.array(True), batches.mesh, dtype)
+            document_BT = whole["document"]
             nll_D += np.bincount(document_BT.ravel(), weights=nll_BT.ravel(), minlength=len(nll_D))
     return nll_D, rows.scored_per_document

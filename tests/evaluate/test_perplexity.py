@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmctl.config.errors import WorkError
 from llmctl.config.settings import MeshConfig
 from llmctl.data.device_batches import DeviceBatches
 from llmctl.distributed import mesh as meshes
@@ -64,6 +65,14 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(params)
     nothing = jax.tree.map(jnp.zeros_like, params)
     nll, tokens = P.document_nll(MODEL, nothing, DOCUMENTS, 2, context=8, stride=8, batches=DeviceBatches(ONE, 4))
     assert math.exp(nll.sum() / tokens.sum()) == pytest.approx(23, rel=1e-6)
+
+
+def test_a_number_that_is_not_finite_ends_the_evaluation_with_the_name_of_the_layer(params):
+    broken = jax.tree.map(lambda w: w, params)
+    out = broken["decoder"]["blocks"]["attn"]["o"]
+    out["kernel"] = out["kernel"].at[1, 0, 0].set(jnp.nan)
+    with pytest.raises(WorkError, match="the first layer with such outputs is layer 1 of the decoder"):
+        P.document_nll(MODEL, broken, DOCUMENTS, 2, context=8, stride=8, batches=DeviceBatches(ONE, 4))
 
 
 def test_the_batch_size_does_not_matter(params):

@@ -99,6 +99,11 @@ class ChoiceRows(ExampleRows):
         """Return the token ids that precede every prompt."""
         return list(self._tokenizer.begin)
 
+    @property
+    def truncated(self) -> int:
+        """Return the number of prompts whose beginning is removed because they do not fit into a row, for decoders."""
+        return sum(len(self._prompt(i)) < len(self._prompts[i]) for i in range(len(self._count_N)))
+
     def queries(self, i: int) -> list[tuple[list[int], list[int]]]:
         """Return (token ids of the prompt, token ids of a choice) for each choice of question i, for decoders."""
         prompt = self._prompt(i).tolist()

@@ -27,7 +27,7 @@ from llmctl.data.tokenizers.base import Tokenizer
 from llmctl.evaluate import likelihood
 from llmctl.evaluate.metrics.calibration import softmax
 from llmctl.evaluate.metrics.classification import wilson_interval
-from llmctl.evaluate.setup import Batch, Setup
+from llmctl.evaluate.setup import Batch, Held, Setup
 from llmctl.evaluate.tasks.base import Task
 from llmctl.evaluate.tasks.evaluation import Found, Scores
 from llmctl.evaluate.tasks.likelihoods import interleaved, log_likelihood, loss_of_rows
@@ -189,6 +189,12 @@ class Choice(Task):
         for (i, k), found in zip(at, scores, strict=True):
             found_NK2[i, k] = found.log_likelihood, len(queries[i][k][1])
         yield {"label": rows.answers_N, "choices": count_N}, found_NK2
+
+    def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
+        """Return a description of the measurement, which gives the number of truncated prompts if there are any."""
+        cut = rows.truncated
+        said = super().protocol(artifact, held, setup, rows, metrics)
+        return f"{said}, {cut} prompts without their beginning" if cut else said
 
     def new_rows(
         self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings

@@ -33,6 +33,7 @@ class Regress(Task):
     label_type = "number"
     perturbs = ("text", "pair")
     text_field = "value"
+    packs = True
     peft_type = "SEQ_CLS"
     problem_type = "regression"
 

@@ -96,7 +96,11 @@ def test_every_choice_reads_the_same_prompt_and_none_is_cut(tmp_path):
     file.write_text(json.dumps({"prompt": "abcdefghij", "choices": ["1", "12345"], "answer": 0}))
     examples = splits.load(DataConfig(source="jsonl", path=str(file), validation=0, test=0))["train"]
     words = ByteTokenizer.new()
-    row = TASK.rows(MODELS["decoder"], examples, words, RowSettings(10))[0]
+    rows = TASK.rows(MODELS["decoder"], examples, words, RowSettings(10))
+    row, setting = rows[0], Setup(meshes.make(MeshConfig()), 10, 10, 8, "tail", "float32")
+    assert TASK.protocol(None, Held(examples, "test", tmp_path), setting, rows, {}).endswith(
+        "1 prompts without their beginning"
+    )
     read = [words.decode(row[p + "tokens"][: int(row[p + "weights"].argmax()) + 1].tolist()) for p in ("", "choice1_")]
     assert read[0] == read[1] != "" and row["choice1_weights"].sum() == 5
     with pytest.raises(RequestError, match="the longest choice has 5 tokens, and a row has room for"):
