@@ -32,7 +32,7 @@ def measure(artifact: Artifact, held: Held, setup: Setup, settings: AttackConfig
     task, held = of(artifact.manifest), held.sample(settings.examples)
     task.check_examples(artifact, held.examples)
     step = task.scorer(artifact.model, setup.dtype)
-    rows, scores = task.scored(artifact, held.examples, setup, step)
+    rows, scores = task.scored(artifact, held.examples, setup, task.measuring_step(artifact.model, setup.dtype))
     label_N, right_N = scores.values["label"], np.asarray(scores.values["accuracy"], bool)
     values: dict[str, np.ndarray] = {"accuracy": right_N}
     written: list[dict[str, Any]] = []
