@@ -16,12 +16,13 @@ def filter_rows(
 ) -> list[Filtered]:
     """Filter the continuations of a batch in place.
 
-    If answers are sampled again, the whole batch is, so that a row has the same samples in every batch.
+    If an answer must be sampled again, all prompts of the batch are. A row therefore gets the same new sample,
+    whichever other rows are rejected.
 
     Args:
         output_filter: The filter; None changes nothing.
         rows: Complete continuations. A continuation that is sampled again is replaced.
-        sample: Function that continues all prompts again. Its argument is `seed`.
+        sample: Function that continues all prompts of the batch again, with the argument `seed`.
         seed: Seed of the first samples.
     """
     if not output_filter:
@@ -62,7 +63,7 @@ def filter_answer(output_filter: OutputFilter, talk: Conversation, seed: int, **
 
 
 def _report(found: Sequence[Filtered]) -> None:
-    """Print a line per changed answer: what was done, and why."""
+    """Print one line per changed answer: the action, and its reasons."""
     for one in found:
         if one.finding:
             score = [] if one.finding.score is None else [f"classifier {one.finding.score:.2f}"]

@@ -91,8 +91,8 @@ def _sampled(
     write: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[Continuation]:
-    """Return the complete continuations of a batch. If `write` is given, it gets the text of the first row in
-    pieces.
+    """Return the complete continuations of a batch. If `write` is given, it is called with each new piece of the first
+    row's text.
     """
     rows = start()
     for new in continue_rows(decoder, named_model.words, rows, max_new, ends=named_model.ends, speed=speed, **options):

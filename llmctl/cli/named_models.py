@@ -59,7 +59,11 @@ class NamedModels:
         """Name and digest of the draft, and the number of tokens that the draft proposes per step."""
 
     def add_draft(self, manifest: artifact.Manifest, tokens: int) -> None:
-        """Generate by speculative decoding, with the draft of the decoders. There must be a single model."""
+        """Make the selected model generate by speculative decoding, with the draft that the decoders hold.
+
+        There must be a single model. `manifest` is that of the draft, and `tokens` the number of tokens that it
+        proposes per step.
+        """
         assert self._decoders is not None and self._decoders.draft is not None
         decoder = self._decoders.use(self.selected.name)
         self.speculative = SpeculativeDecoder(decoder, self._decoders.draft, tokens)

@@ -53,8 +53,8 @@ def explain(
 ) -> None:
     """Explain an output by the tokens of its text: which tokens raise or lower it, and by how much.
 
-    The output of a classifier is the log odds of the predicted class. A language model explains its next token. With
-    several texts, the mean attribution per word is listed for each class.
+    The output of a classifier is the log odds of the predicted class. A language model explains its next token. If
+    there are several texts, the mean attribution of each word is listed per class.
     """
     for flag, value, known in (
         ("method", method, get_args(Method)),

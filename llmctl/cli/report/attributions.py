@@ -1,4 +1,4 @@
-"""Show attributions of tokens, which `llmctl explain --json` computes: each text with all models side by side.
+"""Show the attributions of tokens that `llmctl explain --json` computed. Each text shows all models side by side.
 
 The files are NAME.attributions.json in the folder of the run. Their content is the output of `llmctl explain --json`.
 """
@@ -38,7 +38,7 @@ def sections(contents: Contents) -> list[Section]:
     for record in found:
         for text in record["texts"]:
             texts.setdefault(tuple(text["texts"]), []).append((record, text))
-    chosen = sorted(texts.values(), key=lambda group: -len(group))[:SHOWN]  # first what several models explain
+    chosen = sorted(texts.values(), key=lambda group: -len(group))[:SHOWN]  # texts of several models first
     parts += [Columns([_tokens(record, text) for record, text in group]) for group in chosen]
     if len(texts) > len(chosen):
         parts.append(Paragraph(f"{len(texts) - len(chosen):,} further texts are in the JSON data."))

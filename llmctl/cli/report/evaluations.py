@@ -58,9 +58,12 @@ def table(task: str, results: Sequence[Record]) -> Table:
 
 
 def intervals(task: str, results: Sequence[Record]) -> list[Plot]:
-    """Return plots of all ratios with intervals: one plot per metric under several changes, and one for all others.
+    """Return plots of metrics between -1 and 1 with their 95 % intervals.
 
-    A plot needs at least two metrics, because the plot of quality against cost shows one.
+    A metric that was measured on changed texts has a plot of its own, with one row per change. One further plot shows
+    all other metrics.
+
+    A plot has at least two rows, because a single metric is in the plot of quality against cost already.
     """
     named = figures.ordered(name for r in results for name in r["metrics"] if figures.interval(r["metrics"], name))
     groups: dict[str, list[str]] = {}
@@ -74,7 +77,8 @@ def intervals(task: str, results: Sequence[Record]) -> list[Plot]:
 
 
 def _intervals(task: str, base: str, names: Sequence[str], results: Sequence[Record]) -> Plot:
-    """Return the plot of the metrics `names`. If `base` is not empty, they are this metric under several changes."""
+    """Return the plot of the metrics `names`. If `base` is not empty, all of them are the metric `base` under several
+    changes."""
     series = [cell(name).text for name in dict.fromkeys(r["artifact"] for r in results)]
     labels = {name: figures.title(name) for name in names}
     if base:

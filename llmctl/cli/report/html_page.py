@@ -61,13 +61,12 @@ def script_json(value: Any) -> Markup:
 
 
 def _shown(value: Any) -> Any:
-    """Return text with escape sequences for control characters; text that is markup already, and other values, as they
-    are."""
+    """Replace control characters in text by escape sequences. Markup, and values that are no text, stay unchanged."""
     return visible(value) if type(value) is str else value
 
 
 def _policy(scripts: list[str]) -> str:
-    """Return a content security policy: only these scripts run, and nothing is requested.
+    """Return a content security policy that allows only these scripts, and no requests.
 
     Vega compiles its expressions, which needs 'unsafe-eval'. The expressions are those of `llmctl.cli.report.plots`.
     """
@@ -82,7 +81,7 @@ def _file(name: str) -> str:
 
 
 class _Numbers:
-    """Count the elements of a page, for their ids."""
+    """Number the elements of a page. The numbers are parts of their ids."""
 
     def __init__(self) -> None:
         self.count = 0

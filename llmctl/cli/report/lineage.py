@@ -1,4 +1,4 @@
-"""Draw the lineage of a run: which model was made from which, with stages and sizes."""
+"""Draw the lineage of a run: each model with its stage and size, and lines from parents and teachers to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmctl.evaluate.metrics.base import columns
 TEACHERS = ("teacher", "teachers")
 """Settings of stages that name models besides the parent."""
 LEFT, RIGHT, TOP, BOTTOM = 0.04, 0.88, 0.16, 0.84
-"""Sides of a model's box within its place, which is 1 wide and 1 high."""
+"""Sides of a model's box within its grid cell, whose width and height are 1."""
 MOST = 60
 """Maximum number of models in the picture."""
 
@@ -76,7 +76,11 @@ def headline(model: Model) -> str:
 
 
 def _places(names: Sequence[str], edges: Sequence[tuple[str, str, str]]) -> dict[str, tuple[int, int]]:
-    """Return (column, row) of each box. Rows follow the order of the models, and a second child starts a column."""
+    """Return the grid cell (column, row) of each box.
+
+    A box is one row below its parent. The first child is in the parent's column. Every other box starts a new
+    column.
+    """
     parent = {target: source for source, target, kind in edges if kind == "parent"}
     places: dict[str, tuple[int, int]] = {}
     taken: set[str] = set()
@@ -147,7 +151,10 @@ def _spec(models: Sequence[Model], edges: Sequence[tuple[str, str, str]]) -> plo
 def _line(
     edge: tuple[str, str, str], index: int, places: dict[str, tuple[int, int]], x: plots.Spec, y: plots.Spec
 ) -> plots.Spec:
-    """Return the line from a model to one that was made from it. Lines of teachers are dashed, beside the boxes."""
+    """Return the line from a parent or teacher to the model that was made from it.
+
+    The line from a teacher is dashed, and runs along the right sides of the boxes.
+    """
     source, target, kind = edge
     (from_x, from_y), (to_x, to_y) = places[source], places[target]
     center = (LEFT + RIGHT) / 2

@@ -71,7 +71,7 @@ def _axis(field: str, title: str, **more: Any) -> Spec:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """Return at most `most` points of a series: the lowest and the highest of each interval, and both ends.
+    """Return at most `most` points of a series: the lowest and the highest y of each interval of x, and both ends.
 
     Example:
         >>> thinned([(x, x % 5) for x in range(1000)], 6)
@@ -207,7 +207,8 @@ def confusion(values: Values, names: Sequence[str], counted: bool) -> Spec:
     """Return a heat map of a confusion matrix.
 
     Args:
-        values: Records with "true", "predicted", "count", and "share", the fraction of the row.
+        values: Records with "true", "predicted", "count", and "share", which is the count divided by the sum of its
+            row.
         names: Class names, in order.
         counted: Whether the counts are written into the cells.
     """
@@ -228,7 +229,7 @@ def confusion(values: Values, names: Sequence[str], counted: bool) -> Spec:
 
 
 def reliability(values: Values) -> Spec:
-    """Return a plot of accuracy against confidence, with "confidence", "accuracy" and "count" per bin.
+    """Return a plot of accuracy against confidence, from records with "confidence", "accuracy" and "count" of each bin.
 
     Calibrated probabilities are on the diagonal.
     """
@@ -285,5 +286,5 @@ def bars(values: Values, x: str, y: str) -> Spec:
 
 
 def diagram(values: Values, height: int, layers: Sequence[Spec]) -> Spec:
-    """Return a drawing of layers without axes."""
+    """Return a plot that consists of the given Vega-Lite layers, without axes."""
     return _plot(values, height, layer=list(layers))

@@ -54,7 +54,7 @@ def write(folder: Path, out: Path | None, title: str = "") -> list[Path]:
 
     Args:
         folder: Folder of a run, or of one artifact.
-        out: Folder of the two files; the run's folder if None, or the artifact's parent.
+        out: Folder to write both files to. None uses the run's folder or, for an artifact, the folder that contains it.
         title: Title of the page.
 
     Raises:

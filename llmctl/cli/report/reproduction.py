@@ -34,10 +34,10 @@ def section(contents: Contents) -> Section:
 
 
 def recipe(contents: Contents) -> str:
-    """Return a recipe in TOML that makes the run again; empty if no stage of this run is known.
+    """Return a recipe in TOML that makes the run again; empty if no model of the run was made by a known stage.
 
-    Stages of this version of llmctl with the same data have the same keys, so `llmctl run` skips them in the run.
-    Imported models and models outside the run are named in comments.
+    If llmctl's version and the data have not changed, stages have the same keys. `llmctl run` then skips the stages
+    that the run already has. Imported models and models outside the run are named in comments.
     """
     kinds, made = stage.kinds(), [m.name for m in contents.models]
     tables: list[str] = []
@@ -62,7 +62,8 @@ def _source(model: Model, made: Sequence[str]) -> dict[str, Any]:
 
 
 def _measured(evaluation: Evaluation, made: Sequence[str]) -> list[str]:
-    """Return the artifacts that an evaluation measured, or an empty list if these are all models."""
+    """Return the names of the models that an evaluation measured, or an empty list if it measured all models of the
+    run."""
     names = [n for n in dict.fromkeys(r["artifact"] for r in evaluation.results) if n in made]
     return [] if names == list(made) else names
 

@@ -1,4 +1,4 @@
-"""Read what the stages of a run left: manifests, logs, results of evaluations, predictions and attributions.
+"""Read the files that the stages of a run wrote: manifests, logs, results of evaluations, predictions and attributions.
 
 JAX is not imported. Arrays are not read.
 """
@@ -53,7 +53,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Store what an interrupted or failed stage left in the temporary folder of the run."""
+    """Store the name of an interrupted or failed stage, and the log in its temporary folder."""
 
     name: str
     log: list[Record]
@@ -129,11 +129,12 @@ def _model(folder: Path, manifest: Manifest, entry: Record) -> Model:
 
 
 def _evaluation(folder: Path, manifest: Manifest, known: dict[str, str]) -> Evaluation:
-    """Read the results of an evaluation. Models of the run have their names in the run, not the paths of `--of`.
+    """Read the results of an evaluation. A model of the run is named by its name in the run, not by the path given in
+    `--of`.
 
     Args:
         folder: Folder of the evaluation.
-        manifest: Its manifest.
+        manifest: Manifest of the evaluation.
         known: Name of each model of the run, by its content digest.
     """
     results = summary.complete_results(folder)

@@ -14,7 +14,7 @@ from llmctl.cli.report.run_contents import Contents, Record
 KEYS = ("row", "doc_id", "id", "prompt", "question", "text")
 """Fields that identify an example. The first one that all records of a task have is used."""
 ALSO = ("change", "attack")
-"""Fields that identify a version of an example, if a record has them."""
+"""Fields that, if a record has them, identify a changed version of an example, such as the name of an attack."""
 SHOWN = 12
 """Maximum number of examples per task."""
 LONGEST = 700
@@ -48,7 +48,7 @@ def _task(task: str, records: Sequence[Record], models: Sequence[str]) -> list[B
     for group in chosen:
         first = next(iter(group.values()))
         shared = [k for k in first if k not in OWN and all(k in r and r[k] == first[k] for r in group.values())]
-        if len(group) == 1:  # what the model said differs in principle
+        if len(group) == 1:  # the output of a single model is not shared by all models
             shared = [k for k in shared if not _is_output(k)]
         mine = [
             _cell({k: v for k, v in group[m].items() if k not in (*OWN, *shared)}) if m in group else cell("–")

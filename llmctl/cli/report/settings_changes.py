@@ -27,7 +27,8 @@ def changes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _different(values: Mapping[str, Any], cls: type[Config], given: Config | None = None) -> dict[str, Any]:
-    """Return the values that differ from `given`; without it, from the defaults of the class."""
+    """Return the values that differ from those of `given`. If it is None, return those that differ from the class's
+    defaults."""
     found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
         if name not in values:
@@ -54,7 +55,10 @@ def _different(values: Mapping[str, Any], cls: type[Config], given: Config | Non
 
 
 def _is_complete(values: Mapping[str, Any], chosen: dict[str, Any], cls: type[Config], given: Config | None) -> bool:
-    """Return whether the chosen values determine all values of a section whose defaults a preset decides."""
+    """Return whether a section with only the `chosen` settings gets all of `values`.
+
+    In such a section, some settings (`deciding`) determine the defaults of the others.
+    """
     told = {k: getattr(given, k) for k in cls.deciding if given is not None and k in given.model_fields_set}
     try:
         return keyed(validate(cls, told | chosen, str)) == values

@@ -81,13 +81,13 @@ def _about(model: Model) -> list[list[Cell]]:
 
 
 def _some(names: Sequence[str]) -> Cell:
-    """Return a cell with at most 12 names."""
+    """Return a cell with the first 12 names, and the number of the other names."""
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return cell(", ".join(names[:12]) + more) if names else cell("–")
 
 
 def _times(log: Sequence[Record]) -> list[tuple[str, Cell]]:
-    """Return the time between the first and the last line of a log, and the number of steps."""
+    """Return the last logged step, and the seconds between the first and the last line of a log."""
     times = [line["time"] for line in log if figures.is_number(line.get("time"))]
     steps = [line["step"] for line in log if figures.is_number(line.get("step"))]
     if len(times) < 2 or times[-1] < times[0]:

@@ -1,7 +1,7 @@
 """Compile Vega-Lite specifications, render them as SVG, and provide Vega's JavaScript, all without a network.
 
-The package vl-convert contains Vega and renders without a browser. Shapes of its functions: a specification is a dict,
-an SVG is a string.
+The package vl-convert contains Vega, and renders without a browser. In its functions, a specification is a dict and an
+SVG is a string.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def check_installed() -> None:
     """Check that vl-convert is installed.
 
     Raises:
-        RequestError: If it is not.
+        RequestError: If vl-convert is not installed.
     """
     if importlib.util.find_spec("vl_convert") is None:
         raise RequestError("report: the plots need vl-convert-python: pip install 'llmctl[report]'")
@@ -36,14 +36,14 @@ def javascript() -> str:
 
 
 def compiled(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the Vega specification of a Vega-Lite specification."""
+    """Compile a Vega-Lite specification to a Vega specification."""
     import vl_convert
 
     return vl_convert.vegalite_to_vega(spec, VEGA_LITE)
 
 
 def svg(spec: dict[str, Any], width: int) -> str:
-    """Return a Vega-Lite specification as an SVG element of a width in pixels. Texts are escaped."""
+    """Render a Vega-Lite specification as an SVG element that is `width` pixels wide. Texts are escaped."""
     import vl_convert
 
     fixed = copy.deepcopy(spec) | {"width": width, "autosize": {"type": "fit-x", "contains": "padding"}}

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from llmctl.compress.calibration.statistics import LayerStats
 
 SECONDS = 60.0
-"""Time between two files. An interruption loses at most the layers that were measured in this time, and the layer that
-was being measured."""
+"""Minimum time between two writes of the file, in seconds. An interruption loses at most the layers that were measured
+in this time, and the layer that was being measured."""
 ABOUT = "about"
 
 
@@ -51,9 +51,10 @@ class WalkState:
         self._written = time.monotonic()
 
     def resume(self, stack: str, carries: list[layerwise.Carry]) -> int:
-        """Return the number of layers of a stack that are finished. Their outputs replace `carries`.
+        """Return the number of finished layers of a stack. The outputs of the last one replace those in `carries`.
 
-        The outputs of a stack are not stored if a later stack was begun. `memories` then has what that stack reads.
+        If the decoder was begun, the outputs of the encoder's layers are not replaced. The decoder reads `memories`
+        instead.
         """
         count = sum(name == stack for name, *_ in self._about["layers"])
         if count and self._about["layers"][-1][0] == stack:
@@ -62,7 +63,7 @@ class WalkState:
         return count
 
     def memories(self, computed: Sequence[jax.Array]) -> list[jax.Array]:
-        """Return the final states of the encoder, per batch: the stored states, or else `computed`."""
+        """Return the final states of the encoder per batch: the stored states or, if none are stored, `computed`."""
         if "memory.0" not in self._found:
             return list(computed)
         return [_like(self._found[f"memory.{n}"], a) for n, a in enumerate(computed)]
@@ -84,7 +85,7 @@ class WalkState:
         carries: Sequence[layerwise.Carry] = (),
         memories: Sequence[jax.Array | None] = (),
     ) -> None:
-        """Add a finished layer, and write the file if the last one is old enough.
+        """Add a finished layer. Write the file if `SECONDS` have passed since the last write.
 
         Args:
           stack: "encoder" or "decoder".
@@ -114,7 +115,7 @@ class WalkState:
 
 
 def _bytes(a: jax.Array) -> np.ndarray:
-    """Return the bytes of an array: NumPy's file format has no bfloat16."""
+    """Return the bytes of an array as uint8, because NumPy's file format has no bfloat16."""
     return np.frombuffer(host_arrays.read(a).tobytes(), np.uint8)
 
 
