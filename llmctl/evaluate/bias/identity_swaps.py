@@ -50,7 +50,9 @@ def measure(artifact: Artifact, held: Held, setup: Setup, config: IdentitySwapsC
     versions = {a.name: of_attribute(a, rows) for a in attributes}
     if not any(versions.values()):
         raise RequestError(f"identity_swaps.terms: no text names exactly one group of the terms in {config.terms}")
-    predictor = Predictor(artifact, setup.batch_size, setup.seq_len, setup.dtype)
+    predictor = Predictor(
+        artifact, setup.batch_size, setup.seq_len, setup.dtype, truncate=setup.truncate, mesh=setup.mesh
+    )
     flat = [row for own in versions.values() for version in own for row in version.rows]
     predicted = iter(predictor.predictions(flat))
     values: dict[str, np.ndarray] = {}

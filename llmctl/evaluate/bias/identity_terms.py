@@ -43,7 +43,7 @@ class Attribute:
         own, theirs = self.groups.index(group), self.groups.index(other)
         for terms in self.terms:
             replacement.setdefault(terms[own].lower(), terms[theirs])
-        return self._patterns[group].sub(lambda m: _in_case(replacement[m[0].lower()], m[0]), text)
+        return self._patterns[group].sub(lambda m: _in_case(replacement[_plain(m[0])], m[0]), text)
 
     @cached_property
     def _patterns(self) -> dict[str, re.Pattern[str]]:
@@ -53,6 +53,11 @@ class Attribute:
             every = "|".join(map(re.escape, longest_first))
             found[group] = re.compile(rf"(?<!\w)(?:{every})(?!\w)", re.IGNORECASE)
         return found
+
+
+def _plain(found: str) -> str:
+    """Return a found term in lower case. Four other letters match "i", "s" and "k" if case is ignored (module `re`)."""
+    return found.translate(str.maketrans("\u0130\u0131\u017f\u212a", "iisk")).lower()
 
 
 def _in_case(term: str, model: str) -> str:

@@ -140,17 +140,19 @@ class IdentitySwaps(Probe):
     section = "identity_swaps"
 
     def check_model(self, manifest: Manifest, settings: Any, where: str) -> None:
-        """Check that the artifact is a classifier.
+        """Check that the artifact is a classifier with the class of the settings.
 
         Raises:
-            RequestError: If the artifact has another task.
+            RequestError: If the artifact has another task, or does not have the class.
         """
+        from llmctl.evaluate.bias import identity_swaps
         from llmctl.evaluate.tasks.registry import of
 
         if (task := of(manifest)).name != "classify":
             raise RequestError(
                 f"{where}: task {self.name!r} needs a model of task classify, this model has task {task.name}"
             )
+        identity_swaps.positive_class(settings.positive, manifest.labels)
 
     def inputs(self, settings: Any) -> list[str]:
         """Return the file with the identity terms."""

@@ -28,6 +28,9 @@ def test_terms_are_replaced_as_whole_words_in_their_letter_case():
     )
     assert gender.swapped("The theme of him", "male", "female") == "The theme of her"
     assert gender.named("The theme ushers") == []
+    # If case is ignored, these letters match "s" and "i".
+    assert gender.swapped("\u017fhe saw h\u0131m and H\u0130M", "female", "male") == "he saw h\u0131m and H\u0130M"
+    assert gender.swapped("h\u0131m and H\u0130M", "male", "female") == "her and HER"
     assert FAITH.swapped("A red hat, Red; credit", "a", "b") == "A cap, Green; credit"
     rows = [{"text": "red hat", "pair": "Red"}, {"text": "red or blue"}, {"text": "none"}]
     (found,) = identity_swaps.of_attribute(FAITH, rows)
@@ -106,6 +109,14 @@ def test_wrong_terms_are_refused_with_one_line(model, tmp_path, capsys, terms, m
     assert evaluated(tmp_path, model, *more, terms=terms) == 2
     assert line in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "report").exists()
+
+
+def test_long_texts_are_truncated_as_the_settings_say(model, tmp_path, monkeypatch):
+    given = []
+    real = identity_swaps.Predictor
+    monkeypatch.setattr(identity_swaps, "Predictor", lambda *a, **k: given.append(k) or real(*a, **k))
+    assert evaluated(tmp_path, model, "--truncate", "head_tail") == 0
+    assert given[0]["truncate"] == "head_tail" and given[0]["mesh"] is not None
 
 
 def test_a_language_model_is_refused(tmp_path, capsys):
