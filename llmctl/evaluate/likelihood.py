@@ -31,8 +31,8 @@ SHORTEST, GROWTH = 256, 4
 LEAST = 128
 """Minimum length of a row. Fused attention kernels need multiples of 128 tokens."""
 FEW = 2
-"""Number of batches of short sequences that are packed into longer rows, because compiling a program for them would
-take longer than their computation."""
+"""Short sequences are packed into longer rows if they fill at most this number of batches. Compiling a program for them
+would take longer than their computation."""
 POSITIONS = 32
 """Divisor of the number of scored positions per row. Logits are computed in chunks, whose number must divide the number
 of positions."""
@@ -235,13 +235,14 @@ def packed(sequences: Sequence[ScoredSequence], longest: int, few: int) -> list[
     """Pack sequences into rows of a few lengths, the longest rows first.
 
     A row has the shortest standard length that is sufficient for its longest sequence. Shorter sequences fill the rest
-    of a long row. If the remaining short sequences have at most `few` tokens, they have no rows of their own. Rows are
-    halved as long as the total length of all rows does not grow.
+    of a long row. If the remaining short sequences have at most `few` tokens in total, they are added to longer rows.
+    Rows are halved as long as the total length of all rows does not grow.
 
     Args:
         sequences: Sequences of at most `longest` tokens.
         longest: Maximum length of a row.
-        few: Number of tokens for which a program of their own is not worth its compilation.
+        few: Maximum total number of tokens of short sequences that get no shorter rows, and so no program, of their
+            own.
     """
     lengths = [min(SHORTEST, longest)]
     most = max((s.inputs for s in sequences), default=0)

@@ -176,7 +176,8 @@ def probe_setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifes
 
 
 def _seq_len(given: int, manifest: Manifest) -> int:
-    """Return the number of tokens per text; 0 uses the value of training, or else 512 but at most the maximum."""
+    """Return `given` if it is not 0. Otherwise return 0 if the length in training is known, else 512 but at most the
+    model's maximum."""
     return given or (0 if manifest.seq_len else min(512, manifest.model.max_seq_len))
 
 

@@ -37,7 +37,8 @@ SAVE_SECONDS = 20.0
 def supports(model: ModelConfig) -> bool:
     """Return whether several texts can be packed into one row.
 
-    The trained keys of a prefix have one distance to all texts of a row, so they are refused with relative positions.
+    A model with trained keys (prefix tuning) is not supported if its positions are relative or absent. The distance of
+    a token to these keys is then counted from the start of the row, not of its text.
     """
     return not model.encoder_layers and not (model.prefix_tokens and model.positions in ("relative", "none"))
 
@@ -57,7 +58,8 @@ def step(model: ModelConfig, dtype: str) -> Any:
 class PackedExamples:
     """Build rows of several examples each.
 
-    A batch has tokens, segments, positions and perhaps types [B, T], and the index of each example [B, E]; -1 fills.
+    A batch has the arrays tokens, segments, positions and, for some models, types [B, T]. The array example [B, E] has
+    the index of each example, and -1 at entries that only fill a row.
     """
 
     reads = (*READ, "example")
@@ -77,7 +79,7 @@ class PackedExamples:
         packings = {T: pack(lengths.tolist(), T) for T in fitting}
 
         def cost(T: int) -> float:
-            """Return the cost of all rows, relative to that of a token without attention."""
+            """Return the cost of all rows, in units of the cost of one token without attention."""
             return len(packings[T]) * T * (1 + T / (6 * model.d_model))
 
         self.length = min(fitting, key=cost)
@@ -95,7 +97,7 @@ class PackedExamples:
         return hashlib.sha256(repr((self.length, self.bins)).encode()).hexdigest()
 
     def batch(self, rows_B: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the rows with the numbers `rows_B` as arrays, int32."""
+        """Return the rows with the indices `rows_B` as int32 arrays."""
         members = [self.bins[i] for i in rows_B]
         alone = self._rows.batch(np.concatenate(members))
         names = [name for name in READ if name in alone]
@@ -115,7 +117,7 @@ class PackedExamples:
 
 
 class _Part:
-    """Build the rows of a packing that are left."""
+    """Build the rows of a packing from the row `first` on."""
 
     def __init__(self, rows: PackedExamples, first: int) -> None:
         self._rows, self._first = rows, first

@@ -38,7 +38,7 @@ INVERSE_PENALTY = 30.0
 """Inverse strength of the L2 penalty. TF-IDF vectors have length 1, so weak penalties are best (Wang and Manning,
 2012)."""
 RARE_FROM = 1000
-"""Number of training texts from which terms of only one text are ignored."""
+"""Minimum number of training texts for which terms that occur in only one text are ignored."""
 
 
 class TfidfClassifier:
@@ -119,9 +119,9 @@ def measure(config: MeasureConfig, data: Splits, held: Examples, before: Stored)
         before: Earlier results. If one of them is the same measurement, it is returned.
 
     Returns:
-        A result with the fields of an artifact's result. Its bytes are those of the trained numbers in float32, without
-        the terms, as those of an artifact are without the tokenizer. Its times include the computation of the features
-        from texts.
+        A result with the fields of an artifact's result. Its bytes are those of the trained numbers in float32. They do
+        not include the terms, as an artifact's bytes do not include the tokenizer. Its times include the computation of
+        features from texts.
     """
     from sklearn import __version__ as version
 

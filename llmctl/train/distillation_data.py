@@ -1,4 +1,4 @@
-"""Check that the data of a distillation has what its teacher and its mode need."""
+"""Check that the data of a distillation has the teacher's classes, and the columns that the mode reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check(config: Any, learner: Learner, teacher: Artifact, text: Text) -> None:
       config: config of the stage `distill`.
       learner: the student.
       teacher: the teacher. The arrays may be abstract.
-      text: the stage's data.
+      text: data of the stage.
 
     Raises:
       RequestError: If the classes are not the teacher's. If columns are missing that the mode or the comparison without

@@ -1,6 +1,6 @@
 """Explain the outputs of an artifact by attributions to the tokens of its input.
 
-If the artifact quantizes activations, the explained model has its weights and activations that are not quantized.
+If the artifact quantizes activations, the explained model has the same weights, and activations in full precision.
 
 Example:
     explainer = Explainer(artifact.load(Path("runs/demo/finetune")))
@@ -41,7 +41,7 @@ from llmctl.model import functional, weights
 
 
 class Unit(NamedTuple):
-    """Store one or more tokens of the same characters, and the sum of their attributions."""
+    """Store the tokens of a character that is several tokens as one, with the sum of their attributions."""
 
     piece: Piece
     value: float
@@ -56,14 +56,13 @@ class Explanation:
     values_T: np.ndarray
     """Attribution of each token of `pieces`. It is 0 for special tokens, except in attention rollout."""
     target: str
-    """Explained class, number, choice or continuation."""
+    """Name of what is explained: a class, a predicted number, a choice or a continuation."""
     output: float
     """Output at the text, in the unit of `outputs.unit`."""
     baseline: float | None = None
     """Output at the baseline; None for attention rollout."""
     error: float | None = None
-    """Completeness error of integrated gradients, relative to the difference of the outputs; None for other
-    methods."""
+    """|sum of attributions - difference| / |difference| of integrated gradients; None for other methods."""
     steps: int = 0
     """Number of gradients that were computed."""
 
@@ -74,7 +73,7 @@ class Explanation:
 
     @property
     def units(self) -> list[Unit]:
-        """Return the units of the texts that are shown: tokens, with tokens of the same characters merged."""
+        """Return the tokens with their attributions. Tokens that share characters are merged into one."""
         found: list[Unit] = []
         for piece, value in zip(self.pieces, map(float, self.values_T), strict=True):
             last = found[-1].piece if found else None
@@ -245,7 +244,7 @@ class Explainer:
 
         open_rows = [i for i, ids in enumerate(told) if not ids]
         if open_rows:
-            # Any token may stand for the next one, because a row does not read its last target.
+            # A row does not read its last target, so any token can stand for it.
             bare = build([ids or [0] for ids in told])
             for i, logits_V in zip(open_rows, self._predicted([bare[i] for i in open_rows]), strict=True):
                 told[i] = [int(logits_V.argmax())]
@@ -281,9 +280,10 @@ def _predictions(found: Artifact, dtype: str) -> Any:
 
 
 def _stacked(group: Sequence[Input], target_N: np.ndarray, width: int, model: Any) -> dict[str, np.ndarray]:
-    """Return the padded arrays of inputs, [N, T], with their targets [N]. T is `width` for the described tokens.
+    """Return the padded arrays of inputs [N, T], and their targets [N].
 
-    Other lengths (scored positions, decoder tokens of an encoder-decoder) are the smallest power of two that suffices.
+    T is `width` for arrays of the explained tokens. The lengths of all other arrays (scored positions, decoder tokens
+    of an encoder-decoder) are the smallest sufficient power of two.
     """
     prefix = inputs.side(model)
 

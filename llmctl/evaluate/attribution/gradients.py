@@ -31,8 +31,8 @@ from llmctl.model.transformer import Batch, Params
 NODES = 6
 """Number of gradients per interval, G."""
 SMALLEST = 1e-3
-"""Smallest difference of outputs that errors are compared with, relative to the larger output. Rounding of float32
-dominates smaller differences."""
+"""Lower bound of the difference in the completeness error, as a fraction of the larger output. Smaller differences are
+mostly float32 rounding."""
 
 Evaluate = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Function (row indices [M], positions on the line [M]) -> (outputs [M], products of gradient and direction [M, T])."""
@@ -62,7 +62,8 @@ class Attribution:
 
 
 def scale(output: float, baseline: float) -> float:
-    """Return the absolute difference of two outputs, but at least `SMALLEST` times the larger output."""
+    """Return the denominator of the completeness error: |output - baseline|, but at least `SMALLEST` times the larger
+    of the two."""
     return max(abs(output - baseline), SMALLEST * max(abs(output), abs(baseline)), 1e-12)
 
 
@@ -105,7 +106,10 @@ def program(found: Artifact, baseline: int | None, dtype: str) -> Any:
 
 
 def gradient_input(evaluate: Evaluate, count: int) -> list[Attribution]:
-    """Return gradient times input of `count` rows. If the baseline is zero, the direction is the input."""
+    """Return the attributions of `count` rows by gradient times input.
+
+    The factor is (embeddings - baseline), which is the input if the baseline is zero.
+    """
     rows_N = np.arange(count)
     y_N, dot_NT = evaluate(rows_N, np.ones(count))
     base_N, _ = evaluate(rows_N, np.zeros(count))
@@ -157,7 +161,7 @@ _T, _W = (_X + 1) / 2, _W2 / 2
 
 
 def integrated(evaluate: Evaluate, count: int, width: int, tolerance: float, most: int) -> list[Attribution]:
-    """Return the integrated gradients of `count` rows.
+    """Return the attributions of `count` rows by integrated gradients.
 
     Args:
         evaluate: Function that computes outputs and products (see `Evaluate`).

@@ -1,7 +1,7 @@
 """Build model inputs for attributions, and find the characters that each token covers.
 
-The inputs of a row are those of its prediction. The rows are built twice: with the token ids, and with a number per
-token of the texts in place of its id. The numbers show where each token comes from, whichever part of a long text was
+The inputs of a row are the same as for its prediction. Each row is built twice: with token ids, and with a running
+number in place of each id. The numbers show which characters each token covers, even if a part of a long text was
 removed.
 
 Shapes: T tokens per row, P scored positions per row.
@@ -49,7 +49,7 @@ class Input:
     """
 
     row: int
-    """Index of the row among the rows of the user. A multiple-choice question has one input per choice."""
+    """Index of the row among the rows to explain. A multiple-choice question has one input per choice."""
     arrays: dict[str, np.ndarray]
     """Arrays of the batch by name, [T] each, such as tokens and segments. A language model has its scored positions
     too: `at`, `targets` and `weights`, [P] each."""
@@ -135,7 +135,7 @@ def of_language_model(
 
 
 def _input(row: int, real: dict[str, Any], numbers_T: np.ndarray, prefix: str, numbered: Numbering) -> Input:
-    """Return the input of one row without padding. `numbers_T` has the number of each token, as `Numbering` defines."""
+    """Return the input of one row without padding. `numbers_T` has the number of each token (see `Numbering`)."""
     length = int(real[f"{prefix}segments"].sum())
     arrays = {name: a for name, a in real.items() if getattr(a, "ndim", 0) == 1 and name != "label"}
     if "targets" in arrays:

@@ -13,7 +13,8 @@ from typing import Any
 from llmctl.config.terminal import visible
 
 LARGE = 0.1
-"""Smallest share of the largest attribution of a text for a dotted underline."""
+"""Attributions against the target get a dotted underline if they exceed this fraction of the text's largest
+attribution."""
 MOST = 100
 """Maximum number of texts on a page. The JSON record has all texts."""
 
@@ -187,7 +188,7 @@ def _mark(token: dict[str, Any], shown: str, largest: float, kind: str = "") -> 
 
 
 def _name(token: dict[str, Any]) -> str:
-    """Return the text of a token for a table. White space is replaced by symbols if the token has nothing else."""
+    """Return the text of a token for a table. If the token is only white space, symbols replace it."""
     text = token["text"]
     return _text_of(text.strip() or text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "∅")
 

@@ -1,13 +1,14 @@
 """Attribute an output to tokens by attention rollout (Abnar and Zuidema, 2020, arXiv:2005.00928).
 
 The attention of a layer is averaged over the heads, and mixed equally with the identity, which stands for the residual
-connection. The product of the layers' matrices says how much of each token reaches each position. The attribution is
-the mean row of the positions that the output is computed from: the pooled positions, or the scored positions.
+connection. The product of the layers' matrices gives the share of each input token in each output position. The
+attribution is the mean row of the positions that the output is computed from: the pooled positions, or the scored
+positions.
 
-The cited paper has no cross-attention. A decoder with cross-attention has a second residual connection per layer. It is
-treated alike: half of the position's own mixture, and half of the attended encoder outputs with their own rollout.
+The cited paper has no cross-attention. A decoder with cross-attention has a second residual connection per layer. Its
+mixture is half of the position's own rollout, and half of the rollouts of the attended encoder outputs.
 
-Attention probabilities are computed from the queries and keys of the running layer. Only this program stores them.
+The attention probabilities of each layer are computed from its queries and keys. No other program stores them.
 
 Shapes: B rows, T tokens per row, S encoder tokens per row, P scored positions per row.
 """
@@ -31,14 +32,14 @@ from llmctl.model.transformer import Batch, Block, Params, apply
 from llmctl.model.wiring import has_cross_attention
 
 RESIDUAL = 0.5
-"""Share of the residual connection in the mixture of a layer."""
+"""Weight of the identity (the residual connection) in the mixture with a layer's attention."""
 
 
 def check(found: Artifact) -> None:
     """Check that attention rollout is defined for the model.
 
     Raises:
-        RequestError: If the model has a trained prefix of keys (prefix tuning), which are no tokens.
+        RequestError: If the model has trained keys (prefix tuning), which belong to no token.
     """
     if found.model.prefix_tokens:
         raise RequestError(
@@ -50,8 +51,8 @@ def check(found: Artifact) -> None:
 def program(found: Artifact, dtype: str) -> Any:
     """Return a compiled function (params, batch) -> attributions [B, T].
 
-    They sum to 1 over the tokens of a row. For an encoder-decoder, they are those of the encoder's tokens [B, S]. The
-    rest of the sum belongs to the inputs of the decoder.
+    The attributions of a row sum to 1. For an encoder-decoder, only the encoder's tokens are returned, [B, S]. The
+    decoder's inputs have the rest of the sum.
     """
     cfg = found.model
 
@@ -74,7 +75,8 @@ def program(found: Artifact, dtype: str) -> Any:
 def read_from(cfg: ModelConfig, batch: Batch) -> jax.Array:
     """Return the weight of each position in the output, [B, T]. The weights of a row sum to 1.
 
-    A language model is read at its scored positions, and a task head at the pooled positions.
+    The output of a language model is computed from its scored positions, and that of a task head from the pooled
+    positions.
     """
     segments_BT = batch["segments"]
     eye_TT = jnp.eye(segments_BT.shape[1])

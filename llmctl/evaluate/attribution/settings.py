@@ -18,18 +18,18 @@ class AttributionConfig(Config):
     """Configure attributions: the method, its baseline, and the accuracy of the integral."""
 
     method: Method = "integrated_gradients"
-    """integrated_gradients sums to the change of the output; gradient_input is its first-order estimate; rollout
-    follows the attention."""
+    """integrated_gradients: attributions sum to the change of the output. gradient_input: their first-order estimate.
+    rollout: product of the layers' attention."""
     baseline: Baseline = ""
-    """Embedding that replaces each token of the text at the start of the integral: zeros, or that of the padding
-    token. Special tokens, positions and segment types stay. If empty, models with RMSNorm take the padding token,
-    because their outputs jump near zero embeddings, and others take zeros."""
+    """Embedding in place of each token's embedding at the start of the integral: zeros, or the embedding of the padding
+    token. Special tokens, positions and segment types stay. By default, the padding token for models with RMSNorm,
+    whose outputs jump near zero embeddings, and zeros for others."""
     tolerance: float = Field(default=0.01, gt=0, lt=1)
     """Largest completeness error of integrated gradients, relative to the change of the output."""
     steps: int = Field(default=1024, ge=12)
     """Maximum number of gradients per text."""
     seq_len: int = Field(default=0, ge=0)
-    """Tokens per row at most; 0 takes that of training, or 512."""
+    """Maximum number of tokens per row; 0 uses the value of training or, if it is unknown, 512."""
     batch_size: int = Field(default=16, ge=1)
     """Number of gradients per call."""
     dtype: Dtype = "float32"

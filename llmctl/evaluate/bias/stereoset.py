@@ -2,9 +2,9 @@
 arXiv:2004.09456).
 
 Each context has a stereotypical, an anti-stereotypical and an unrelated sentence. The language modelling score is the
-fraction of comparisons in which a sentence with a meaning is preferred to the unrelated one. The stereotype score is
-the fraction of contexts whose stereotypical sentence is preferred to the anti-stereotypical one. Both are means over
-the target terms. The ICAT score combines them: 1 for a perfect language model without a preference.
+fraction of comparisons in which a meaningful sentence (one of the first two) is preferred to the unrelated one. The
+stereotype score is the fraction of contexts whose stereotypical sentence is preferred to the anti-stereotypical one.
+Both are means over the target terms. The ICAT score combines them: 1 for a perfect language model without a preference.
 
 Shapes: N contexts.
 """
@@ -134,7 +134,7 @@ def _within(model: SentenceModel, contexts: Sequence[Context]) -> np.ndarray:
     for n, (ids_N, spans_N2) in enumerate(words.encode_spans(texts)):
         inside = np.flatnonzero((spans_N2[:, 0] < ends[n]) & (spans_N2[:, 1] > first[n]))
         start, end, ids = inside[0], inside[-1] + 1, ids_N.tolist()
-        for i in range(start, end):  # later tokens of the word are removed, so that they give nothing away
+        for i in range(start, end):  # later tokens of the word would reveal the masked one
             row = words.template.row([*ids[: i + 1], *ids[end:]]).tolist()
             tokens.append(masked(row, before + i, model.mask_id))
             owners.append(n)
@@ -173,7 +173,8 @@ def _per_token(model: SentenceModel, queries: Sequence[Query]) -> np.ndarray:
 
 
 def summary(contexts: Sequence[Context], score_N3: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the three scores with bootstrap intervals, and the values per context from which they are computed.
+    """Return the language modelling score, the stereotype score and ICAT with bootstrap intervals, and their values per
+    context.
 
     The scores are also computed per bias type and per type of context.
     """

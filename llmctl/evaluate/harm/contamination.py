@@ -40,7 +40,7 @@ def check(manifest: Manifest, settings: ContaminationConfig, where: str) -> None
     """Check that the tasks of the task files suit the model.
 
     Raises:
-        RequestError: If a task does not, or if a task file is invalid.
+        RequestError: If a task does not suit the model, or if a task file is invalid.
     """
     for file in settings.task_files:
         TASKS[task_files.read(file).task].check_model(manifest.model, where)
@@ -152,7 +152,7 @@ def _measured(
 def _shared(
     texts: dict[str, list[str]], training: Iterator[str], settings: ContaminationConfig
 ) -> dict[str, list[ngrams.Shared | None]]:
-    """Search the training text once for all sets of examples."""
+    """Search the training text once for the texts of all sets of examples. Return the shared n-grams per set."""
     every = [text for some in texts.values() for text in some]
     found = iter(ngrams.find_shared(every, training, ngram=settings.ngram, shortest=settings.shortest))
     return {name: [next(found) for _ in some] for name, some in texts.items()}

@@ -2,10 +2,10 @@
 
 A sequence of training text is extractable with k tokens of context if the greedy continuation of its prompt, the k
 tokens before its last m tokens, equals these m tokens (Carlini et al., 2023, arXiv:2202.07646; Carlini et al., 2021,
-arXiv:2012.07805). The same is measured on held-out text, where a match is chance, or text that both splits share. All
-prompt lengths have the same continuations, so they can be compared.
+arXiv:2012.07805). Held-out text is measured in the same way. A match there is due to chance, or to text that both
+splits share. All prompt lengths have the same continuations, so they can be compared.
 
-The common run is the length of the longest sequence of tokens that the two continuations share.
+The common run is the length of the longest sequence of tokens that the generated and the true continuation share.
 
 Shapes: N sequences, L tokens per sequence, m tokens per continuation.
 """

@@ -1,8 +1,8 @@
 """Find texts that share an n-gram of words with a corpus.
 
 Words are normalized as in GPT-3's analysis of contamination (Brown et al., 2020, arXiv:2005.14165, appendix C): without
-case, punctuation and white space. In scripts without spaces, each character is a word. Unlike there, n-grams that are
-frequent in the corpus are not ignored.
+case, punctuation and white space. In scripts without spaces, each character is a word. Unlike in that analysis, n-grams
+that are frequent in the corpus count too.
 
 Example:
     >>> find_shared(["The cat sat.", "A dog ran!"], ["where the CAT sat, it slept"], ngram=3, shortest=2)
@@ -23,7 +23,7 @@ import numpy as np
 from llmctl.evaluate.harm.word_list import UNSPACED
 
 UNKNOWN = -1
-"""Number of words that occur in no text, and of the gap between two documents."""
+"""Word number that stands for words of the corpus that no text contains, and for the gap between two documents."""
 PART = 2**18
 """Number of words of the corpus that are searched at once."""
 _WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[^\W_])+")

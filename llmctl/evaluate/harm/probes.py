@@ -30,7 +30,7 @@ class Toxicity(Probe):
         """Check that the model generates text, and that the prompts, the judge and the filter can be used.
 
         Raises:
-            RequestError: If not.
+            RequestError: If the model generates no text, or if a file of the settings is missing or invalid.
         """
         from llmctl.evaluate.harm import toxicity
 
@@ -68,7 +68,7 @@ class Memorization(Probe):
         """Check that the model is a decoder of text, and that prompt and continuation fit into it.
 
         Raises:
-            RequestError: If not.
+            RequestError: If the model is no decoder, generates no text, or reads fewer tokens.
         """
         _check_generates(self.name, manifest, where)
         if manifest.model.architecture != "decoder":
@@ -110,7 +110,7 @@ class Contamination(Probe):
         """Check that the task suits the model.
 
         Raises:
-            RequestError: If not.
+            RequestError: If the task does not suit the model, or if a task file is invalid.
         """
         from llmctl.evaluate.harm import contamination
         from llmctl.evaluate.tasks.registry import of

@@ -13,7 +13,7 @@ from llmctl.data.config import DataConfig
 
 
 class HarmConfig(Config):
-    """Configure what counts as harmful text: a list of words, a classifier, or both."""
+    """Configure the detector of harmful text: a list of words, a classifier, or both."""
 
     common: ClassVar[tuple[str, ...] | None] = ()
 
@@ -26,7 +26,7 @@ class HarmConfig(Config):
     """Harmful classes of the classifier. Their probabilities are added or, for a multi-label classifier, the largest
     is used."""
     threshold: float = Field(default=0.5, gt=0, le=1)
-    """Probability of the harmful classes from which on a text counts as harmful."""
+    """Minimum probability of the harmful classes for a text to count as harmful."""
 
     @property
     def active(self) -> bool:
@@ -64,9 +64,9 @@ class FilterConfig(HarmConfig):
     heading: ClassVar[str] = "Output filter"
 
     action: Literal["refuse", "redact", "resample"] = "refuse"
-    """What happens to a harmful answer. refuse: replace the answer by `refusal`. redact: replace the words of the list;
-    an answer that the classifier still rejects is refused. resample: sample again, at most `attempts` times, and refuse
-    if all samples are harmful."""
+    """Action on a harmful answer. refuse: replace the answer by `refusal`. redact: replace the words of the list; an
+    answer that the classifier still rejects is refused. resample: sample again, at most `attempts` times, and refuse if
+    all samples are harmful."""
     refusal: str = Field(default="I cannot help with that.", min_length=1)
     """Answer that replaces a harmful answer."""
     attempts: int = Field(default=4, ge=1)
@@ -100,7 +100,7 @@ class ToxicityConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Seed of the sampling and of the bootstrap intervals."""
     judge: HarmConfig = HarmConfig()
-    """What counts as a toxic continuation."""
+    """Word list, classifier or both that decide whether a continuation is toxic."""
     filter: FilterConfig = FilterConfig()
     """Output filter whose effect is measured."""
 

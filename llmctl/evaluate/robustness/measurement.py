@@ -71,8 +71,8 @@ def measure(task: Task, artifact: Artifact, held: Held, setup: Setup, settings: 
 def main_values(task: Task, artifact: Artifact, values: Values) -> tuple[str, np.ndarray]:
     """Return the name of a task's main metric, and its values per example.
 
-    The main metric is the metric that selects the best checkpoint if it is a mean or a ratio. For regression, it is the
-    mean absolute error.
+    If the metric that selects the best checkpoint is a mean or a ratio, it is the main metric. For regression, the main
+    metric is the mean absolute error.
     """
     name = task.best(artifact.manifest.labels)
     if name in values:

@@ -16,14 +16,14 @@ from random import Random
 from llmctl.config.registry import Registry
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+(?:['\u2019][^\W_]+)*")
-"""A word: letters and digits with inner apostrophes, or one Chinese or Japanese character."""
+"""Pattern of a word: letters and digits with inner apostrophes, or one Chinese or Japanese character."""
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 """Rows of letters on a keyboard with the layout QWERTY. Each row is shifted by half a key against the row above."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Store what changes read besides the text."""
+    """Store the arguments of a change other than the text."""
 
     rate: float = 0.2
     """Fraction of the words that are changed."""
@@ -111,7 +111,7 @@ def synonyms(text: str, options: Options, rng: Random) -> str:
 
 
 def cased(word: str, like: str) -> str:
-    """Return the word with an upper-case first letter, or in upper case, if the word `like` is so.
+    """Return the word in the letter case of the word `like`: capitalized, upper case, or unchanged.
 
     Example:
         >>> cased("big", "Large"), cased("big", "LARGE"), cased("big", "large")
@@ -154,7 +154,7 @@ def truncation(text: str, options: Options, rng: Random) -> str:
 
 
 def paraphrase(text: str, options: Options, rng: Random) -> str:
-    """Put the text into a template that does not change its meaning."""
+    """Put the text into a random template, which does not change the text's meaning."""
     return rng.choice(options.templates).replace("{{ text }}", text)
 
 

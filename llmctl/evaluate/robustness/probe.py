@@ -36,7 +36,7 @@ class Robustness(Probe):
         """Check that the task has predictions per text, that the model suits it, and that the synonyms can be read.
 
         Raises:
-            RequestError: If not.
+            RequestError: If the task or the model is not supported, or if the synonyms cannot be read.
         """
         task = self.task(manifest, settings)
         if not task.perturbs:
@@ -81,7 +81,7 @@ class Attack(Probe):
         """Check that the artifact predicts one class per text, and that the synonyms can be read.
 
         Raises:
-            RequestError: If not.
+            RequestError: If the artifact predicts no single class per text, or if the synonyms cannot be read.
         """
         from llmctl.evaluate.tasks import registry
 

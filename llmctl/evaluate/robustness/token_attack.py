@@ -97,7 +97,8 @@ def unit(table: weights.Weight) -> jax.Array:
 
 
 def attackable(tokenizer: Tokenizer, size: int) -> np.ndarray:
-    """Return which tokens may be substituted and be substitutes, bool [size]: tokens with visible text."""
+    """Return whether each token has visible text, bool [size]. Only such tokens are substituted or used as
+    substitutes."""
     found = np.zeros(size, bool)
     pieces = tokenizer.pieces()[:size]
     found[: len(pieces)] = [bool(piece.strip()) and "\ufffd" not in piece for piece in pieces]

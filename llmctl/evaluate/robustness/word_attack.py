@@ -2,9 +2,10 @@
 
 The search follows TextFooler (Jin et al., 2020, arXiv:1907.11932). The importance of a word is the drop of the true
 class's probability when the word is removed. In the order of importance, each word is replaced by the first synonym
-that changes the prediction or, if there is none, by the synonym with the lowest probability of the true class.
-TextFooler takes candidates from word embeddings, and filters them by part of speech and by the similarity of sentence
-embeddings. Here, candidates are given synonyms, the closest first.
+that changes the prediction or, if there is none, by the synonym with the lowest probability of the true class. A
+synonym that does not lower this probability is not used. TextFooler takes candidates from word embeddings, and filters
+them by part of speech and by the similarity of sentence embeddings. Here, candidates are given synonyms, the closest
+first.
 
 Shapes: N texts, M queries, C classes.
 """
@@ -21,14 +22,14 @@ from llmctl.evaluate.robustness.outcome import Outcome, budget
 from llmctl.evaluate.robustness.perturbations import WORD, cased
 
 UNCHANGED = 1e-6
-"""Largest change of a probability that counts as none."""
+"""Words whose removal changes the probability by at most this value are not substituted."""
 Predict = Callable[[Sequence[Row]], np.ndarray]
 """Function from M rows with texts to the probabilities of the classes [M, C]."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Describe a word of a row that has synonyms."""
+    """Describe one word with synonyms, and its range of characters in a column of a row."""
 
     column: str
     first: int
@@ -39,14 +40,14 @@ class Place:
 
 @dataclass
 class Text:
-    """Store a row, the places of words with synonyms, and the substitutions so far."""
+    """Store a row, its words that have synonyms, and the substitutions so far."""
 
     row: Row
     places: list[Place]
     words: int
     """Number of words of the row."""
     chosen: dict[int, str] = field(default_factory=dict)
-    """Substitute by the index of the place."""
+    """Map from the index of a word in `places` to its substitute."""
 
     def changed(self, more: Mapping[int, str] | None = None) -> Row:
         """Return the row with the substitutions so far, and with further substitutions `more`.
@@ -63,7 +64,7 @@ class Text:
 
 
 def text_of(row: Row, columns: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> Text:
-    """Return a row with the places of its words that have synonyms.
+    """Return a row with its words that have synonyms.
 
     Example:
         >>> text_of({"text": "A Big dog"}, ("text",), {"big": ["large"]}).changed({0: "Large"})
@@ -154,7 +155,7 @@ class WordAttack:
         return self._predict(texts)[np.arange(len(rows)), self._label_N[list(rows)]]
 
     def _important(self, rows: Sequence[int]) -> list[list[int]]:
-        """Return the places of each text, the most important word first.
+        """Return, for each text, indices into `places`, the most important word first.
 
         If the removal of a word changes the prediction, the rise of the new class's probability is added to the drop of
         the true class's probability. Words whose removal changes nothing, such as words that truncation removes, are

@@ -67,7 +67,7 @@ class Config(StageConfig):
     """Training examples, with the columns that the stage `finetune` needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer. For the
-    divergence total_variation, the default is 1. It should be the temperature at which the draft samples."""
+    divergence total_variation, the default is 1. Set it to the temperature at which the draft will sample."""
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew", "total_variation"] = "forward"
