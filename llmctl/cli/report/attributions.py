@@ -5,8 +5,10 @@ The files are NAME.attributions.json in the folder of the run. Their content is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmctl.cli.report import figures
-from llmctl.cli.report.document import Block, Columns, Folded, Paragraph, Section, Table, Tokens, cell, number
+from llmctl.cli.report.document import Block, Columns, Folded, Number, Paragraph, Section, Table, Tokens, cell, number
 from llmctl.cli.report.run_contents import Contents, Record
 
 SHOWN = 12
@@ -44,7 +46,7 @@ def sections(contents: Contents) -> list[Section]:
         parts.append(Paragraph(f"{len(texts) - len(chosen):,} further texts are in the JSON data."))
     averages = [(r, one) for r in found for one in r.get("averages") or []]
     if averages:
-        parts.append(Folded("Mean attribution per token and target", [_average(r, one) for r, one in averages]))
+        parts.append(Folded("Mean attribution per word and target", [_average(r, one) for r, one in averages]))
     return [Section("Attributions", parts)]
 
 
@@ -56,15 +58,30 @@ def _tokens(record: Record, text: Record) -> Tokens:
     if len(shown) > MOST_TOKENS:
         note += f" {len(shown) - MOST_TOKENS:,} further tokens are in the JSON data."
     output = f" ({text['output']:+.3g})" if figures.is_number(text.get("output")) and not rollout else ""
-    pairs = [(t["text"], t["attribution"]) for t in shown[:MOST_TOKENS]]
+    pairs = _spaced(shown[:MOST_TOKENS], text["texts"])
     return Tokens(cell(f"{record['artifact']}: {text['target']}{output}").text, pairs, note.strip())
 
 
+def _spaced(tokens: Sequence[Record], texts: Sequence[str]) -> list[tuple[str, Number]]:
+    """Return (text, attribution) of each token, with the white space before it, which some tokenizers give no token."""
+    pairs: list[tuple[str, Number]] = []
+    ends: dict[int, int] = {}
+    for token in tokens:
+        part, first, last = (token.get(key) for key in ("part", "first", "last"))
+        between = ""
+        if part in range(len(texts)) and isinstance(first, int) and isinstance(last, int) and last:
+            skipped = texts[part][ends.get(part, 0) : first]
+            between = "\n" * (part not in ends and bool(ends)) + (" … " if skipped.strip() else skipped)
+            ends[part] = max(ends.get(part, 0), last)
+        pairs.append((between + token["text"], token["attribution"]))
+    return pairs
+
+
 def _average(record: Record, one: Record) -> Table:
-    tokens = [t for side in ("for", "against") for t in one.get(side, [])]
-    rows = [[cell(t["token"]), number(t["mean"]), number(t["count"])] for t in tokens]
-    caption = f"{record['artifact']}, target {one['target']}: tokens for it, then against it"
-    return Table(cell(caption).text, ["token", "mean attribution", "texts"], rows)
+    words = [w for side in ("for", "against") for w in one.get(side, [])]
+    rows = [[cell(w["word"]), number(w["mean"]), number(w["count"])] for w in words]
+    caption = f"{record['artifact']}, target {one['target']}: words for it, then against it"
+    return Table(cell(caption).text, ["word", "mean attribution", "occurrences"], rows)
 
 
 def is_valid(record: Record) -> bool:
@@ -85,5 +102,5 @@ def _is_text(text: Record) -> bool:
 
 
 def _has_averages(record: Record) -> bool:
-    tokens = [t for one in record.get("averages") or [] for side in ("for", "against") for t in one.get(side, [])]
-    return all("token" in t and figures.is_number(t.get("mean")) and figures.is_number(t.get("count")) for t in tokens)
+    words = [w for one in record.get("averages") or [] for side in ("for", "against") for w in one.get(side, [])]
+    return all("word" in w and figures.is_number(w.get("mean")) and figures.is_number(w.get("count")) for w in words)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ ATTRIBUTIONS = "*.attributions.json"
 WORK = ".work"
 """Folder in a run with the temporary files of stages that have not finished."""
 MOST_RECORDS = 200_000
-"""Maximum number of lines that are read of each file with predictions or attributions."""
+"""Maximum number of lines that are read of each file with predictions."""
 
 Record = dict[str, Any]
 
@@ -150,7 +151,7 @@ def _evaluation(folder: Path, manifest: Manifest, known: dict[str, str]) -> Eval
         manifest,
         renamed(results, "artifact"),
         renamed(summary.comparisons(folder), "artifact", "against"),
-        renamed(lines(folder / RECORDS, _has("artifact", "task")), "artifact"),
+        renamed(lines(folder / RECORDS, _has("artifact", "task"), MOST_RECORDS), "artifact"),
     )
 
 
@@ -183,10 +184,11 @@ def _has(*keys: str) -> Callable[[Record], bool]:
     return lambda record: all(isinstance(record.get(key), str) for key in keys)
 
 
-def lines(file: Path, valid: Callable[[Record], bool] = lambda _: True) -> list[Record]:
+def lines(file: Path, valid: Callable[[Record], bool] = lambda _: True, most: int | None = None) -> list[Record]:
     """Return the objects of a file with one JSON object per line; an empty list if there is no file.
 
-    An incomplete last line, which a killed process may leave, is omitted.
+    An incomplete last line, which a killed process may leave, is omitted. If `most` is given, the lines after the first
+    `most` are not read.
 
     Raises:
         RequestError: If another line is no valid object. The message names the file and the line.
@@ -194,12 +196,15 @@ def lines(file: Path, valid: Callable[[Record], bool] = lambda _: True) -> list[
     if not file.is_file():
         return []
     found: list[Record] = []
-    for n, line in enumerate(file.read_bytes().split(b"\n")[:-1][:MOST_RECORDS], 1):
-        try:
-            value = parse_json(line)
-            if not isinstance(value, dict) or not valid(value):
-                raise ValueError("not a record")
-        except ValueError as e:
-            raise RequestError(f"{file}: line {n}: damaged ({e}); run the stage that made it again") from None
-        found.append(value)
+    with file.open("rb") as stream:
+        for n, line in enumerate(islice(stream, most), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                value = parse_json(line)
+                if not isinstance(value, dict) or not valid(value):
+                    raise ValueError("not a record")
+            except ValueError as e:
+                raise RequestError(f"{file}: line {n}: damaged ({e}); run the stage that made it again") from None
+            found.append(value)
     return found

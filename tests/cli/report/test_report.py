@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,13 @@ import pytest
 from llmctl.artifacts.manifest import FORMAT, Manifest, Parent
 from llmctl.artifacts.manifest_file import write_manifest
 from llmctl.cli import app, summary
-from llmctl.cli.report import html_page, plots, quality, report, reproduction, run_contents
+from llmctl.cli.report import attributions, html_page, plots, quality, report, reproduction, run_contents
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
+from llmctl.evaluate.attribution.explain import Explanation
+from llmctl.evaluate.attribution.inputs import Piece
+from llmctl.evaluate.attribution.record import record
+from llmctl.evaluate.attribution.settings import AttributionConfig
 from llmctl.model.config import ModelConfig
 from llmctl.pipeline import recipe
 
@@ -262,6 +267,32 @@ def test_tokens_are_marked_side_by_side(page):
     assert [(m["text"].strip()[-1], m["attrs"].get("class"), m["attrs"]["style"]) for m in marks] == [
         (")", None, "--strength: 1.0"), ("b", "against", "--strength: 0.5")
     ] * 2  # fmt: skip
+
+
+def test_records_of_explain_are_read(run, tmp_path):
+    """The report reads what `explain --json` writes, averages included, and shows spaces that no token has."""
+    pieces = [Piece("[CLS]", "special"), Piece("so", "text", 0, 0, 2), Piece("so", "text", 0, 3, 5)]
+    found = [Explanation(pieces, ["so so, cut off"], np.array([0, 0.5, -0.25]), "pos", 1.5, 0.0)] * 2
+    manifest = Manifest.model_validate_json((run / "base/manifest.json").read_text())
+    about = {"manifest": manifest, "config": AttributionConfig(baseline="pad"), "unit": "nats"}
+    explainer = SimpleNamespace(found=SimpleNamespace(**about), task=SimpleNamespace(title="classes"), **about)
+    made = record(explainer, found, top=3)
+    assert made["averages"]
+    shutil.copytree(run / "base", tmp_path / "base")
+    (tmp_path / "a.attributions.json").write_text(json.dumps(made))
+    contents = run_contents.read(tmp_path, attributions.is_valid)
+    ((part,),) = (s.blocks[-1].blocks for s in attributions.sections(contents))
+    assert [[c.text for c in row] for row in part.rows] == [["so", "0.125", "4"]]
+    tokens = attributions.sections(contents)[0].blocks[2].blocks[0]
+    assert tokens.tokens == [("so", 0.5), (" so", -0.25)]
+
+
+def test_long_logs_are_read_to_their_end(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_contents, "MOST_RECORDS", 1)
+    shutil.copytree(run, tmp_path / "run")
+    contents = run_contents.read(tmp_path / "run")
+    assert contents.models[0].log[-1]["step"] == 30
+    assert len(contents.evaluations[0].records) == 1
 
 
 def test_the_same_run_gives_the_same_bytes(run, pages, tmp_path):
