@@ -55,7 +55,11 @@ class WalkState:
 
         If the decoder was begun, the outputs of the encoder's layers are not replaced. The decoder reads `memories`
         instead.
+
+        If the batches have other sizes than those in the file, because the mesh changed, no layer is finished.
         """
+        if self._about.get("rows") != _rows(carries):
+            self._found, self._about = {}, {"layers": []}
         count = sum(name == stack for name, *_ in self._about["layers"])
         if count and self._about["layers"][-1][0] == stack:
             for n, carry in enumerate(carries):
@@ -105,13 +109,18 @@ class WalkState:
         arrays |= {f"memory.{n}": _bytes(a) for n, a in enumerate(memories) if a is not None}
         for at, one in self._stats.items():
             arrays |= {f"{at}.{k}": _bytes(a) for k, a in enumerate(jax.tree.leaves(one))}
-        about = np.frombuffer(json.dumps({"layers": self._layers}).encode(), np.uint8)
+        about = np.frombuffer(json.dumps({"layers": self._layers, "rows": _rows(carries)}).encode(), np.uint8)
         self._saved.put(self._name, arrays | {ABOUT: about})
         self._written = time.monotonic()
 
     def drop(self) -> None:
         """Remove the file, because the results of the walk are saved."""
         self._saved.drop(self._name)
+
+
+def _rows(carries: Sequence[layerwise.Carry]) -> list[int]:
+    """Return the number of rows per batch."""
+    return [len(carry.x_BTD) for carry in carries]
 
 
 def _bytes(a: jax.Array) -> np.ndarray:

@@ -279,7 +279,7 @@ def test_a_killed_walk_that_only_measures_goes_on_at_its_layer(tiny, make_rows, 
     monkeypatch.setattr(calibrate, "passes", counted)
     monkeypatch.setattr(walk_state, "SECONDS", 0.0)
 
-    def run(folder, progress=None):
+    def run(folder, progress=None, batches=batches):
         state = WalkState(Measurements(folder), "inputs")
         return state, walk(cfg, params, batches, moments, keep=True, progress=progress, state=state, dtype=dtype)[1]
 
@@ -299,6 +299,10 @@ def test_a_killed_walk_that_only_measures_goes_on_at_its_layer(tiny, make_rows, 
         assert jax.tree.structure(a.stats) == jax.tree.structure(b.stats)
         for x, y in zip(jax.tree.leaves(a.stats), jax.tree.leaves(b.stats), strict=True):
             np.testing.assert_array_equal(x, y)
+    joined = [{name: jnp.concatenate([batch[name] for batch in batches]) for name in batches[0]}]
+    measured.clear()
+    run(tmp_path, batches=joined)  # another mesh may need larger batches
+    assert len(measured) == 5
     (tmp_path / "inputs.walk.npz").write_bytes(b"damaged")
     measured.clear()
     run(tmp_path)
