@@ -113,6 +113,12 @@ def check_probes(config: MeasureConfig, manifest: Manifest, where: str) -> None:
         probe.check_model(manifest, probe_settings(config, probe), where)
 
 
+def probes_generate(config: MeasureConfig, manifest: Manifest) -> bool:
+    """Return whether a probe of the evaluation generates answers."""
+    probes = [PROBES[name] for name in config.named_probes]
+    return any(probe.generates(manifest, probe_settings(config, probe)) for probe in probes)
+
+
 def tasks_of(config: MeasureConfig, manifest: Manifest) -> list[Task]:
     """Return the tasks on which an artifact is measured with the data of the evaluation."""
     if not config.measures_task:
@@ -159,9 +165,11 @@ def of_probes(
         read = training if probe.reads_training else None
         held = Held(examples, config.split, folder, read) if probe.reads_data and examples is not None else None
         setup = probe_setup(config, mesh, path, manifest)
-        own = probe.definition(probe_settings(config, probe))
-        texts = [read.digest] if read is not None else []
-        digest = stored.digest(probe.name, own, *stored.conditions(held, setup), *texts)
+        settings = probe_settings(config, probe)
+        parts = [read.digest] if read is not None else []
+        parts += [setup.generation.model_dump()] if probe.generates(manifest, settings) else []
+        parts += [manifest.tokenizer] if probe.tokenizes else []
+        digest = stored.digest(probe.name, probe.definition(settings), *stored.conditions(held, setup), *parts)
         found.append(ProbeMeasurement(config, setup, digest, probe, held))
     return found
 
@@ -206,6 +214,10 @@ def check_comparable(
             if one.definition != theirs[label].definition:
                 a, b = (vars(m.setup) for m in (one, theirs[label]))
                 apart = ", ".join(f"{k} {a[k]} and {b[k]}" for k in a if k != "mesh" and a[k] != b[k])
+                if not apart:
+                    raise RequestError(
+                        f"against: {name} and {against} have different tokenizers, and {label} is measured on tokens"
+                    )
                 raise RequestError(
                     f"against: {name} and {against} are measured differently on {label} ({apart}); set it for both"
                 )

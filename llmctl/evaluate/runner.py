@@ -94,8 +94,9 @@ def results(
             acceptance.check_tasks(asked[name], str(chosen[name]))
     generates = [task.generates for tasks in asked.values() for task in tasks]
     generates += [registry.TASKS[file.config.task].generates for file in files]
+    generates += [measurements.probes_generate(config, manifest) for manifest in manifests.values()]
     if measurements.generation_fields(config) and not any(generates):
-        given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}))
+        given = ", ".join(sorted({task.name for tasks in asked.values() for task in tasks}) or config.tasks)
         raise RequestError(f"generation: not for task {given}; only task seq2seq generates answers")
     judged = identity(artifact.read_manifest(target)) if target else ""
     wanted = {

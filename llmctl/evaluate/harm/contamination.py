@@ -77,7 +77,9 @@ def measure(title: str, artifact: Artifact, held: Held, setup: Setup, settings: 
     shared = _shared(texts, (_text(row) for row in training), settings)
     metrics, values, records = _measured(artifact, of(artifact.manifest), held, setup, texts[""], shared[""], settings)
     for name, file in files.items():
-        own = replace(setup, seq_len=file.config.seq_len or setup.seq_len, generation=file.config.generation)
+        given = "generation" in file.config.model_fields_set
+        generation = file.config.generation if given else setup.generation
+        own = replace(setup, seq_len=file.config.seq_len or setup.seq_len, generation=generation)
         there = Held(file.examples, file.config.split, held.folder / name)
         task = TASKS[file.config.task]
         found = _measured(artifact, task, there, own, texts[name], shared[name], settings)

@@ -63,6 +63,7 @@ class Memorization(Probe):
     title = "memorization"
     section = "memorization"
     reads_training = True
+    tokenizes = True
 
     def check_model(self, manifest: Manifest, settings: Any, where: str) -> None:
         """Check that the model is a decoder of text, and that prompt and continuation fit into it.
@@ -124,6 +125,14 @@ class Contamination(Probe):
 
         return contamination.definition(settings)
 
+    def generates(self, manifest: Manifest, settings: Any) -> bool:
+        """Return whether the artifact's task, or the task of a task file, generates answers."""
+        from llmctl.evaluate import task_files
+        from llmctl.evaluate.tasks.registry import TASKS, of
+
+        files = [TASKS[task_files.read(file).task] for file in settings.task_files]
+        return any(task.generates for task in (of(manifest), *files))
+
     def measure(self, artifact: Artifact, held: Held | None, setup: Setup, settings: Any) -> Measured:
         """Search the training text, and measure the artifact's task on contaminated and on clean examples."""
         from llmctl.evaluate.harm import contamination
@@ -134,11 +143,14 @@ class Contamination(Probe):
     def programs(
         self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
     ) -> Sequence[Program]:
-        """Return the program that scores a batch, which is that of the task."""
+        """Return the programs of the task, which score a batch and generate answers."""
         from llmctl.evaluate import programs
         from llmctl.evaluate.tasks.registry import of
 
-        return [programs.of_task(f"contamination of {name}", artifact, data, setup, of(artifact.manifest))]
+        task = of(artifact.manifest)
+        sizes = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}
+        generating = task.generation_programs(artifact.model, artifact.params, setup.generation, setup.mesh, **sizes)
+        return [programs.of_task(f"contamination of {name}", artifact, data, setup, task), *generating]
 
 
 def _check_generates(probe: str, manifest: Manifest, where: str) -> None:

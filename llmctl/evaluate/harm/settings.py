@@ -172,4 +172,7 @@ class ContaminationConfig(Config):
     def _files(cls, names: list[str]) -> list[str]:
         if wrong := [name for name in names if not name.endswith(".toml")]:
             raise ValueError(f"{wrong[0]!r} is no task file, whose name ends in .toml")
+        stems = [Path(name).stem for name in names]
+        if twice := [stem for stem in stems if stems.count(stem) > 1]:
+            raise ValueError(f"two task files are named {twice[0]!r}; results are stored by this name")
         return names

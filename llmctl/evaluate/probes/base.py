@@ -54,6 +54,8 @@ class Probe:
     the artifact was trained for or, if the settings have a field `task` that is not empty, of that task."""
     reads_training: ClassVar[bool] = False
     """Whether the probe reads the train split of the evaluation's data too (`Held.training`)."""
+    tokenizes: ClassVar[bool] = False
+    """Whether the tokenizer determines what the examples are, so that only results of one tokenizer are compared."""
     compares: ClassVar[bool] = True
     """Whether `measure` returns values per example, which a paired comparison needs."""
 
@@ -83,6 +85,10 @@ class Probe:
         By default, these data are the settings. A probe that reads files adds their contents.
         """
         return settings.model_dump() if settings else {}
+
+    def generates(self, manifest: Manifest, settings: Any) -> bool:
+        """Return whether the probe generates answers by the settings `generation`, which then determine the result."""
+        return False
 
     def measure(self, artifact: Artifact, held: Held | None, setup: Setup, settings: Any) -> Measured:
         """Measure an artifact.

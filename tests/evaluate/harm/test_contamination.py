@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 from tiny_memorizer import sentences
 
+from llmctl.artifacts import artifact
 from llmctl.cli import app
+from llmctl.config.errors import RequestError
+from llmctl.config.settings import MeshConfig
+from llmctl.data import splits
+from llmctl.data.config import DataConfig
+from llmctl.distributed import mesh as meshes
+from llmctl.evaluate import measurements
 from llmctl.evaluate.harm import ngrams
 from llmctl.evaluate.harm.contamination import on_part
 from llmctl.evaluate.predict import Predictor
+from llmctl.evaluate.settings import MeasureConfig
+from llmctl.evaluate.tasks.settings import GenerationConfig
 
 
 def brute(texts, corpus, ngram, shortest):
@@ -123,6 +132,27 @@ def test_a_classifier_is_measured_on_the_clean_texts(judge, tmp_path, capsys):
     assert 0 < sum(right) < 8
 
 
+def test_settings_of_generation_and_tokenizers_are_part_of_the_measurement(memorizer, tmp_path):
+    """A task that generates answers has another definition with other settings; others ignore them."""
+    (tmp_path / "train.txt").write_text("\n\n".join(sentences(0)))
+    data = splits.load(DataConfig(documents="paragraph", path=str(tmp_path / "train.txt"), test=0.5), labels=False)
+    mesh, told = meshes.make(MeshConfig()), artifact.read_manifest(memorizer)
+
+    def made(probe, manifest, **generation):
+        config = MeasureConfig(tasks=[probe], generation=GenerationConfig(**generation))
+        found = measurements.of_probes(config, mesh, memorizer, manifest, data["test"], tmp_path, data["train"])
+        return found, measurements.probes_generate(config, manifest)
+
+    answers, other = told.model_copy(update={"task": "seq2seq"}), told.model_copy(update={"tokenizer": "other"})
+    ((one,), generates), ((two,), _) = (made("contamination", answers, max_new=n) for n in (3, 4))
+    assert generates and one.definition != two.definition and one.setup.generation.max_new == 3
+    ((one,), generates), ((two,), _) = (made("contamination", told, max_new=n) for n in (3, 4))
+    assert not generates and one.definition == two.definition
+    sides = {name: made("memorization", manifest)[0] for name, manifest in (("a", told), ("b", other))}
+    with pytest.raises(RequestError, match="a and b have different tokenizers, and memorization is measured on tokens"):
+        measurements.check_comparable(sides, {"a": told, "b": other}, "b")
+
+
 def test_refusals(memorizer, tmp_path, capsys):
     (tmp_path / "train.txt").write_text("\n\n".join(sentences(0)))
     data = ("--tasks", "contamination", "--data.documents", "paragraph", "--data.path", tmp_path / "train.txt")
@@ -133,6 +163,8 @@ def test_refusals(memorizer, tmp_path, capsys):
         (("--contamination.corpus.path", "nowhere.txt"), "no such file: 'nowhere.txt'"),
         (("--contamination.task-files", "x.json"), "'x.json' is no task file"),
         (("--contamination.task-files", "x.toml"), "x.toml: no such file"),
+        (("--contamination.task-files", "x.toml,a/x.toml"), "two task files are named 'x'"),
+        (("--generation.max-new", 3), "generation: not for task contamination"),
     ):
         error = evaluated(capsys, memorizer, *data, *more, *flags, code=2)
         assert said in error and error.count("llmctl: ") == 1, error
