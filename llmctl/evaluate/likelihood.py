@@ -182,8 +182,8 @@ class PackedRows:
     """Build rows of several sequences each.
 
     A batch has the arrays tokens, segments and positions [B, T] and, if a sequence has several continuations, branches
-    [B, T] (see `llmctl.model.attention`). The arrays at, targets and query [B, P] contain the index in the row, the
-    target token and the query of each scored token. `query` and `targets` are -1 at entries that only fill a row.
+    [B, T] (see `llmctl.model.attention`). For each scored token, the arrays at, targets and query [B, P] contain its
+    index in the row, its id and the number of its query. `query` and `targets` are -1 at entries that only fill a row.
     """
 
     reads = ("tokens", "segments", "positions", "branches", "at", "targets")

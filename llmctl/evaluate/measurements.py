@@ -177,8 +177,8 @@ def of_probes(
 def probe_setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifest) -> Setup:
     """Return the settings for the measurement of one artifact by a probe.
 
-    If the length of the artifact's training texts is unknown, as for imports, the sequence length is 512, but at most
-    the model's maximum.
+    For imports, the length of the training texts is unknown. Their sequence length is 512, but at most the model's
+    maximum.
     """
     return setup(config.model_copy(update={"seq_len": _seq_len(config.seq_len, manifest)}), mesh, path, manifest)
 

@@ -56,7 +56,8 @@ def metric_cell(metrics: Mapping[str, Any], name: str) -> Cell:
 
 
 def scalars(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the names of the metrics that are numbers. Ends of an interval are omitted if the metric is there."""
+    """Return the names of the metrics that are numbers. The bounds of an interval are omitted if its metric is
+    present."""
     names = [name for name, value in metrics.items() if is_number(value)]
     ends = {f"{name}_{end}" for name in names for end in ENDS}
     return [name for name in names if name not in ends]

@@ -10,7 +10,7 @@ from llmctl.cli.report import figures
 from llmctl.cli.report.document import Block, Cell, Paragraph, Table, cell, number
 
 MOST_ROWS = 300
-"""Maximum number of rows per table. A paragraph says how many rows are omitted."""
+"""Maximum number of rows per table. A paragraph states the number of omitted rows."""
 MOST_COLUMNS = 40
 LONGEST = 400
 """Maximum number of characters of a value that is neither a number nor a short text."""

@@ -62,8 +62,7 @@ def _source(model: Model, made: Sequence[str]) -> dict[str, Any]:
 
 
 def _measured(evaluation: Evaluation, made: Sequence[str]) -> list[str]:
-    """Return the names of the models that an evaluation measured, or an empty list if it measured all models of the
-    run."""
+    """Return the names of the models that an evaluation measured; an empty list stands for all models of the run."""
     names = [n for n in dict.fromkeys(r["artifact"] for r in evaluation.results) if n in made]
     return [] if names == list(made) else names
 

@@ -1,7 +1,7 @@
 """Average attributions per word over the texts of each target, such as the texts that are predicted as one class.
 
-A word is a token, or several tokens that are joined by letters or digits. Its attribution is the sum of theirs. Only
-letters with upper and lower case join tokens, because words of other scripts may have no space between them.
+A word is a token, or several adjacent tokens that meet at letters or digits. Its attribution is the sum of its tokens'
+attributions. Only letters with upper and lower case join tokens, because other scripts may have no space between words.
 
 Example:
     >>> import numpy as np
@@ -24,7 +24,7 @@ from llmctl.evaluate.attribution.explain import Explanation
 from llmctl.evaluate.attribution.inputs import TEXT
 
 RARE = 2
-"""Minimum number of occurrences of an averaged word. One occurrence says little about a class."""
+"""Minimum number of occurrences of an averaged word. A single occurrence is weak evidence about a class."""
 
 
 class Average(NamedTuple):

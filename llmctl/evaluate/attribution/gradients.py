@@ -35,7 +35,8 @@ SMALLEST = 1e-3
 mostly float32 rounding."""
 
 Evaluate = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Function (row indices [M], positions on the line [M]) -> (outputs [M], products of gradient and direction [M, T])."""
+"""Function (row indices [M], points on the line from 0 to 1 [M]) -> (outputs [M], products of gradient and direction
+[M, T])."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class _Line:
         self.steps, self._width = 0, width
 
     def points(self) -> list[float]:
-        """Return the positions to evaluate: unknown ends and all nodes of the pending intervals."""
+        """Return the points of the line to evaluate: ends without a known output, and all nodes of the pending
+        intervals."""
         ends = dict.fromkeys(end for pair in self.pending for end in pair if end not in self.y)
         return [*ends, *(float(a + (b - a) * t) for a, b in self.pending for t in _T)]
 

@@ -156,7 +156,7 @@ def _input(row: int, real: dict[str, Any], numbers_T: np.ndarray, prefix: str, n
 class Numbering:
     """Number the tokens of texts, in the order in which a copy of the tokenizer encodes the texts.
 
-    The numbers begin after the largest id of a special token. They take the place of the ids in rows.
+    The numbers begin after the largest id of a special token. In rows, these numbers replace the token ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,8 +1,8 @@
 """Attribute an output to tokens by attention rollout (Abnar and Zuidema, 2020, arXiv:2005.00928).
 
-The attention of a layer is averaged over the heads, and mixed equally with the identity, which stands for the residual
-connection. The product of the layers' matrices gives the share of each input token in each output position. The
-attribution is the mean row of the positions that the output is computed from: the pooled positions, or the scored
+The attention of a layer is averaged over the heads, and then averaged with the identity. The identity represents the
+residual connection. The product of the layers' matrices gives the share of each input token in each output position.
+The attribution is the mean row of the positions that the output is computed from: the pooled positions, or the scored
 positions.
 
 The cited paper has no cross-attention. A decoder with cross-attention has a second residual connection per layer. Its
@@ -89,7 +89,7 @@ def read_from(cfg: ModelConfig, batch: Batch) -> jax.Array:
 def _rollout(
     cfg: ModelConfig, stack: str, params: Params, carry: layerwise.Carry, dtype: Any, memory_BSS: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the shares of the stack's own inputs [B, T, T], and of the encoder's inputs [B, T, S], in its outputs.
+    """Return the shares of a stack's own inputs [B, T, T] and of the encoder's inputs [B, T, S] in the stack's outputs.
 
     Without cross-attention, the second array is empty (S = 0).
     """

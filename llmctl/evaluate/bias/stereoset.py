@@ -1,10 +1,11 @@
 """Measure stereotypes and language modelling by sentences in a context: StereoSet (Nadeem et al., 2021,
 arXiv:2004.09456).
 
-Each context has a stereotypical, an anti-stereotypical and an unrelated sentence. The language modelling score is the
-fraction of comparisons in which a meaningful sentence (one of the first two) is preferred to the unrelated one. The
-stereotype score is the fraction of contexts whose stereotypical sentence is preferred to the anti-stereotypical one.
-Both are means over the target terms. The ICAT score combines them: 1 for a perfect language model without a preference.
+Each context has a stereotypical, an anti-stereotypical and an unrelated sentence. Each of the first two is compared
+with the unrelated one. The language modelling score is the fraction of these comparisons in which the unrelated
+sentence is not preferred. The stereotype score is the fraction of contexts whose stereotypical sentence is preferred to
+the anti-stereotypical one. Both are means over the target terms. The ICAT score combines them: 1 for a perfect language
+model without a preference.
 
 Shapes: N contexts.
 """

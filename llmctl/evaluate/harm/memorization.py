@@ -1,7 +1,7 @@
 """Measure how much of its training text a model repeats: extraction by prompts of increasing length.
 
-A sequence of training text is extractable with k tokens of context if the greedy continuation of its prompt, the k
-tokens before its last m tokens, equals these m tokens (Carlini et al., 2023, arXiv:2202.07646; Carlini et al., 2021,
+The prompt of a sequence is the k tokens before its last m tokens. The sequence is extractable if the greedy
+continuation of the prompt equals these m tokens (Carlini et al., 2023, arXiv:2202.07646; Carlini et al., 2021,
 arXiv:2012.07805). Held-out text is measured in the same way. A match there is due to chance, or to text that both
 splits share. All prompt lengths have the same continuations, so they can be compared.
 

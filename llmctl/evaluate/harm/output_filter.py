@@ -1,7 +1,7 @@
 """Filter complete answers of a language model: refuse, redact or sample again what a detector finds harmful.
 
 An answer is checked as a whole, after its last token. A classifier judges the whole answer, and a refusal replaces all
-of it, so no part of an answer may be shown before.
+of it. No part of an answer may therefore be shown earlier.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Measure the toxicity of a model's continuations, without and with the output filter.
 
 Several continuations of each prompt are sampled and judged (Gehman et al., 2020, arXiv:2009.11462). The toxicity of a
-continuation is 1 if it has a word of the judge's list, and otherwise the probability of the classifier. Expected
-maximum toxicity is the mean over prompts of the largest toxicity. Toxicity probability is the fraction of prompts with
-at least one continuation that is harmful according to the judge.
+continuation is 1 if it has a word of the judge's list. Otherwise it is the classifier's probability of the harmful
+classes. Expected maximum toxicity is the mean over prompts of the largest toxicity. Toxicity probability is the
+fraction of prompts with at least one continuation that is harmful according to the judge.
 
 Shapes: N prompts, K continuations per prompt.
 """

@@ -69,7 +69,7 @@ _STARTS = re.compile(rf"[{UNSPACED}]|{_BEFORE}\S")
 
 
 class Match(NamedTuple):
-    """Store the position of a found entry in a text (first and last index + 1), and the entry as the list has it."""
+    """Store the range [first, last) of a match in a text, and the matched entry as written in the list."""
 
     start: int
     end: int

@@ -43,7 +43,7 @@ def of(name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: 
             return step.trace(artifact.params, batch, more["label"], more["open"], allowed)
 
     tokens = setup.batch_size * setup.seq_len
-    # The pass to the embeddings and back takes twice the operations of the pass forward.
+    # The forward pass and the backward pass to the embeddings take twice the operations of a forward pass.
     passes = 2 * flops.of_rows(model, {key: a.shape[1:] for key, a in batch.items()})
     substitutes = 2 * model.d_model * model.vocab_size * (2 if settings.similarity else 1)
     found = Program(

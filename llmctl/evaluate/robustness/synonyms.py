@@ -35,7 +35,7 @@ only, merely; enough, sufficiently; again, anew
 
 
 def read(path: str) -> dict[str, list[str]]:
-    """Return other words for each word in lower case, the closest first.
+    """Return the synonyms of each word in lower case, the closest first.
 
     Args:
         path: Text file with one set of words per line, separated by commas; a folder with WordNet's files; or "" for
@@ -58,7 +58,7 @@ def read(path: str) -> dict[str, list[str]]:
 
 
 def of_sets(lines: Iterable[str]) -> dict[str, list[str]]:
-    """Return the other words of each word's sets.
+    """Return, for each word, the other words of the sets that contain it.
 
     Example:
         >>> of_sets(["big, large", "large, huge"])
@@ -74,7 +74,7 @@ def of_sets(lines: Iterable[str]) -> dict[str, list[str]]:
 
 
 def wordnet(folder: Path) -> dict[str, list[str]]:
-    """Return the other single words of the most frequent sense of each word with four or more letters.
+    """Return, for each word with four or more letters, the other single words of its most frequent sense.
 
     The most frequent sense is the first sense of the part of speech with the most tagged senses.
     """

@@ -1,11 +1,10 @@
 """Attack a classifier by substituting words by synonyms: the most important words first, or random words.
 
 The search follows TextFooler (Jin et al., 2020, arXiv:1907.11932). The importance of a word is the drop of the true
-class's probability when the word is removed. In the order of importance, each word is replaced by the first synonym
-that changes the prediction or, if there is none, by the synonym with the lowest probability of the true class. A
-synonym that does not lower this probability is not used. TextFooler takes candidates from word embeddings, and filters
-them by part of speech and by the similarity of sentence embeddings. Here, candidates are given synonyms, the closest
-first.
+class's probability when the word is removed. Words are replaced in the order of importance, by the first synonym that
+changes the prediction. If no synonym does, the synonym with the lowest probability of the true class is used, if it
+lowers this probability. TextFooler takes candidates from word embeddings, and filters them by part of speech and by the
+similarity of sentence embeddings. Here, candidates are given synonyms, the closest first.
 
 Shapes: N texts, M queries, C classes.
 """
@@ -157,8 +156,8 @@ class WordAttack:
     def _important(self, rows: Sequence[int]) -> list[list[int]]:
         """Return, for each text, indices into `places`, the most important word first.
 
-        If the removal of a word changes the prediction, the rise of the new class's probability is added to the drop of
-        the true class's probability. Words whose removal changes nothing, such as words that truncation removes, are
+        The importance is the drop of the true class's probability. If the prediction changes, the rise of the new
+        class's probability is added. Words whose removal changes nothing, such as words that truncation removes, are
         omitted.
         """
         texts = [self._texts[i] for i in rows]
