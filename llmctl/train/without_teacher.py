@@ -92,6 +92,18 @@ def curve(work: Path) -> Curve:
     ]
 
 
+def complete(found: Curve, metrics: Mapping[str, Any]) -> Curve:
+    """Return a learning curve that includes the final validation, which is not logged if `train.eval_every` is 0.
+
+    >>> complete([], {"steps": 50, "tokens": 900, "validation_loss": 1.5})
+    [{'step': 50, 'validation_loss': 1.5}]
+    """
+    if found and found[-1]["step"] == metrics["steps"]:
+        return found
+    final = {n: v for n, v in metrics.items() if n.startswith(PREFIX) and isinstance(v, (int, float))}
+    return [*found, {"step": metrics["steps"], **final}]
+
+
 def compared(alone: Mapping[str, Any], curve_taught: Curve, metric: str) -> dict[str, Any]:
     """Return the metrics of the student without a teacher, and how soon the student with a teacher is as good.
 
@@ -136,7 +148,7 @@ def report(
     metric = config.train.best_by or learner.task.best(learner.labels)
 
     def measured() -> list[Any]:
-        curves = curve(ctx.work), curve(ctx.work / FOLDER)
+        curves = complete(curve(ctx.work), taught), complete(curve(ctx.work / FOLDER), alone)
         return [[str(file) for file in written(ctx.work, *curves, metric)], compared(alone, curves[0], metric)]
 
     files, found = processes.broadcast(measured)

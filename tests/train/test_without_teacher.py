@@ -99,6 +99,9 @@ def test_the_step_at_which_the_taught_student_is_as_good():
         assert found["equal_step"] == step
     line = without_teacher.sentence(found | {"validation_accuracy": 0.9}, {"validation_accuracy": 0.8, "steps": 30})
     assert line == "accuracy 80.00%, without the teacher 90.00%; not as good as that at any validation"
+    final = without_teacher.complete([], {"steps": 30, "validation_accuracy": 0.9})  # train.eval_every is 0
+    assert without_teacher.compared({"validation_accuracy": 0.8}, final, "accuracy")["equal_step"] == 30
+    assert without_teacher.complete(curve, {"steps": 30, "validation_accuracy": 0.8}) == curve
 
 
 @pytest.mark.parametrize("mode", ["sequence", pytest.param("on_policy", marks=pytest.mark.slow)])
