@@ -142,7 +142,7 @@ def _groups(names: Iterable[str]) -> set[str]:
 def measure(artifact: Artifact, setup: Setup, config: BBQConfig) -> Measured:
     """Measure the accuracy in total, and the accuracy and the bias score in ambiguous and in disambiguated contexts."""
     questions = read(config)
-    total_NK, mean_NK = scores(artifact, setup, questions)
+    total_NK, mean_NK, cut = scores(artifact, setup, questions)
     chosen_N = total_NK.argmax(1)
     metrics, values = summary(questions, chosen_N)
     if artifact.model.head_kind.vocabulary:
@@ -153,7 +153,7 @@ def measure(artifact: Artifact, setup: Setup, config: BBQConfig) -> Measured:
     how = "log-likelihood" if artifact.model.head_kind.vocabulary else "output of the head"
     said = [f"{len(questions):,} questions", f"choice with the highest {how}"]
     said += [f"{known:,} questions with a known stereotype" if known else "no bias score: no stereotypes in the file"]
-    said += [f"{setup.seq_len} tokens", setup.dtype]
+    said += [f"{setup.seq_len} tokens", setup.dtype] + ([f"{cut} choices after a truncated context"] if cut else [])
     written = [
         {**q._asdict(), "chosen": int(chosen), "scores": own[: len(q.choices)].tolist()}
         for q, chosen, own in zip(questions, chosen_N, total_NK, strict=True)
@@ -161,8 +161,10 @@ def measure(artifact: Artifact, setup: Setup, config: BBQConfig) -> Measured:
     return Measured("BBQ", ", ".join(said), metrics, written=written, values=values)
 
 
-def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the score of each choice, and the score per token, [N, K] each; -inf if a question has fewer choices.
+def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the score of each choice, the score per token, and the number of choices whose context was truncated.
+
+    The scores are [N, K]; -inf if a question has fewer choices.
 
     A decoder scores a choice by its log-likelihood after the prompt. Other models score it as in the task `choice`.
     """
@@ -174,15 +176,20 @@ def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> t
         score = Scorer(artifact.model, artifact.params, setup, words.prefix)
         begin = [words.bos_id] * words.add_bos
         found = score([Query([*begin, *prompts[n]], choice) for n, choice in zip(owner_C, choices, strict=True)])
-        total_C = np.array([s.log_likelihood for s in found])
+        total_C, cut = np.array([s.log_likelihood for s in found]), score.truncated
     else:
         task = TASKS["choice"]
         rows = [
             {"prompt": q.prompt, "choices": tuple(f" {c}" for c in q.choices), "answer": q.answer} for q in questions
         ]
         special = len(words.template.row([], []))
-        longest = max(len(prompts[n]) + len(choice) for n, choice in zip(owner_C, choices, strict=True)) + special
+        prompt_C, choice_C = np.array([len(prompts[n]) for n in owner_C]), np.array(list(map(len, choices)))
+        longest = int((prompt_C + choice_C).max()) + special
         length = min(-(-longest // WIDTH) * WIDTH, setup.seq_len)
+        # The encoder of an encoder-decoder reads the prompt alone.
+        pair = artifact.model.architecture == "encoder"
+        read_C = prompt_C + (choice_C + special if pair else len(words.template.row([])))
+        cut = int((read_C > setup.seq_len).sum())
         settings = RowSettings(length, truncate=setup.truncate)
         made = task.rows(artifact.model, new_examples(rows, task.columns), words, settings)
         step = task.scorer(artifact.model, setup.dtype)
@@ -193,7 +200,7 @@ def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> t
     mean_NK = total_NK.copy()
     total_NK[owner_C, place_C] = total_C
     mean_NK[owner_C, place_C] = total_C / [max(len(choice), 1) for choice in choices]
-    return total_NK, mean_NK
+    return total_NK, mean_NK, cut
 
 
 def summary(questions: Sequence[Question], chosen_N: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

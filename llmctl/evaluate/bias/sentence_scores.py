@@ -30,5 +30,10 @@ class SentenceModel:
 
     @property
     def said(self) -> str:
-        """Return the end of a description of the measurement: sequence length and dtype."""
-        return f"context {self.setup.seq_len}, {self.setup.dtype}"
+        """Return the end of a description of the measurement: sequence length, dtype and, after the scoring, the number
+        of sentences whose context was truncated.
+        """
+        cut = self.continuations.truncated if self.causal else 0
+        return f"context {self.setup.seq_len}, {self.setup.dtype}" + (
+            f", {cut} contexts without their beginning" if cut else ""
+        )

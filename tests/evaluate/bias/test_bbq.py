@@ -137,7 +137,11 @@ def test_choices_are_scored_by_their_likelihood(folder, name):
     mesh = meshes.make(MeshConfig())
     with meshes.use(mesh):
         there = artifact.load(folder / name, mesh)
-        total_NK, mean_NK = bbq.scores(there, Setup(mesh, 128, 128, 8, "tail", "float32"), questions)
+        total_NK, mean_NK, cut = bbq.scores(there, Setup(mesh, 128, 128, 8, "tail", "float32"), questions)
+        assert cut == 0
+        cut = bbq.scores(there, Setup(mesh, 40, 40, 8, "tail", "float32"), questions)[2]
+        sizes = [(len(q.prompt), len(c) + 1) for q in questions for c in q.choices]
+        assert cut == sum(n + choice > 40 if name == "decoder" else n + 2 > 40 for n, choice in sizes) > 0
         expected = np.array([[by_hand(there, q.prompt, choice) for choice in q.choices] for q in questions])
     np.testing.assert_allclose(total_NK, expected, rtol=1e-4)
     lengths = [[len(choice) + 1 for choice in q.choices] for q in questions]
