@@ -53,6 +53,17 @@ def check_apart(folder: Path, out: Path, flag: str) -> None:
         raise RequestError(f"{flag} {folder}: is lost when the artifact {out} is saved; choose another folder")
 
 
+def write_text(out: Path, text: str) -> None:
+    """Write a text file as UTF-8. The file appears, or replaces an existing file, only when it is complete."""
+    draft = locks.scratch(out, "draft")
+    with locks.claim(out):
+        try:
+            draft.write_text(text, encoding="utf-8", newline="\n")
+            draft.replace(out)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
 WRITTEN_IN_PART = re.compile(r"^\d+ requested and \d+ written$")
 """Regular expression for NumPy's error message if an array was written only in part, because the disk is full."""
 

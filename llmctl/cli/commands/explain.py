@@ -74,7 +74,7 @@ def explain(
     settings = {"method": method, "baseline": baseline, "tolerance": tolerance, "steps": steps}
     config = AttributionConfig.model_validate(settings | {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype})
 
-    from llmctl.artifacts import adapters, artifact
+    from llmctl.artifacts import adapters, artifact, atomic
     from llmctl.config.settings import MeshConfig
     from llmctl.distributed import mesh as meshes
     from llmctl.evaluate.attribution import page, picture
@@ -89,7 +89,7 @@ def explain(
         explainer.check(row, where)
     found = record(explainer, explainer([row for _, row in rows], target), top)
     if html:
-        html.write_text(page.page(found), encoding="utf-8")
+        atomic.write_text(html, page.page(found))
     if png:
         picture.draw(found, png)
     for i in page.unfinished(found):

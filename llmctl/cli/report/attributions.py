@@ -69,7 +69,7 @@ def _spaced(tokens: Sequence[Record], texts: Sequence[str]) -> list[tuple[str, N
     for token in tokens:
         part, first, last = (token.get(key) for key in ("part", "first", "last"))
         between = ""
-        if part in range(len(texts)) and isinstance(first, int) and isinstance(last, int) and last:
+        if isinstance(part, int) and isinstance(first, int) and isinstance(last, int) and last and part < len(texts):
             skipped = texts[part][ends.get(part, 0) : first]
             between = "\n" * (part not in ends and bool(ends)) + (" … " if skipped.strip() else skipped)
             ends[part] = max(ends.get(part, 0), last)

@@ -159,15 +159,3 @@ def number(value: Number | None, text: str = "", note: str = "") -> Cell:
 def plain(value: Number) -> str:
     """Format a number: integers with thousands separators, other numbers with six significant digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def slug(*parts: str) -> str:
-    """Return an id for HTML from names: ASCII letters and digits remain, each other character becomes its code point.
-
-    Different names have different ids.
-
-    Example:
-        >>> slug("stage", "a b")
-        'stage-a_20_b'
-    """
-    return "-".join("".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in part) for part in parts)

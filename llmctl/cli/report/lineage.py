@@ -55,12 +55,23 @@ def _names(models: Sequence[Model], edges: Sequence[tuple[str, str, str]]) -> li
 def _edges(models: Sequence[Model]) -> list[tuple[str, str, str]]:
     """Return (source, target, kind) for each parent and each teacher. The kind is "parent" or "teacher"."""
     found: list[tuple[str, str, str]] = []
+    inside = {model.name: model.manifest for model in models}
     for model in models:
         if parent := model.manifest.parent:
-            found.append((parent.name, model.name, "parent"))
+            same = parent.name not in inside or parent.digest == inside[parent.name].digest
+            found.append((parent.name if same else _other(parent.name), model.name, "parent"))
         named = [n for key in TEACHERS for n in _listed(model.manifest.config.get(key)) if isinstance(n, str) and n]
-        found += [(teacher.rstrip("/").rpartition("/")[2], model.name, "teacher") for teacher in named]
+        digests = [d for key in TEACHERS for d in _listed(model.manifest.metrics.get(key)) if d is not None]
+        for i, path in enumerate(named):
+            name = path.rstrip("/").rpartition("/")[2]
+            known = inside[name].digest == digests[i] if name in inside and len(digests) == len(named) else path == name
+            found.append((name if known or name not in inside else _other(name), model.name, "teacher"))
     return found
+
+
+def _other(name: str) -> str:
+    """Return the name of a model outside the run whose own name is that of a model in the run."""
+    return f"{name} (not that of this run)"
 
 
 def _listed(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmctl.artifacts import atomic
 from llmctl.cli.report import (
     attributions,
     curves,
@@ -70,5 +71,5 @@ def write(folder: Path, out: Path | None, title: str = "") -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     paths = [target / HTML, target / MARKDOWN]
     for path, content in zip(paths, (page, text), strict=True):
-        path.write_text(content, encoding="utf-8", newline="\n")
+        atomic.write_text(path, content)
     return paths

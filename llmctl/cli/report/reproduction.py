@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from llmctl.artifacts.manifest import Manifest
 from llmctl.cli.report import settings_changes
 from llmctl.cli.report.document import Block, Code, Folded, Paragraph, Section, Table, cell
 from llmctl.cli.report.run_contents import Contents, Evaluation, Model
@@ -39,7 +40,7 @@ def recipe(contents: Contents) -> str:
     If llmctl's version and the data have not changed, stages have the same keys. `llmctl run` then skips the stages
     that the run already has. Imported models and models outside the run are named in comments.
     """
-    kinds, made = stage.kinds(), [m.name for m in contents.models]
+    kinds, made = stage.kinds(), {m.name: m.manifest for m in contents.models}
     tables: list[str] = []
     for model in contents.models:
         config = model.manifest.config
@@ -54,14 +55,15 @@ def recipe(contents: Contents) -> str:
     return "\n\n".join(tables)
 
 
-def _source(model: Model, made: Sequence[str]) -> dict[str, Any]:
+def _source(model: Model, made: Mapping[str, Manifest]) -> dict[str, Any]:
     parent = model.manifest.parent
     if parent is None:
         return {}
-    return {"from": parent.name} if parent.name in made else {"from": f"PATH OF {parent.name}"}
+    inside = parent.name in made and parent.name != model.name and parent.digest == made[parent.name].digest
+    return {"from": parent.name if inside else f"PATH OF {parent.name}"}
 
 
-def _measured(evaluation: Evaluation, made: Sequence[str]) -> list[str]:
+def _measured(evaluation: Evaluation, made: Mapping[str, Manifest]) -> list[str]:
     """Return the names of the models that an evaluation measured; an empty list stands for all models of the run."""
     names = [n for n in dict.fromkeys(r["artifact"] for r in evaluation.results) if n in made]
     return [] if names == list(made) else names

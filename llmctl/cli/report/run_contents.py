@@ -5,7 +5,7 @@ JAX is not imported. Arrays are not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -99,7 +99,10 @@ def read(folder: Path, is_attribution: Callable[[Record], bool] = lambda _: True
     named = {(m.name, m.digest): name for name, m in manifests.items() if m.weights}
     places = [(named[entry["name"], entry["digest"]], entry) for entry in found["artifacts"]]
     models = [_model(folder / name, manifests[name], entry) for name, entry in places]
-    known = {m.content or m.digest: m.name for m in manifests.values() if m.weights}
+    known: dict[str, list[str]] = {}
+    for m in manifests.values():
+        if m.weights:
+            known.setdefault(m.content or m.digest, []).append(m.name)
     measured = [(folder / name, manifests[name]) for name in names if not manifests[name].weights]
     evaluations = [_evaluation(place, manifest, known) for place, manifest in measured]
     made = Contents(folder.resolve().name, found, models, evaluations, _unfinished(folder, names))
@@ -129,17 +132,20 @@ def _model(folder: Path, manifest: Manifest, entry: Record) -> Model:
     return Model(manifest.name, manifest, entry, lines(folder / LOG))
 
 
-def _evaluation(folder: Path, manifest: Manifest, known: dict[str, str]) -> Evaluation:
+def _evaluation(folder: Path, manifest: Manifest, known: Mapping[str, Sequence[str]]) -> Evaluation:
     """Read the results of an evaluation. A model of the run is named by its name in the run, not by the path given in
     `--of`.
 
     Args:
         folder: Folder of the evaluation.
         manifest: Manifest of the evaluation.
-        known: Name of each model of the run, by its content digest.
+        known: Names of the models of the run by content digest; copies of a model have one digest.
     """
     results = summary.complete_results(folder)
-    names = {r["artifact"]: known.get(r.get("content") or r["digest"], r["artifact"]) for r in results}
+    names = {}
+    for r in results:
+        name, same = r["artifact"], known.get(r.get("content") or r["digest"], [])
+        names[name] = name if name in same or not same else same[0]
     if len(set(names.values())) < len(names):  # copies of one model were measured
         names = {}
 

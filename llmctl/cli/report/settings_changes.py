@@ -19,11 +19,20 @@ def changes(config: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> changes({"kind": "quantize", "seed": 0, "bits": 4})
         {'bits': 4}
+        >>> changes({"kind": "distill", "teacher": "base", "divergence": "total_variation", "temperature": 2.0})
+        {'teacher': 'base', 'divergence': 'total_variation', 'temperature': 2.0}
     """
     kind = config.get("kind")
     if kind not in stage.kinds():
         return dict(config)
-    return _different({k: v for k, v in config.items() if k != "kind"}, stage.load(str(kind)).Config)
+    values, cls = {k: v for k, v in config.items() if k != "kind"}, stage.load(str(kind)).Config
+    found = _different(values, cls)
+    try:
+        again = keyed(validate(cls, {"kind": kind, **found}, str))
+    except RequestError:
+        return found
+    # A default may depend on another setting: that of `distill`'s temperature depends on the divergence.
+    return found | {k: v for k, v in values.items() if again.get(k, v) != v}
 
 
 def _different(values: Mapping[str, Any], cls: type[Config], given: Config | None = None) -> dict[str, Any]:

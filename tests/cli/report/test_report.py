@@ -18,7 +18,7 @@ import pytest
 from llmctl.artifacts.manifest import FORMAT, Manifest, Parent
 from llmctl.artifacts.manifest_file import write_manifest
 from llmctl.cli import app, summary
-from llmctl.cli.report import attributions, html_page, plots, quality, report, reproduction, run_contents
+from llmctl.cli.report import attributions, html_page, lineage, plots, quality, report, reproduction, run_contents
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.attribution.explain import Explanation
@@ -383,6 +383,39 @@ def test_the_recipe_of_a_report_has_the_settings_of_the_run(file, tmp_path):
     for step in steps:
         assert keyed(again[step.name].config) | {"of": 0} == keyed(step.config) | {"of": 0}
         assert (again[step.name].parent, again[step.name].others) == (step.parent, step.others)
+
+
+def test_models_outside_the_run_are_not_those_of_the_same_name(tmp_path):
+    base = save(tmp_path / "run/base", "base", "pretrain")
+    save(tmp_path / "run/tuned", "tuned", "finetune", Parent(name="base", digest="another"))
+    own = Parent(name="base", digest=base.digest)
+    for name, path, digest in (("a", "base", base.digest), ("b", "../x/base", "another"), ("c", "../x/base", None)):
+        metrics = {"teacher": digest} if digest else {}
+        about = {"config": {"kind": "distill", "teacher": path}, "metrics": metrics}
+        save(tmp_path / "run" / name, name, "distill", own, **about)
+    save(tmp_path / "run/d", "d", "finetune", Parent(name="d", digest="another"))
+    contents = run_contents.read(tmp_path / "run")
+    table = lineage.section(contents).blocks[1].table
+    other = "base (not that of this run)"
+    assert {row[0].text: row[2].text for row in table.rows} == {
+        "base": "–", "tuned": f"{other} (parent)", "a": "base (parent), base (teacher)",
+        "b": f"base (parent), {other} (teacher)", "c": f"base (parent), {other} (teacher)",
+        "d": "d (not that of this run) (parent)",
+    }  # fmt: skip
+    written = reproduction.recipe(contents)
+    assert written.count('from = "base"') == 3
+    assert 'from = "PATH OF base"' in written and 'from = "PATH OF d"' in written
+
+
+def test_copies_of_a_model_keep_their_names(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    base = json.loads((run / "base/manifest.json").read_text())
+    save(tmp_path / "run/zcopy", "zcopy", "finetune", digest=base["digest"])
+    for name in ("base", "zcopy", "runs/other/base"):
+        measured = json.loads((run / "eval/results.json").read_text())[0] | {"artifact": name}
+        (tmp_path / "run/eval/results.json").write_text(json.dumps([measured]))
+        (found,) = run_contents.read(tmp_path / "run").evaluations
+        assert found.results[0]["artifact"] == name.rpartition("/")[2]
 
 
 def test_pareto_front():
