@@ -28,7 +28,7 @@ RESULTS = "results.json"
 """Name of the file with the results of `eval`: a list of {artifact, digest, content, task, protocol, metrics}."""
 
 SIZES = ("stage", "family", "parameters", "weight_bytes", "bytes", "sparsity", "bits")
-"""Fields of a result about the measured artifact. Results of earlier versions may lack them."""
+"""Fields in a result of `eval` that describe the measured artifact. Results of earlier versions may lack them."""
 
 COMPARISONS = "comparisons.json"
 """Name of the file with the differences between artifacts: a list of {artifact, against, task, metrics, ...}."""

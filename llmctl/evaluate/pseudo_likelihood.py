@@ -25,7 +25,7 @@ from llmctl.model import functional
 from llmctl.model.config import ModelConfig
 
 WIDTH = 32
-"""Divisor of the padded length of pairs of texts."""
+"""Padded lengths of pairs of texts are multiples of this number."""
 
 
 class MaskedToken(NamedTuple):

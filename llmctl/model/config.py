@@ -159,7 +159,7 @@ class ModelConfig(Config):
     def _start_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        # Values that pass a validator in Python are no JSON any more, in which a list may stand for a tuple.
+        # JSON has lists in place of tuples, and strict validation of values from Python refuses a list.
         tuples = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         return {**defaults(given.get("preset", ""), given.get("family", "")), **given, **tuples}
 

@@ -22,7 +22,8 @@ check_installed = vega.check_installed
 """Check that the packages for the plots are installed (see `llmctl.cli.report.vega.check_installed`)."""
 
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
-"""Characters that JSON data in a page replaces, so that no tag or comment begins or ends in the data."""
+"""Characters of JSON data that become escape sequences in a page, so that no tag or comment begins or ends in the
+data."""
 
 
 def page(document: Document) -> str:

@@ -12,7 +12,7 @@ from llmctl.cli.report.run_contents import Contents, Model
 from llmctl.evaluate.metrics.base import columns
 
 TEACHERS = ("teacher", "teachers")
-"""Settings of stages that name models besides the parent."""
+"""Names of the settings of stages that name models other than the parent."""
 LEFT, RIGHT, TOP, BOTTOM = 0.04, 0.88, 0.16, 0.84
 """Sides of a model's box within its grid cell, whose width and height are 1."""
 MOST = 60
@@ -79,7 +79,8 @@ def _listed(value: Any) -> list[Any]:
 
 
 def headline(model: Model) -> str:
-    """Return the most important measured metric of a model as text; empty if none was measured."""
+    """Return the title and value of a model's first quality metric in the registry, or else of its validation accuracy
+    or loss; empty if none was measured."""
     there = [name for name, value in model.summary["metrics"].items() if figures.is_number(value)]
     best = next((m for m in columns(there, "run") if m.aspect == "quality"), None)
     name = best.name if best else next((n for n in there if n in ("validation_accuracy", "validation_loss")), "")

@@ -279,7 +279,7 @@ def intervals(values: Values, rows: Sequence[str], series: Sequence[str], title:
 
 
 def bars(values: Values, x: str, y: str) -> Spec:
-    """Return a bar chart of "y" per "x", which keeps the order of the records."""
+    """Return a bar chart of "y" per "x", with the bars in the order of the records."""
     at = {"field": "x", "type": "nominal", "sort": None, "title": x, "axis": {"labelAngle": -40, "labelOverlap": True}}
     mark = {"type": "bar", "color": SERIES[0], "tooltip": True}
     return _plot(values, 180, mark=mark, encoding={"x": at, "y": _axis("y", y)})

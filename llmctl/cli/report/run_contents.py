@@ -169,7 +169,7 @@ def _unfinished(folder: Path, finished: Sequence[str]) -> list[Unfinished]:
 
 
 def _attributions(folder: Path, of: Contents, valid: Callable[[Record], bool]) -> list[Record]:
-    """Return the records of attributions in a folder that have the weights of one of the models.
+    """Return the records of attributions in a folder that were computed from the weights of one of the models.
 
     Raises:
         RequestError: If a file is damaged.

@@ -14,7 +14,7 @@ from llmctl.pipeline import stage
 def changes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in a manifest's `config` that differ from the defaults of the stage, as nested tables.
 
-    If no stage has the kind of the config, for example for an import, all settings are returned.
+    If the kind of the config is not that of a stage, such as for imports, all settings are returned.
 
     Example:
         >>> changes({"kind": "quantize", "seed": 0, "bits": 4})

@@ -134,7 +134,7 @@ class _Line:
         return [*ends, *(float(a + (b - a) * t) for a, b in self.pending for t in _T)]
 
     def add(self, y_M: np.ndarray, dot_MT: np.ndarray) -> None:
-        """Add the results at `points()`."""
+        """Add the outputs and products at the points that `points` returned."""
         points = self.points()
         known = len(points) - NODES * len(self.pending)
         self.y |= {point: float(y) for point, y in zip(points[:known], y_M[:known], strict=True)}

@@ -34,7 +34,7 @@ def check(found: Artifact) -> None:
     """Check that the output of an artifact can be attributed.
 
     Raises:
-        RequestError: If the artifact's outputs are per token or vectors, or if it only fills masks.
+        RequestError: If the artifact has one output per token, returns vectors, or only fills masks.
     """
     kind, task = found.model.head_kind, of(found.manifest)
     if kind.vocabulary and found.model.architecture == "encoder":

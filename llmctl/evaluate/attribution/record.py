@@ -21,7 +21,7 @@ def record(explainer: Explainer, found: Sequence[Explanation], top: int) -> dict
     Args:
         explainer: Explainer that made the explanations.
         found: Explanations, in the order of the rows.
-        top: Maximum number of words per target in the averages, for and against the target.
+        top: Maximum number of words in the averages of a target, both for and against the target.
     """
     manifest, config = explainer.found.manifest, explainer.config
     about: dict[str, Any] = {

@@ -33,7 +33,7 @@ class Finding(NamedTuple):
     score: float | None
     """Probability of the harmful classes; None without a classifier."""
     harmful: bool
-    """Whether the text has a word of the list, or its score reaches the threshold."""
+    """Whether the text has a word of the list, or the score is at least the threshold."""
 
     def reasons(self) -> dict[str, Any]:
         """Return the words and the score as JSON data, without fields that have no value."""

@@ -30,7 +30,7 @@ class Filtered:
     finding: Finding | None = None
     """What was found in the first harmful answer; None if the answer was not changed."""
     attempts: int = 0
-    """Number of further samples."""
+    """Number of times that the answer was sampled again."""
 
     def report(self) -> dict[str, Any]:
         """Return the action and its reasons as JSON data; {} if the answer was not changed."""
@@ -97,7 +97,8 @@ class OutputFilter:
 
 
 def attempt_seed(seed: int, attempt: int) -> int:
-    """Return the seed of a further sample, a hash in [0, 2^31). Attempt 0 has the seed itself."""
+    """Return the seed of an attempt to sample again, a hash in [0, 2^31). Attempt 0, the first sample, has the seed
+    `seed`."""
     if not attempt:
         return seed
     return int.from_bytes(hashlib.sha256(b"%d %d" % (seed, attempt)).digest()[:4], "big") >> 1

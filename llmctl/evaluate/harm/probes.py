@@ -168,7 +168,7 @@ def _check_generates(probe: str, manifest: Manifest, where: str) -> None:
 
 
 def _generation(title: str, artifact: Artifact, setup: Setup, new: int, prompt: int) -> list[Program]:
-    """Return the programs that continue a batch of prompts, with a title."""
+    """Return the programs that continue a batch of prompts. Their titles begin with `title`."""
     import dataclasses
 
     from llmctl.model.generate.programs import Request, generation

@@ -70,7 +70,7 @@ class FilterConfig(HarmConfig):
     refusal: str = Field(default="I cannot help with that.", min_length=1)
     """Answer that replaces a harmful answer."""
     attempts: int = Field(default=4, ge=1)
-    """Maximum number of further samples, for the action `resample`."""
+    """Maximum number of times that an answer is sampled again, for the action `resample`."""
 
     @model_validator(mode="after")
     def _used(self) -> FilterConfig:
@@ -147,8 +147,8 @@ class ContaminationConfig(Config):
     ngram: int = Field(default=13, ge=1)
     """Number of words of an n-gram. An example that shares an n-gram with the training text is contaminated."""
     shortest: int = Field(default=8, ge=1)
-    """Minimum number of words of an example, at most `ngram`. Shorter examples are not judged. An example with at least
-    this number of words, but fewer than `ngram`, is one n-gram."""
+    """Minimum number of words of an example, at most `ngram`. Shorter examples count neither as clean nor as
+    contaminated. An example that has this many words, but fewer than `ngram`, is searched for as a whole."""
     corpus: DataConfig | None = None
     """Training text to search: the train split of this data, such as the data of pretraining. By default, the train
     split of the evaluation's data is searched."""

@@ -68,7 +68,7 @@ class Probe:
             where: Beginning of an error message.
 
         Raises:
-            RequestError: If the probe does not support the artifact, or if a setting does not suit it.
+            RequestError: If the probe does not support the artifact, or if a setting does not suit the artifact.
         """
 
     def inputs(self, settings: Any) -> list[str]:

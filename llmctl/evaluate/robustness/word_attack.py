@@ -6,7 +6,7 @@ changes the prediction. If no synonym does, the synonym with the lowest probabil
 lowers this probability. TextFooler takes candidates from word embeddings, and filters them by part of speech and by the
 similarity of sentence embeddings. Here, candidates are given synonyms, the closest first.
 
-Shapes: N texts, M queries, C classes.
+Shapes: N texts, M rows to predict, C classes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def text_of(row: Row, columns: Sequence[str], synonyms: Mapping[str, Sequence[st
 
 
 class WordAttack:
-    """Attack the texts of a classifier by substituting words. The queries of all texts are predicted together."""
+    """Attack the texts of a classifier by substituting words. Each step predicts the changed rows of all texts in one
+    call."""
 
     def __init__(
         self, texts: Sequence[Text], label_N: np.ndarray, predict: Predict, fraction: float, seed: int
