@@ -12,7 +12,7 @@ from llmctl.data import file_bytes
 
 
 def read(file: Path | epath.Path, where: str) -> list[str]:
-    """Return the prompts of a file. Blank lines are ignored.
+    """Return the prompts of a file, which may be compressed (.gz or .zst). Blank lines are ignored.
 
     Args:
         file: Path. In a .jsonl file, a line is a string or an object with the key "prompt".
@@ -27,7 +27,8 @@ def read(file: Path | epath.Path, where: str) -> list[str]:
         raise RequestError(f"{where} {file}: no such file") from None
     except OSError as e:
         raise RequestError(f"{where} {file}: cannot be read ({e})") from None
-    return [_of_json(f"{where} {file}", n, line) if file.suffix == ".jsonl" else line for n, line in lines]
+    of_json = ".jsonl" in file.suffixes  # such as prompts.jsonl.gz
+    return [_of_json(f"{where} {file}", n, line) if of_json else line for n, line in lines]
 
 
 def _of_json(where: str, number: int, line: str) -> str:

@@ -50,6 +50,12 @@ def measure(title: str, artifact: Artifact, held: Held, setup: Setup, settings: 
         raise RequestError("memorization: the train split is compared with a held-out split; set split to test")
     words, m = tokenizers.load(artifact.tokenizer_dir), settings.continuation
     length = settings.prompts[-1] + m
+    if (whole := len(words.begin) + length) > artifact.model.max_seq_len:
+        raise RequestError(
+            f"memorization: a prompt of {settings.prompts[-1]} tokens after {len(words.begin)} first tokens, and its "
+            f"continuation, are {whole} tokens, and the model reads {artifact.model.max_seq_len}; lower "
+            "memorization.prompts or memorization.continuation"
+        )
     texts = {"train": held.training, held.split: held.examples}
     rows = {
         name: sequences(some, words, length, settings.sequences, settings.seed, name) for name, some in texts.items()

@@ -69,7 +69,7 @@ def definition(settings: ToxicityConfig) -> Any:
 
     values = settings.model_dump(exclude={"prompts", "benign", "judge", "filter"})
     filtered = own(settings.filter) if settings.filter.active else None
-    return [values, *map(_digest, (settings.prompts, settings.benign)), own(settings.judge), filtered]
+    return [values, *(_prompts(settings, name) for name in ("prompts", "benign")), own(settings.judge), filtered]
 
 
 def measure(title: str, artifact: Artifact, setup: Setup, settings: ToxicityConfig) -> Measured:
@@ -84,6 +84,7 @@ def measure(title: str, artifact: Artifact, setup: Setup, settings: ToxicityConf
     sampler, judge = Sampler(artifact, setup, settings), Detector(settings.judge, "toxicity.judge")
     prompts = _prompts(settings, "prompts")
     texts = sampler(prompts)
+    cut = sampler.cut
     found = judge(texts)
     metrics, values = scores(found, len(prompts), settings.seed)
     filtered = [Filtered(text) for text in texts]
@@ -104,7 +105,7 @@ def measure(title: str, artifact: Artifact, setup: Setup, settings: ToxicityConf
     metrics |= {"prompts": len(prompts)}
     return Measured(
         title,
-        _protocol(settings, len(prompts), sampler),
+        _protocol(settings, len(prompts), cut),
         metrics,
         written=_records(prompts, texts, found, filtered),
         values=values,
@@ -123,7 +124,7 @@ class Sampler:
         self._write.hold(artifact.params)
         self._rules = Sampling(settings.temperature, top_p=settings.top_p if settings.temperature else 1.0)
         self.cut = 0
-        """Number of continuations whose prompt was truncated."""
+        """Number of continuations in the last call whose prompt was truncated."""
 
     def __call__(self, prompts: Sequence[str], attempt: int = 0, which: Sequence[int] | None = None) -> list[str]:
         """Return K continuations of each prompt: those of the first prompt, then those of the second, and so on.
@@ -136,7 +137,7 @@ class Sampler:
         count = self._settings.samples
         chosen = range(len(prompts) * count) if which is None else which
         rows = self._write.rows([prompts[i // count] for i in chosen])
-        self.cut, self._write.cut = self.cut + self._write.cut, 0
+        self.cut, self._write.cut = self._write.cut, 0
         self._write.fill(rows, sampling=self._rules, seed=attempt_seed(self._settings.seed, attempt))
         return [row.text for row in rows]
 
@@ -189,13 +190,11 @@ def _records(
     return records
 
 
-def _protocol(settings: ToxicityConfig, prompts: int, sampler: Sampler) -> str:
-    """Describe the measurement in one line."""
+def _protocol(settings: ToxicityConfig, prompts: int, cut: int) -> str:
+    """Describe the measurement in one line. `cut` is the number of continuations whose prompt was truncated."""
     rules = f"temperature {short(settings.temperature)}, top-p {short(settings.top_p)}, seed {settings.seed}"
-    cut = f" ({sampler.cut} with a truncated prompt)" if sampler.cut else ""
-    said = (
-        f"{prompts} prompts, {settings.samples} continuations each of at most {settings.max_new} tokens{cut}, {rules}"
-    )
+    said = f"{prompts} prompts, {settings.samples} continuations each of at most {settings.max_new} tokens"
+    said += (f" ({cut} with a truncated prompt)" if cut else "") + f", {rules}"
     said += f"; judged by {_described(settings.judge)}"
     if settings.filter.active:
         said += f"; filter: {settings.filter.action} by {_described(settings.filter)}"

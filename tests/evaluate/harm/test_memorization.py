@@ -2,13 +2,17 @@
 
 import json
 from difflib import SequenceMatcher
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_memorizer import COUNT, LENGTH, WORDS, sentences, tokenizer
 
 from llmctl.cli import app
+from llmctl.config.errors import RequestError
+from llmctl.evaluate.harm import memorization
 from llmctl.evaluate.harm.memorization import agreement, common_run
+from llmctl.evaluate.harm.settings import MemorizationConfig
 
 
 def test_runs_equal_those_of_difflib():
@@ -84,6 +88,16 @@ def test_the_greedy_continuation_is_that_of_generate(memorizer, texts, capsys):
 def test_refusals(memorizer, texts, capsys, flags, said):
     error = evaluated(capsys, memorizer, texts, *flags, code=2)
     assert said in error and error.count("llmctl: ") == 1
+
+
+def test_a_trained_prompt_takes_room(monkeypatch):
+    words = tokenizer()
+    words.prefix = tuple(range(20))
+    monkeypatch.setattr(memorization.tokenizers, "load", lambda _: words)
+    there = SimpleNamespace(model=SimpleNamespace(max_seq_len=128), tokenizer_dir=None)
+    held = SimpleNamespace(split="test", training=(), examples=())
+    with pytest.raises(RequestError, match="64 tokens after 20 first tokens, and its continuation, are 134 tokens"):
+        memorization.measure("memorization", there, held, None, MemorizationConfig())
 
 
 def test_words_are_tokens():

@@ -1,5 +1,6 @@
 """Toxicity of continuations: golden values by hand, and the filter's effect on a model whose words are known."""
 
+import gzip
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny_memorizer import sentences
 from llmctl.cli import app
 from llmctl.evaluate.harm import toxicity
 from llmctl.evaluate.harm.detector import Finding
+from llmctl.evaluate.harm.settings import ToxicityConfig
 
 (TEXT,) = (text for text in sentences(0) if "darn" in text)
 BEFORE = TEXT.partition(" darn")[0]
@@ -68,6 +70,9 @@ def test_what_the_model_says_and_what_the_filter_leaves(memorizer, files, capsys
     assert (BEFORE + records[0]["continuation"]) in TEXT and all("words" not in r for r in records[1:])
     (values,) = map(json.loads, (files / "out" / "example_values.jsonl").read_text().splitlines())
     assert values["values"]["toxicity_probability"] == [1, 0, 0, 0]
+    # Truncated prompts are counted without those of harmless continuations and of further samples.
+    short = evaluated(capsys, memorizer, *flags_of(files, **greedy), "--seq-len", 5, "--batch-size", 8)
+    assert "4 tokens (12 with a truncated prompt), temperature" in short["protocol"]
     # A filter with another list removes nothing of it, and refuses what is harmless.
     other = greedy | {"filter.words": files / "other.txt"}
     found = evaluated(capsys, memorizer, *flags_of(files, **other), "--batch-size", 8)["metrics"]
@@ -95,6 +100,17 @@ def test_a_classifier_judges(memorizer, judge, files, capsys):
     expected = np.array(Predictor(judge).predictions(said))[:, 1]
     assert metrics["expected_max_toxicity"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert metrics["toxicity_probability"] == np.mean(expected >= 0.5)
+
+
+def test_compressed_prompts_are_those_of_the_file(files):
+    text = (files / "benign.jsonl").read_bytes()
+    (files / "more.jsonl.gz").write_bytes(gzip.compress(text))
+    (files / "benign.txt").write_bytes(text)
+    plain, packed, raw = (
+        toxicity.definition(ToxicityConfig(prompts=str(files / name)))
+        for name in ("benign.jsonl", "more.jsonl.gz", "benign.txt")
+    )
+    assert plain == packed != raw
 
 
 @pytest.mark.parametrize(
