@@ -63,7 +63,7 @@ def _tokens(record: Record, text: Record) -> Tokens:
 
 
 def _spaced(tokens: Sequence[Record], texts: Sequence[str]) -> list[tuple[str, Number]]:
-    """Return (text, attribution) of each token, with the white space before it, which some tokenizers give no token."""
+    """Return (text, attribution) of each token. White space that belongs to no token is added to the token after it."""
     pairs: list[tuple[str, Number]] = []
     ends: dict[int, int] = {}
     for token in tokens:

@@ -70,7 +70,7 @@ def _edges(models: Sequence[Model]) -> list[tuple[str, str, str]]:
 
 
 def _other(name: str) -> str:
-    """Return the name of a model outside the run whose own name is that of a model in the run."""
+    """Return the displayed name of a model outside the run, if another model in the run has the same name."""
     return f"{name} (not that of this run)"
 
 

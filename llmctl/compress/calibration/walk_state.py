@@ -56,7 +56,7 @@ class WalkState:
         If the decoder was begun, the outputs of the encoder's layers are not replaced. The decoder reads `memories`
         instead.
 
-        If the batches have other sizes than those in the file, because the mesh changed, no layer is finished.
+        If the mesh and therefore the batch sizes differ from those of the file, the file is ignored and 0 is returned.
         """
         if self._about.get("rows") != _rows(carries):
             self._found, self._about = {}, {"layers": []}
@@ -119,7 +119,7 @@ class WalkState:
 
 
 def _rows(carries: Sequence[layerwise.Carry]) -> list[int]:
-    """Return the number of rows per batch."""
+    """Return the number of rows of each batch."""
     return [len(carry.x_BTD) for carry in carries]
 
 

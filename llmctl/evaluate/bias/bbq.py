@@ -164,7 +164,7 @@ def measure(artifact: Artifact, setup: Setup, config: BBQConfig) -> Measured:
 def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray, int]:
     """Return the score of each choice, the score per token, and the number of choices whose context was truncated.
 
-    The scores are [N, K]; -inf if a question has fewer choices.
+    Both scores are arrays [N, K], with -inf in the entries of missing choices if a question has fewer than K.
 
     A decoder scores a choice by its log-likelihood after the prompt. Other models score it as in the task `choice`.
     """
@@ -186,7 +186,7 @@ def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> t
         prompt_C, choice_C = np.array([len(prompts[n]) for n in owner_C]), np.array(list(map(len, choices)))
         longest = int((prompt_C + choice_C).max()) + special
         length = min(-(-longest // WIDTH) * WIDTH, setup.seq_len)
-        # The encoder of an encoder-decoder reads the prompt alone.
+        # The encoder of an encoder-decoder reads only the prompt.
         pair = artifact.model.architecture == "encoder"
         read_C = prompt_C + (choice_C + special if pair else len(words.template.row([])))
         cut = int((read_C > setup.seq_len).sum())

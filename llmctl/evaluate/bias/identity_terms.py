@@ -56,7 +56,11 @@ class Attribute:
 
 
 def _plain(found: str) -> str:
-    """Return a found term in lower case. Four other letters match "i", "s" and "k" if case is ignored (module `re`)."""
+    """Return a found term in lower case.
+
+    If case is ignored, the module `re` also matches four letters outside ASCII with "i", "s" or "k". They are
+    replaced.
+    """
     return found.translate(str.maketrans("\u0130\u0131\u017f\u212a", "iisk")).lower()
 
 

@@ -140,10 +140,10 @@ class IdentitySwaps(Probe):
     section = "identity_swaps"
 
     def check_model(self, manifest: Manifest, settings: Any, where: str) -> None:
-        """Check that the artifact is a classifier with the class of the settings.
+        """Check that the artifact is a classifier, and has the class that the settings name.
 
         Raises:
-            RequestError: If the artifact has another task, or does not have the class.
+            RequestError: If the artifact has another task, or does not have this class.
         """
         from llmctl.evaluate.bias import identity_swaps
         from llmctl.evaluate.tasks.registry import of

@@ -30,9 +30,7 @@ class SentenceModel:
 
     @property
     def said(self) -> str:
-        """Return the end of a description of the measurement: sequence length, dtype and, after the scoring, the number
-        of sentences whose context was truncated.
-        """
+        """Return the end of the protocol: sequence length, dtype and, after scoring, the number of truncated contexts."""
         cut = self.continuations.truncated if self.causal else 0
         return f"context {self.setup.seq_len}, {self.setup.dtype}" + (
             f", {cut} contexts without their beginning" if cut else ""

@@ -69,7 +69,8 @@ class Memorization(Probe):
         """Check that the model is a decoder of text, and that prompt and continuation fit into it.
 
         Raises:
-            RequestError: If the model is no decoder, generates no text, or reads fewer tokens.
+            RequestError: If the model is not a decoder that generates text, or if its maximum sequence length is too
+                small.
         """
         _check_generates(self.name, manifest, where)
         if manifest.model.architecture != "decoder":
@@ -143,7 +144,8 @@ class Contamination(Probe):
     def programs(
         self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
     ) -> Sequence[Program]:
-        """Return the programs of the task, which score a batch and generate answers."""
+        """Return the programs of the task: one that scores a batch and, if the task generates answers, those that
+        generate."""
         from llmctl.evaluate import programs
         from llmctl.evaluate.tasks.registry import of
 

@@ -55,7 +55,8 @@ class Probe:
     reads_training: ClassVar[bool] = False
     """Whether the probe reads the train split of the evaluation's data too (`Held.training`)."""
     tokenizes: ClassVar[bool] = False
-    """Whether the tokenizer determines what the examples are, so that only results of one tokenizer are compared."""
+    """Whether the examples depend on the tokenizer. If so, only results of artifacts with equal tokenizers are
+    compared."""
     compares: ClassVar[bool] = True
     """Whether `measure` returns values per example, which a paired comparison needs."""
 
@@ -87,7 +88,8 @@ class Probe:
         return settings.model_dump() if settings else {}
 
     def generates(self, manifest: Manifest, settings: Any) -> bool:
-        """Return whether the probe generates answers by the settings `generation`, which then determine the result."""
+        """Return whether the probe generates answers. If so, the settings `generation` are part of what determines the
+        result."""
         return False
 
     def measure(self, artifact: Artifact, held: Held | None, setup: Setup, settings: Any) -> Measured:

@@ -191,7 +191,7 @@ class Choice(Task):
         yield {"label": rows.answers_N, "choices": count_N}, found_NK2
 
     def protocol(self, artifact: Artifact, held: Held, setup: Setup, rows: Any, metrics: dict[str, Any]) -> str:
-        """Return a description of the measurement, which gives the number of truncated prompts if there are any."""
+        """Return a description of the measurement, with the number of truncated prompts if there are any."""
         cut = rows.truncated
         said = super().protocol(artifact, held, setup, rows, metrics)
         return f"{said}, {cut} prompts without their beginning" if cut else said
