@@ -93,8 +93,7 @@ def curve(work: Path) -> Curve:
 
 
 def complete(found: Curve, metrics: Mapping[str, Any]) -> Curve:
-    """Return a learning curve with the final validation. It is added if the log lacks it, as if `train.eval_every` is
-    0.
+    """Return a learning curve with the final validation. The log lacks this validation if `train.eval_every` is 0.
 
     >>> complete([], {"steps": 50, "tokens": 900, "validation_loss": 1.5})
     [{'step': 50, 'validation_loss': 1.5}]
