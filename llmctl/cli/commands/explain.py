@@ -70,6 +70,10 @@ def explain(
         raise RequestError(f"--split {split}: must be {', '.join(get_args(Split))}")
     if bool(texts) + bool(file) + bool(split) != 1:
         raise RequestError("explain: give texts, --file or --split, one of the three")
+    if column and not file:
+        raise RequestError(f"--column {column[0]}: names a column of --file; leave it out")
+    if baseline and method == "rollout":
+        raise RequestError(f"--baseline {baseline}: rollout has no baseline; leave it out")
     _check_outputs(html, png)
     settings = {"method": method, "baseline": baseline, "tolerance": tolerance, "steps": steps}
     config = AttributionConfig.model_validate(settings | {"seq_len": seq_len, "batch_size": batch_size, "dtype": dtype})
@@ -100,6 +104,8 @@ def explain(
 def _check_outputs(html: Path | None, png: Path | None) -> None:
     from llmctl.artifacts import atomic
 
+    if html and html == png:
+        raise RequestError(f"--png {png}: is the file of --html; name another")
     for flag, out in (("--html", html), ("--png", png)):
         if out and out.exists():
             raise RequestError(f"{flag} {out}: exists already; name a new file")

@@ -24,6 +24,7 @@ import numpy as np
 from llmctl.artifacts.artifact import Artifact
 from llmctl.config.base import hint
 from llmctl.config.errors import RequestError
+from llmctl.config.limits import check_memory
 from llmctl.config.settings import MeshConfig
 from llmctl.data import device_batches
 from llmctl.data.source import Row
@@ -35,7 +36,7 @@ from llmctl.evaluate.attribution.gradients import Attribution
 from llmctl.evaluate.attribution.inputs import TEXT, Input, Piece
 from llmctl.evaluate.attribution.settings import ROLLOUT, AttributionConfig
 from llmctl.evaluate.predict import check_columns, padded_length
-from llmctl.evaluate.setup import prediction_length
+from llmctl.evaluate.setup import ROW, prediction_length
 from llmctl.evaluate.tasks.registry import of
 from llmctl.model import functional, weights
 
@@ -97,7 +98,7 @@ class Explainer:
             config: Settings; None uses the defaults.
 
         Raises:
-            RequestError: If the method does not suit the artifact.
+            RequestError: If the method does not suit the artifact, or if a batch does not fit into memory.
         """
         config = config or AttributionConfig()
         chosen = config.baseline or ("pad" if found.model.norm == "rms" else "zero")
@@ -105,8 +106,7 @@ class Explainer:
         outputs.check(found)
         if self.config.method == ROLLOUT:
             rollout.check(found)
-        # Rounded activations have no useful gradient.
-        params = jax.tree.map(
+        params = jax.tree.map(  # rounded activations have no useful gradient
             lambda w: weights.as_node(w).without_activations(), found.params, is_leaf=weights.is_weight
         )
         self.found, self.task, self.model = replace(found, params=params), of(found.manifest), found.model
@@ -115,6 +115,7 @@ class Explainer:
         self._seq_len = prediction_length(found.manifest, self.config.seq_len, found.path)
         self._mesh = meshes.make(MeshConfig())
         self._size = -(-self.config.batch_size // self._mesh.size) * self._mesh.size
+        check_memory(self._size * self._seq_len * ROW, f"--batch-size {config.batch_size}: its rows", "take fewer")
         pad = self._tokenizer.pad_id if self.config.baseline == "pad" else None
         self._step = gradients.program(found, pad, self.config.dtype)
         self._rollout = rollout.program(found, self.config.dtype)

@@ -236,6 +236,9 @@ def test_the_command_writes_json_a_page_and_a_picture(save, tmp_path, capsys):
         ([path, "a", "--method", "lime"], "must be integrated_gradients, gradient_input or rollout"),
         ([path, " "], "the column 'text' is empty"),
         ([path, "--split", "test"], "its settings name no data"),
+        ([path, "a", "--column", "text=review"], "names a column of --file"),
+        ([path, "a", "--method", "rollout", "--baseline", "pad"], "rollout has no baseline"),
+        ([path, "a", "--batch-size", str(10**12)], "--batch-size 1000000000000: its rows would take"),
         ([str(save("embed").path), "a"], "has no single output per text"),
     ):
         assert run(["explain", *wrong]) == 2
