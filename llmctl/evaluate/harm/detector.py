@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,8 +88,8 @@ class Classifier:
     def __call__(self, texts: Sequence[str]) -> list[float]:
         """Return one probability per text. A text without words has the probability 0.
 
-        A text that is longer than the classifier's sequence length is split between words. Its probability is the
-        largest of its parts.
+        A text that is longer than the classifier's sequence length is split, if possible between words. Its probability
+        is the largest of its parts.
 
         Raises:
             WorkError: If a probability is not a finite number.
@@ -105,12 +106,17 @@ class Classifier:
         return score_N.tolist()
 
     def _parts(self, text: str) -> list[str]:
-        """Return the text, or its halves if it has too many tokens, and so on. A single word is never split."""
-        words = text.split(" ")
-        if len(words) == 1 or len(self._tokenizer.encode(text)) <= self._room:
+        """Return the text, or its halves if it has too many tokens, and so on.
+
+        The halves are split at the white space nearest to the middle, or in the middle if there is none: a long text
+        without spaces, such as Chinese, must be read to its end.
+        """
+        text = text.strip()
+        if len(text) < 2 or len(self._tokenizer.encode(text)) <= self._room:
             return [text]
-        middle = len(words) // 2
-        return [*self._parts(" ".join(words[:middle])), *self._parts(" ".join(words[middle:]))]
+        middle = len(text) // 2
+        at = min((m.start() for m in re.finditer(r"\s", text)), key=lambda i: abs(i - middle), default=middle)
+        return [*self._parts(text[:at]), *self._parts(text[at:])]
 
 
 def check(config: HarmConfig, where: str) -> word_list.WordList | None:

@@ -111,6 +111,8 @@ def test_a_classifier_judges_whole_answers_of_any_length(judge):
     detect = Detector(HarmConfig(classifier=str(judge), classes=["toxic"]), "filter")
     parts = detect._classifier._parts(texts[3])
     assert " ".join(parts) == texts[3] and max(map(len, parts)) <= 46 < 2 * min(map(len, parts)) + 1
+    whole = detect._classifier._parts("x" * 150)  # without spaces, nothing may be left unread
+    assert "".join(whole) == "x" * 150 and max(map(len, whole)) <= 46
     p_NC = np.array(Predictor(judge).predictions([{"text": text} for text in [*texts[:2], *parts]]))
     found = detect(texts)
     assert [f.score for f in found] == pytest.approx([*p_NC[:2, 1], 0.0, p_NC[2:, 1].max()], abs=1e-6)
