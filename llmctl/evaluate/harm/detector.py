@@ -108,8 +108,8 @@ class Classifier:
     def _parts(self, text: str) -> list[str]:
         """Return the text, or its halves if it has too many tokens, and so on.
 
-        The halves are split at the white space nearest to the middle, or in the middle if there is none: a long text
-        without spaces, such as Chinese, must be read to its end.
+        A text is split at the white space nearest to its middle. If it has none, as in Chinese, it is split in the
+        middle, so that no part of it is truncated.
         """
         text = text.strip()
         if len(text) < 2 or len(self._tokenizer.encode(text)) <= self._room:
