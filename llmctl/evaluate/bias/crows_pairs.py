@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmctl.artifacts.artifact import Artifact
+from llmctl.config.errors import RequestError
 from llmctl.evaluate.bias import benchmark_rows
 from llmctl.evaluate.bias.benchmark_rows import BenchmarkRow
 from llmctl.evaluate.bias.intervals import with_intervals
@@ -53,7 +54,8 @@ def read(config: CrowsPairsConfig) -> list[Pair]:
 def _pair(row: BenchmarkRow) -> Pair:
     kind = row.text("bias_type")
     if "sentence" in row.columns and "sent_more" not in row.columns:
-        sentence = row.text("sentence")
+        if MASK not in (sentence := row.text("sentence")):
+            raise RequestError(f"{row.where}: the sentence has no {MASK}")
         more, less = (sentence.replace(MASK, row.text(name)) for name in ("mask1", "mask2"))
         return Pair(more, less, kind)
     direction = ""

@@ -49,6 +49,9 @@ def test_rows_are_read_in_three_formats(tmp_path):
     }
     located = unclear | {"target_loc": 1}
     found = read(tmp_path, ORIGINAL, positive, unclear, gendered, located, PACKAGE, OWN)
+    odd = [{"target_loc": "1"}, {"target_loc": "1.0"}, {"additional_metadata": {"stereotyped_groups": "obese"}}]
+    odd += [{"additional_metadata": {"stereotyped_groups": 3}}]
+    assert [q.biased for q in read(tmp_path, *(unclear | more for more in odd))] == [1, 1, 2, None]
     assert found[0] == Question(prompt, choices, 0, 0, 2, True, "Looks")
     assert [q.biased for q in found[1:5]] == [1, None, 1, 1]
     assert found[5] == Question(

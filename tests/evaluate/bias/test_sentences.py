@@ -11,6 +11,7 @@ import transformers as hf
 
 from llmctl.artifacts import artifact
 from llmctl.cli import app
+from llmctl.config.errors import RequestError
 from llmctl.config.settings import MeshConfig
 from llmctl.convert import hf_folder
 from llmctl.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -243,3 +244,11 @@ def test_wrong_files_are_refused_with_one_line(folder, tmp_path, capsys, file, c
     assert evaluated(tmp_path, str(folder / "decoder"), *command) == 2
     assert line in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "report").exists()
+
+
+def test_a_sentence_without_a_mask_is_refused(tmp_path):
+    """Its two versions would be equal, and count as a preference for the less stereotypical one."""
+    row = {"bias_type": "age", "sentence": "An [MASK] man.", "mask1": "old", "mask2": "young"}
+    lines(tmp_path / "pairs.jsonl", [row, row | {"sentence": "An old man."}])
+    with pytest.raises(RequestError, match=r"pairs.jsonl:2: the sentence has no \[MASK\]"):
+        crows_pairs.read(CrowsPairsConfig(path=str(tmp_path / "pairs.jsonl")))
