@@ -76,6 +76,12 @@ class FilterConfig(HarmConfig):
     def _used(self) -> FilterConfig:
         if not self.active and (unused := sorted(self.model_fields_set & {"action", "refusal", "attempts"})):
             raise ValueError(f"`{unused[0]}` is for a filter; name a list in `words`, or a classifier in `classifier`")
+        if "threshold" in self.model_fields_set and not self.classifier:
+            raise ValueError("`threshold` is for a classifier; name its folder in `classifier`")
+        if "attempts" in self.model_fields_set and self.action != "resample":
+            raise ValueError('`attempts` is for `action` "resample"')
+        if self.action == "redact" and not self.words:
+            raise ValueError("redact replaces the words of a list; name the list in `words`")
         return self
 
 
