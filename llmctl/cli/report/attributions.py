@@ -55,6 +55,9 @@ def _tokens(record: Record, text: Record) -> Tokens:
     shown = [t for t in text["tokens"] if rollout or t.get("kind", "text") == "text"]
     error = text.get("completeness_error")
     note = f"Completeness error {error:.2%}." if figures.is_number(error) else ""
+    most = record.get("tolerance")
+    if figures.is_number(error) and figures.is_number(most) and error > most:
+        note += f" Warning: this is more than the tolerance of {most:.2%}."
     if len(shown) > MOST_TOKENS:
         note += f" {len(shown) - MOST_TOKENS:,} further tokens are in the JSON data."
     output = f" ({text['output']:+.3g})" if figures.is_number(text.get("output")) and not rollout else ""

@@ -272,7 +272,7 @@ def test_tokens_are_marked_side_by_side(page):
 def test_records_of_explain_are_read(run, tmp_path):
     """The report reads what `explain --json` writes, averages included, and shows spaces that no token has."""
     pieces = [Piece("[CLS]", "special"), Piece("so", "text", 0, 0, 2), Piece("so", "text", 0, 3, 5)]
-    found = [Explanation(pieces, ["so so, cut off"], np.array([0, 0.5, -0.25]), "pos", 1.5, 0.0)] * 2
+    found = [Explanation(pieces, ["so so, cut off"], np.array([0, 0.5, -0.25]), "pos", 1.5, 0.0, 0.2)] * 2
     manifest = Manifest.model_validate_json((run / "base/manifest.json").read_text())
     about = {"manifest": manifest, "config": AttributionConfig(baseline="pad"), "unit": "nats"}
     explainer = SimpleNamespace(found=SimpleNamespace(**about), task=SimpleNamespace(title="classes"), **about)
@@ -285,6 +285,7 @@ def test_records_of_explain_are_read(run, tmp_path):
     assert [[c.text for c in row] for row in part.rows] == [["so", "0.125", "4"]]
     tokens = attributions.sections(contents)[0].blocks[2].blocks[0]
     assert tokens.tokens == [("so", 0.5), (" so", -0.25)]
+    assert tokens.note == "Completeness error 20.00%. Warning: this is more than the tolerance of 1.00%."
 
 
 def test_long_logs_are_read_to_their_end(run, tmp_path, monkeypatch):
