@@ -39,7 +39,7 @@ def budget(fraction: float, count: int) -> int:
     """Return the maximum number of substitutions in a text with `count` tokens or words; at least one.
 
     Example:
-        >>> [budget(0.15, count) for count in (0, 3, 20, 39)]
-        [0, 1, 3, 5]
+        >>> [budget(0.15, count) for count in (0, 3, 20, 39)], budget(0.29, 100)
+        ([0, 1, 3, 5], 29)
     """
-    return min(max(int(fraction * count), 1), count)
+    return min(max(int(fraction * count + 1e-9), 1), count)  # 0.29 * 100 is less than 29

@@ -149,7 +149,7 @@ def padding(text: str, options: Options, rng: Random) -> str:
 def truncation(text: str, options: Options, rng: Random) -> str:
     """Remove the end of the text: a fraction `rate` of the words, rounded down. At least one word is kept."""
     words = [match.end() for match in WORD.finditer(text)]
-    kept = max(len(words) - int(options.rate * len(words)), 1)
+    kept = max(len(words) - int(options.rate * len(words) + 1e-9), 1)
     return text[: words[kept - 1]] if kept < len(words) else text
 
 
