@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmctl.config.errors import RequestError
+from llmctl.distributed import host_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -54,6 +55,8 @@ def choose(platforms: Iterable[str]) -> str:
     wanted = named[0] if named else ""
     if wanted and not os.environ.get("JAX_PLATFORMS") and "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = BACKENDS[wanted]
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not attached_accelerators():
+        host_memory.share_arena()  # before JAX starts threads
     return wanted
 
 

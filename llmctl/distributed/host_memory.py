@@ -23,6 +23,20 @@ HUGE = 2 << 20
 
 
 @functools.cache
+def share_arena() -> bool:
+    """Configure the C allocator of this process to use one arena for all threads. Repeated calls have no effect.
+
+    Call this before the process has threads: glibc fixes the number of arenas when it creates the second one. A large
+    block of another arena does not come from the memory that `keep` reserves, and is returned to the kernel when freed.
+
+    Returns:
+        True if the allocator was configured, which requires Linux with glibc. Otherwise False.
+    """
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(ARENA_MAX, 1))
+
+
+@functools.cache
 def keep() -> bool:
     """Configure the C allocator of this process to keep freed memory. Repeated calls have no effect.
 
@@ -33,13 +47,13 @@ def keep() -> bool:
         True if the allocator was configured, which requires Linux with glibc. Otherwise False.
     """
     libc = _glibc()
-    if libc is None:
+    if libc is None or not share_arena():
         return False
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     # With one arena, without mmap and without trimming, the heap grows in one piece and never shrinks.
-    for parameter, value in ((MMAP_MAX, 0), (ARENA_MAX, 1), (TRIM_THRESHOLD, -1)):
+    for parameter, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
         if not libc.mallopt(parameter, value):
             return False
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

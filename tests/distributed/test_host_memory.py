@@ -59,3 +59,31 @@ def test_trimmed_memory_is_returned_to_the_kernel() -> None:
     pages = (100 << 20) // resource.getpagesize()
     assert full - freed < pages / 10
     assert full - trimmed > pages
+
+
+THREADS = """
+import concurrent.futures, resource
+import numpy as np
+from llmctl.distributed import host_memory
+
+def touched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(256 << 20, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+shared = host_memory.share_arena()
+with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    plain = [pool.submit(touched).result() for _ in range(3)][-1]
+    kept = host_memory.keep()
+    *_, again = [pool.submit(touched).result() for _ in range(3)]
+print(int(shared and kept), plain, again)
+"""
+
+
+def test_memory_of_threads_is_kept_too() -> None:
+    """JAX allocates in threads that exist before the mesh, so glibc must not give each of them an arena of its own."""
+    out = subprocess.run([sys.executable, "-c", THREADS], check=True, capture_output=True, text=True).stdout
+    kept, plain, again = map(int, out.split())
+    if not kept:
+        pytest.skip("another C library, or a kernel without huge pages")
+    assert again < plain / 10, (plain, again)
