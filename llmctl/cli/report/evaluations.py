@@ -46,7 +46,7 @@ def _timing(result: Record) -> str:
     if not result.get("timed_on"):
         return ""
     batch, rounds = (result.get(f"timed_{key}", "?") for key in ("batch", "rounds"))
-    return cell(f"Times: {result['timed_on']}, {rounds} rounds, batches of {batch} for throughput.").text
+    return cell(f"Times: {result['timed_on']}, at most {rounds} rounds, batches of {batch} for throughput.").text
 
 
 def table(task: str, results: Sequence[Record]) -> Table:

@@ -62,7 +62,7 @@ def _blocks(blocks: Sequence[Block], level: int) -> Iterator[str]:
             yield f"**{escaped(block.title)}** {escaped(block.note)}".rstrip()
             yield from _table(block.table)
         elif isinstance(block, Code):
-            yield from (f"{escaped(block.title)}:", _fenced(block))
+            yield from (f"{_paragraph(block.title)}:", _fenced(block))
         elif isinstance(block, Folded):
             yield f"**{escaped(block.title)}**"
             yield from _blocks(block.blocks, level)
@@ -76,7 +76,7 @@ def _paragraph(value: str) -> str:
 
 
 def _table(table: Table) -> Iterator[str]:
-    yield f"{escaped(table.caption)}:"
+    yield f"{_paragraph(table.caption)}:"
     head = "| " + " | ".join(map(escaped, table.headings)) + " |"
     rule = "| " + " | ".join("--:" if right else "---" for right in table.numeric) + " |"
     yield "\n".join([head, rule, *("| " + " | ".join(map(_cell, row)) + " |" for row in table.rows)])

@@ -18,7 +18,18 @@ import pytest
 from llmctl.artifacts.manifest import FORMAT, Manifest, Parent
 from llmctl.artifacts.manifest_file import write_manifest
 from llmctl.cli import app, summary
-from llmctl.cli.report import attributions, html_page, lineage, plots, quality, report, reproduction, run_contents
+from llmctl.cli.report import (
+    attributions,
+    html_page,
+    lineage,
+    markdown,
+    plots,
+    quality,
+    report,
+    reproduction,
+    run_contents,
+)
+from llmctl.cli.report.document import Document, Section, Table, cell
 from llmctl.config.base import keyed
 from llmctl.config.errors import RequestError
 from llmctl.evaluate.attribution.explain import Explanation
@@ -417,6 +428,12 @@ def test_copies_of_a_model_keep_their_names(run, tmp_path):
         (tmp_path / "run/eval/results.json").write_text(json.dumps([measured]))
         (found,) = run_contents.read(tmp_path / "run").evaluations
         assert found.results[0]["artifact"] == name.rpartition("/")[2]
+
+
+def test_captions_are_no_list_items_in_markdown():
+    table = Table("- a|b", ["name"], [[cell("1. x")]])
+    text = markdown.text(Document("t", "lead", [Section("s", [table])]))
+    assert "\n\\- a\\|b:\n" in text
 
 
 def test_pareto_front():
