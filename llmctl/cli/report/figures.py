@@ -18,15 +18,32 @@ def is_number(value: Any) -> TypeGuard[Number]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def split(name: str) -> tuple[str, str]:
+    """Split the name of a result into (task, metric). The task is empty if the name has none.
+
+    Example:
+        >>> split("accuracy/gender"), split("bbq/accuracy/gender"), split("bbq/nothing")
+        (('', 'accuracy/gender'), ('bbq', 'accuracy/gender'), ('bbq', 'nothing'))
+    """
+    parts = name.split("/")
+    first = next((i for i in range(len(parts)) if find("/".join(parts[i:]))), len(parts) - 1)
+    return "/".join(parts[:first]), "/".join(parts[first:])
+
+
 def record(name: str) -> Metric | None:
     """Return the registered metric of a name, which may begin with a task (`task/metric`)."""
-    return find(name) or find(name.rpartition("/")[2])
+    return find(split(name)[1])
 
 
 def title(name: str) -> str:
-    """Return the title of a metric. A metric that is not registered has its name with spaces for underscores."""
-    task, _, bare = name.rpartition("/")
-    known = record(name)
+    """Return the title of a metric. A metric that is not registered has its name with spaces for underscores.
+
+    Example:
+        >>> title("bbq/accuracy/gender"), title("new_metric")
+        ('bbq: accuracy (gender)', 'new metric')
+    """
+    task, bare = split(name)
+    known = find(bare)
     words = known.title if known else bare.replace("_", " ")
     return visible(f"{task}: {words}" if task else words)
 
