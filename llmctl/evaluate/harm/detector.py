@@ -111,12 +111,13 @@ class Classifier:
         A text is split at the white space nearest to its middle. If it has none, as in Chinese, it is split in the
         middle, so that no part of it is truncated.
         """
-        text = text.strip()
-        if len(text) < 2 or len(self._tokenizer.encode(text)) <= self._room:
+        bare = text.strip()
+        if len(bare) < 2 or len(self._tokenizer.encode(text)) <= self._room:
             return [text]
+        text = bare
         middle = len(text) // 2
         at = min((m.start() for m in re.finditer(r"\s", text)), key=lambda i: abs(i - middle), default=middle)
-        return [*self._parts(text[:at]), *self._parts(text[at:])]
+        return [*self._parts(text[:at].strip()), *self._parts(text[at:].strip())]
 
 
 def check(config: HarmConfig, where: str) -> word_list.WordList | None:
