@@ -121,7 +121,8 @@ class Scorer:
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:
         """Return one sequence per distinct context, with all continuations of this context.
 
-        If a row has no room for all continuations, the context has several sequences.
+        A context has several sequences if its continuations do not fit into a row, or if a long sequence would not pay.
+        A context shorter than a continuation saves little, and a longer row makes every product of attention longer.
         """
         open_: dict[tuple[int, ...], ScoredSequence] = {}
         found: list[ScoredSequence] = []
@@ -136,7 +137,9 @@ class Scorer:
             self.truncated += len(context) + count > self.longest + 1
             kept = (*self._prefix, *context[max(len(context) + count - self.longest - 1, 0) :])
             sequence = open_.get(kept)
-            if sequence is None or sequence.inputs + count - 1 > self._setup.seq_len:
+            room = SHORTEST if len(kept) < count else SHORTEST * GROWTH
+            room = min(len(kept) + room, self._setup.seq_len)
+            if sequence is None or sequence.inputs + count - 1 > room:
                 sequence = open_[kept] = ScoredSequence(kept, {}, [])
                 found.append(sequence)
             sequence.add(continuation, q)

@@ -104,6 +104,15 @@ def test_continuations_that_do_not_fit_one_row_get_the_context_again():
     assert [s.context for s in scorer._sequences([Query(range(40), [1, 2])])] == [tuple(range(25, 40))]
 
 
+def test_long_texts_after_one_token_do_not_share_a_row_of_their_total_length():
+    """Rolling windows of 30 documents all begin after the start token; one row of 9,000 tokens took 20 times as long."""
+    scorer = Scorer(MODELS["rotary"], {}, setup(seq_len=8192))
+    documents = scorer._sequences([Query([1], [n] * 300) for n in range(2, 32)])
+    assert [s.inputs for s in documents] == [300] * 30
+    few_shot = scorer._sequences([Query([1] * 2000, [n] * 20) for n in range(2, 32)])
+    assert [s.inputs for s in few_shot] == [2000 + 30 * 19]
+
+
 def test_rows_have_few_lengths_and_little_padding():
     rng = np.random.default_rng(1)
     sizes = [*rng.integers(10, 60, 3000), *rng.integers(100, 400, 600), 900]
