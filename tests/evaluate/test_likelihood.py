@@ -105,7 +105,7 @@ def test_continuations_that_do_not_fit_one_row_get_the_context_again():
 
 
 def test_long_texts_after_one_token_do_not_share_a_row_of_their_total_length():
-    """Rolling windows of 30 documents all begin after the start token; one row of 9,000 tokens took 20 times as long."""
+    """Rolling windows of 30 documents begin after the start token; one row of 9,000 tokens took 20 times as long."""
     scorer = Scorer(MODELS["rotary"], {}, setup(seq_len=8192))
     documents = scorer._sequences([Query([1], [n] * 300) for n in range(2, 32)])
     assert [s.inputs for s in documents] == [300] * 30
