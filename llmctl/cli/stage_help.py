@@ -118,8 +118,8 @@ def _heading(cls: Any, path: tuple[str, ...]) -> str:
 def _is_common(cls: Any, path: tuple[str, ...]) -> bool:
     """Return whether `--help` lists the flag of a field.
 
-    The flag is listed if the field's class lists the field in `common`, or if this `common` is None. A section inside
-    another section must be listed there too.
+    The flag is listed if the class of the field lists the field in `common`, or if this `common` is None. A field that
+    is a section, such as `optim`, has fields of its own. A section within a section must itself be listed in `common`.
     """
     for depth, part in enumerate(path[:-1]):
         if depth and cls.common is not None and part not in cls.common:

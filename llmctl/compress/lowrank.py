@@ -19,7 +19,7 @@ def merged(base: Artifact, say: Callable[[str], None], *, requantizes: bool = Fa
     """Return a model's parameters with every low-rank adapter (LoRA) merged into its matrix.
 
     Args:
-      base: artifact of the saved model.
+      base: artifact that is compressed.
       say: function that prints a line if any adapter is merged.
       requantizes: whether the caller quantizes the result. Only then may adapters of quantized matrices be merged.
 

@@ -39,7 +39,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Epochs:
-    """Map row numbers without an upper bound to example indices below `count`.
+    """Map each row number to the index of an example. Row numbers are unbounded, and indices are below `count`.
 
     Every `count` successive row numbers (an epoch) contain each index once, shuffled or in order.
     """

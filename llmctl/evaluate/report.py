@@ -181,7 +181,7 @@ def comparison_cells(compared: Sequence[Result]) -> tuple[list[str], list[list[s
 
 
 def comparison_table(compared: Sequence[Result]) -> Table:
-    """Return a table of differences for the terminal."""
+    """Return a terminal table of the differences in metrics between each artifact and the reference artifact."""
     from rich.table import Table
 
     head, body = comparison_cells(compared)

@@ -1,9 +1,9 @@
 """Estimate the memory of a step from its config and mesh, without compiling.
 
-The model counts the arrays that XLA keeps in memory. These are the state (arguments), the arrays that the forward scan
-saves per layer, and the larger of two peaks. One peak is at the loss, with the output projection gathered on every
+The estimate counts the arrays that XLA keeps in memory. These are the state (arguments), the arrays that the forward
+scan saves per layer, and the larger of two peaks. One peak is at the loss, with the output projection gathered on every
 device. The other peak is at the end of the backward pass, when the gradients of all layers exist.
-`recipes/bench/plan_model.md` compares the model with compiled programs.
+`recipes/bench/plan_model.md` compares the estimates with compiled programs.
 """
 
 from __future__ import annotations

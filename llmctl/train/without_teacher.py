@@ -132,7 +132,7 @@ def compared(alone: Mapping[str, Any], curve_taught: Curve, metric: str) -> dict
 def report(
     config: Any, ctx: Context, learner: Learner, taught: Mapping[str, Any], alone: Mapping[str, Any], say: Any
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Print how the students compare, and write both learning curves.
+    """Print a table that compares the students with and without a teacher, and write their learning curves.
 
     Args:
       config: config of the stage `distill`.

@@ -31,7 +31,7 @@ def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool 
 
     Args:
       config: settings that select the examples and their length.
-      base: artifact of the saved model. Its training length and truncation are the defaults.
+      base: artifact that is compressed. Its training length and truncation are the defaults.
       mesh: the devices.
       labels: whether batches contain labels or targets, as in training. Otherwise, batches contain only the model's
         inputs.

@@ -39,7 +39,7 @@ def prune_weights(
 
     Args:
       config: calibration settings.
-      base: artifact of the saved model.
+      base: artifact that is compressed.
       params: parameters of the model, with merged adapters. The parameters of the layers are donated.
       method: the pruning method.
       mesh: the devices.

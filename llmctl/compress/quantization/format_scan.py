@@ -4,9 +4,9 @@ The search has three steps:
 
 - Round one matrix at a time to each candidate format, and measure the loss. A matrix has the weights of all layers.
 - Compute the Pareto front of average bits and predicted increase of the loss (`format_allocation`).
-- If there is a budget of bits, choose the mixture of the front with the lowest increase within the budget. If there is
-  a limit of the perplexity, measure mixtures of the front, and choose the mixture with the fewest bits within the
-  limit.
+- For a budget of bits, choose the mixture of the front with the lowest increase within the budget.
+- For a limit of the perplexity, measure mixtures of the front. The choice is the mixture with the fewest bits within
+  the limit.
 
 The search always rounds every weight to the nearest level. A method that reads calibration data, such as GPTQ, would
 need one calibration walk per measurement. Every loss is saved, so that an interrupted run measures only what is
@@ -238,8 +238,8 @@ def choose(
     - `front`: the mixtures of the Pareto front. Only measured mixtures have the entry `measured`.
 
     Args:
-      config: settings of the stage, with a budget.
-      base: artifact of the saved model.
+      config: settings of the stage `quantize`, with a budget.
+      base: artifact that is compressed.
       params: parameters of the model. They do not change.
       mesh: the devices.
       saved: losses that an interrupted run measured.

@@ -78,7 +78,7 @@ class Quantization:
 
     @property
     def hessian(self) -> bool:
-        """Return whether the method reads each matrix's Gram matrix."""
+        """Return whether the method reads the Gram matrix X^T X of each matrix's inputs X."""
         return self.solves or self.scales_inputs
 
     @property

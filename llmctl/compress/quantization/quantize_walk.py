@@ -56,7 +56,7 @@ def quantize_layers(
 
     Args:
       config: calibration settings.
-      base: artifact of the saved model.
+      base: artifact that is compressed.
       params: parameters of the model, with merged adapters. The parameters of the layers are donated.
       method: how the model is quantized.
       mesh: the devices.

@@ -102,8 +102,7 @@ def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
 
 
 def _squares(units: wiring.Units, layer: dict[str, Any]) -> list[jax.Array]:
-    """Return one array [N] per matrix that computes the units' outputs or multiplies them: the sum of squares of each
-    unit's weights."""
+    """Return the sum of squares of each unit's weights, one array [N] per matrix before and after the units."""
 
     def of(path: str, axis: int) -> jax.Array:
         square = jnp.sum(jnp.square(dense(_kernel(layer, path))), axis=axis)

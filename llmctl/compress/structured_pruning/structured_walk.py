@@ -70,7 +70,7 @@ def prune_structure(
 
     Args:
       config: settings of the stage.
-      base: artifact of the saved model.
+      base: artifact that is compressed.
       params: parameters of the model, with merged adapters. The parameters of the layers are donated.
       target: config of the model after pruning. The vocabulary is not pruned here.
       method: importance, and whether to repair matrices whose inputs are removed.
@@ -148,7 +148,7 @@ def choose_sizes(
 
     Args:
       config: settings of the stage.
-      base: artifact of the saved model.
+      base: artifact that is compressed.
       params: parameters of the model, with merged adapters.
       asked: kind and amount of the budget (`BudgetConfig.asked`).
       method: how the importance is measured.

@@ -67,7 +67,7 @@ def choose(
 
     Args:
       config: settings of the stage.
-      base: artifact of the saved model.
+      base: artifact that is compressed.
       work: folder of the stage, in which the new tokenizer is written.
       saved: counts of an interrupted run.
       say: function that prints a line.

@@ -77,7 +77,7 @@ class Span(Task):
         return ends(lambda k, at, weight: class_sums(y[..., k], at, weight, smoothing, z, batch["among"]), batch)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return the logits [B, T, 2] of the mean probabilities of the tokens at which an answer may begin or end."""
+        """Average the start and end probabilities of several models, and return the averages as logits [B, T, 2]."""
         allowed = [only(y.swapaxes(1, 2), batch["among"][:, None]) for y in outputs]
         return mean_logits(allowed, temperature).swapaxes(1, 2) if len(outputs) > 1 else outputs[0]
 
