@@ -1,6 +1,6 @@
 """Choose the format of each matrix by the loss on calibration data, within a budget of bits or of perplexity.
 
-The search has three steps:
+The search has these steps:
 
 - Round one matrix at a time to each candidate format, and measure the loss. A matrix has the weights of all layers.
 - Compute the Pareto front of average bits and predicted increase of the loss (`format_allocation`).
