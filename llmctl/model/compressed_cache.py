@@ -34,8 +34,8 @@ from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
 
 BOUNDS = {"int8": 127.5, "fp8_e4m3": 448.0, "int4": 7.5}
-"""Ratio of the largest element of a head to the scale, by format. For integers, the ratio is half a step above the
-largest code."""
+"""Largest absolute element of a head, divided by its scale, by format. For integer formats, the quotient is the largest
+code plus 0.5."""
 STORED = {"int8": jnp.int8, "fp8_e4m3": jnp.float8_e4m3fn, "int4": jnp.uint8}
 """Dtype of the array of codes, by format."""
 PER_BYTE = {"int8": 1, "fp8_e4m3": 1, "int4": 2}

@@ -218,7 +218,7 @@ def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dt
 def segment_outputs(
     cfg: ModelConfig, params: Params, x_BTD: jax.Array, segments_BT: jax.Array, count: int, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """Compute the outputs of a head with one output per text, for rows that pack several texts, [B, E, ...].
+    """Compute the output of the task head for each of the E texts that are packed into a row, [B, E, ...].
 
     Args:
         cfg: Config of the model.

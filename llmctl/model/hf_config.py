@@ -69,7 +69,7 @@ class Keys:
         return default
 
     def set_default(self, key: str, value: Any) -> None:
-        """Add a missing key with the default value in `transformers`. A key that is null is not changed."""
+        """If a key is missing, add the key with `value`, its default in `transformers`. A null key is not changed."""
         self.given.setdefault(key, value)
 
     def check(self, key: str, *allowed: Any) -> None:

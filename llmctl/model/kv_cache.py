@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from llmctl.model.compressed_cache import Compressed, rotated
 
 CENTER_TOKENS = 16
-"""Number of tokens at the start of a text. The mean of their keys is the center of all keys of the text
-(`compressed_cache`). If a text has fewer tokens, the center is zero."""
+"""Number of tokens whose keys determine the center of a text's keys (`compressed_cache`). The center is the mean of the
+keys of the first tokens. If a text has fewer tokens, the center is zero."""
 Cached = jax.Array | Compressed
 """Cached keys or values of a layer."""
 
@@ -96,8 +96,8 @@ def remember(
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
     """Store the keys or values of cross-attention in the cache of a module, so that later steps can read them.
 
-    The arrays are named "memory_k" and "memory_v". If an array of this name is already in the cache, its format and
-    dtype are kept. Before the first step, this array may have no slots.
+    The arrays are named "memory_k" and "memory_v". If an array of this name is already in the cache, even an array
+    without slots, the new array gets its format and dtype.
     """
     laid_out, name = _laid_out(x_BSGK), f"memory_{name}"
     kept = module.get_variable("cache", name) if module.has_variable("cache", name) else laid_out
@@ -121,7 +121,10 @@ def _like(kept: Cached, new: jax.Array) -> Cached:
 
 
 def _center(x_BTGK: jax.Array, real_BT: jax.Array) -> jax.Array:
-    """Return the mean of the keys of the first `CENTER_TOKENS` real tokens, as `Compressed.center`."""
+    """Return the center of the keys [B, T, G, K]: the rotated mean of the first `CENTER_TOKENS` keys without padding.
+
+    If a row has fewer tokens, its center is zero. The result has the axes of `Compressed.center`.
+    """
     used_BT = real_BT & (jnp.cumsum(real_BT, axis=1) <= CENTER_TOKENS)
     enough_B = jnp.sum(used_BT, axis=1) == CENTER_TOKENS
     weight_BT = jnp.where(used_BT & enough_B[:, None], 1 / CENTER_TOKENS, 0)

@@ -42,7 +42,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Signals:
-    """Define which inner layers are compared, how, and with which weights."""
+    """Define which layers of student and teacher are compared, by which distances, and with which loss weights."""
 
     hidden: float = 0.0
     relations: float = 0.0
@@ -50,14 +50,14 @@ class Signals:
     pairs: tuple[tuple[int, int], ...] = ()
     """Compared layers: (layer of the student, layer of the teacher). Relations are compared in the last pair."""
     distance: Literal["mse", "cosine"] = "mse"
-    """Distance between vectors, as a mean over tokens. mse: mean squared difference of the elements. cosine: 1 - cosine
-    similarity."""
+    """Distance between the student's and the teacher's vector of a token. mse: mean squared difference of the elements.
+    cosine: 1 - cosine similarity. Losses are means of the distance over tokens."""
     relation_heads: int = 1
     """Number of parts into which queries, keys and values are split. A relation is the attention-like similarity of all
     pairs of tokens within one part, as in MiniLMv2 (`llmctl.model.token_relations`)."""
 
     def weight(self, name: str) -> float:
-        """Return the weight of a signal: "hidden", "relations" or "embeddings"."""
+        """Return the loss weight of a signal: "hidden", "relations" or "embeddings"."""
         return getattr(self, name)
 
     def layers(self, side: Side) -> list[int]:
@@ -130,7 +130,10 @@ class Signals:
         return found
 
     def _distance(self, x_BTD: jax.Array, y_BTE: jax.Array, w_DE: jax.Array | None, real_BT: jax.Array) -> jax.Array:
-        """Return the mean distance of vectors over tokens, after the projection `w_DE` if it is given."""
+        """Return the distance between student vectors x and teacher vectors y, as a mean over tokens without padding.
+
+        If `w_DE` is given, x is projected to the teacher's width first.
+        """
         x, y = x_BTD.astype(jnp.float32), y_BTE.astype(jnp.float32)
         x = x if w_DE is None else x @ w_DE
         if self.distance == "mse":

@@ -60,7 +60,7 @@ class Gather(NamedTuple):
     axes: str
     """Mesh axes of the all-gather, such as "data,fsdp"."""
     sent: float
-    """Bytes that each device receives."""
+    """Bytes that each device sends. Each device receives the same number of bytes."""
     payload: float
     """Size of the gathered array in bytes."""
 

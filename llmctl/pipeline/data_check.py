@@ -47,7 +47,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
-    """Return the columns that a stage's data must have. The names are llmctl's, such as text and label.
+    """Return the canonical columns, such as text and label, that a stage's data must have.
 
     The result is empty if the recipe does not determine the columns.
     """
@@ -78,9 +78,9 @@ def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
     """Return the tasks that determine the columns of a stage's data.
 
-    The stage's config may set tasks. If the config sets no task, the config may name artifacts, such as the
-    teacher in `distill`. The tasks of these artifacts are then returned. If the config names no artifact either, the
-    parent's task is returned.
+    These are the tasks that the stage's config sets. If the config sets none, they are the tasks of the artifacts that
+    the config names, such as the teacher in `distill`. If the config names no artifact either, the parent's task is
+    returned.
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]

@@ -157,12 +157,12 @@ def key(config: stage.StageConfig, parent: str | None, others: Sequence[Sequence
 
 
 def inputs(config: Any) -> list[Any]:
-    """Return the paths of the files that a stage's config and its sections name as inputs, such as a chat template."""
+    """Return the paths of the input files that a stage's config names, such as data files or a chat template."""
     return [path for section in sections(config) if hasattr(section, "inputs") for path in section.inputs()]
 
 
 def sections(config: Any) -> Iterator[Any]:
-    """Yield a config and all of its sections, including nested sections."""
+    """Yield a config and all configs that are nested in it at any depth, such as `data` and `train`."""
     if isinstance(config, (list, tuple)):
         for part in config:
             yield from sections(part)
@@ -183,7 +183,9 @@ def fetch(config: Any) -> None:
 
 
 def _check_batch_memory(step: Step) -> None:
-    """Check that one batch fits in the memory of all processes, with 4 bytes per token, target and weight.
+    """Check that each process's share of a batch fits in the memory of this machine.
+
+    A batch needs 12 bytes per token: 4 each for the token, its target and the target's weight in the loss.
 
     Raises:
       RequestError: If the batch does not fit.

@@ -60,8 +60,9 @@ class StageConfig(Config):
     artifact changes, the stage runs again."""
 
     keyed_artifact_fields: ClassVar[tuple[str, ...]] = ()
-    """Names of the fields among `artifact_fields` whose value is part of the stage's key. The key has the artifacts
-    themselves in any case. Such a field gives an artifact another role than that of the other artifacts."""
+    """Names of the fields among `artifact_fields` whose value is part of the stage's key. The value of such a field
+    matters, because it selects an artifact for a special role, such as `against` of `eval`. The keys of the artifacts
+    themselves are always part of the stage's key."""
 
     kind: str
     """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""

@@ -1,6 +1,6 @@
 """Estimate the operations, memory traffic and collectives of a step from its config and mesh, without compiling.
 
-The model follows XLA's compiled programs. Weights are gathered over the mesh axes fsdp and context, in the compute
+The estimate follows XLA's compiled programs. Weights are gathered over the mesh axes fsdp and context, in the compute
 dtype, once per pass. Gradients are reduce-scattered over the same axes. Activations are reduced over the tensor axis
 after the attention and after the feed-forward part of each layer.
 """

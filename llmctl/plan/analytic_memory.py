@@ -1,9 +1,9 @@
 """Estimate the memory of a step from its config and mesh, without compiling.
 
-The estimate counts the arrays that XLA keeps in memory. These are the state (arguments), the arrays that the forward
-scan saves per layer, and the larger of two peaks. One peak is at the loss, with the output projection gathered on every
-device. The other peak is at the end of the backward pass, when the gradients of all layers exist.
-`recipes/bench/plan_model.md` compares the estimates with compiled programs.
+The estimate counts the arrays that XLA keeps in memory: the arguments, such as the training state, the activations that
+the forward pass saves per layer, and further arrays at the memory peak. The peak is the larger of two. One is at the
+loss, with the output projection gathered on every device. The other is at the end of the backward pass, when the
+gradients of all layers exist. `recipes/bench/plan_model.md` compares the estimates with compiled programs.
 """
 
 from __future__ import annotations
@@ -210,7 +210,10 @@ def gathered(setup: Setup, own: Entries) -> float:
 
 
 def forward(setup: Setup, own: Entries) -> float:
-    """Return the bytes of temporaries of a forward pass: one layer, the logits, and keys and values for the cache."""
+    """Return the bytes of temporaries of a forward pass on one device.
+
+    These are the activations of one layer, the logits, the gathered output projection, and the new keys and values.
+    """
     projection = (
         setup.item_bytes * own.head * setup.size("fsdp", "context") if setup.size("fsdp", "context") > 1 else 0.0
     )

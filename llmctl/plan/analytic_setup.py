@@ -52,7 +52,8 @@ class Setup:
     written: int = 0
     """Number of decoder tokens per sequence in an encoder-decoder; 0 if this number equals `seq_len`."""
     hessians: bool = False
-    """Whether calibration keeps, for one layer at a time, the second moments [I, I] of the inputs of every matrix."""
+    """Whether calibration stores Hessians: the Gram matrix [I, I] of the inputs of each matrix, for one layer at a
+    time."""
 
     def size(self, *axes: str) -> int:
         """Return the product of the sizes of the mesh axes `axes`."""

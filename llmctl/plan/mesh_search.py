@@ -116,8 +116,8 @@ def front(found: Iterable[Candidate]) -> list[Candidate]:
 def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
     """Return the Pareto front of time and memory among the layouts that were compiled.
 
-    The candidates on the model's Pareto front are compiled first. The other candidates follow in the order of their
-    modelled times, until `best` compiled programs fit.
+    The candidates on the Pareto front of the estimates are compiled first. The other candidates follow in the order of
+    their estimated times, until `best` compiled programs fit.
     """
     ordered = candidates(setup, topology)
     first = front(ordered)

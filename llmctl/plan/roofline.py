@@ -6,8 +6,8 @@
 - All data is read and written at the full bandwidth of HBM.
 - Collectives over an axis use the links of the torus dimensions that the axis spans. In a ring, links in both
   directions are used.
-- Devices of a slice first exchange data among themselves. Only the data of other slices crosses the data-center
-  network, and the devices of a slice share this traffic.
+- Devices of a slice first exchange data among themselves. Only data for other slices crosses the data-center
+  network. Each device of a slice sends an equal part of this data.
 
 Real steps are slower. The time is therefore a lower bound, and the utilization an upper bound.
 """

@@ -46,7 +46,7 @@ def fitted(recipe: Recipe, slices: Sequence[Topology], stage: str, say: Say) -> 
     """Return the first topology in `slices` on which a training stage fits, and the layout that fits.
 
     Raises:
-      RequestError: If the training stage does not exist, or the stage fits on no slice.
+      RequestError: If the training stage does not exist, or the stage fits on none of the topologies.
     """
     step = training_step(recipe, stage)
     setup = setup_of(recipe, step, slices[0])

@@ -6,7 +6,8 @@ better score. The score is the sum of log probabilities divided by length ** pen
 section 7). The best of the other continuations become the new live beams, and the key-value cache is reordered
 accordingly. The keys and values of the prompt are equal for all beams, and are not reordered.
 
-Shapes: B prompts, W beams, C candidates per prompt, N maximum new tokens, D model width, V vocabulary, E end tokens.
+Shapes: B prompts, W beams, C best continuations (candidates) per prompt, N maximum new tokens, D model width, V
+vocabulary, E end tokens.
 """
 
 from __future__ import annotations

@@ -138,7 +138,9 @@ class CachedModel:
         return layerwise.finish(self.model, rest, "decoder", carry, self.dtype)[:, 0], kept
 
     def check_cache(self, rows: int, slots: int) -> None:
-        """Check that a key-value cache with at most two bytes per element fits into the memory of this machine.
+        """Check that a key-value cache for `rows` texts of `slots` tokens fits into the memory of this machine.
+
+        The check assumes two bytes per element, or the size of an element in the cache's quantized format.
 
         Raises:
             RequestError: If the cache does not fit.

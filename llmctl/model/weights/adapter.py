@@ -96,7 +96,7 @@ class Adapter(Node):
         return _base_part(found) if found else ""
 
     def without_activations(self) -> Self:
-        """Return the same adapter on a base whose inputs are not quantized."""
+        """Return the same weight without quantization of activations (the inputs of the base)."""
         return replace(self, base=as_node(self.base).without_activations())
 
     def masked(self, mask: jax.Array) -> Any:

@@ -65,7 +65,7 @@ class Product:
 def setting(*, default: Any = MISSING) -> Any:
     """Declare a dataclass field of a weight node that is not an array, such as a group size.
 
-    The value of the field is stored in the manifest, the JSON file that describes a saved model.
+    The value of the field is stored in the manifest, the JSON file that describes an artifact.
     """
     return field(default=default, metadata={"static": True})
 
@@ -85,11 +85,11 @@ class Node(abc.ABC):
     """
 
     kind: ClassVar[str]
-    """Name of the class in manifests (the JSON files of saved models) and in entry points, as in "weight.NAME"."""
+    """Name of the class in manifests (JSON files that describe artifacts) and in entry points, as in "weight.NAME"."""
     adapter_parts: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays that adapter training changes; the other arrays of the node are frozen."""
     scale_parts: ClassVar[tuple[str, ...]] = ()
-    """Names of the arrays with one element per group of weights, such as scales."""
+    """Names of the arrays with one number per group of the weight's elements, such as scales."""
     keeps_zeros: ClassVar[bool] = False
     """Whether zeros of the frozen base weight, such as pruned elements, stay zero when an adapter is merged."""
 
@@ -145,7 +145,7 @@ class Node(abc.ABC):
         return jnp.take(self.dense(dtype), ids, axis=0)
 
     def for_decoding(self, on_cpu: bool) -> Any:
-        """Return the same weight in the form that is fastest for decoding. `on_cpu` tells whether a CPU decodes."""
+        """Return the same weight in the form that is fastest for decoding, on a CPU if `on_cpu` is true."""
         return self
 
     def bias(self, b: jax.Array, dtype: Any) -> jax.Array:
@@ -260,7 +260,7 @@ class Node(abc.ABC):
         return None
 
     def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Any:
-        """Return the same weight with inputs quantized to `kind`, such as int8.
+        """Return the same weight with activations (its inputs) quantized to `kind`, such as int8.
 
         The inputs are quantized before each product, with the scale `input_scale`. If `input_scale` is None, each token
         has a scale.
@@ -271,7 +271,7 @@ class Node(abc.ABC):
         raise RequestError(f"{with_article(self.kind)} weight cannot quantize its activations to {kind}")
 
     def without_activations(self) -> Any:
-        """Return the same weight with inputs that are not quantized."""
+        """Return the same weight without quantization of activations (its inputs)."""
         return self
 
     def masked(self, mask: jax.Array) -> Any:

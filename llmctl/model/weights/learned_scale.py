@@ -21,7 +21,7 @@ from llmctl.model.weights.base import Node, node_type, setting
 
 
 def limits(bits: int) -> tuple[float, float]:
-    """Return the lowest and the highest integer that formats of `bits` bits without zero points use.
+    """Return the lowest and the highest integer of formats that have `bits` bits and no zero points.
 
     >>> limits(4), limits(2)
     ((-7.0, 7.0), (-2.0, 1.0))
@@ -59,7 +59,7 @@ class LearnedScale(Node):
         return jnp.asarray(rounded(self.weight, self.scale, limits(self.bits)), dtype)
 
     def level(self) -> jax.Array:
-        """Return the integers, in the dtype of the weight."""
+        """Return the integers to which the weight is rounded, in the dtype of the weight."""
         return jnp.clip(jnp.round(self.weight / spread(self.scale, self.weight)), *limits(self.bits))
 
     def take(self, ids: jax.Array, dtype: Any, axes: tuple[str | None, str] | None = None) -> jax.Array:
@@ -77,7 +77,7 @@ class LearnedScale(Node):
 
 
 def spread(scale: jax.Array, w: jax.Array) -> jax.Array:
-    """Repeat the scales of groups to one scale per weight of `w`."""
+    """Return the scale of each element of `w`, by repeating the scale of its group."""
     for axis, (size, groups) in enumerate(zip(w.shape, scale.shape, strict=True)):
         scale = jnp.repeat(scale, size // groups, axis=axis) if size != groups else scale
     return scale
@@ -105,8 +105,8 @@ def _forward(w: jax.Array, scale: jax.Array, bounds: tuple[float, float]) -> tup
 def _backward(bounds: tuple[float, float], saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of the weight and of the scale.
 
-    The gradient of a weight is the gradient of the rounded weight; 0 if the weight is clipped. The gradient of a scale
-    is divided by sqrt(weights per scale * highest integer), as in the paper.
+    The gradient of an element is the gradient of the rounded element; 0 if the element is clipped. The gradient of a
+    scale is divided by sqrt(elements per scale * highest integer), as in the paper.
     """
     (w, scale), (low, high) = saved, bounds
     unit = w / spread(scale, w)

@@ -5,10 +5,10 @@ A value is LEVELS[code] * scale. The scale of a block is the largest absolute va
 the same as in the library bitsandbytes.
 
 Scales are stored in float32, or in 8 bits (double quantization, section 3 of the paper). The scale of a block is then
-mean + SCALE_LEVELS[code] * max. The mean is over all scales of the matrix. Each group of 256 scales has a max, which is
-the largest absolute difference from the mean. The 256 scales belong to the same inputs and to neighboring outputs.
+mean + SCALE_LEVELS[code] * max. The mean is over all scales of the matrix. Each group of 256 scales shares one max, the
+largest absolute difference from the mean. The 256 scales belong to the same inputs and to neighboring outputs.
 
-Shapes: I inputs, O outputs, G blocks of inputs, S groups of outputs whose scales have a max, V vocabulary, D model
+Shapes: I inputs, O outputs, G blocks of inputs, S groups of outputs whose scales share a max, V vocabulary, D model
 width.
 """
 
@@ -39,7 +39,7 @@ OFFSET = 8
 ZERO = 7 - OFFSET
 """Int4 number that stores the value 0."""
 SCALES = 256
-"""Number of scales that have a max, if scales are stored in 8 bits. The last group of a matrix may have fewer."""
+"""Number of scales that share one max, if scales are stored in 8 bits. The last group of a matrix may be smaller."""
 
 
 def _scale_levels() -> np.ndarray:
@@ -104,7 +104,7 @@ class NormalFloat(Node):
         return cls(jnp.reshape(codes(unit), shape), jnp.squeeze(scale, axis + 1))
 
     def double_quantized(self) -> NormalFloat:
-        """Return this matrix [..., I, O] with its scales in 8 bits. The codes of the weights do not change."""
+        """Return this matrix [..., I, O] with its scales in 8 bits. The codes of the elements do not change."""
         *lead, blocks, outputs = self.scale.shape
         mean = jnp.mean(self.scale, axis=(-2, -1), keepdims=True)
         rest = jnp.pad(self.scale - mean, [(0, 0)] * (len(lead) + 1) + [(0, -outputs % SCALES)])
@@ -168,7 +168,7 @@ class NormalFloat(Node):
 
 
 def codes(unit: jax.Array) -> jax.Array:
-    """Return the stored code of the level nearest to each element, int4. Elements are weights divided by scales."""
+    """Return the stored code of the level nearest to each element, int4. `unit` is the weight divided by its scales."""
     above = jnp.zeros(unit.shape, jnp.int8)
     for bound in BOUNDS:
         above += unit > bound
@@ -192,7 +192,7 @@ def levels(codes: jax.Array) -> jax.Array:
 def _scales(scale: jax.Array, most: jax.Array | None, mean: jax.Array | None) -> jax.Array:
     """Return scales as floats. `scale` contains their 8-bit codes or, if `most` is None, the scales themselves.
 
-    Rounding can make a scale negative, which would flip the signs of weights. Negative scales are replaced by 0.
+    Rounding can make a scale negative, which would flip the signs of elements. Negative scales are replaced by 0.
     """
     if most is None or mean is None:
         return scale

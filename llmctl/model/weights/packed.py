@@ -60,7 +60,7 @@ class Packed(Node):
     axis: int = setting(default=-2)
     """Axis along which codes are packed into bytes: -2 for a matrix, -1 for a table."""
     zero: jax.Array | None = None
-    """Integer that represents the weight 0 in each block, int4; None means 0. Only integer formats have such zero
+    """Integer that represents the value 0 in each block, int4; None means 0. Only integer formats have such zero
     points."""
 
     dtype = property(lambda self: self.whole.dtype)
@@ -82,7 +82,7 @@ class Packed(Node):
 
         Args:
             name: Name of the format.
-            level_IO: Weights divided by their scales. The format must represent each value exactly.
+            level_IO: Elements of the matrix, divided by their scales. The format must represent each value exactly.
             scale_GO: Scales, in the dtype in which they are stored. Exception: for mxfp4, powers of two in float32,
                 whose exponents are then stored as uint8.
             whole: Factor by which all scales are multiplied, [1, 1].
@@ -146,8 +146,10 @@ class Packed(Node):
 
 
 def codes(name: str, level: jax.Array) -> jax.Array:
-    """Encode levels of the format `name` as codes, uint8. A level is a weight divided by its scale. Floats keep the
-    sign of zeros."""
+    """Encode levels of the format `name` as codes, uint8. A level is an element divided by its scale.
+
+    Formats of floats keep the sign of zeros.
+    """
     if name.startswith("int"):
         return (level.astype(jnp.int32) & (2 ** BITS[name] - 1)).astype(jnp.uint8)
     size = jnp.abs(level)
@@ -158,8 +160,10 @@ def codes(name: str, level: jax.Array) -> jax.Array:
 
 
 def levels(name: str, code: jax.Array) -> jax.Array:
-    """Decode codes of the format `name` to levels, float32; inverse of `codes`. A level is a weight divided by its
-    scale."""
+    """Decode codes of the format `name` to levels, float32; inverse of `codes`.
+
+    A level is an element divided by its scale.
+    """
     if name.startswith("int"):
         half = 2 ** (BITS[name] - 1)
         return ((code.astype(jnp.int32) ^ half) - half).astype(jnp.float32)

@@ -19,8 +19,8 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 """Map from names in settings to the dtype of quantized activations."""
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
-"""Largest magnitude of activations in units of a static scale, by name of the type. For int8, 127.5 is not used,
-because the last bit of a division would then decide how the largest input is rounded."""
+"""Largest absolute activation, divided by the static scale of activations, by type. The quotient of int8 is not 127.5,
+because the last bit of a division would then decide how the largest activation is rounded."""
 
 FEW_TOKENS = 64
 """Maximum number of tokens per product for which groups are multiplied one by one. With more tokens, dequantizing the
@@ -69,8 +69,8 @@ class Quantized(Node):
     def _multiply_by_group(self, x_NI: jax.Array, dtype: Any) -> jax.Array:
         """Return x_NI @ weight in `dtype`, computed as one product per group of inputs. The sums are then scaled.
 
-        A TPU scales N * G * O sums faster than I * O weights. The rows are padded to a multiple of 8, because a TPU
-        multiplies fewer rows without its matrix unit.
+        A TPU scales N * G * O sums faster than the I * O elements of the weight. The rows are padded to a multiple of
+        8, because a TPU multiplies fewer rows without its matrix unit.
         """
         (N, I), O, G = x_NI.shape, self.shape[-1], self.array.scale.shape[0]
         x_NGI = jnp.pad(x_NI, ((0, -N % 8), (0, 0))).reshape(-1, G, I // G)
@@ -153,7 +153,7 @@ class Quantized(Node):
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
     def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Quantized:
-        """Return the same weight with inputs quantized to `kind`.
+        """Return the same weight with activations (its inputs) quantized to `kind`.
 
         The inputs are quantized before each product, with the scale `input_scale`. If `input_scale` is None, each token
         has a scale. `kind` must be "int8" for a weight of integers, and "fp8_e4m3" for a weight in float8_e4m3fn.
@@ -167,7 +167,7 @@ class Quantized(Node):
         return replace(self, activations=kind, input_scale=input_scale)
 
     def without_activations(self) -> Quantized:
-        """Return the same weight with inputs that are not quantized."""
+        """Return the same weight without quantization of activations (its inputs)."""
         return replace(self, activations="", input_scale=None)
 
     def masked(self, mask: jax.Array) -> Quantized:

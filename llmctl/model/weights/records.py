@@ -1,6 +1,6 @@
 """Convert a weight's type to a JSON record for the manifest, and rebuild a weight from the record and arrays.
 
-The manifest is the JSON file that describes a saved model. A weight is a plain array or a weight node, an object that
+The manifest is the JSON file that describes an artifact. A weight is a plain array or a weight node, an object that
 stores one weight as several arrays (`llmctl.model.weights.base`). Every record contains "parts", which is {name:
 [dtype, shape]} of the stored arrays. The record of a weight node also contains "node", the name of the class. Further
 entries are the settings: the fields of the node that are not arrays.

@@ -67,7 +67,7 @@ class Config(StageConfig):
     """Training examples, with the columns that the stage `finetune` needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer. For the
-    divergence total_variation, the default is 1. Set it to the temperature at which the draft will sample."""
+    divergence total_variation, the default is 1. Use the temperature at which the draft will sample."""
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew", "total_variation"] = "forward"
@@ -117,7 +117,7 @@ class Config(StageConfig):
     """Settings of quantization-aware training."""
     compare_without_teacher: bool = False
     """Also train the same student on the labels of the data alone, with the same settings and seed. The artifact then
-    has both learning curves (curves.json) and the metrics of both students. Doubles the time of training."""
+    has the learning curves (curves.json) and the metrics of both students. Doubles the time of training."""
 
     @property
     def makes_model(self) -> bool:

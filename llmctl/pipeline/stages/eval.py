@@ -157,9 +157,10 @@ def check_chosen(config: Config, chosen: Mapping[str, Any]) -> None:
 
 
 def tasks_of_data(config: Config, paths: Iterable[Path]) -> list[Task]:
-    """Return the tasks that the setting `tasks` names, or else the tasks of the artifacts.
+    """Return the tasks that read the evaluation data; [] if no task and no probe reads this data.
 
-    Only these tasks read the data of the evaluation. If there is no such task, return [].
+    These are the tasks that the setting `tasks` names or, if it names none, the tasks of the artifacts. The tasks of
+    probes that read the data are included.
     """
     from llmctl.artifacts import artifact
 

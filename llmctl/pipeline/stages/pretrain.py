@@ -179,7 +179,7 @@ def _rows(
 
 
 def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: Mesh) -> Learner:
-    """Return the initial parameters and options of the training, with the objective's loss, as a Learner.
+    """Return a Learner: the initial parameters, the options of training, and the loss of the objective.
 
     The parameters are the parent's. If there is no parent, a new model with `vocab_size` tokens is initialized.
     """

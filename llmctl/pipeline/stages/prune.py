@@ -144,9 +144,13 @@ def _prune_structure(
 def _report(
     config: Config, base: Artifact, before: Shapes, after: Shapes, found: dict[str, Any], ctx: Context
 ) -> list[Path]:
-    """Add the layers and sizes of the pruned model to the metrics, print tables of both, and return the plot files.
+    """Compare the unpruned and the pruned model in a table of layers and a table of sizes.
 
-    `before` and `after` are the config and the parameters of the unpruned and of the pruned model.
+    The tables are printed and added to the metrics `found`. `before` and `after` are the config and the parameters of
+    the unpruned and of the pruned model.
+
+    Returns:
+      The plot files.
     """
     from llmctl.compress.structured_pruning import importance_plot, latency, sizes, structured_report
     from llmctl.pipeline import console

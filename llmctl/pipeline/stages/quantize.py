@@ -109,11 +109,13 @@ def _pictures(config: Config, found: dict[str, Any], ctx: Context) -> list[Path]
 def _with_data(
     config: Config, base: Artifact, params: dict[str, Any], devices: Mesh, ctx: Context
 ) -> tuple[Quantization, dict[str, Any], dict[str, float], dict[str, Any]]:
-    """Choose formats if there is a budget, quantize a model, and log one line per measured loss and per layer.
+    """Quantize the matrices of a model. If a budget is set, first choose the format of each matrix.
+
+    A line is logged per loss that is measured to choose formats, and per layer that is quantized with calibration.
 
     Returns:
-      The quantization with the chosen formats, the parameters, the largest relative error of each weight by path, and
-      metrics.
+      The quantization with the chosen formats, the quantized parameters, {path of a weight: its largest relative
+      error}, and metrics.
     """
     from llmctl.compress.calibration.layer_files import Saved
     from llmctl.compress.calibration.measurements import Measurements
@@ -168,8 +170,8 @@ def _formats(method: Quantization, paths: list[str]) -> str:
 def left_out(config: Config, params: dict[str, Any], parameters: int) -> list[str]:
     """Return one line per kind of matrix that is not quantized because the setting `embeddings` or `head` is false.
 
-    The line has the fraction of all weights that these matrices contain, and the name of the setting. Matrices that a
-    rule leaves unquantized get no line.
+    The line has the fraction of all parameters that these matrices contain, and the name of the setting. Matrices that
+    a rule leaves unquantized get no line.
     """
     from llmctl.model import weights
 
