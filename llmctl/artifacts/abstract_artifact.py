@@ -42,15 +42,15 @@ def abstract_result(
         config: Config of the stage.
         params: Parameters as `jax.ShapeDtypeStruct`s with shardings.
         model: Config of the saved model.
-        base: Parent artifact, if there is one.
+        base: Parent artifact; None if the stage starts without a parent.
         labels: Class names; None uses the names in `base`.
         task: Name of the task; None uses the task of `base`.
         generation: Settings for generating answers; None uses the settings in `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
         stored: Function that returns whether the saved folder contains the array with a given name. If given, the
             artifact is an adapter of `base`.
-        sparsity: Fraction of zeros, if the stage stores the pruned matrices in a sparse format. If None, each array
-            that `base` stores in a sparse format keeps its fraction.
+        sparsity: Fraction of zeros in the pruned matrices, if the stage stores these matrices in a sparse format. If
+            None, each array that `base` stores in a sparse format keeps its fraction of zeros.
     """
     before = base.manifest if base else None
     parameters = weights.count(params)
@@ -83,7 +83,7 @@ def abstract_result(
 
 
 def _storage(params: Params, base: Artifact | None, sparsity: float | None) -> dict[str, sparse_storage.Record]:
-    """Estimate the manifest's records of arrays in a sparse format, by array name (see `sparse_storage.Record`)."""
+    """Estimate the manifest's record of each array in a sparse format, and return {array name: record}."""
     arrays = weights.arrays(params)
     if base and sparsity is None and base.manifest.stores_sparse and base.manifest.base:
         # An adapter, whose base has the fractions of the single arrays. A planned one has no fraction.

@@ -81,7 +81,7 @@ def stored_arrays(base: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, di
     The result has the arrays that the base lacks, and the arrays that have other values in the base.
 
     Args:
-        base: Parameters of the base. An array may have been deleted if training replaced it.
+        base: Parameters of the base. Arrays that training has replaced may be deleted.
         flat: Weights of the model by path.
     """
     import numpy as np
@@ -113,11 +113,13 @@ def _equal(a: Any, b: Any) -> Any:
 
 
 def _twin(parts: Mapping[str, Any], part: str) -> Any:
-    """Return the array of a base weight that corresponds to an array of the adapted weight, or None.
+    """Return the array of the base's weight that corresponds to the array `part` of the adapted weight.
+
+    If there is no such array, return None.
 
     Args:
-        parts: Arrays of the base weight, by name.
-        part: Name of the array in the adapted weight, such as "base.scale".
+        parts: Arrays of the base's weight, by name.
+        part: Name of the array in the adapted weight, such as "base.scale" for the array "scale" of the base's weight.
     """
     from llmctl.model import weights
 
@@ -125,14 +127,20 @@ def _twin(parts: Mapping[str, Any], part: str) -> Any:
 
 
 def names(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Convert arrays {path of the weight: {name in the weight: array}} to {full name: array}, sorted by full name."""
+    """Convert arrays {path of the weight: {name in the weight: array}} to {full name: array}, sorted by full name.
+
+    A full name is PATH:NAME, such as `embed/tokens:a`, or PATH alone if the weight is a plain array.
+    """
     from llmctl.model import weights
 
     return dict(sorted((weights.join(path, part), a) for path, parts in stored.items() for part, a in parts.items()))
 
 
 def selected(arrays: Mapping[str, Mapping[str, Any]], stored: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Select the arrays whose full names are in `stored`, from {path of the weight: {name in the weight: array}}."""
+    """Return the entries of `arrays` whose full names (see `names`) are in `stored`.
+
+    Argument and result have the form {path of the weight: {name in the weight: array}}.
+    """
     from llmctl.model import weights
 
     chosen, out = {*stored}, {}
@@ -156,7 +164,8 @@ def composed(
         base: Parameters of the base.
 
     Raises:
-        RequestError: If the base lacks an array, or if an array of the base has another shape or dtype.
+        RequestError: If an array is neither in the adapter nor in the base, or does not have the shape and dtype of
+            `target`.
     """
     import jax
 

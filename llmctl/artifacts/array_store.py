@@ -106,7 +106,9 @@ def read(
 
 
 def _groups(arrays: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield groups of weight names. A group is read at once, and has at most a quarter of all bytes or a single weight.
+    """Divide the weights into groups that are read one after the other, and yield the names in each group.
+
+    A group has at most a quarter of the bytes of all weights. A larger weight is a group by itself.
 
     Orbax keeps a decompressed copy of every array that it is reading. If all arrays were read together, loading would
     need twice the memory of the arrays.

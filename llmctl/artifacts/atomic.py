@@ -38,7 +38,10 @@ def check(out: Path, flag: str = "--out") -> None:
 
 
 def check_apart(folder: Path, out: Path, flag: str) -> None:
-    """Check that a folder, in which a stage stores other files, is neither the artifact `out` nor inside it.
+    """Check that a folder is neither the artifact `out` nor inside it.
+
+    A stage stores further files in this folder, such as a teacher's outputs. They must remain when the artifact is
+    replaced.
 
     Args:
         folder: The folder.

@@ -10,7 +10,8 @@ from llmctl.config.errors import RequestError
 def check_draft(where: str, draft: Manifest, target: Manifest, target_name: str) -> None:
     """Check that draft and target read the same token ids, and that both predict the next token.
 
-    In a plan, a tokenizer that is not trained yet has no digest. It is then not compared.
+    The tokenizers are compared by their digests. In `llmctl plan`, a tokenizer that is not trained yet has no digest,
+    and is accepted.
 
     Args:
         where: Name of the draft in messages.

@@ -31,8 +31,7 @@ def digest(flat: Mapping[str, Any]) -> str:
 
 
 def _add(total: Any, name: str, w: Any) -> None:
-    """Update the hash `total` with the name, dtype, shape and values of each array of a weight (see the module's
-    docstring)."""
+    """Update the hash `total` with the name, dtype, shape and values of each array that the weight `w` consists of."""
     import numpy as np
 
     from llmctl.distributed import host_arrays

@@ -187,7 +187,11 @@ def _indices() -> np.ndarray:
 
 
 def _positions(indices_GO: np.ndarray) -> np.ndarray:
-    """Split each entry [..., O] of the table of `_indices` into two positions [..., 2, O]."""
+    """Decode the positions of the two stored elements in each group of four, int [..., 2, O].
+
+    Args:
+        indices_GO: One integer [..., O] per group, which contains both positions (see `_indices`).
+    """
     import numpy as np
 
     return np.stack([indices_GO & 3, indices_GO >> 2], axis=-2).astype(np.intp)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Store what a running stage, such as pretrain or distill, needs in addition to its config: folders, key, and other
-    artifacts.
+    """Store the folders, the key and the other artifacts that a running stage uses in addition to its config.
 
     Example:
       >>> ctx = Context(out=Path("runs/demo/base"), work=Path("runs/demo/.base"), key="3f2a")

@@ -75,7 +75,7 @@ def copy(folder: Path, target: Path) -> None:
 
 
 def regular(path: P) -> P:
-    """Return `path` if it is a regular file or a folder, or if nothing exists there.
+    """Check that `path` is a regular file, a folder or a path where nothing exists, and return `path`.
 
     Raises:
         RequestError: If `path` is a pipe, a socket or a device, because reading may never end.
@@ -93,7 +93,9 @@ def regular(path: P) -> P:
 
 
 def own(path: P) -> P:
-    """Return the path of a temporary file or a lock file, if the path is not a link. Call this before writing the file.
+    """Check that the path of a temporary file or a lock file is not a link, and return the path.
+
+    Call this before writing the file.
 
     Raises:
         RequestError: If the path is a link, because the file would then be written elsewhere.

@@ -76,7 +76,15 @@ class AnswerFiles:
         return self._texts
 
     def add(self, prompts: Sequence[str], completions: Sequence[str], tokens: int, cut: int, write: bool) -> None:
-        """Append the answers to the next prompts. If `write` is true, write these answers to a new file."""
+        """Append one answer per prompt to the stored answers.
+
+        Args:
+            prompts: Prompts that follow the prompts with stored answers.
+            completions: Answer to each prompt.
+            tokens: Number of tokens that the teacher generated for these answers.
+            cut: Number of these answers that reached the maximum number of tokens.
+            write: Whether to write these answers to a new file. Otherwise they are only kept in memory.
+        """
         first, rows = len(self._texts), zip(prompts, completions, strict=True)
         values = [{"row": first + i, "prompt": p, "completion": c} for i, (p, c) in enumerate(rows)]
         content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()

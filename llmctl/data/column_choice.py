@@ -20,8 +20,8 @@ NO_CHATS = (
 def of_source(cfg: SourceConfig, source: Source, conversations: bool) -> dict[str, str]:
     """Return the columns to read from a source, as {canonical name: name in the source}.
 
-    The setting `data.columns` lists the columns. If the setting is empty, columns with canonical names are read. A
-    source without such text columns may have two text columns with well-known names (`sentence_pair`).
+    The setting `data.columns` lists the columns. If the setting is empty, columns with canonical names are read. If
+    none of these columns contains text, two text columns with well-known names are read (see `sentence_pair`).
 
     Args:
         cfg: Settings of the source.

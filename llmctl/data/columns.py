@@ -52,7 +52,8 @@ class View(Source):
             numbers: Whether labels are numbers. Numbers have no class names.
             labels: Whether to map label columns. Pretraining reads no labels.
             conversations: Whether the rows are conversations.
-            checks: Object that converts the labels for templates; None leaves the labels unchanged.
+            checks: Object that converts a label in a cell to the label that templates read; None leaves labels
+                unchanged.
 
         Raises:
             RequestError: If the source lacks a column, or has no text column.

@@ -218,9 +218,10 @@ class DataConfig(SourceConfig):
         return ", ".join(part.title for part in self.parts())
 
     def held_out(self) -> dict[Split, SourceConfig]:
-        """Return the source of each held-out split that is not a fraction of the main data.
+        """Return the source of each held-out split that is read from its own source, {split: source}.
 
-        Such a split has its own files (`test_path`) or is a split of the data set (`test_split`).
+        Such a split has its own files (`test_path`) or is a split of the data set (`test_split`). All other held-out
+        splits are fractions of the sources in `parts`, and are not in the result.
         """
         found: dict[Split, SourceConfig] = {}
         settings = {name: getattr(self, name) for name in SourceConfig.model_fields}
@@ -232,7 +233,7 @@ class DataConfig(SourceConfig):
         return found
 
     def sources(self) -> list[SourceConfig]:
-        """Return the sources of the main data, followed by the sources of held-out splits with their own files."""
+        """Return the sources in `parts`, followed by the sources in `held_out`."""
         return [*self.parts(), *self.held_out().values()]
 
     def inputs(self) -> list[str]:

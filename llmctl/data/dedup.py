@@ -49,14 +49,14 @@ def fraction(text: str) -> float:
 class Scan:
     """Store the text hashes and labels of R consecutive rows of a source.
 
-    `state` has one entry per row. `tags` has one entry per distinct label. The other fields have one entry per row with
-    the state KEPT.
+    `state` has one entry per row. `tags` has one entry per distinct label of words. The other fields have one entry
+    per row with the state KEPT.
     """
 
     state: np.ndarray
     """State of each row, uint8 [R]: KEPT, FILTERED (removed by `data.filter`), BLANK (no text) or UNLABELED."""
     fraction: np.ndarray
-    """Hash of each text as a number in [0, 1), float64. The hash determines the row's split."""
+    """Hash of each row's first text as a number in [0, 1), float64. The hash determines the row's split."""
     key: np.ndarray
     """Hash of each row's normalized texts: the first 16 bytes of SHA-256. Rows with equal keys are duplicates."""
     digest: np.ndarray
@@ -66,7 +66,7 @@ class Scan:
     labels: list[Label]
     """Label of each row with the state KEPT, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """Map from each word label to its first location, for error messages; empty if words have no labels."""
+    """Location of the first row with each label of words, {label: location}; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:

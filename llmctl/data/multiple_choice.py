@@ -21,7 +21,10 @@ LETTER = re.compile(r"\s*[A-Z][.)]\s")
 
 
 def holds_choices(value: Any) -> bool:
-    """Return whether a value may be the choices of a question. Other columns may have the same name."""
+    """Return whether a value has the format of choices: a list, a dict or text that begins with a letter such as `A. `.
+
+    If a column `choices` has other values, it does not contain the choices of a question.
+    """
     return isinstance(value, (list, dict)) or (isinstance(value, str) and LETTER.match(value) is not None)
 
 

@@ -47,7 +47,7 @@ def files_below(spec: str) -> list[epath.Path]:
     """Return all files below the folder `spec`, sorted. If `spec` is a file or glob, return `resolve(spec)`.
 
     Raises:
-        RequestError: If nothing matches, or if there is a pipe or a device.
+        RequestError: If nothing matches, or if a matching file is a pipe or a device.
     """
     path = folder(spec)
     if not path.is_dir():

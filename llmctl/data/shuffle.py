@@ -41,7 +41,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 class Epochs:
     """Map each row number to the index of an example. Row numbers are unbounded, and indices are below `count`.
 
-    Every `count` successive row numbers (an epoch) contain each index once, shuffled or in order.
+    An epoch is `count` consecutive rows. It contains each example index below `count` once, shuffled or in order.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool):
@@ -50,7 +50,7 @@ class Epochs:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, rows_B: np.ndarray) -> np.ndarray:
-        """Return the indices of the examples for the row numbers `rows_B` (any >= 0), int64 [B]."""
+        """Return the example index for each of the row numbers `rows_B` (any >= 0), int64 [B]."""
         if not self._shuffle:
             return rows_B % self._count
         epoch_B = rows_B // self._count
@@ -70,10 +70,10 @@ class Epochs:
 
 
 class Balanced:
-    """Map row numbers without an upper bound to example indices, so that every class is equally frequent.
+    """Map each row number to the index of an example, so that every class is equally frequent.
 
-    Rows k * C to k * C + C - 1 contain each of the C classes once. Examples of a rare class are therefore repeated more
-    often.
+    With C classes, rows k * C to k * C + C - 1 contain one example of each class. Examples of a rare class are
+    therefore repeated more often.
 
     Example:
       >>> index_B = Balanced(np.array([0, 0, 0, 1]), seed=0)(np.arange(6))
@@ -86,7 +86,7 @@ class Balanced:
         self._members = [(index_n, Epochs(len(index_n), seed + c, True)) for c, index_n in enumerate(members)]
 
     def __call__(self, rows_B: np.ndarray) -> np.ndarray:
-        """Return the indices of the examples for the row numbers `rows_B` (any >= 0), int64 [B]."""
+        """Return the example index for each of the row numbers `rows_B` (any >= 0), int64 [B]."""
         class_B, number_B = rows_B % len(self._members), rows_B // len(self._members)
         found_B = np.empty_like(rows_B)
         for c, (index_n, epochs) in enumerate(self._members):

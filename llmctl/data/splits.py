@@ -1,5 +1,5 @@
-"""Read the rows that a data config describes, remove duplicates, and split the other rows into train, validation and
-test.
+"""Read the rows that a data config describes, remove duplicates, and split the remaining rows into train, validation
+and test.
 
 The split of a row depends only on its text, not on its position, the filters or other rows. A text in the test split of
 one stage is therefore never in another stage's training data. This also holds if the stages have different filters.
@@ -44,17 +44,19 @@ class Examples:
     index: np.ndarray
     """Row numbers in `source`, ascending."""
     fraction: np.ndarray
-    """Hash of each text as a number in [0, 1), float64. The hash determines the row's split."""
+    """Hash of each row's first text as a number in [0, 1), float64. The hash determines the row's split."""
     digests: np.ndarray
     """Hash of each row's exact texts: the first 16 bytes of SHA-256."""
     chars: np.ndarray
     """Length of each row's first text in characters."""
     labels: np.ndarray | None
-    """Class indices (int32 [N]), numbers (float32 [N]), or sets of classes, 0 or 1 per class (uint8 [N, C])."""
+    """Label of each row: class indices (int32 [N]), numbers (float32 [N]), or sets of classes, 0 or 1 per class (uint8
+    [N, C]). None if rows have no labels, or if each word has a label."""
     part: np.ndarray
     """Index of each row's source in the mixture."""
     classes: tuple[str, ...]
-    """Names of the classes of texts, or of words, in the order of class indices. Empty if there are no classes."""
+    """Class names in the order of class indices. The classes are those of rows or, if each word has a label, those of
+    words. Empty if there are no classes."""
     class_of: Mapping[str, str] = field(default_factory=dict)
     """Map from the spelling of a label in the data to its class name."""
 

@@ -22,8 +22,9 @@ def is_ordered(rows: Any) -> bool:
 
 
 def numbers(rows: Any, rows_B: np.ndarray) -> np.ndarray:
-    """Return the keys under which the outputs of rows are stored, int64 [B]: numbers of examples, or row numbers if the
-    content of rows depends on the training order.
+    """Return the keys under which a teacher's outputs for the rows `rows_B` are stored, int64 [B].
+
+    The keys are row numbers if the content of rows depends on the training order, else numbers of examples.
     """
     return rows_B if is_ordered(rows) else rows.examples(rows_B)
 
@@ -38,7 +39,7 @@ def needed(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TaughtRows(WrappedRows):
-    """Add stored outputs to rows. A row can be read only if its outputs are stored."""
+    """Add a teacher's stored outputs to rows. A row can be read only if the outputs for this row are stored."""
 
     def __init__(self, rows: Any, records: Records) -> None:
         super().__init__(rows)
@@ -46,11 +47,11 @@ class TaughtRows(WrappedRows):
 
     @property
     def bare(self) -> Any:
-        """Return the rows without outputs. Reading a row without outputs needs no stored output."""
+        """Return the rows without the teacher's outputs. These rows can be read even if no outputs are stored."""
         return self._rows
 
     def added(self, rows_B: np.ndarray, batch: Batch) -> Batch:
-        """Return the teacher's arrays for the rows `rows_B`."""
+        """Return the teacher's stored outputs for the rows `rows_B`, as arrays [B, ...] by name."""
         return self._records.read(numbers(self._rows, rows_B), batch)
 
 
@@ -62,14 +63,14 @@ class UntaughtRows(WrappedRows):
         self._layout = layout
 
     def added(self, rows_B: np.ndarray, batch: Batch) -> Batch:
-        """Return zeros in the shapes of the teacher's arrays."""
+        """Return arrays of zeros with the shapes of the teacher's outputs."""
         kinds = {n: np.int32 if np.issubdtype(self._layout.stored(n), np.integer) else np.float32 for n in
                  self._layout.shapes}  # fmt: skip
         return {n: np.zeros((len(rows_B), *s), kinds[n]) for n, s in self._layout.shapes.items()}
 
 
 class SelectedRows:
-    """Select rows by their row numbers, in a given order."""
+    """Select the rows with the numbers `which_N`, in this order."""
 
     def __init__(self, rows: Any, which_N: np.ndarray) -> None:
         self._rows, self._which_N = rows, which_N
@@ -78,5 +79,5 @@ class SelectedRows:
         return len(self._which_N)
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the selected rows with the indices `rows_B` as arrays [B, ...]."""
+        """Return the rows with the numbers `which_N[rows_B]`, as arrays [B, ...] by name."""
         return self._rows.batch(self._which_N[rows_B])

@@ -9,10 +9,10 @@ A folder of outputs contains:
 Files are never changed, only added. If writing is interrupted, the next writer replaces the file that has no
 description.
 
-Arrays of predicted positions are stored only at positions with a weight above 0. The sizes, fingerprints, ids and
+Arrays of predicted positions are stored only at positions with a loss weight above 0. The sizes, fingerprints, ids and
 values that are read are checked.
 
-Shapes: B rows, P predicted positions per row, n positions with a weight above 0, k listed tokens.
+Shapes: B rows, P predicted positions per row, n positions with a loss weight above 0, k listed tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ADVICE = "remove the folder and run the stage again"
 LABELS = frozenset({"label", "next_label", "targets", "start", "end", "row_weight", "example"})
 """Names of batch arrays that a teacher does not read. A row's fingerprint does not include these arrays."""
 PER_POSITION = ("teacher_ids", "teacher_log_p", "teacher_rest")
-"""Suffixes of array names. Arrays [B, P, ...] with such a name are stored only at positions with a weight above 0."""
+"""Name endings of arrays [B, P, ...] that are stored only at positions with a loss weight above 0."""
 IDS = "teacher_ids"
 FINGERPRINT = 8
 """Size of a row's fingerprint in bytes."""
@@ -66,7 +66,7 @@ class Layout:
         """Return the size of a row's record in bytes.
 
         Args:
-            positions: Number of positions with a weight above 0; by default all.
+            positions: Number of positions with a loss weight above 0; by default all P positions.
         """
         total = FINGERPRINT
         for name, shape in self.shapes.items():
@@ -80,7 +80,7 @@ class Layout:
 
         Args:
             arrays: Arrays of the teacher's outputs for the row.
-            row: Arrays that the teacher read.
+            row: Arrays of the row itself, such as its tokens and loss weights.
         """
         kept, parts = counted(row), [fingerprint(row)]
         for name in sorted(self.shapes):
@@ -138,8 +138,8 @@ class Layout:
 
 
 def counted(row: Batch) -> np.ndarray | None:
-    """Return a mask of the predicted positions with a weight above 0, bool [P]. If the row has no weights, return
-    None."""
+    """Return a mask of the predicted positions with a loss weight above 0, bool [P]. If the row has no loss weights,
+    return None."""
     if "weights" not in row:
         return None
     weights = row["weights"][row["places"]] if "places" in row else row["weights"]
@@ -147,7 +147,7 @@ def counted(row: Batch) -> np.ndarray | None:
 
 
 def fingerprint(row: Batch) -> bytes:
-    """Return a hash of the arrays of a row that a teacher reads."""
+    """Return a hash of a row, over the arrays that a teacher reads (all except `LABELS`)."""
     total = hashlib.blake2b(digest_size=FINGERPRINT)
     for name in sorted(row.keys() - LABELS):
         total.update(f"{name}{row[name].shape}".encode())
@@ -281,7 +281,7 @@ class Records:
 
         Args:
             numbers_B: Keys of the rows. The outputs for all these keys must be stored.
-            batch: Arrays of the same rows that the teacher read.
+            batch: The same rows, without the teacher's outputs.
 
         Raises:
             RequestError: If a record is damaged, or belongs to another row.

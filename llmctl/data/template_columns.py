@@ -1,8 +1,8 @@
 """Create additional columns for the rows of a source: texts from templates, and multiple-choice questions.
 
-The setting `data.words` gives a word for each class, such as "great" for the class pos. If `data.words` is set, a
-labeled row also becomes a multiple-choice question. Its choices are these words, and the correct choice is the word of
-the row's class.
+The setting `data.words` gives a word for each class, such as "great" for the class pos. If there are templates and at
+least two words, a labeled row also becomes a multiple-choice question. The choices are these words, and the correct
+choice is the word of the row's class.
 """
 
 from __future__ import annotations

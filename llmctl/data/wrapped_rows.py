@@ -40,7 +40,7 @@ class WrappedRows:
         """Return the arrays that are added to the rows `rows_B`.
 
         Args:
-          rows_B: row numbers.
-          batch: these rows without the added arrays.
+          rows_B: Row numbers.
+          batch: The rows without the added arrays.
         """
         raise NotImplementedError

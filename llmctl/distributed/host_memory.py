@@ -26,8 +26,9 @@ HUGE = 2 << 20
 def share_arena() -> bool:
     """Configure the C allocator of this process to use one arena for all threads. Repeated calls have no effect.
 
-    Call this before the process has threads: glibc fixes the number of arenas when it creates the second one. A large
-    block of another arena does not come from the memory that `keep` reserves, and is returned to the kernel when freed.
+    An arena is a separate memory pool of the allocator. `keep` reserves memory in the first arena only. In any other
+    arena, large blocks are returned to the kernel when they are freed. Call this before the process starts threads,
+    because glibc fixes the number of arenas when it creates the second arena.
 
     Returns:
         True if the allocator was configured, which requires Linux with glibc. Otherwise False.

@@ -54,8 +54,9 @@ class _Run:
     def receive(self, sender: int, message: dict[str, Any]) -> None:
         """Handle the last message of process `sender`, which contains the exit code of that process.
 
-        If the code is an error, schedule the end of this process. If the code is 0, process 0 counts the success. The
-        other processes receive code 0 only from process 0. This code means that all processes have succeeded.
+        If the code is an error, the end of this process is scheduled. Code 0 has two meanings. In process 0, it means
+        that `sender` has succeeded. In the other processes, it comes from process 0, and means that all processes have
+        succeeded.
         """
         self.contacted.set()
         self.ended.add(sender)

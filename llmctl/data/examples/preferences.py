@@ -19,10 +19,11 @@ REJECTED = "pair_"
 
 
 class PreferenceRows(ExampleRows):
-    """Build decoder rows, as `CompletionRows` does, for the chosen and the rejected completion of each example.
+    """Build rows for decoders. Each row has the chosen and the rejected completion of one example, with the prompt.
 
-    If the prompt with the longer completion is too long, the beginning of the prompt is removed. The prompt is the same
-    in both rows.
+    The arrays of each completion are as in `CompletionRows`. For the rejected completion, their names begin with
+    `REJECTED`. Both completions have the same prompt. If the prompt with the longer completion is too long, the
+    beginning of the prompt is removed.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):
@@ -50,7 +51,11 @@ class PreferenceRows(ExampleRows):
 
 
 class PreferencePairRows(ExampleRows):
-    """Build encoder-decoder rows, as `SequencePairRows` does, for the chosen and the rejected completion."""
+    """Build rows for encoder-decoders. Each row has the chosen and the rejected completion of one example.
+
+    The arrays of each completion are as in `SequencePairRows`. For the rejected completion, their names begin with
+    `REJECTED`.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Mix rows of several sources in proportion to their weights.
 
-The mixture is divided into blocks of `BLOCK` rows. As long as no source is exhausted, each source has the same number
-of rows in all blocks. A source is exhausted when all rows of its maximum number of epochs are used.
+The mixture is divided into blocks of `BLOCK` rows. The number of a source's rows per block is constant until a source
+is exhausted. A source is exhausted when all rows of its maximum number of epochs are used.
 
 Shapes: S sources, B rows.
 """
@@ -27,14 +27,15 @@ rows is proportional to its weight, up to rounding."""
 class Phase:
     """Describe a phase of a mixture: consecutive rows during which no source is exhausted.
 
-    A mixture is divided into blocks of `BLOCK` rows. Each source has the same number of rows in all blocks of a phase.
-    A source is exhausted when all rows of its allowed epochs are used. The next phase then begins without this source.
+    A mixture is divided into blocks of `BLOCK` rows. The number of a source's rows per block is constant within a
+    phase. A source is exhausted when all rows of its allowed epochs are used. The next phase then begins without this
+    source.
     """
 
     start: int
     """Number of the phase's first row in the mixture."""
     blocks: float
-    """Number of blocks in this phase; infinite for a last phase whose sources have unlimited epochs."""
+    """Number of blocks in this phase; infinite if this is the last phase and its sources have unlimited epochs."""
     counts: np.ndarray
     """Number of rows of each source per block, int64 [S]."""
     done: np.ndarray

@@ -1,4 +1,4 @@
-"""Build pairs of passages for next-sentence prediction: the second passage follows the first passage, or does not.
+"""Build rows of two texts A and B for next-sentence prediction: B follows A in a document, or does not.
 
 The objective is BERT's (Devlin et al., 2018, arXiv:1810.04805).
 
@@ -37,13 +37,13 @@ class PairRows:
     B from the same passage (next_label 0), or from passages of different documents (next_label 1). A and B have up to
     half a row each, for both labels, so that lengths do not reveal the label.
 
-    Four rows combine two passages of different documents: each A with its own B, then each A with the other B. In the
-    two rows with the same A, the masked tokens of A are the same. This also holds for B. Every passage therefore has
-    both labels equally often within four rows. A alone, or B alone, thus does not predict the label. If pairs were
-    independent, the label would correlate by chance with A or B alone. A small network would fit these correlations for
-    thousands of steps, before it compares A with B.
+    Two passages of different documents give four rows: each A with its own B, then each A with the other B. Each A
+    therefore occurs once with each label, and so does each B. The masked tokens of A are the same in both rows with
+    this A, and likewise for B. A alone, or B alone, thus does not predict the label. If pairs were independent, the
+    label would correlate by chance with A or B alone. A small network would fit these correlations for thousands of
+    steps, before it compares A with B.
 
-    Passages are processed in groups of `GROUP` passages. The partner of a passage is in the same group. In each group,
+    The two combined passages are called partners. Partners are in the same group of `GROUP` passages. In each group,
     exactly half of the rows with a label have next_label 0. A passage without a partner has two rows `bos A eos B eos`
     with next_label -1 (no label). If such a passage has no sentence boundary, these rows are `bos A eos`.
 
@@ -171,10 +171,10 @@ class PairRows:
         }
 
     def _masked(self, number_N: np.ndarray, doc_N: np.ndarray, start_N: np.ndarray, length_N: np.ndarray) -> Batch:
-        """Apply masked language modeling to texts of N rows [N, T].
+        """Apply masked language modeling to N texts, each in its own row of T tokens.
 
         Args:
-            number_N: Row numbers, on which the random choices depend.
+            number_N: Numbers of the texts, which determine the random choices.
             doc_N: Document of each text.
             start_N: Offset of the text in its document, in tokens.
             length_N: Number of tokens of the text.
@@ -190,7 +190,7 @@ class PairRows:
         return masked(packed, self._words, rate=self._rate, whole_words=self._whole_words, seed=self._seed)
 
     def _passages(self, place_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Compute the positions of the passages with the numbers `place_N`.
+        """Find the passages with the numbers `place_N` in the documents, and divide each passage into A and B.
 
         If a passage has no sentence boundary, B is empty. The order of the passages is always shuffled, because
         consecutive passages of one document cannot be combined. If `shuffle` is false, every epoch has the same order.
@@ -252,9 +252,9 @@ def check(labelled: float) -> None:
 
 
 def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
-    """Find a partner for each passage in its group, to combine A of one passage with B of the other.
+    """Find a partner for each passage in its group, so that A of each can be combined with B of the other.
 
-    Partners come from different documents. The second part B is not empty in either passage.
+    The two passages are from different documents, and both have a nonempty B.
 
     Args:
         doc_N: Document of each passage; N is a multiple of GROUP.

@@ -26,8 +26,8 @@ def random_bits(rows_B: np.ndarray, width: int, seed: int, stream: int) -> np.nd
         rows_B: Row numbers. Each row of the result depends only on its row number, not on the other rows.
         width: Number of integers per row.
         seed: Seed of the random choices.
-        stream: Index of a kind of random numbers, if a row needs several kinds. Different indices give independent
-            results.
+        stream: Number that distinguishes the purposes of random numbers, such as choosing tokens and replacing tokens.
+            Different streams are independent.
     """
     numbers_BT = rows_B.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
     return hashed(numbers_BT.ravel(), seed, _STREAM + stream).reshape(numbers_BT.shape)

@@ -93,7 +93,10 @@ class Vocabulary:
 
     @cached_property
     def _marks(self) -> np.ndarray:
-        """Return a mask bool [V] of tokens that end with "!" or "?". NFKC converts full-width marks to these marks."""
+        """Return a mask bool [V] of tokens that end with "!" or "?".
+
+        Tokenizers with NFKC normalization convert the full-width marks of Chinese and Japanese to these marks.
+        """
         return np.array([p.rstrip(CLOSERS)[-1:] in ("!", "?") for p in self._pieces])
 
     @cached_property

@@ -47,7 +47,10 @@ class Vocabulary(ABC):
         return {i for i, token in self.tokens.items() if token in texts}
 
     def on_the_way(self, text: str) -> set[int]:
-        """Return tokens that must be kept although encoding never returns these tokens: parts of unknown words."""
+        """Return the tokens that encoding `text` finds on the way to its result, but does not return.
+
+        These tokens are parts of unknown words. They must be kept, so that the words stay unknown.
+        """
         return set()
 
     @abstractmethod
@@ -175,9 +178,8 @@ class _Json(Vocabulary):
         return json.dumps(new, ensure_ascii=False).encode()
 
     def model_of(self, at: dict[int, int]) -> dict[str, Any]:
-        """Return new values for the entries of the file's object `model` that contain token ids. `at` maps old token
-        ids to new ids.
-        """
+        """Return the entries of the object `model` in tokenizer.json that change, with new values. `at` maps the ids of
+        kept tokens to their new ids."""
         return {"vocab": {token: at[i] for token, i in self.model["vocab"].items() if i in at}}
 
 
@@ -216,7 +218,7 @@ class _WordPiece(_Json):
         return {i for i, token in self.tokens.items() if token.removeprefix(self.mark) in texts}
 
     def on_the_way(self, text: str) -> set[int]:
-        """Return the tokens of unknown words that WordPiece finds before it fails.
+        """Return the tokens that WordPiece finds in the unknown words of `text` before it fails.
 
         WordPiece splits a word into the longest known tokens. A word is unknown if no token matches the next
         characters. If the tokens before this position were removed, WordPiece would find shorter tokens, and might
