@@ -16,8 +16,9 @@ def filter_rows(
 ) -> list[Filtered]:
     """Filter the continuations of a batch in place.
 
-    If an answer must be sampled again, all prompts of the batch are. A row therefore gets the same new sample,
-    whichever other rows are rejected.
+    If the filter rejects an answer that it then samples again, new continuations of all prompts of the batch are
+    sampled. Only rejected rows take theirs. The new sample of a row therefore does not depend on which other rows are
+    rejected.
 
     Args:
         output_filter: The filter; None changes nothing.

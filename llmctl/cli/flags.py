@@ -156,7 +156,7 @@ def _report(step: Step, json: bool) -> None:
 
 
 def config_fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Yield (path, field) for each field of a settings class and of its sections."""
+    """Yield (path, field) for each field of a config class and of the config classes nested in it (its sections)."""
     for name, field in cls.model_fields.items():
         key = field.alias or name
         if not above and key in HIDDEN:
@@ -169,7 +169,7 @@ def config_fields(cls: type[Config], above: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _defaults(cls: type[Config], fields: list[tuple[tuple[str, ...], FieldInfo]]) -> Iterator[Any]:
-    """Yield the default of each flag. A stage's config may override the defaults of a section's class."""
+    """Yield the default of each flag. A stage's config may override the defaults that a nested config class defines."""
     tops = {f.alias or n: f.get_default(call_default_factory=True) for n, f in cls.model_fields.items()}
     for path, field in fields:
         at: Any = tops[path[0]]

@@ -78,8 +78,9 @@ def one(folder: Path) -> dict[str, Any]:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Return the results that `eval` wrote into its artifact, without fields that only tables need; an empty list if
-    there are none.
+    """Return the results that `eval` wrote into its artifact, or an empty list if there are none.
+
+    Fields that only the tables of `eval` need are omitted.
 
     Raises:
       RequestError: If the file is damaged.
@@ -188,12 +189,12 @@ def _scored(report: dict[str, Any], manifest: artifact.Manifest) -> bool:
 
 
 def run_table(found: dict[str, Any], title: str) -> Table:
-    """Return the table of a run, the result of `run`. Yardsticks are the last rows."""
+    """Format the result of `run` as a table of models. Yardsticks are the last rows."""
     return table([*found["artifacts"], *found.get("yardsticks", [])], title)
 
 
 def table(entries: list[dict[str, Any]], title: str) -> Table:
-    """Return the table that ends a run: one row per artifact, and one column per metric that any artifact has.
+    """Return the table that `llmctl run` prints at its end: one row per artifact, one column per measured metric.
 
     If no `eval` has measured the run, the columns are the validation metrics of training.
     """
@@ -284,7 +285,7 @@ def presets() -> list[dict[str, Any]]:
 
 
 def preset_table(found: list[dict[str, Any]]) -> Table:
-    """Return the presets, the result of `presets`, as a table."""
+    """Format the result of `presets` as a table with one row per preset."""
     out = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", caption=EXPORTS, caption_justify="left")
     for column in ("preset", "family", "architecture"):
         out.add_column(column, overflow="fold")
@@ -306,7 +307,7 @@ EXPORTS = (
 
 
 def size_table(found: dict[str, Any]) -> Table:
-    """Return a model's sizes, the result of `llmctl.model.size_report.report`, as a table."""
+    """Format the result of `llmctl.model.size_report.report`, the sizes of a model, as a table."""
     out = Table(title=found["config"], title_justify="left", show_header=False)
     for _ in range(2):
         out.add_column(overflow="fold")

@@ -43,7 +43,7 @@ def check(draft: Manifest, target: Manifest, name: str) -> None:
 
 
 def check_tasks(tasks: Sequence[Task], name: str) -> None:
-    """Check that a draft has a task, and that each of its tasks predicts the tokens of the data's texts.
+    """Check that a draft is measured on at least one task, and that each of these tasks predicts the tokens of texts.
 
     Raises:
         RequestError: If a task predicts something else than tokens, or if no task reads the data.
@@ -69,7 +69,7 @@ def scorer(task: Task, models: tuple[ModelConfig, ModelConfig], dtype: str) -> A
 
 
 def measure(task: Task, draft: Artifact, target: Artifact, held: Held, setup: Setup) -> dict[str, float]:
-    """Return the metrics "acceptance" (sampling) and "greedy_acceptance" on the rows of held-out examples."""
+    """Return "acceptance" (for sampling) and "greedy_acceptance", means over the predicted tokens of all examples."""
     settings = RowSettings(setup.seq_len, truncate=setup.truncate, corpus=held.corpus)
     rows = task.rows(draft.model, held.examples, tokenizers.load(draft.tokenizer_dir), settings)
     step = partial(scorer(task, (draft.model, target.model), setup.dtype), (draft.params, target.params))

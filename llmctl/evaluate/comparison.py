@@ -100,13 +100,13 @@ def differences(one: Values, other: Values, names: Iterable[str], seed: int, cou
     """Return the difference of each metric between two artifacts, with a 95 % interval and a p-value.
 
     The interval is the percentile interval of a paired bootstrap. The p-value of values that are all 0 or 1 is that of
-    McNemar's exact test. Other p-values are twice the smaller share of resamples with a difference of at most, or at
-    least, 0.
+    McNemar's exact test. Every other p-value is twice the smaller of two shares: the share of resamples whose
+    difference is <= 0, and the share of resamples whose difference is >= 0.
 
     Args:
         one: Values per example of the first artifact.
         other: Values of the same examples for the second artifact.
-        names: Metrics to compare; metrics that the values do not suffice for are omitted.
+        names: Metrics to compare; metrics that cannot be computed from the values are omitted.
         seed: Seed of the resamples.
         count: Number of resamples.
 
@@ -158,8 +158,8 @@ def _binary(values: np.ndarray) -> bool:
 def mcnemar(only_one: int, only_other: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (McNemar, 1947).
 
-    Under the null hypothesis, each example that exactly one artifact answers correctly is as likely to be of the one as
-    of the other.
+    The test uses only the examples that exactly one of two artifacts answers correctly. Under the null hypothesis, each
+    artifact is equally likely to be the correct one.
 
     Args:
         only_one: Number of examples that only the first artifact answers correctly.

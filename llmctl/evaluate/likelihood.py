@@ -53,17 +53,17 @@ class Score(NamedTuple):
 
 
 class ScoredSequence(NamedTuple):
-    """Store the inputs of a context and of continuations of this context, and the scored positions."""
+    """Store the input tokens of a context and of its continuations, and the tokens to score."""
 
     context: tuple[int, ...]
     branches: dict[tuple[int, ...], int]
-    """Map from the inputs of each continuation, without the last token, to the index of the first of these inputs."""
+    """Map from each continuation without its last token (which is no input) to the index of its first input."""
     targets: list[tuple[int, int, int]]
-    """Triples (index of an input, target token, number of the query)."""
+    """Scored tokens: triples (index of the input that predicts the token, token, number of the query)."""
 
     @property
     def inputs(self) -> int:
-        """Return the number of inputs."""
+        """Return the number of input tokens of the context and of all continuations."""
         return len(self.context) + sum(map(len, self.branches))
 
     def add(self, continuation: Sequence[int], query: int) -> None:
@@ -155,7 +155,7 @@ def summed(
     setup: Setup,
     what: str = "likelihoods",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log-likelihood of each query in nats, float64 [Q], and whether its tokens are all most probable, [Q].
+    """Return, per query, the log-likelihood in nats, float64 [Q], and whether every token is the most probable, [Q].
 
     Args:
         step: The result of `position_scores`.
@@ -239,13 +239,13 @@ def packed(sequences: Sequence[ScoredSequence], longest: int, few: int) -> list[
 
     A row has the shortest standard length that is sufficient for its longest sequence. Shorter sequences fill the rest
     of a long row. If the remaining short sequences have at most `few` tokens in total, they are added to longer rows.
-    Rows are halved as long as the total length of all rows does not grow.
+    The length of the shortest rows is halved as long as this does not increase the total length of these rows.
 
     Args:
         sequences: Sequences of at most `longest` tokens.
         longest: Maximum length of a row.
-        few: Maximum total number of tokens of short sequences that get no shorter rows, and so no program, of their
-            own.
+        few: Maximum total number of tokens of short sequences that are packed into longer rows. More tokens get shorter
+            rows, for which another program is compiled.
     """
     lengths = [min(SHORTEST, longest)]
     most = max((s.inputs for s in sequences), default=0)

@@ -184,8 +184,11 @@ def probe_setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifes
 
 
 def _seq_len(given: int, manifest: Manifest) -> int:
-    """Return `given` if it is not 0. Otherwise return 0 if the length in training is known, else 512 but at most the
-    model's maximum."""
+    """Return the sequence length to set in the settings of a measurement; 0 stands for the length in training.
+
+    The result is `given` if it is not 0. If it is 0 and the length in training is unknown, the result is 512, but at
+    most the model's maximum.
+    """
     return given or (0 if manifest.seq_len else min(512, manifest.model.max_seq_len))
 
 

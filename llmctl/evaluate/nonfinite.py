@@ -1,4 +1,4 @@
-"""Find the layer of a model whose outputs are the first that are not finite numbers."""
+"""Find the first layer of a model with outputs that are not finite numbers."""
 
 from __future__ import annotations
 

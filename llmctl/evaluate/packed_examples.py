@@ -146,7 +146,7 @@ def outputs(
         artifact: Artifact whose parameters are used.
         rows: Rows of one example each.
         setup: Settings of the measurement. A batch has at most `setup.batch_size` * `setup.seq_len` tokens.
-        folder: Folder for outputs that an interrupted measurement continues from; None saves none.
+        folder: Folder for outputs from which an interrupted measurement continues; None saves none.
 
     Raises:
         WorkError: If an output is not a finite number.

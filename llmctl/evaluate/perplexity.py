@@ -95,8 +95,8 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
 def target_nll(model: ModelConfig, dtype: str) -> Any:
     """Return a compiled function (params, batch) -> negative log-likelihood [B, T] of each target, in nats.
 
-    The value of each target is multiplied by its weight. Logits are computed in chunks, never for all positions at
-    once.
+    The value of each target is multiplied by its entry in the batch's array `weights`. Logits are computed in chunks,
+    never for all positions at once.
     """
 
     def step(params: functional.Params, batch: dict[str, jax.Array]) -> jax.Array:

@@ -81,7 +81,7 @@ def scoring(
 def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> Program:
     """Return the program that scores requests of lm-evaluation-harness in rows of the shortest standard length.
 
-    Continuations share their contexts.
+    All continuations of a context share the computation of the context.
 
     An evaluation also uses rows of other lengths, depending on the texts. Batches of all lengths have about the same
     number of tokens.
@@ -168,7 +168,7 @@ def of_task(
 
 
 def unshared(first: Artifact, others: Iterable[Artifact]) -> list[dict[str, Any]]:
-    """Return the arrays of other artifacts that are not in memory yet, {name: array} per artifact.
+    """Return the arrays that other artifacts add to those already in memory, {name: array} per artifact.
 
     Adapters of one base share its arrays with each other and with the base (`llmctl.artifacts.artifact.load_each`).
 

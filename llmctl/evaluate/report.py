@@ -157,7 +157,9 @@ def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def comparison_cells(compared: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Return the table of differences as (headings, rows of cells), with one row per pair of artifacts and metric.
+    """Return the differences between the metrics of artifacts as a table: (headings, rows of cells).
+
+    The table has one row per pair of artifacts and metric.
 
     The columns with artifacts and task are omitted if they are equal in all rows.
     """

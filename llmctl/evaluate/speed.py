@@ -45,8 +45,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time `repeats` rounds of all programs, after `warmup` rounds that are not timed, and return the timings by name.
 
-    A program must block until its work is done (`jax.block_until_ready` for JAX programs). If the timed rounds took
-    `seconds`, no further round begins after the first `LEAST_ROUNDS`.
+    A program must block until its work is done (`jax.block_until_ready` for JAX programs). Timing ends early if the
+    timed rounds have taken `seconds`, but not before `LEAST_ROUNDS` rounds.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats ({repeats}) must be positive and warmup ({warmup}) not negative")

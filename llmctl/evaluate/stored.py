@@ -26,7 +26,7 @@ from llmctl.evaluate.tasks.base import Task
 RESULTS, RECORDS, VALUES = "results.json", "predictions.jsonl", "example_values.jsonl"
 """Names of the files of an evaluation: the results, the records about examples, and the values per example."""
 PARTIAL = "scored.jsonl"
-"""Name of a file in the stage's temporary folder. The file contains the results so far."""
+"""Name of a file in the stage's temporary folder, with the results so far of an evaluation that has not ended."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Stored:
         return scored if all(scored.result.get(key) == value for key, value in (timing or {}).items()) else None
 
     def add(self, scored: Scored) -> None:
-        """Append a new result to the file of the interrupted evaluation."""
+        """Append a new result to the file from which an interrupted evaluation continues."""
         if self._partial is not None and processes.first():
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             with self._partial.open("a", encoding="utf-8") as stream:

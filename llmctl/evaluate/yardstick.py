@@ -1,7 +1,7 @@
 """Measure a yardstick on the examples of an evaluation: logistic regression on TF-IDF features (scikit-learn).
 
-The yardstick is trained on the train split and measured like an artifact. A classifier that does not reach its accuracy
-is not worth its cost. The terms are words and pairs of words, or 1 to 3 characters.
+The yardstick is trained on the train split and measured like an artifact. A classifier that is less accurate than the
+yardstick is not worth its cost. The terms are words and pairs of words, or 1 to 3 characters.
 
     yardstick.check(config, tasks)
     scored = yardstick.measure(config, splits, before)
@@ -38,17 +38,17 @@ INVERSE_PENALTY = 30.0
 """Inverse strength of the L2 penalty. TF-IDF vectors have length 1, so weak penalties are best (Wang and Manning,
 2012)."""
 RARE_FROM = 1000
-"""Minimum number of training texts for which terms that occur in only one text are ignored."""
+"""Minimum number of training texts. With at least this number, terms that occur in only one text are ignored."""
 
 
 class TfidfClassifier:
     """Classify texts by logistic regression on TF-IDF features, one set of features per text column.
 
-    Coefficients and weights of terms are rounded to float32, the dtype of the artifacts.
+    All trained numbers are rounded to float32, the dtype of the artifacts.
     """
 
     def __init__(self, terms: str, examples: Examples) -> None:
-        """Train on the examples.
+        """Fit the TF-IDF features and the logistic regression to the examples.
 
         Raises:
             RequestError: If the texts have no terms, or the labels have fewer than two classes.
@@ -86,7 +86,7 @@ class TfidfClassifier:
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        """Return all trained numbers: coefficients, intercepts and the weights of the terms."""
+        """Return all trained numbers: coefficients, intercepts, and the inverse document frequency of each term."""
         return [self.regression.coef_, self.regression.intercept_, *(v.idf_ for v in self.vectorizers)]
 
 

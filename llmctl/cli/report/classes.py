@@ -68,7 +68,7 @@ def _is_matrix(value: Any) -> TypeGuard[list[list[Any]]]:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Return the names. Equal names get a number, because a plot identifies a row by its name."""
+    """Return the names, with a number after names that occur several times, because a plot identifies rows by name."""
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
 

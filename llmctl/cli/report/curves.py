@@ -13,12 +13,12 @@ from llmctl.evaluate.metrics.base import VALIDATION
 Points = list[tuple[float, float]]
 
 AFTER = ("tokens_per_second", "examples_per_second", "learning_rate", "gradient_norm")
-"""Logged values with a plot of their own after the losses and metrics."""
+"""Logged values that have one plot each. These plots follow the plots of losses and metrics."""
 TITLES = {"learning_rate": "learning rate", "gradient_norm": "norm of the gradient"}
 WITHOUT = ("step", "time", "layer", "step_seconds", "input_wait", "mfu", "memory_gib")
-"""Logged values without a plot."""
+"""Logged values that are not plotted."""
 BUDGET = 8_000
-"""Maximum number of points in all curves, which bounds the size of the page."""
+"""Maximum number of points of all curves together, which limits the size of the page."""
 
 
 def section(contents: Contents) -> Section:

@@ -1,4 +1,4 @@
-"""Show the results of evaluations: tables per task, intervals, comparisons, and results of any other structure."""
+"""Show the results of evaluations: a table per task, plots of intervals, and differences between artifacts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _task(task: str, results: Sequence[Record]) -> Section:
 
 
 def _timing(result: Record) -> str:
-    """Return a line about how times were measured; empty if none were."""
+    """Return a line about how times were measured; empty if no times were measured."""
     if not result.get("timed_on"):
         return ""
     batch, rounds = (result.get(f"timed_{key}", "?") for key in ("batch", "rounds"))
@@ -63,7 +63,7 @@ def intervals(task: str, results: Sequence[Record]) -> list[Plot]:
     A metric that was measured on changed texts has a plot of its own, with one row per change. One further plot shows
     all other metrics.
 
-    A plot has at least two rows, because a single metric is in the plot of quality against cost already.
+    A plot with only one metric is omitted, because the plot of quality against cost shows this metric.
     """
     named = figures.ordered(name for r in results for name in r["metrics"] if figures.interval(r["metrics"], name))
     groups: dict[str, list[str]] = {}

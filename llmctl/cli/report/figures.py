@@ -19,7 +19,7 @@ def is_number(value: Any) -> TypeGuard[Number]:
 
 
 def split(name: str) -> tuple[str, str]:
-    """Split the name of a result into (task, metric). The task is empty if the name has none.
+    """Split the full name of a metric into (task, metric). The task is empty if the name does not begin with a task.
 
     Example:
         >>> split("accuracy/gender"), split("bbq/accuracy/gender"), split("bbq/nothing")
@@ -49,7 +49,7 @@ def title(name: str) -> str:
 
 
 def value_text(name: str, value: Number) -> str:
-    """Format the value of a metric as the tables of `llmctl show` do. Whole numbers have all their digits."""
+    """Format the value of a metric as the tables of `llmctl show` do. Whole numbers keep all their digits."""
     known = record(name)
     if known is None and isinstance(value, int):
         return f"{value:,}"

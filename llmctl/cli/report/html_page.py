@@ -1,7 +1,7 @@
 """Format a report as one HTML page that contains its styles, scripts and data, and loads nothing.
 
 Every text is escaped by Jinja. A content security policy allows only the scripts of the page itself, by their digests,
-and no requests. So a text that is not escaped by mistake cannot run as a script.
+and no requests. Even if a text is left unescaped by mistake, it therefore cannot run as a script.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def page(document: Document) -> str:
 
 
 def script_json(value: Any) -> Markup:
-    r"""Return JSON data for a script element of a page. The data equals `value` when it is parsed.
+    r"""Return `value` as JSON text for a script element of a page. A JSON parser reads the same value from the text.
 
     Example:
         >>> print(script_json({"name": "</script>"}))

@@ -1,4 +1,4 @@
-"""Show JSON data of any structure as tables. Stages leave such data as reports, and evaluations as further results."""
+"""Show JSON data of any structure as tables, such as the reports of stages and the nested results of evaluations."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from llmctl.cli.report.run_contents import Contents, Model
 from llmctl.evaluate.metrics.base import columns
 
 TEACHERS = ("teacher", "teachers")
-"""Names of the settings of stages that name models other than the parent."""
+"""Settings of stages whose values are names of teachers."""
 LEFT, RIGHT, TOP, BOTTOM = 0.04, 0.88, 0.16, 0.84
 """Sides of a model's box within its grid cell, whose width and height are 1."""
 MOST = 60
@@ -70,7 +70,7 @@ def _edges(models: Sequence[Model]) -> list[tuple[str, str, str]]:
 
 
 def _other(name: str) -> str:
-    """Return the displayed name of a model outside the run, if another model in the run has the same name."""
+    """Return the displayed name of a model outside the run that has the same name as a model of the run."""
     return f"{name} (not that of this run)"
 
 
@@ -79,8 +79,11 @@ def _listed(value: Any) -> list[Any]:
 
 
 def headline(model: Model) -> str:
-    """Return the title and value of a model's first quality metric in the registry, or else of its validation accuracy
-    or loss; empty if none was measured."""
+    """Return the title and value of the metric that the box of a model shows; empty if none was measured.
+
+    The metric is the model's first quality metric in the table of `llmctl run`. If the model has no such metric, the
+    validation accuracy or loss is used.
+    """
     there = [name for name, value in model.summary["metrics"].items() if figures.is_number(value)]
     best = next((m for m in columns(there, "run") if m.aspect == "quality"), None)
     name = best.name if best else next((n for n in there if n in ("validation_accuracy", "validation_loss")), "")

@@ -247,7 +247,7 @@ def reliability(values: Values) -> Spec:
 
 
 def intervals(values: Values, rows: Sequence[str], series: Sequence[str], title: str) -> Spec:
-    """Return a plot with one row per name, and per series a point with its interval.
+    """Return a plot with one row per name. A row has one point per series, with the interval of its value.
 
     Args:
         values: Records with "row", "series", "value", and possibly "low" and "high".

@@ -65,14 +65,14 @@ class Contents:
     """Store the contents of a run, or of a single artifact."""
 
     folder: str
-    """Path of the run as the user wrote it, without its parents."""
+    """Name of the folder of the run or artifact, without its parent folders."""
     summary: Record
     """Output of `llmctl show --json` for a run: {"artifacts": [...], "reports": [...]}."""
     models: list[Model]
     evaluations: list[Evaluation]
     unfinished: list[Unfinished] = field(default_factory=list)
     attributions: list[Record] = field(default_factory=list)
-    """Contents of the files with attributions of tokens, whose models are in the run."""
+    """Records of token attributions for models of the run, one per file."""
     single: bool = False
     """Whether the folder is one artifact and not a run."""
 
@@ -169,7 +169,7 @@ def _unfinished(folder: Path, finished: Sequence[str]) -> list[Unfinished]:
 
 
 def _attributions(folder: Path, of: Contents, valid: Callable[[Record], bool]) -> list[Record]:
-    """Return the records of attributions in a folder that were computed from the weights of one of the models.
+    """Return the records of token attributions in a folder, one per file. Records of models outside `of` are omitted.
 
     Raises:
         RequestError: If a file is damaged.

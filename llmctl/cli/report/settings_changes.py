@@ -64,9 +64,9 @@ def _different(values: Mapping[str, Any], cls: type[Config], given: Config | Non
 
 
 def _is_complete(values: Mapping[str, Any], chosen: dict[str, Any], cls: type[Config], given: Config | None) -> bool:
-    """Return whether a section with only the `chosen` settings gets all of `values`.
+    """Return whether a config of class `cls` that is created from only the `chosen` settings has all of `values`.
 
-    In such a section, some settings (`deciding`) determine the defaults of the others.
+    The class may have deciding settings (`cls.deciding`), which determine the defaults of its other settings.
     """
     told = {k: getattr(given, k) for k in cls.deciding if given is not None and k in given.model_fields_set}
     try:

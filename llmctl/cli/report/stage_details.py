@@ -30,7 +30,7 @@ LAYERED = {
 }
 """Reports with one record per layer, and the fields of these records that are plotted."""
 UNFOLDED = 24
-"""Maximum number of metrics of a model that are shown without being opened."""
+"""Maximum number of metrics per model that the page shows directly. The reader must open a longer table."""
 
 
 def section(contents: Contents) -> Section:

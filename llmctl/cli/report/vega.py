@@ -29,7 +29,7 @@ def check_installed() -> None:
 
 @functools.cache
 def javascript() -> str:
-    """Return the JavaScript that defines `window.vegaEmbed`. It contains no end tag of a script."""
+    """Return the JavaScript that defines `window.vegaEmbed`. It does not contain `</script>`."""
     import vl_convert
 
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE).replace("</script", "<\\/script")

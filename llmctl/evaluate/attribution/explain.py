@@ -42,7 +42,7 @@ from llmctl.model import functional, weights
 
 
 class Unit(NamedTuple):
-    """Store the tokens of a character that is several tokens as one, with the sum of their attributions."""
+    """Store one token with its attribution, or several tokens that share a character with the sum of theirs."""
 
     piece: Piece
     value: float
@@ -59,7 +59,7 @@ class Explanation:
     target: str
     """Name of what is explained: a class, a predicted number, a choice or a continuation."""
     output: float
-    """Output at the text, in the unit of `outputs.unit`."""
+    """Output of the model for the text, in the unit of `outputs.unit`."""
     baseline: float | None = None
     """Output at the baseline; None for attention rollout."""
     error: float | None = None
@@ -160,7 +160,7 @@ class Explainer:
         return made
 
     def inputs(self, rows: Sequence[Row], target: str = "") -> list[tuple[Input, int, str]]:
-        """Return (model inputs, index of the target class, name of the target) of each row, as `__call__` explains it.
+        """Return (model inputs, index of the target class, name of the target) that `__call__` would use for each row.
 
         Raises:
             RequestError: If the target is unknown.
@@ -209,7 +209,7 @@ class Explainer:
         )  # fmt: skip
 
     def _run(self, step: Callable[..., Any], batch: dict[str, np.ndarray]) -> Any:
-        """Yield the outputs of a program for calls of `_size` rows. The last call repeats a row."""
+        """Call a program on `_size` rows at a time, and yield its outputs. Copies of a row fill up the last call."""
         count = len(batch["segments"])
         for first in range(0, count, self._size):
             at = np.minimum(np.arange(first, first + self._size), count - 1)

@@ -31,8 +31,8 @@ from llmctl.model.transformer import Batch, Params
 NODES = 6
 """Number of gradients per interval, G."""
 SMALLEST = 1e-3
-"""Lower bound of the difference in the completeness error, as a fraction of the larger output. Smaller differences are
-mostly float32 rounding."""
+"""Minimum denominator of the completeness error, as a fraction of the larger of the two outputs. Smaller differences
+between the outputs are mostly float32 rounding."""
 
 Evaluate = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Function (row indices [M], points on the line from 0 to 1 [M]) -> (outputs [M], products of gradient and direction
@@ -63,8 +63,10 @@ class Attribution:
 
 
 def scale(output: float, baseline: float) -> float:
-    """Return the denominator of the completeness error: |output - baseline|, but at least `SMALLEST` times the larger
-    of the two."""
+    """Return the denominator of the completeness error: |output - baseline|.
+
+    The minimum is `SMALLEST` times the larger magnitude of output and baseline.
+    """
     return max(abs(output - baseline), SMALLEST * max(abs(output), abs(baseline)), 1e-12)
 
 

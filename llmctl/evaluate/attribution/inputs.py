@@ -55,7 +55,7 @@ class Input:
     too: `at`, `targets` and `weights`, [P] each."""
     pieces: list[Piece]
     texts: list[str]
-    """Texts of the row, such as premise and hypothesis, as far as the row contains them."""
+    """Complete texts, such as premise and hypothesis, of which at least one token is in the row."""
 
     @property
     def explained(self) -> np.ndarray:

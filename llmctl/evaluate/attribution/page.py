@@ -80,7 +80,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def section(record: dict[str, Any]) -> str:
-    """Return the part of the page without head and title, for pages that include `STYLE`."""
+    """Return the part of the page without head and title, for other pages that already include `STYLE`."""
     return "".join(f"{line}\n" for line in _section(record))
 
 

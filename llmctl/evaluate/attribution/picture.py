@@ -11,7 +11,7 @@ from llmctl.config.terminal import visible
 from llmctl.evaluate.attribution.page import counted, number
 
 MOST, BARS = 6, 10
-"""Maximum number of texts, and of averaged tokens per target and side."""
+"""Maximum number of texts (`MOST`). Maximum number of averaged words for a target, and against it (`BARS` each)."""
 COLUMNS, ROWS = 100, 8
 """Characters per line, and lines per text; the rest of a text is left out."""
 _INK, _QUIET, _FOR, _AGAINST = "#1f2328", "#59636e", "#0969da", "#cf5c14"

@@ -5,8 +5,8 @@ residual connection. The product of the layers' matrices gives the share of each
 The attribution is the mean row of the positions that the output is computed from: the pooled positions, or the scored
 positions.
 
-The cited paper has no cross-attention. A decoder with cross-attention has a second residual connection per layer. Its
-mixture is half of the position's own rollout, and half of the rollouts of the attended encoder outputs.
+The cited paper has no cross-attention. A decoder with cross-attention has a second residual connection per layer. After
+it, a position's rollout is the mean of two terms: its earlier rollout, and that of the attended encoder outputs.
 
 The attention probabilities of each layer are computed from its queries and keys. No other program stores them.
 
@@ -32,7 +32,7 @@ from llmctl.model.transformer import Batch, Block, Params, apply
 from llmctl.model.wiring import has_cross_attention
 
 RESIDUAL = 0.5
-"""Weight of the identity (the residual connection) in the mixture with a layer's attention."""
+"""Factor of the identity (the residual connection) in the weighted mean of the identity and a layer's attention."""
 
 
 def check(found: Artifact) -> None:
@@ -73,7 +73,7 @@ def program(found: Artifact, dtype: str) -> Any:
 
 
 def read_from(cfg: ModelConfig, batch: Batch) -> jax.Array:
-    """Return the weight of each position in the output, [B, T]. The weights of a row sum to 1.
+    """Return the share of each position in the output, [B, T]. The shares of a row sum to 1.
 
     The output of a language model is computed from its scored positions, and that of a task head from the pooled
     positions.

@@ -128,8 +128,10 @@ def _biased(row: BenchmarkRow, count: int, unknown: int) -> int | None:
 
 
 def _groups(names: Any) -> set[str]:
-    """Return the groups that BBQ's names of groups denote, in lower case. "F-Black" means two groups, "f" and
-    "black"."""
+    """Return the groups that one or several of BBQ's group names denote, in lower case.
+
+    For example, the name "F-Black" denotes two groups, "f" and "black".
+    """
     found = set()
     for name in names if isinstance(names, list) else [names]:
         text = str(name).lower().replace("lowses", "low ses").replace("highses", "high ses")

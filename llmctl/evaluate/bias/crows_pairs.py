@@ -103,7 +103,7 @@ def scores(model: SentenceModel, pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the positions in both sequences of the tokens that the two sequences share, in order.
+    """Return the positions of the tokens that two sequences share, ascending: (positions in a, positions in b).
 
     Example:
         >>> shared([5, 6, 7, 8], [5, 9, 9, 8])

@@ -15,7 +15,7 @@ SEED = 0
 
 
 def with_intervals(values: Values) -> dict[str, float]:
-    """Return each metric that `values` determine, and the bounds of its interval as NAME_low and NAME_high.
+    """Return each metric that can be computed from `values`, with its bounds as NAME_low and NAME_high.
 
     A proportion has Wilson's interval. Other metrics have a percentile interval of bootstrap resamples. If a metric
     concerns a part of the examples, the resamples contain only this part. If the part is empty, there is no metric.

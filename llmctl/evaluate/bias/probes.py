@@ -123,7 +123,10 @@ class BBQProbe(_Benchmark):
     def programs(
         self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
     ) -> Sequence[Program]:
-        """Return the program that scores choices: that of sentences for a decoder, otherwise that of task `choice`."""
+        """Return the program that scores choices.
+
+        A decoder uses the program that scores sentences. Other models use the program of the task `choice`.
+        """
         from llmctl.evaluate import programs
         from llmctl.evaluate.tasks.registry import TASKS
 

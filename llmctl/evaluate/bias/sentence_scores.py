@@ -30,7 +30,7 @@ class SentenceModel:
 
     @property
     def said(self) -> str:
-        """Return the end of the protocol: sequence length, dtype and, after scoring, the truncated contexts."""
+        """Return the last part of the protocol: sequence length, dtype, and number of contexts truncated so far."""
         cut = self.continuations.truncated if self.causal else 0
         return f"context {self.setup.seq_len}, {self.setup.dtype}" + (
             f", {cut} contexts without their beginning" if cut else ""

@@ -74,7 +74,7 @@ class Detector:
 
 
 class Classifier:
-    """Return the probability of the harmful classes of a text."""
+    """Compute the probability that a text belongs to the harmful classes of a classifier."""
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
         """Load the artifact onto all devices. Call `check` first."""
@@ -106,10 +106,10 @@ class Classifier:
         return score_N.tolist()
 
     def _parts(self, text: str) -> list[str]:
-        """Return the text, or its halves if it has too many tokens, and so on.
+        """Split a text in halves until each part fits into the classifier's sequence length, and return the parts.
 
-        A text is split at the white space nearest to its middle. If it has none, as in Chinese, it is split in the
-        middle, so that no part of it is truncated.
+        A text is split at the white space nearest to its middle. If there is no white space, as in Chinese, the text is
+        split in the middle.
         """
         bare = text.strip()
         if len(bare) < 2 or len(self._tokenizer.encode(text)) <= self._room:

@@ -122,7 +122,7 @@ def sequences(examples: Examples, tokenizer: Tokenizer, length: int, count: int,
 
 
 def agreement(truth_Nm: np.ndarray, generated: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Compare continuations with the true ones.
+    """Compare generated continuations with the true continuations.
 
     Args:
         truth_Nm: True tokens.

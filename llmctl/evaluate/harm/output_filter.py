@@ -24,11 +24,11 @@ class Filtered:
     """Store an answer after the filter."""
 
     text: str
-    """The answer, or what replaces it."""
+    """The unchanged answer, the redacted answer, the new sample, or the refusal."""
     action: str = ""
     """"refused", "redacted" or "resampled"; empty if the answer was not changed."""
     finding: Finding | None = None
-    """What was found in the first harmful answer; None if the answer was not changed."""
+    """Words and score of the original answer, if it was harmful; None if the answer was not changed."""
     attempts: int = 0
     """Number of times that the answer was sampled again."""
 

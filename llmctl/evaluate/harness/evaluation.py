@@ -253,8 +253,9 @@ def _interval(ours: str, metric: str, value: float, error: float, documents: int
 
 
 def definition(task: Any, settings: HarnessConfig, limit: int, context: dict[str, Any]) -> str:
-    """Return the digest of a task's settings, documents and prompt settings, and of the settings `context` of the
-    model.
+    """Return the digest of a task: its settings, its documents, its prompt settings and its `context`.
+
+    `context` has the other values that can change results: sequence length, dtype and version of the harness.
 
     Two measurements with equal weights and equal digests have equal results.
     """

@@ -39,7 +39,7 @@ Estimator = Callable[[np.ndarray], np.ndarray]
 
 
 def estimators(values: Values) -> dict[str, Estimator]:
-    """Return a function per metric that computes the metric on resamples, for every metric that `values` suffice for.
+    """Return a function per metric that computes the metric on resamples, for every metric that needs only `values`.
 
     Example:
         >>> values = {"document_nll": np.log([2.0, 8.0]), "document_tokens": np.ones(2)}
@@ -147,7 +147,7 @@ def _ranks(value_N: np.ndarray, count_RN: np.ndarray) -> np.ndarray:
 
 
 def _correlation(a_RN: np.ndarray, b_RN: np.ndarray, count_RN: np.ndarray) -> np.ndarray:
-    """Return the correlation within each resample, [R]; 0 if a side is constant."""
+    """Return the correlation within each resample, [R]; 0 if one of the two variables is constant."""
     total_R1 = count_RN.sum(1, keepdims=True)
     a_RN, b_RN = (x_RN - (x_RN * count_RN).sum(1, keepdims=True) / total_R1 for x_RN in (a_RN, b_RN))
     ab_R, aa_R, bb_R = ((count_RN * x_RN * y_RN).sum(1) for x_RN, y_RN in ((a_RN, b_RN), (a_RN, a_RN), (b_RN, b_RN)))
@@ -157,7 +157,7 @@ def _correlation(a_RN: np.ndarray, b_RN: np.ndarray, count_RN: np.ndarray) -> np
 def _bleu(counts_NS: np.ndarray, count_RN: np.ndarray) -> np.ndarray:
     """Return BLEU with exponential smoothing, as sacrebleu computes it by default.
 
-    `counts_NS` has the lengths of prediction and reference, and then the numbers of equal and of all n-grams.
+    `counts_NS` has the lengths of prediction and reference, and then the numbers of matching and of all n-grams.
     """
     sums_RS = count_RN @ counts_NS
     ours_R, theirs_R = sums_RS[:, 0], sums_RS[:, 1]
@@ -201,7 +201,7 @@ class Estimate:
     """Describe how a metric is computed from values per example."""
 
     inputs: tuple[str, ...]
-    """Names of the values per example."""
+    """Names of the arrays in `Values` that the metric is computed from."""
     compute: Callable[..., Any]
     """Function (inputs, number of occurrences [R, N]) -> value of the metric per resample [R]."""
 
@@ -225,4 +225,4 @@ ESTIMATES: dict[str, Estimate] = {
     "stereotype_score": Estimate(("target_term", "stereotypical"), _mean_over_terms),
     "icat": Estimate(("target_term", "meaningful", "stereotypical"), _icat),
 }
-"""Metrics that are neither means nor ratios of sums of their own values, or that share their values with others."""
+"""Metrics that are not simply the mean, or the ratio of sums, of an array of values with the metric's own name."""

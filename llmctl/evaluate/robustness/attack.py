@@ -1,4 +1,4 @@
-"""Measure the accuracy of a classifier under attack, beside random substitutions with the same budget."""
+"""Measure the accuracy of a classifier under attack and, for comparison, under random substitutions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def measure(artifact: Artifact, held: Held, setup: Setup, settings: AttackConfig
 
 
 def _on_tokens(attack: TokenAttack, step: Any, artifact: Artifact, right_N: np.ndarray) -> list[Attacked]:
-    """Attack by HotFlip, and by random tokens."""
+    """Attack a classifier by HotFlip and, for comparison, by random tokens."""
     tokenizer = tokenizers.load(artifact.tokenizer_dir)
     found: list[Attacked] = []
     for name, propose in (("hotflip", attack.hotflip()), ("random_tokens", attack.random())):

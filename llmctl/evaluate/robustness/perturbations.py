@@ -1,7 +1,7 @@
 """Change texts at random: typos, swapped letters, case, synonyms, dropped words, padding, truncation and paraphrases.
 
-A change has the form `change(text, options, rng) -> text`. Changes of words choose words among those to which they
-apply. The expected fraction of chosen words is the rate. Every other character of the text stays as it is.
+A change has the form `change(text, options, rng) -> text`. If a change replaces single words, it chooses them at random
+among the words to which it applies. The expected fraction of chosen words is the rate. All other characters stay.
 
 Another package adds a change by the entry point `perturbation.NAME` of the group `llmctl`.
 """
@@ -178,7 +178,7 @@ def changed(name: str, text: str, options: Options, seed: int) -> str:
 
 
 def _changed(text: str, rate: float, rng: Random, applies: Callable[[str], bool], change: Callable[[str], str]) -> str:
-    """Return the text with a change of a fraction `rate` of the words to which the change applies."""
+    """Return the text after `change` of a random fraction `rate` of the words for which `applies` is true."""
     words = [match.span() for match in WORD.finditer(text) if applies(match.group())]
     for first, last in (words[i] for i in reversed(_chosen(len(words), rate, rng))):
         text = text[:first] + change(text[first:last]) + text[last:]

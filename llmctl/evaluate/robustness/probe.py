@@ -71,7 +71,7 @@ class Robustness(Probe):
 
 
 class Attack(Probe):
-    """Measure the accuracy of a classifier under attack, beside random substitutions with the same budget."""
+    """Measure the accuracy of a classifier under attack and, for comparison, under random substitutions."""
 
     name = "attack"
     title = "attack"

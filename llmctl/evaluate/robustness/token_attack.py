@@ -34,15 +34,17 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 Propose = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Function (indices of rows [K], tokens [N, T], open positions [N, T]) -> (position [K], token [K]). The position is -1
-if there is no substitution."""
+"""Function that selects one substitution per row: (indices of rows [K], tokens [N, T], open positions [N, T]) ->
+(position [K], new token [K]). Open positions are those that may still be substituted. The position is -1 if there is no
+substitution."""
 
 
 def flipper(model: ModelConfig, dtype: str, similarity: float = 0.0) -> Any:
     """Return the compiled function that selects the substitution with the largest estimated increase of the loss.
 
-    The arguments are (params, batch, label [B], open positions [B, T], allowed tokens [V]). The result is int32 [B, 2]:
-    position and token. The position is -1 if there is no substitution.
+    The arguments are (params, batch, label [B], open positions [B, T], allowed tokens [V]). Open positions are those
+    that may still be substituted. The result is int32 [B, 2]: position and new token. The position is -1 if there is no
+    substitution.
 
     Args:
         model: Config of the classifier.

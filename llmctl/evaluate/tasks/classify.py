@@ -66,9 +66,9 @@ class Classify(Task):
         return soft_class_sums(teacher, y, batch["label"], row_weight(batch, y), how)
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
-        """Return the batch with each row weighted by its class.
+        """Return the batch with the loss weight of each row multiplied by the weight of the row's class.
 
-        The mean loss of the batch is the weighted sum divided by the sum of these weights, as in torch's
+        The mean loss of the batch is the weighted sum of losses divided by the sum of the loss weights, as in torch's
         `CrossEntropyLoss`.
         """
         label_B = batch["label"]

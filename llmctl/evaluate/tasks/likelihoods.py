@@ -39,7 +39,10 @@ def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
 def log_likelihood(
     cfg: ModelConfig, params: functional.Params, x_RTD: jax.Array, batch: Batch, dtype: Any
 ) -> jax.Array:
-    """Return the log-likelihood (nats) of each row's weighted targets, [R]. Logits are computed in chunks."""
+    """Return the log-likelihood of each row in nats, [R]: the sum over its targets, multiplied by their `weights`.
+
+    Logits are computed in chunks.
+    """
     x_RPD, targets_RP, weights_RP = predicted(batch, x_RTD)
     head = functional.head_params(cfg, params)
     nll_RP = chunked_loss.token_nll(project(cfg, dtype), head, x_RPD, targets_RP, cfg.vocab_size)

@@ -182,7 +182,7 @@ class Losses(TaskRecord):
         return self.soft_score(_taught(batch), functional.outputs(*student, batch, dtype), batch, how)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return an output of the task head whose prediction is the mean of the teachers' predictions.
+        """Return one output of a task head for several teachers: its prediction is the mean of their predictions.
 
         By default, outputs are logits of classes, and the class probabilities at `temperature` are averaged.
         """
@@ -232,7 +232,7 @@ class Losses(TaskRecord):
         return {}
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
-        """Return the batch with each row, or each word, weighted by its class.
+        """Return the batch with the loss weight of each row, or of each word, multiplied by the weight of its class.
 
         Only tasks with one class per row or per word define this method.
 
@@ -294,13 +294,14 @@ def _taught(batch: Batch) -> jax.Array:
 
 
 def signal_weight(batch: Batch, name: str, weight: float) -> Any:
-    """Return the weight of a signal in the current step.
+    """Return the factor of one term of the distillation loss (a signal) in the current step.
 
-    If the weight changes during training, the array "signal_NAME" [B] of the batch contains the weight.
+    If the factor changes during training, the array "signal_NAME" [B] of the batch contains it. Otherwise it is
+    `weight`.
     """
     return jnp.max(batch[f"signal_{name}"]) if f"signal_{name}" in batch else weight
 
 
 def weighted(how: SoftLoss, batch: Batch) -> SoftLoss:
-    """Return the settings `how` of the distillation loss with the weights of the current step."""
+    """Return the settings `how` of the distillation loss, with the factors of its two terms in the current step."""
     return replace(how, soft=signal_weight(batch, "logits", how.soft), hard=signal_weight(batch, "hard", how.hard))

@@ -76,7 +76,7 @@ class MultiLabel(Classify):
         return loss, sums | {"macro_f1": 2 * hit_C, "macro_weight": both_C}
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return the logits [B, C] of the mean probabilities at `temperature`."""
+        """Return the logits [B, C] of the class probabilities at `temperature`, averaged over the teachers."""
         mean_BC2 = mean_logits([binary(y) for y in outputs], temperature)
         return mean_BC2[..., 0] - mean_BC2[..., 1]
 

@@ -42,7 +42,7 @@ class Regress(Task):
         return number_sums(y, batch["label"], row_weight(batch, batch["label"]))
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return the mean of the predicted numbers, [B]."""
+        """Return the predicted numbers [B], averaged over the teachers."""
         return sum(outputs[1:], outputs[0]) / len(outputs)
 
     def soft_score(self, teacher: jax.Array, y: jax.Array, batch: Batch, how: SoftLoss) -> tuple[jax.Array, Sums]:

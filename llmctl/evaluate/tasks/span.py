@@ -63,8 +63,7 @@ class Span(Task):
     def best(self, labels: Sequence[str] = ()) -> str:
         """Return "accuracy", the validation metric that selects the best checkpoint.
 
-        One accuracy is computed for the first token of the answer, and one for the last token. The result is their
-        mean.
+        This metric is the mean of two accuracies: that of the answer's first token, and that of its last token.
         """
         return "accuracy"
 

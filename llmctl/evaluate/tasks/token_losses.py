@@ -119,8 +119,9 @@ class TokenLosses(TokenCrossEntropy):
         dtype: Any,
         how: SoftLoss,
     ) -> tuple[jax.Array, Sums]:
-        """Return `found` plus the distillation loss of the next-sentence labels, multiplied by `places`, and plus the
-        sums of this loss.
+        """Add the distillation loss of the next-sentence labels to `found`: (loss, metrics summed over the batch).
+
+        The added loss is multiplied by `places`. Its sums are added under names that begin with "next_sentence_".
         """
         (total, sums), label_B = found, batch["next_label"]
         weight_B = row_weight(batch, label_B) * (label_B >= 0)
@@ -158,7 +159,7 @@ def _listed(batch: Batch) -> Listed:
 
 
 def _named(found: tuple[jax.Array, Sums], how: SoftLoss) -> tuple[jax.Array, Sums]:
-    """Return a loss, and its sums under the names of the task's metrics."""
+    """Return (loss, sums), with the sums renamed to the names of the task's metrics."""
     total, sums = found
     metric = how.divergence.metric
     return total, {"loss": sums["nll"], metric: sums[metric], "accuracy": sums["correct"], "weight": sums["weight"]}

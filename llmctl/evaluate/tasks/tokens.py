@@ -76,7 +76,7 @@ class Tokens(Classify):
         return soft_class_sums(teacher, y, batch["targets"], batch["weights"], how)
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
-        """Return the batch with each word weighted by its class."""
+        """Return the batch with the loss weight of each word multiplied by the weight of the word's class."""
         return batch | {"weights": batch["weights"] * weight_C[batch["targets"]]}
 
     def new_rows(self, model: ModelConfig, rows: Sequence[Row], tokenizer: Tokenizer, settings: RowSettings) -> TagRows:
