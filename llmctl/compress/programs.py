@@ -53,11 +53,11 @@ class Walk:
 
     @classmethod
     def of(cls, config: CalibrationConfig, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-        """Describe the walk of a compression command over an artifact with abstract arrays.
+        """Return the description, by abstract arrays, of the walk of a command that compresses the artifact `base`.
 
         Args:
           config: calibration settings.
-          base: the artifact.
+          base: the artifact, with abstract arrays.
           mesh: the devices.
           labels: whether batches contain labels or targets.
         """

@@ -1,4 +1,4 @@
-"""Write an artifact's adapter in PEFT's format, and compare outputs of the written adapter and of the artifact."""
+"""Write an artifact's adapter in PEFT's format, and check that base and written adapter give the artifact's outputs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from llmctl.model import weights
 
 
 def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an artifact's adapter to the folder `draft`, and compare outputs of the written adapter and of the
-    artifact.
+    """Write an artifact's adapter to the folder `draft`, and check that the written adapter gives the same outputs.
+
+    The written adapter is loaded onto the base for this check.
 
     Args:
         found: The artifact.
@@ -52,7 +53,7 @@ def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[flo
 
 
 def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an adapter, load it onto the base with PEFT, and compare the base's outputs with the artifact's outputs.
+    """Write an adapter, load it onto the base with PEFT, and compare the outputs with those of the artifact.
 
     If PEFT is not installed, llmctl loads the adapter.
 
@@ -94,8 +95,7 @@ def _low_rank(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple
 
 
 def _vectors(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write a trained prompt or prefix, load it onto the base with PEFT, and compare the base's outputs with the
-    artifact's.
+    """Write a trained prompt or prefix, load it onto the base with PEFT, and compare the outputs with the artifact's.
 
     Returns:
         The same as `write`.

@@ -76,7 +76,7 @@ def scheme_of(w: Any) -> Scheme | None:
 def pack(
     cfg: ModelConfig, params: dict[str, Any], dense: Mapping[str, Tensor], pruned: bool = False
 ) -> tuple[dict[str, Tensor], Any]:
-    """Convert quantized linear layers to quantized tensors.
+    """Convert the quantized linear layers of a model to tensors of the format compressed-tensors.
 
     If no layer is quantized, pruned layers are converted to a sparse format. The quantized formats have no quantized
     embeddings, so embeddings are dequantized.

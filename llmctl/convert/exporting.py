@@ -1,6 +1,6 @@
-"""Write an artifact (a model folder of llmctl) in another format, and compare the outputs of the two models.
+"""Write an artifact (a model folder of llmctl) in another format, and check that the written model gives equal outputs.
 
-The written files are read back for the comparison.
+The written files are read back for this check.
 """
 
 from __future__ import annotations

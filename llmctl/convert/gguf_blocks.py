@@ -32,7 +32,7 @@ LIMITS = {
     "q4_0": (-8, 7),
     "q4_1": (-8, 7),
 }
-"""Map from type to (lowest integer, highest integer). q5_1 and q4_1 can also hold other ranges of the same length."""
+"""Map from GGUF type to (lowest, highest integer). q5_1 and q4_1 can also store other ranges of the same length."""
 BOUND = 1e-15
 """Lower bound of the magnitudes and scales in a q6_k block. Smaller values count as 0, as in llama.cpp."""
 
@@ -122,7 +122,7 @@ def kept(kind: str, found: Integers) -> np.ndarray | None:
 
 
 def _usable(d_N1: np.ndarray) -> bool:
-    """Return whether float16 could hold all scales."""
+    """Return whether float16 can represent the scales d of all blocks."""
     return bool(np.isfinite(d_N1).all() and (d_N1 > 0).all())
 
 

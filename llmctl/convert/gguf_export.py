@@ -183,10 +183,10 @@ def _encoded(w: Any, kind: str, rows: int) -> tuple[np.ndarray, bool]:
 
 
 def as_stored(found: Artifact, kind: str) -> tuple[dict[str, Any], str]:
-    """Return the parameters that a file of the GGUF type `kind` has, as float32 arrays, and a line about the rounding.
+    """Return an artifact's parameters as a GGUF file of the type `kind` stores them, and a line about rounding errors.
 
-    The line has the number of matrices and their relative error (Frobenius), by GGUF type. The line is empty if the
-    file has no quantized type. The parameters are decoded by the package gguf.
+    The parameters are encoded, and then decoded by the package gguf to float32 arrays. For each GGUF type, the line has
+    the number of matrices and their relative error (Frobenius). If `kind` is not a quantized type, the line is empty.
     """
     flat, lost = dict[str, Any](), dict[tuple[str, bool], list[float]]()
     for path, w in weights.flatten(found.params).items():

@@ -277,7 +277,7 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _key(source: Path, dtype: str, without: tuple[str, ...] = ()) -> str:
-    """Return a hash of an import: the dtype, and the names and contents of the files.
+    """Return a hash of the dtype of an import, and of the names and contents of its files.
 
     Stages that start from the imported model compare this hash to find out whether the model has changed.
 

@@ -49,7 +49,7 @@ def merged(found: artifact.Artifact) -> dict[str, Any]:
 
 
 def write(found: artifact.Artifact, out: Path, merge: bool, name: str) -> float:
-    """Write an artifact that contains all of its arrays, read the written artifact, and compare the outputs of both.
+    """Write an adapter and its base as one artifact, read it back, and check that its outputs equal those of `found`.
 
     Args:
         found: The artifact, usually an adapter.

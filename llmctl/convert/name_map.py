@@ -47,7 +47,7 @@ Place = Callable[[str, Pending], Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """Describe the location in llmctl of a tensor of the Hugging Face format: one layer of a stacked parameter.
+    """Describe where llmctl stores a tensor of the Hugging Face format: as one layer of a stacked parameter.
 
     A fused tensor, such as one with queries, keys and values, has one Slot for each of its parameters.
     """

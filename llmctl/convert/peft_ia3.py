@@ -39,8 +39,8 @@ def read(
 ) -> list[Factors]:
     """Read the factors of one module, and return one entry per matrix of llmctl.
 
-    A fused module, such as one for queries, keys and values, has several matrices. The matrices share factors of
-    inputs.
+    A fused module, such as one for queries, keys and values, has several matrices. If the factors multiply the
+    module's inputs, each matrix gets all factors. Otherwise, each matrix gets the factors of its own outputs.
 
     Args:
         config: Content of adapter_config.json.

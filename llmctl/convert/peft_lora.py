@@ -125,10 +125,10 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _number(config: Mapping[str, Any], key: str, least: float = -FLOAT32_MAX) -> float:
-    """Return a number of the config.
+    """Return the number that the key `key` of adapter_config.json contains.
 
     Raises:
-        RequestError: If the value is not a number, or is out of range.
+        RequestError: If the value is not a finite number of at least `least`.
     """
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= FLOAT32_MAX:

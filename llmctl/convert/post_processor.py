@@ -48,7 +48,7 @@ def read(made: Tokenizer, config: Mapping[str, Any], special: Mapping[str, int |
 
 
 def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of special tokens: before the first text, after the last text, and between two texts."""
+    """Return the special tokens of an encoded text or pair: before the first text, after the last, and between them."""
     of_text = [i for i, s in enumerate(encoded.sequence_ids) if s is not None]
     if not of_text:
         return tuple(encoded.ids), (), ()

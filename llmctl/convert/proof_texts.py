@@ -1,4 +1,4 @@
-"""Tokenize sample texts, and pairs of texts, by which exported files are compared with llmctl.
+"""Tokenize sample texts and pairs of texts. Exported files and llmctl are compared by their outputs on these samples.
 
 Shapes: B rows, T tokens.
 """
@@ -28,7 +28,7 @@ TEXTS = (
 )
 """Sample texts of unequal length. The last text is truncated, because it has more than `LENGTH` tokens."""
 PAIRS = (("It was good.", "Was it 12 times bad?"), ("x", "a b"), ("A 12", "x"))
-"""Sample pairs of texts. Pairs that do not fit are not compared, because programs truncate pairs differently."""
+"""Sample pairs of texts. Pairs that are longer than a row are left out, because programs truncate pairs differently."""
 LENGTH = 24
 """Maximum number of tokens per row."""
 
@@ -49,7 +49,7 @@ class Samples:
     """Maximum number of tokens per row, T."""
 
     def with_rows(self, rows: Rows) -> Samples:
-        """Return the samples with other token ids. There are no pairs."""
+        """Return the samples with the token ids `rows` in place of their own. All tokens get the type 0."""
         return replace(self, rows=rows, types=[[0] * len(ids) for ids in rows])
 
     def difference(self, what: str, there: Rows) -> str:

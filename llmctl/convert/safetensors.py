@@ -119,7 +119,9 @@ def read_folder(folder: Path, say: Callable[[str], None] = lambda _: None) -> di
 
 
 def _beside(folder: Path, whole: Mapping[str, Tensor]) -> str:
-    """Compare the shards of a folder's index with the single weight file, and describe the shards for a message.
+    """Check that a folder's shards have the same tensors as its single weight file, and describe the shards.
+
+    The description is part of a message to the user.
 
     Raises:
         RequestError: If the shards contain other tensors than the single file.
@@ -200,7 +202,10 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int],
 
 
 def shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Group names into shards of at most `most` bytes, in the given order. A larger tensor gets its own shard."""
+    """Group the names of tensors into shards of at most `most` bytes, in the given order.
+
+    A tensor that is larger than `most` gets its own shard.
+    """
     out: list[list[str]] = []
     room = 0
     for name, t in tensors.items():

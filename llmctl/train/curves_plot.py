@@ -1,4 +1,4 @@
-"""Plot learning curves: a validation metric of several trainings against the step."""
+"""Plot learning curves: a validation metric against the training step, with one curve per training."""
 
 from __future__ import annotations
 

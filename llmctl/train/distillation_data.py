@@ -23,8 +23,8 @@ def check(config: Any, learner: Learner, teacher: Artifact, text: Text) -> None:
       text: data of the stage.
 
     Raises:
-      RequestError: If the classes are not the teacher's. If columns are missing that the mode or the comparison without
-        a teacher reads.
+      RequestError: If the classes are not the teacher's. If the data has no completions of prompts, but the mode or the
+        training without a teacher reads completions.
     """
     labels = teacher.manifest.labels
     if labels and list(text.classes) != labels:

@@ -80,7 +80,7 @@ def beside(step: Program, program: Program) -> Program:
 
 
 def abstractly(mesh: Mesh, build: Callable[[Artifact | None], Learner], base: Artifact | None) -> Learner:
-    """Return the Learner (model to train) that `build` makes from a saved model, with abstract arrays.
+    """Return the Learner (model to train) that `build` makes from the artifact `base`, with abstract arrays.
 
     `build` is only traced, so that nothing is computed.
 

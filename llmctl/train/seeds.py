@@ -48,7 +48,7 @@ def run(
       config: config of the command. The seeds are the `config.seeds` integers from `config.seed` on.
       ctx: output folder and temporary folder of the command.
       once: function (config with one seed, its folders) that trains and saves one model.
-      metric: function from the manifest of a saved model to the name of the metric that selects the best result.
+      metric: function from the manifest of an artifact to the name of the metric that selects the best result.
 
     Returns:
       The summary of the metrics, as `summary` returns it. The copied result contains the summary as the metric "seeds".
@@ -74,9 +74,9 @@ def run(
 
 
 def with_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of a saved model. Validation metrics that are None become NaN.
+    """Return the metrics of an artifact with NaN in place of validation metrics that are None.
 
-    JSON has no NaN, so metrics that were not finite are stored as null.
+    JSON has no NaN, so manifests store null for metrics that were not finite.
     """
     return {n: math.nan if v is None and n.startswith(PREFIX) else v for n, v in metrics.items()}
 

@@ -70,7 +70,7 @@ class Program:
     begin: Any
     """Compiled function (trained arrays) -> first state. The arrays are donated."""
     named: Params
-    """Trained arrays by name, in float32. A saved model may have bfloat16 arrays, in which small updates would round to
+    """Trained arrays by name, in float32. The parent may have bfloat16 arrays, in which small updates would round to
     zero."""
     fixed: Params
     """Arrays that are not trained, by name."""

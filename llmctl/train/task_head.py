@@ -83,7 +83,7 @@ def pooling_hint(config: Any, base: Artifact, model: ModelConfig) -> str:
 
 
 def with_head(config: Any, base: Artifact, labels: list[str], devices: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return (config, parameters) of a saved model with a head for the task.
+    """Return (config, parameters) of the artifact's model with a head for the task.
 
     If the head of the model does not fit the task, a new head replaces it.
     """

@@ -84,7 +84,8 @@ class TeacherCache:
         self.judged: dict[str, float] = {}
         """Metrics of the teachers on the validation rows."""
         self.tokens: int | None = None
-        """Number of tokens of the stored training rows. None if an earlier version, which did not count, wrote some."""
+        """Number of tokens of the stored training rows. None if an earlier version of llmctl, which did not
+        count tokens, stored some of the rows."""
 
     def filled(
         self, rows: Any, unseen: Any, load: Callable[[], Sequence[Artifact]], say: Say

@@ -40,7 +40,7 @@ RESULT = "metrics.json"
 TITLE = "train step without teacher"
 """Title of the training step in a plan."""
 CURVES = "curves.json"
-"""Name of the artifact's file with both learning curves."""
+"""Name of the artifact's file with two learning curves: training with the teacher, and without."""
 
 Curve = list[dict[str, float]]
 """Validation metrics by name, and "step", of each validation of a training."""
@@ -105,7 +105,7 @@ def complete(found: Curve, metrics: Mapping[str, Any]) -> Curve:
 
 
 def compared(alone: Mapping[str, Any], curve_taught: Curve, metric: str) -> dict[str, Any]:
-    """Return the metrics of the student without a teacher, and how soon the student with a teacher is as good.
+    """Return the metrics of training without a teacher, and the step at which training with a teacher is as good.
 
     Args:
       alone: metrics of the training without a teacher.
@@ -132,7 +132,7 @@ def compared(alone: Mapping[str, Any], curve_taught: Curve, metric: str) -> dict
 def report(
     config: Any, ctx: Context, learner: Learner, taught: Mapping[str, Any], alone: Mapping[str, Any], say: Any
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Print a table that compares the students with and without a teacher, and write their learning curves.
+    """Print how the students trained with and without a teacher compare, and write their learning curves.
 
     Args:
       config: config of the stage `distill`.
@@ -157,7 +157,7 @@ def report(
 
 
 def sentence(found: Mapping[str, Any], taught: Mapping[str, Any]) -> str:
-    """Format the comparison as a log line.
+    """Format the comparison of training with and without the teacher as a log line.
 
     Args:
       found: result of `compared`.
@@ -174,7 +174,7 @@ def sentence(found: Mapping[str, Any], taught: Mapping[str, Any]) -> str:
 
 
 def table(taught: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
-    """Return a table of both students: steps, tokens, and validation metrics."""
+    """Return a table that compares training with and without the teacher: steps, tokens, and validation metrics."""
     out = Table(title="the student with and without its teacher", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "with", "without"):
         out.add_column(heading, justify="right" if heading else "left")
@@ -189,8 +189,9 @@ def table(taught: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
 
 
 def written(folder: Path, with_teacher: Curve, without: Curve, metric: str) -> Sequence[Path]:
-    """Write both learning curves to a folder, and return the files: JSON data, and a picture if matplotlib is
-    installed.
+    """Write the learning curves of training with and without the teacher to a folder, and return the files.
+
+    The files are JSON data and, if matplotlib is installed, a picture.
     """
     from llmctl.train import curves_plot
 

@@ -4,8 +4,8 @@ The walk computes the embeddings of all batches, and then visits the layers in o
 
 1. The batches pass through the unchanged layer. Statistics of the inputs of every matrix are collected.
 2. The compression method, if there is one, changes the layer.
-3. The batches pass through the changed layer. The outputs are the inputs of the next layer. The error is computed from
-   the outputs of the first step.
+3. The batches pass through the changed layer. The outputs are the inputs of the next layer. The layer's error is the
+   difference between the outputs of steps 1 and 3.
 
 The inputs of later layers therefore include the errors of earlier changes. Memory holds the parameters, one layer's
 statistics, and the residual stream of every batch, before and after the layer. All layers of a stack (the encoder or

@@ -27,7 +27,7 @@ READ = ("tokens", "segments", "positions", "types", "encoder_tokens", "encoder_s
 
 
 def load(config: CalibrationConfig, base: Artifact, mesh: Mesh, *, labels: bool = False) -> list[dict[str, Any]]:
-    """Return batches of calibration examples for a saved model, as device arrays [B, seq_len] of one shape.
+    """Return batches of calibration examples for an artifact, as device arrays [B, seq_len] of one shape.
 
     Args:
       config: settings that select the examples and their length.

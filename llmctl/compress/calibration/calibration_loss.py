@@ -15,8 +15,11 @@ from llmctl.model.config import ModelConfig
 
 
 def loss_program(task: Task, cfg: ModelConfig, dtype: Any) -> Any:
-    """Return a compiled function (parameters, batch) -> float32 [2]: the sum of the losses and the sum of their
-    weights."""
+    """Return a compiled function (parameters, batch) -> float32 [2].
+
+    The numbers are the sum of the losses of tokens (or examples), and the sum of the weights of these tokens. Their
+    quotient is the mean loss.
+    """
     loss = task.loss_of(cfg, dtype=dtype)
 
     def run(params: dict[str, Any], batch: dict[str, Any]) -> jax.Array:

@@ -28,7 +28,7 @@ class CalibrationConfig(Config):
     >>> CalibrationConfig(examples=128, seq_len=512).batch_size
     16
 
-    `llmctl.compress.calibration.calibration_data.load(config, base, mesh)` builds the batches for a saved model.
+    `llmctl.compress.calibration.calibration_data.load(config, base, mesh)` builds the batches.
     """
 
     data: DataConfig = DataConfig()

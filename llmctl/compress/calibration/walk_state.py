@@ -51,12 +51,13 @@ class WalkState:
         self._written = time.monotonic()
 
     def resume(self, stack: str, carries: list[layerwise.Carry]) -> int:
-        """Return the number of finished layers of a stack. The outputs of the last one replace those in `carries`.
+        """Return the number of finished layers of a stack, and put the outputs of the last one into `carries`.
 
-        If the decoder was begun, the outputs of the encoder's layers are not replaced. The decoder reads `memories`
-        instead.
+        If the decoder has finished layers, a call for the encoder does not change `carries`. The decoder then reads
+        the final states of the encoder from `memories`.
 
-        If the mesh and therefore the batch sizes differ from those of the file, the file is ignored and 0 is returned.
+        The batch sizes depend on the mesh. If they differ from those in the file, the file is ignored and the result is
+        0.
         """
         if self._about.get("rows") != _rows(carries):
             self._found, self._about = {}, {"layers": []}

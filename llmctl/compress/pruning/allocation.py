@@ -217,10 +217,10 @@ def scan(
 
 
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the compiled functions of `scan`: (final hidden states of a model, {stack: error of a pruned layer}).
+    """Return two results: a compiled function for final hidden states, and {stack: compiled function for an error}.
 
     The keys of the dictionary are "encoder", "decoder" or both. The function of a stack replaces one layer of the stack
-    by the pruned layer, and returns the error of the final hidden states.
+    by its pruned version. It returns the error that this change causes in the model's final hidden states.
     """
 
     def error(

@@ -61,7 +61,7 @@ def _shares(count: jax.Array | int, outputs: int) -> jax.Array:
 
 
 def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax.Array | int | None:
-    """Return the argument `count` of `mask` for a matrix that may already contain zeros.
+    """Adapt the argument `count` of `mask` to a matrix that may already contain zeros, and return it.
 
     Existing zeros stay and are counted. If scores compete per output, every output has an equal share of `count`. An
     output may already have more zeros than its share. Fewer weights are then pruned in the other outputs, and the
@@ -76,7 +76,7 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 
 @partial(jax.jit, static_argnames="pattern")
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
-    """Return the number of zeros of each output [O], and whether any output already has more zeros than its share.
+    """Return how many zeros each output has after pruning, [O], and whether any already has more than its share.
 
     The share of an output is `count` divided by the number of outputs. The numbers include existing zeros. The sum of
     the numbers is the larger of `count` and the number of existing zeros. Only outputs with fewer zeros than their

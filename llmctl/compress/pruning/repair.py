@@ -17,9 +17,9 @@ import jax.numpy as jnp
 STEPS = 16
 """Number of conjugate-gradient steps."""
 ROUNDING = 1e-6
-"""Assumed float32 rounding error of an output's squared error, as a fraction of a sum of absolute values. The squared
-error is a sum of positive and negative terms, and the fraction refers to the sum of their absolute values. If inputs
-are nearly collinear, the terms cancel, and the sum of absolute values is much larger than the squared error."""
+"""Assumed relative rounding error of float32 when the squared error of an output is computed. The squared error is a
+sum of positive and negative terms. Its rounding error is this number times the sum of the terms' absolute values. If
+inputs are nearly collinear, the terms cancel, and the rounding error can exceed the squared error."""
 
 
 @partial(jax.jit, static_argnames=("steps",))
@@ -75,8 +75,8 @@ State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _ratio(numerator_O: jax.Array, denominator_O: jax.Array) -> jax.Array:
-    """Return numerator / denominator of each output.
+    """Return numerator / denominator, one quotient per output of the matrix.
 
-    If the denominator is 0, return 0, so that this output does not change any more.
+    If the denominator is 0, the quotient is 0, so that later steps do not change this output.
     """
     return jnp.where(denominator_O > 0, numerator_O / jnp.where(denominator_O > 0, denominator_O, 1.0), 0.0)

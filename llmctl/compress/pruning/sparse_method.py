@@ -96,7 +96,7 @@ class SparseMethod:
 
     @property
     def hessian(self) -> bool:
-        """Return whether the method reads Gram matrices, and changes the kept weights."""
+        """Return whether the method changes kept weights, based on the Gram matrix of each matrix's inputs."""
         return self.name == SPARSEGPT or self.repair
 
     @property

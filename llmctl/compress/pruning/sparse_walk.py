@@ -1,4 +1,4 @@
-"""Prune single weights of a saved model. If the method reads data, prune layer by layer as the data passes through."""
+"""Prune single weights of an artifact. If the method reads data, prune layer by layer as the data passes through."""
 
 from __future__ import annotations
 

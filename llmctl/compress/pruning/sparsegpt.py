@@ -112,9 +112,9 @@ def fallback(attempts: int, damping: float) -> str:
 
 
 def _quotas(zero_IO: jax.Array, real_I: jax.Array, blocks: int, count: jax.Array | int) -> jax.Array:
-    """Return the number of zeros in each block of inputs.
+    """Return the number of zeros that each block of inputs has after pruning.
 
-    The sum is the larger of `count` and the number of existing zeros.
+    The sum over the blocks is the larger of `count` and the number of existing zeros.
 
     Existing zeros stay. Further zeros are distributed over the blocks in proportion to each block's number of nonzero
     weights. In a block pattern, blocks of weights are counted in place of weights.

@@ -1,8 +1,8 @@
-"""Fold scales of a matrix's inputs into the norm or matrix before it. The outputs of the layer do not change.
+"""Fold the scales of a matrix's inputs into the module that produces the inputs, without changing the layer's outputs.
 
 The inputs x of a matrix W are divided by the scales, and the rows of W are multiplied by the scales: (x / s) (s W) = x
-W. The division is folded into the parameters of the module that produces x. SmoothQuant and AWQ choose scales that
-reduce the error of quantization.
+W. The division is folded into the parameters of the module that produces x, a norm or another matrix. SmoothQuant and
+AWQ choose scales that reduce the error of quantization.
 
 Shapes: I inputs of the matrices.
 """
@@ -23,7 +23,7 @@ Layer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fold:
-    """Describe matrices of a layer with the same inputs, and the module of the layer that produces these inputs."""
+    """Name the matrices of a layer that read the same inputs, and the module that produces these inputs."""
 
     producer: str
     """Path of the norm or matrix within the layer."""

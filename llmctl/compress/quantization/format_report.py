@@ -39,7 +39,7 @@ def record(mixture: Mixture, count: int, measured: Mapping[Mixture, float]) -> d
     Args:
       mixture: the mixture.
       count: number of weights in the matrices.
-      measured: increase of each measured mixture. For other mixtures, the data has no entry `measured`.
+      measured: measured increase of the perplexity, by mixture. For other mixtures, the data has no entry `measured`.
     """
     found: dict[str, Any] = {"bits": round(mixture.bits / count, 5)}
     found["predicted"] = number(perplexity_increase(mixture.increase))

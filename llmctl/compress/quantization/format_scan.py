@@ -89,8 +89,8 @@ def front_of(params: Params, found: Targets, increase: Callable[[str, Target], f
 def guessed_front(params: Params, found: Targets) -> list[Mixture]:
     """Return a Pareto front for planning, without any measurement.
 
-    The increase of a matrix is guessed as the number of weights, divided by 4 for every bit per weight. The
-    squared rounding error of uniform levels shrinks by a factor of 4 per bit.
+    The loss increase of a matrix is guessed as n / 4^b, for n weights with b bits each. The reason is that one more
+    bit per weight divides the squared rounding error of uniform levels by 4.
     """
     flat = weights.flatten(params)
 
@@ -293,6 +293,6 @@ def choose(
 
 
 def loss_steps(params: Params, found: Targets, average_bits: float) -> int:
-    """Return the highest number of losses that `choose` measures."""
+    """Return the maximum number of losses that `choose` may have to measure."""
     single = 1 + sum(map(len, found.values()))
     return single + (1 if average_bits else 1 + len(guessed_front(params, found)).bit_length())

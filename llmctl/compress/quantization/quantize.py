@@ -138,9 +138,10 @@ def check(path: str, w: Weight, inputs: int, scheme: str, group: int) -> None:
 
 
 def with_activations(node: Node, inputs: int, activations: str, input_scale: jax.Array | None = None) -> Node:
-    """Return the quantized weight `node`, with quantized input activations if `activations` is not empty.
+    """Return the weight `node`, changed so that products with it also quantize their input activations.
 
-    The activations have the scale `input_scale`. If `input_scale` is None, each token has a scale.
+    If `activations` is empty, `node` does not change. The activations have the scale `input_scale`. If `input_scale`
+    is None, each token has its own scale.
 
     An embedding table (`inputs` -1) is returned unchanged. Its rows are looked up, and the product with a tied table
     uses unquantized activations.

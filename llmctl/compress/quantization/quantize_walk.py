@@ -1,4 +1,4 @@
-"""Quantize a saved model with calibration data, layer by layer as the data passes through.
+"""Quantize an artifact with calibration data, layer by layer as the data passes through.
 
 The inputs of a layer come from the quantized layers before it. A token embedding table has no calibration inputs, so it
 is rounded to the nearest levels.

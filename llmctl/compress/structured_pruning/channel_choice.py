@@ -3,9 +3,10 @@
 All layers share the channels, and matrices read the channels from the outputs of norms. The importance of a channel is
 therefore summed over the outputs of all norms. A first pass over the calibration data measures the unchanged model. If
 the matrices are repaired, a second pass goes through the layers and recomputes each matrix whose input is the output of
-a norm. Each such matrix becomes the least-squares solution on the kept channels. After pruning, a norm divides by the
-root mean square of the kept channels only. To undo the difference, the scale of the norm is multiplied by the ratio of
-this root mean square to the former one.
+a norm. Each such matrix becomes the least-squares solution on the kept channels.
+
+Before pruning, a norm divides by the root mean square (RMS) of all channels. After pruning, it divides by the RMS of
+the kept channels. If the matrices are repaired, the norm's scale is multiplied by RMS(kept) / RMS(all) to compensate.
 
 Shapes: D hidden width, N tokens.
 """
@@ -183,6 +184,7 @@ def _compensated(
     saved: Saved | None,
 ) -> tuple[Params, dict[str, np.ndarray]]:
     """Recompute the matrices whose input is the output of a norm, by least squares on the channels `kept`.
+
     `prune_channels` describes the other arguments.
 
     Returns:
@@ -245,9 +247,10 @@ def _norm_of(cfg: ModelConfig, feed: wiring.Feed, visit: Visit) -> tuple[str, tu
 def _ratio(
     cfg: ModelConfig, measured: Joined, scale_D: np.ndarray, bias_D: np.ndarray, after: float, kept: np.ndarray
 ) -> float:
-    """Return the root mean square of a norm's kept channels, before scale and bias of the norm are applied.
+    """Return the factor by which a norm's scale must be multiplied after pruning: RMS(kept) / RMS(all channels).
 
-    `measured` has the statistics of x * `after`, for the outputs x of the norm.
+    The factor is computed from the norm's outputs x, after scale and bias are undone. The RMS of all channels is then
+    1. `measured` has the statistics of x * `after`.
     """
     gram: Any = measured.parts[GRAM]
     sums: Any = measured.parts[TOTALS].sums

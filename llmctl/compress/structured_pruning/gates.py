@@ -45,7 +45,7 @@ def accumulate(
     saved: Measurements = Measurements(None),
     name: str = "gates",
 ) -> Gates:
-    """Sum the absolute derivatives over batches. For each batch, the total loss is differentiated.
+    """Return the absolute derivatives of a batch's total loss with respect to the gates, summed over batches.
 
     Args:
       task: the task, whose loss is differentiated.

@@ -102,7 +102,10 @@ def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
 
 
 def _squares(units: wiring.Units, layer: dict[str, Any]) -> list[jax.Array]:
-    """Return the sum of squares of each unit's weights, one array [N] per matrix before and after the units."""
+    """Return the sums of squares of the weights that belong to each unit (head or neuron), as one array [N] per matrix.
+
+    First come the matrices that compute the outputs of the units, then the matrices that read these outputs.
+    """
 
     def of(path: str, axis: int) -> jax.Array:
         square = jnp.sum(jnp.square(dense(_kernel(layer, path))), axis=axis)

@@ -1,4 +1,4 @@
-"""Measure the latency of a few layers of other sizes, and of the unpruned model, for the table of a latency budget.
+"""Measure latencies for a latency budget: of the unpruned model, and of a few layers with smaller sizes.
 
 A few layers are compiled together, with a vocabulary of a few tokens. Each measurement runs in alternation with a few
 layers of the unpruned model. All latencies are in microseconds, and are saved, so that an interrupted run continues
@@ -34,7 +34,7 @@ LAYERS = 4
 TOKENS = 8
 """Size of the vocabulary when layers are measured: small, so that the output head takes little time."""
 CACHED = 16 << 20
-"""Bytes of parameters that stay in a cache of the processor while a model generates tokens."""
+"""Maximum size in bytes of parameters that stay in a cache of the processor while a model generates tokens."""
 
 
 @dataclass(frozen=True)

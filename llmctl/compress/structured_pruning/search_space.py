@@ -95,7 +95,7 @@ class Space:
         return Space(self.cfg, step or self.multiple, **allowed)
 
     def one(self, name: str, number: int) -> ModelConfig:
-        """Return the unpruned model's config with only the size `name` changed to `count`."""
+        """Return the unpruned model's config with only the size `name` changed to `number`."""
         whole = {part: count(self.cfg, part) for part in (*PARTS, QUERIES)}
         return with_sizes(self.cfg, **{**whole, name: number})
 
@@ -204,7 +204,7 @@ def hidden_sizes(cfg: ModelConfig, multiple: int) -> list[int]:
 
 
 def _nearest(cfg: ModelConfig, name: str, counts: Iterable[int], share: float) -> int:
-    """Return the count that is nearest to a fraction of a size.
+    """Return the element of `counts` that is nearest to the fraction `share` of the model's size `name`.
 
     For layers, heads and neurons, the fraction of the size is first rounded to an integer.
     """

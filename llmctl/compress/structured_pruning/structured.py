@@ -32,8 +32,8 @@ from llmctl.model import functional, layerwise, wiring
 from llmctl.model.config import ModelConfig
 
 UnitScores = dict[str, list[dict[str, np.ndarray]]]
-"""Importance of heads and neurons: "encoder" or "decoder" -> layer -> path of the matrix whose inputs are their outputs
--> scores."""
+"""Importance of heads and neurons: "encoder" or "decoder" -> index of the layer -> path of a matrix -> scores.
+The inputs of the matrix, such as "attn/o", are the outputs of the heads or neurons that have these scores."""
 
 
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Remove layers, hidden channels, heads and neurons of a saved model, while calibration data passes through the
+"""Remove layers, hidden channels, heads and neurons of an artifact, while calibration data passes through the
 model."""
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The update of each matrix is scale * P diag(e) Q with nearly orthogonal P and Q. Training sets the least important
 singular values e to zero, until the mean rank of the updates is `lora.rank`. For each update whose rank is above 0, the
-saved model has two low-rank matrices, as in LoRA.
+artifact has two low-rank matrices, as in LoRA.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def during(config: Any, method: Method, model: ModelConfig, params: Params, step
 
 
 def _depth(model: ModelConfig) -> int:
-    """Return the larger of two numbers: the layers of the encoder, and the layers of the decoder."""
+    """Return the number of layers of the encoder or of the decoder, whichever is larger."""
     return max(model.layers, model.encoder_layers)
 
 

@@ -99,11 +99,11 @@ class PrefixConfig(Settings):
     common: ClassVar[tuple[str, ...] | None] = ()
 
     tokens: int = Field(default=20, ge=1)
-    """Number of trained keys and values before every text, per layer. The first token of a text has the position with
-    this number."""
+    """Number of trained keys and values before every text, per layer. They take the first positions, and the positions
+    of the text follow."""
     projection: int = Field(default=0, ge=0)
     """Inner width of a two-layer network that computes all keys and values from trained vectors during training. The
-    saved model contains only the outputs of the network. 0 trains the keys and values themselves.
+    artifact contains only the outputs of the network. 0 trains the keys and values themselves.
     """
     deviation: float = Field(default=0.02, gt=0)
     """Standard deviation of new keys and values; PEFT uses 1. The value has no effect if `projection` is set."""

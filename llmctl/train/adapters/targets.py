@@ -41,7 +41,7 @@ def wrap(
       cfg: config of the model.
       params: parameters of the model.
       targets: names of matrices (q, k, v, o, gate, up, down, lm_head, embed); empty means all matrices in the layers.
-      make: function from a matrix and its number to the adapter. The number does not depend on `targets`.
+      make: function (matrix, index of the matrix among all arrays of the model) -> adapter.
       mesh: the devices over which the result is sharded.
       setting: name of the setting that lists the targets, for errors.
       table: whether the adapter can be used for the token embeddings, whose rows are looked up.

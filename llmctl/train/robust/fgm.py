@@ -34,9 +34,10 @@ class Fgm(Adversary):
         return 2.0
 
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
-        """Return weight * perturbed + (1 - weight) * clean, for the loss and the gradients, with the setting `weight`.
+        """Return the loss and the gradients of clean and perturbed rows together.
 
-        The metric sums come from the clean rows.
+        Both are weight * perturbed + (1 - weight) * clean, for the setting `weight`. The metric sums come from the
+        clean rows.
         """
         clean, gradients, rises = pull(begin)
         perturbed, steeper, _ = pull(search.ascend(begin, rises))

@@ -39,8 +39,8 @@ class Pgd(Adversary):
     def passes(self, search: Search, begin: jax.Array, pull: Pull) -> tuple[Found, Any]:
         """Return loss and gradients at the last perturbation.
 
-        If the setting `weight` is below 1, return weight * perturbed + (1 - weight) * clean, for the loss and the
-        gradients. The metric sums come from the perturbed rows.
+        If the setting `weight` is below 1, clean rows are used too. Loss and gradients are then weight * perturbed +
+        (1 - weight) * clean. The metric sums come from the perturbed rows.
         """
         import jax
         import jax.numpy as jnp
