@@ -198,9 +198,9 @@ class Manifest(BaseModel):
 
     @property
     def stores_sparse(self) -> bool:
-        """Return whether the pruned matrices are stored in a sparse format, in this folder or in the base's.
+        """Return whether the pruned matrices are stored in a sparse format, in this folder or in the base's folder.
 
-        Later stages that save all arrays use this format too.
+        Later stages that save all arrays then use a sparse format too.
         """
         return bool(self.storage) or (self.base is not None and self.base.sparse)
 

@@ -225,7 +225,7 @@ def _new_arrays(out: Path, flat: Mapping[str, Any], base: Mapping[str, Any] | No
 
 
 def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[str, Any]:
-    """Return the manifest fields "seq_len" and "truncate", from the stage's config or else from the parent.
+    """Return the manifest fields "seq_len" and "truncate". Values that the stage's config lacks come from the parent.
 
     Args:
         config: Resolved config of the stage.

@@ -74,8 +74,8 @@ def encode_all(
         names: Full names of the arrays to encode.
 
     Returns:
-        The arrays, with a dictionary of parts in place of each encoded array, and the records by full name. An array
-        whose encoding is not smaller is not encoded.
+        The argument `arrays`, with a dictionary of parts in place of each encoded array, and the records by full name.
+        An array stays unchanged if no encoding has fewer bytes.
     """
     from llmctl.distributed import host_arrays
     from llmctl.model import weights

@@ -204,7 +204,10 @@ class View(Source):
         return [*(row[c] for c in self.texts), *choices]
 
     def _allows(self, column: str, value: Any, allowed: list[tuple[str, bool]]) -> bool:
-        """Return True if the filter of a column allows a value. Texts match only if all their characters are equal.
+        """Return True if the filter of a column allows a value.
+
+        A value matches an allowed value with the same text. A class number also matches its class name. Other spellings
+        of a number or boolean match too, such as 1 and "1.0", unless both values are strings.
 
         Args:
             column: Column of the source.

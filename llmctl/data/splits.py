@@ -159,7 +159,7 @@ class Splits:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the class names by class index."""
+        """Return the class names in the order of class indices."""
         return self.examples["train"].classes
 
     @property

@@ -54,7 +54,7 @@ class Layout:
     """Describe the arrays in the record of one row: their names, shapes and dtypes."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Shape of each array in one row, such as (P, k), by name."""
+    """Shape of each array in one row, by name, such as (P, k): P predicted positions, k listed tokens."""
     vocab: int = 0
     """Number of tokens of the vocabulary. All stored ids are smaller."""
 

@@ -101,7 +101,7 @@ class ChoiceRows(ExampleRows):
 
     @property
     def truncated(self) -> int:
-        """Return the number of prompts of a decoder that are too long for a row, so that their beginning is removed."""
+        """Return the number of prompts whose beginning is removed, because they are too long for a decoder's row."""
         return sum(len(self._prompt(i)) < len(self._prompts[i]) for i in range(len(self._count_N)))
 
     def queries(self, i: int) -> list[tuple[list[int], list[int]]]:

@@ -59,7 +59,7 @@ class Text:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the label values by class index; empty for prepared data."""
+        """Return the class names in the order of class indices; empty for prepared data."""
         return () if self._prepared else self.splits.classes
 
     @property
@@ -224,7 +224,7 @@ class Joined:
 
     @property
     def tokens(self) -> Joined:
-        """Return this object, which returns token ids when it is indexed with token positions."""
+        """Return this object. When it is indexed with token positions, it returns token ids."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:

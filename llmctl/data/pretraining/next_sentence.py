@@ -27,7 +27,7 @@ learn."""
 MIN_TOKENS = 3
 """Minimum number of document tokens before and after a sentence boundary, because a few tokens are no sentence."""
 IS_NEXT, NOT_NEXT, NO_PAIR = 0, 1, -1
-"""Values of `next_label`: 0 and 1 as in BERT, and -1 for a row without a label."""
+"""Values of `next_label`: 0 if B follows A and 1 if not, as in BERT; -1 for a row without a label."""
 
 
 class PairRows:

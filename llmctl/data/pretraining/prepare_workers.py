@@ -49,9 +49,9 @@ class Worker:
 
 @contextlib.contextmanager
 def processes(data: DataConfig, work: Path, workers: int) -> Iterator[Pool]:
-    """Yield a function that applies another function in `workers` parallel processes (see `Pool`).
+    """Start `workers` processes, and yield a function that runs calls in these processes (see `Pool`).
 
-    The processes end with the context. With one worker, this process does the work.
+    The processes end at the end of the `with` statement. With one worker, this process does the work.
     """
     if workers == 1:
         worker = Worker(data, work)

@@ -155,7 +155,7 @@ class Shards:
 
     @property
     def tokens(self) -> Shards:
-        """Return this object, which returns token ids when it is indexed with token positions."""
+        """Return this object. When it is indexed with token positions, it returns token ids."""
         return self
 
     def __getitem__(self, at_N: np.ndarray) -> np.ndarray:

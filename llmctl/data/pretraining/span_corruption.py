@@ -46,8 +46,10 @@ def sizes(encoder: int, rate: float, span: float) -> tuple[int, int, int]:
 
 
 def _counts(n: int, rate: float, span: float, up: float = 0.5) -> tuple[int, int]:
-    """Return (number of tokens to drop from n tokens, number of spans). The first number is rounded as
-    floor(x + `up`)."""
+    """Return (number of tokens to drop from n tokens, number of spans).
+
+    The number of tokens is floor(`rate` * n + `up`), but at least one token is kept.
+    """
     k = min(int(rate * n + up), n - 1)
     return (0, 0) if k < 1 else (k, min(max(1, round(k / span)), n - k + 1))
 
@@ -64,8 +66,8 @@ def choose_spans(
         n: Number of tokens.
         rate: Fraction of tokens to drop.
         span: Mean span length in tokens.
-        up: Offset in [0, 1) with which the number of dropped tokens is rounded, as floor(x + `up`). The rounding is
-            unbiased if the offset is sampled uniformly.
+        up: Offset in [0, 1) for rounding: floor(`rate` * n + `up`) tokens are dropped. The rounding is unbiased if the
+            offset is sampled uniformly.
         gaps: Random numbers [n], from which the positions of the spans are chosen.
         cuts: Random numbers [n], from which the lengths of the spans are chosen.
 

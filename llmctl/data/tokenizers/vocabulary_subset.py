@@ -34,8 +34,8 @@ class Vocabulary(ABC):
     tokens: dict[int, str]
     """Text of each token, as spelled in the model file, by id."""
     fixed: set[int]
-    """Ids of the tokens that are always kept: special tokens, added tokens and bytes. Tokens whose scores determine the
-    scores of unknown characters and of user-defined tokens are always kept too."""
+    """Ids of the tokens that are always kept: special tokens, added tokens and bytes. A token is also kept if its score
+    determines the scores of unknown characters or of user-defined tokens."""
 
     def needed(self, i: int) -> set[int]:
         """Return the token `i` and all tokens from which the tokenizer builds it."""
