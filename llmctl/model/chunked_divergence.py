@@ -142,7 +142,7 @@ def listed_distillation(
 
 
 def _weights_per_token(how: SoftLoss, weights_BT: jax.Array) -> dict[str, jax.Array]:
-    """Return the weights in `how` by name, each as an array [B, T] with one weight per token.
+    """Return {"soft" or "hard": weight of each token [B, T]} for the weights in `how` that are arrays.
 
     Weights that are numbers are omitted.
     """

@@ -106,7 +106,7 @@ class Compressed:
         return jax.tree.map(lambda a: a.reshape(B, G, *a.shape[-2:]), self)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Return the dequantized array, rotated back."""
+        """Return the keys or values as a dense array: dequantized, with the center added, and rotated back."""
         levels = jnp.concatenate(self._levels(jnp.float32), axis=-1)
         wide = levels * jnp.abs(self.scale).astype(jnp.float32)
         if self.center is not None:

@@ -11,7 +11,7 @@ from llmctl.model.config import ModelConfig
 
 
 def parameters(cfg: ModelConfig) -> dict[str, int]:
-    """Return the number of parameters of embeddings, encoder, decoder and heads, and in total.
+    """Return the number of parameters per part of the model, and in total.
 
     The keys are "embed", "encoder", "decoder", "head" and "total".
 

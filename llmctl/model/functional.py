@@ -85,7 +85,7 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Params:
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Return new float32 parameters, randomly initialized.
+    """Return the randomly initialized parameters of a new model, in float32.
 
     Example:
         >>> cfg = ModelConfig(preset="llama-tiny", layers=1, vocab_size=16)

@@ -30,7 +30,7 @@ class Head:
     """Fields of ModelConfig that the class implies, with their values. Import sets these fields, and export requires
     these values."""
     prefix: str = ""
-    """Prefix of the network's tensor names in the class, if it differs from the family's prefix."""
+    """Prefix of the network's tensor names in checkpoints of the class; empty if it is the family's prefix."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def cache_shape(B: int, G: int, S: int, K: int) -> tuple[int, ...]:
 
 
 def empty(shape: tuple[int, ...], form: str, dtype: Any, centered: bool = False) -> Cached:
-    """Return zeros as cached keys or values, in the format `form`.
+    """Return a cache of zeros for the keys or the values of a layer, quantized in the format `form`.
 
     If `form` is empty, the result is a plain array in `dtype`. If `centered` is set, quantized keys have a center.
     """
@@ -43,7 +43,7 @@ def empty(shape: tuple[int, ...], form: str, dtype: Any, centered: bool = False)
 
 
 def widened(cache: Any, slots: int) -> Any:
-    """Return a cache with room for `slots` more tokens. `cache` is a tree of cached keys and values."""
+    """Return a tree of cached keys and values with room for `slots` more tokens; `cache` is the tree before."""
 
     def more(kept: Cached) -> Cached:
         if isinstance(kept, Compressed):  # the center has no slots

@@ -246,7 +246,7 @@ class LMHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, table: weights.Weight | None, output: jax.Array | None = None) -> jax.Array:
-        """Return the logits.
+        """Return the logits [..., V], float32.
 
         Args:
             x: Hidden states [..., D].

@@ -1,4 +1,4 @@
-"""Compute the shardings of a parameter tree.
+"""Compute the sharding of every array in a parameter tree on a device mesh.
 
 A weight may consist of several arrays: for example, a quantized weight has integers and scales.
 """

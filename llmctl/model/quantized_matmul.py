@@ -1,10 +1,11 @@
 """Compute matrix products in 8 bits during training, forward and backward; master weights keep their dtype.
 
 The library qwix quantizes the operands at every step. Scales are computed from the current values of the operands.
-Activations have one scale per token, and weights have one scale per output. In the backward pass, the gradient has one
-scale per row of the result. The backward pass multiplies the gradient by an operand that the forward pass saved as
-integers with scales. These scales may vary along the contracted axis. The gradient is then multiplied by the scales
-before rounding, as in qwix's own quantized training.
+Activations have one scale per token, and weights have one scale per output. The backward pass reads the quantized
+operands of the forward pass. It multiplies the gradient of the outputs [N, O] by the scales of the other operand before
+rounding, because these scales vary along the contracted axis. The rounded gradient has one scale per token in the
+product for the gradient of x, and one scale per output in the product for the gradient of w. qwix's own quantized
+training does the same.
 
 int8 is used in both directions. fp8 is e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022,
 arXiv:2209.05433).

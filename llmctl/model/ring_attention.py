@@ -126,7 +126,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any) -> Any:
-    """Run the forward pass on one device.
+    """Run the forward pass of ring attention on one device.
 
     Returns:
         Outputs [B, t, H, K], and the logarithms of the softmax denominators [B, t, H].
@@ -157,7 +157,7 @@ def _forward_here(plan: Plan, q: Any, k: Any, v: Any, about: Any, table_UH: Any)
 def _backward_here(
     plan: Plan, replica_axes: list[str], q: Any, k: Any, v: Any, about: Any, table_UH: Any, y: Any, top: Any, d_y: Any
 ) -> Any:
-    """Run the backward pass on one device, and return the gradients of q, k, v and the position bias table.
+    """Run the backward pass of ring attention on one device; return the gradients of q, k, v and the bias table.
 
     The gradient of the table is summed over `replica_axes`, the mesh axes along which the table is replicated.
     """

@@ -194,7 +194,7 @@ class Stack(nn.Module):
         return Block(self.config, self.dtype, self.layers, self.cross, parent=at)(x_BTD, shared, local, key)[0]
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
-        """Apply the final norm, if the family has one."""
+        """Apply the final norm to the output of the last layer. A post-norm stack has no final norm."""
         return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)
 
 
@@ -307,7 +307,7 @@ def hidden(
     dtype: Any = jnp.float32,
     remat: str = "none",
 ) -> jax.Array:
-    """Compute the final hidden states.
+    """Compute the final hidden states of a model for a batch of token sequences.
 
     Args:
         cfg: Config of the model.

@@ -58,8 +58,7 @@ def setup_of(program: Program, work: Pass) -> Setup:
 
 
 def on(setup: Setup, topology: Topology) -> Setup:
-    """Return a copy of the setup. If the topology has no attention kernel for the setup's shapes, `fused` is false in
-    the copy.
+    """Return the setup on a topology: `fused` becomes false if the topology has no attention kernel for the shapes.
 
     `llmctl.model.attention_kernels` defines the shapes that a kernel supports.
     """

@@ -170,9 +170,9 @@ def _request(text: str) -> Request:
 
 
 def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """Return the mesh config. If the config is the default, set its `data` axis to the number `devices`.
+    """Return the mesh config. If it is the default, return a config whose `data` axis has `devices` devices.
 
-    Otherwise, the default mesh would use all CPU devices in a plan, but only the first CPU device in a run.
+    Without this change, the default mesh would use all CPU devices in a plan, but only the first CPU device in a run.
     """
     return mesh.model_copy(update={"data": devices}) if mesh == type(mesh)() else mesh
 

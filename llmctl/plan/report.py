@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def memory_table(found: dict[str, Any]) -> Table:
-    """Return a table of one device's memory by class, with its capacity."""
+    """Return a table of the memory of one device by class (parameters, optimizer, …), with the device's capacity."""
     from rich.table import Table
 
     table = Table("memory (HBM) of a device")

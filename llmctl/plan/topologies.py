@@ -148,7 +148,7 @@ def smallest_first(chip: str) -> list[Topology]:
 
 
 def with_chips(chip: str, number: int) -> Topology:
-    """Return the topology with exactly `number` chips.
+    """Return the topology with exactly `number` chips of the type `chip`.
 
     Raises:
       RequestError: If no slice has this number of chips. The message lists the existing numbers.

@@ -31,7 +31,7 @@ from llmctl.model.generate.padded_prompts import ROUND, Prompts, left_padded, ri
 from llmctl.model.generate.served import Served, Shared, served
 
 State = dict[str, Any]
-"""State of the decoding loop by name: key-value cache, positions of the next tokens, last tokens, and so on."""
+"""Arrays of the decoding loop's state, by name: key-value cache, positions of the next tokens, last tokens, …"""
 
 
 class CachedModel:

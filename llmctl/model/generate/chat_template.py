@@ -34,7 +34,7 @@ The role is "system", "user", "assistant" or "tool".
 DAY = datetime.datetime(2024, 7, 26)
 """Date that templates get in training and evaluation, so that results do not depend on the day."""
 END = "<|im_end|>"
-"""Token that ends a turn in ChatML."""
+"""Token that ends a message in ChatML."""
 CHATML = """\
 {%- set end = '<|im_end|>' %}
 {%- if tools %}
@@ -307,7 +307,7 @@ class Template:
 def chatml(tokenizer: Tokenizer) -> str:
     """Return the ChatML template for a tokenizer.
 
-    If the tokenizer has no token `<|im_end|>`, each turn ends with the end-of-sequence token.
+    If the tokenizer has no token `<|im_end|>`, each message ends with the end-of-sequence token.
     """
     return CHATML if END in tokenizer.special_ids else CHATML.replace(f"'{END}'", "eos_token")
 

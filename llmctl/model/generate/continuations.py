@@ -48,7 +48,7 @@ class Continuation:
     def add(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> str:
         """Append new tokens, and return the text that is added to `self.text`.
 
-        NOTHING, which generation returns after the end of a row, is not appended.
+        The token id NOTHING, which generation returns after the end of a row, is not appended.
         """
         if self.ended:
             return ""

@@ -43,7 +43,7 @@ class Decoder(CachedModel):
         platform: str = "",
         kv_cache: str = "",
     ) -> None:
-        """Prepare the programs. The arguments and errors are those of `CachedModel`."""
+        """Wrap the prefill and the decoding loop in `jax.jit`. The arguments and errors are those of `CachedModel`."""
         super().__init__(model, params, dtype, start, platform, kv_cache)
         self._prefill = jax.jit(self.first, static_argnames=("slots", "rules"))
         self._decode = jax.jit(self._decode_loop, static_argnames=("rules", "count"), donate_argnames="state")

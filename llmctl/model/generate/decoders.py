@@ -38,7 +38,7 @@ class Decoders:
         kv_cache: str = "",
         draft: tuple[ModelConfig, functional.Params] | None = None,
     ) -> None:
-        """Convert the parameters of the models.
+        """Convert the parameters of the models for decoding, and create one decoder per model config.
 
         Args:
             models: Config and parameters of each model, by name.

@@ -36,7 +36,7 @@ class Filler:
     """Predict masked tokens with an encoder. One program is compiled per sequence length."""
 
     def __init__(self, model: ModelConfig, params: Any, tokenizer: Tokenizer, dtype: Any = jnp.float32):
-        """Compile the prediction function.
+        """Store the model and the tokenizer, and wrap the prediction function in `jax.jit`.
 
         Raises:
             RequestError: If the model or the tokenizer cannot fill masks.

@@ -80,7 +80,7 @@ class SpeculativeDecoder:
     """
 
     def __init__(self, target: Decoder, draft: Decoder, tokens: int = DRAFT_TOKENS) -> None:
-        """Prepare the programs.
+        """Store the decoders, and wrap the functions of speculative decoding in `jax.jit`.
 
         Args:
             target: Decoder of the model whose text is generated.

@@ -76,7 +76,7 @@ class Adapter(Node):
         return as_node(self.base).count() + sum(math.prod(self.parts()[name].shape) for name in self.adapter_parts)
 
     def bare(self) -> Any:
-        """Return the base without the adapter."""
+        """Return the frozen base weight, without the adapter."""
         return self.base
 
     def with_base(self, base: Any) -> Self:

@@ -84,7 +84,7 @@ def spread(scale: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def sums_of_groups(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sum an array with the shape of the weight over each group. The result has the shape `shape` of the scales."""
+    """Sum an array of the weight's shape over the elements that share a scale. The result has the scales' `shape`."""
     for axis, groups in enumerate(shape):
         if a.shape[axis] != groups:
             a = a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]).sum(axis=axis + 1)

@@ -173,7 +173,7 @@ def _report(
 def _prune_weights(
     config: Config, base: Artifact, params: dict[str, Any], mesh: Mesh, ctx: Context, log: Reporter
 ) -> Pruned:
-    """Set single weights to zero."""
+    """Set single elements of matrices to zero. The shapes of the matrices do not change."""
     from llmctl.compress.calibration.layer_files import Saved
     from llmctl.compress.pruning import prune, prune_report, sparse_walk
     from llmctl.pipeline import console
