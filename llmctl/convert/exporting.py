@@ -196,7 +196,7 @@ def _prove(
         back: Parameters that were read back.
         to: Name of the format, such as "hf".
         say: Function that is called with one line of text per message to the user.
-        unread: Reason why transformers cannot read the same numbers from the format; empty if transformers can.
+        unread: Reason why transformers cannot read exactly the written numbers; empty if it can.
 
     Returns:
         (difference in llmctl, difference in transformers, description of the comparison). A difference is the largest

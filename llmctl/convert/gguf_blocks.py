@@ -122,7 +122,7 @@ def kept(kind: str, found: Integers) -> np.ndarray | None:
 
 
 def _usable(d_N1: np.ndarray) -> bool:
-    """Return whether float16 can represent the scales d of all blocks."""
+    """Return whether the scales d of all blocks are finite and above 0 after rounding to float16."""
     return bool(np.isfinite(d_N1).all() and (d_N1 > 0).all())
 
 

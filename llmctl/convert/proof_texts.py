@@ -37,7 +37,7 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Store sample texts and their token ids. Pairs of texts come last."""
+    """Store sample texts and pairs of texts, and their token ids. The pairs come after the texts."""
 
     texts: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]

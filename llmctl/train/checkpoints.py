@@ -24,7 +24,7 @@ from llmctl.distributed import processes
 from llmctl.train import array_checksums
 
 ARRAYS, META = "arrays", "meta"
-"""Names of two entries in a checkpoint's JSON metadata: checksums of the arrays, and of all other entries."""
+"""Names of two checksum entries in a checkpoint's JSON metadata: of the arrays, and of the metadata's other entries."""
 
 
 class Checkpoints:

@@ -99,8 +99,9 @@ class TeacherAnswers:
         return self.text.with_examples(found)
 
     def _asked(self) -> dict[str, Examples]:
-        """Return the examples whose prompts are answered, by split. At most as many examples are returned as training
-        reads.
+        """Return the examples whose prompts the teacher has to answer, by split.
+
+        A split has at most as many examples as training or validation reads.
         """
         train, splits = self.config.train, self.text.splits
         asked = {"train": splits["train"].sample(training_rows(train) or len(splits["train"]))}

@@ -50,7 +50,7 @@ Say = Callable[[str], None]
 
 
 class TeacherCache:
-    """Compare a folder of outputs with a stage's settings, and add missing outputs."""
+    """Check that a folder of teachers' outputs was computed with a stage's settings, and add missing outputs."""
 
     def __init__(
         self,

@@ -80,7 +80,10 @@ def prune_channels(
 
 
 def norm_feeds(cfg: ModelConfig) -> list[wiring.Feed]:
-    """Return the activations with one element per channel: outputs of norms, and other activations of hidden width."""
+    """Return the `Feed` (producer and readers) of each activation whose elements are the channels of the hidden width.
+
+    Most of these activations are outputs of norms.
+    """
     axes = hidden_axes(cfg)
     return [f for f in wiring.feeds(cfg) if _axis(f.readers[0]) in axes.get(_path(f.readers[0]), ())]
 

@@ -5,12 +5,12 @@ The latency of a model is the sum of two parts:
 - the fixed part: embeddings, output head, and the overhead of the program. The fixed part depends on the hidden width.
 - the latency of each layer, which depends on the hidden width, the heads and the neurons.
 
-For a few hidden widths, layers are measured with a few numbers of heads, and with a few numbers of neurons. In the
-first case, all neurons are kept; in the second case, all heads are kept. The latencies of attention and of the
-feed-forward layer are added. The latencies for other sizes are interpolated. A few layers are compiled together, with a
-vocabulary of a few tokens. Several copies of these layers run one after the other, with as many layers in total as the
-model. The weights are then read from the same level of the memory hierarchy as in the model. A model that fits into a
-cache of the processor needs no copies.
+Layers are measured for a few hidden widths: with fewer heads and all neurons, and with fewer neurons and all heads. The
+latencies of attention and of the feed-forward layer are added. The latencies for other sizes are interpolated.
+
+A few layers are compiled together, with a vocabulary of a few tokens. Several copies of these layers run one after the
+other, with as many layers in total as the model. The weights are then read from the same level of the memory hierarchy
+as in the model. A model that fits into a cache of the processor needs no copies.
 
 Each measurement runs in alternation with a few layers of the unpruned model. The result is multiplied by (first
 measurement of these layers) / (present measurement of these layers). Other work of the machine then slows all

@@ -50,7 +50,7 @@ class LayerTimer:
 
     @property
     def stacks(self) -> tuple[str, ...]:
-        """Return the stacks whose layers take time."""
+        """Return the stacks that run in the measured phase. While tokens are generated, only the last stack runs."""
         stacks = functional.stacks(self.cfg)
         return tuple(stacks[-1:] if self.timing.phase == "decode" else stacks)
 
@@ -116,7 +116,10 @@ class LayerTimer:
         return shaped(self.cfg, self.params, model, few, tokens)
 
     def _compared(self, cfg: ModelConfig, params: Params, copies: int, new: int) -> float:
-        """Return the latency of a model, measured in alternation with a few layers of the unpruned model."""
+        """Return the latency of a model, measured in alternation with a few layers of the unpruned model.
+
+        The latency is multiplied by (first measurement of these layers) / (present measurement of these layers).
+        """
         reference, first = self._reference
         run = self._runner(cfg, params, copies, new)
         with latency.on_one_device():

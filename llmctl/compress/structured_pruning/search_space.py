@@ -42,7 +42,7 @@ class Space:
     cfg: ModelConfig
     """Config of the unpruned model."""
     multiple: int = 1
-    """Divisor of the numbers of neurons and of hidden channels."""
+    """Number by which all allowed numbers of neurons and of hidden channels are divisible."""
     layers: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
     """Numbers of key/value heads."""

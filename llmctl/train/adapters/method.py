@@ -38,7 +38,7 @@ class Method:
     """Define a finetuning method. By default, only the task's head is trained, and the parent model is frozen.
 
     The parent is the model that is finetuned. The argument `config` of every method is the config of the stage
-    `finetune`. The config has the sections that `settings` names.
+    `finetune`, and has the fields that `settings` names.
 
     Example:
       >>> from llmctl.train.adapters.registry import METHODS

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 class Adversary:
-    """Define an adversarial training method. By default, `passes` computes the task's loss on perturbed rows.
+    """Define an adversarial training method, which changes the loss that finetuning minimizes.
 
-    A row is a token sequence of the batch.
+    By default, the loss is computed by the method `passes`, on perturbed rows (token sequences) of the batch.
 
     Example:
       >>> from llmctl.train.robust.registry import ADVERSARIES

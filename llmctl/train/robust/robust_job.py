@@ -119,7 +119,7 @@ def _preparation(
 
 
 def _changed(config: Any, problem: Problem, job: Job, steps: int) -> Job:
-    """Return the job with the loss of the sections `adversarial` and `regularize`.
+    """Return the job with the loss that the sections `adversarial` and `regularize` define.
 
     The job also gets the arrays that this loss keeps between steps, and the FLOPs per token of this loss.
     """
