@@ -183,7 +183,7 @@ def _attribute(cls: type[Config], key: str) -> str:
 
 
 def flag(path: tuple[str, ...], field: FieldInfo, default: Any) -> inspect.Parameter:
-    """Return the parameter of the flag `--PATH`, with the help of the field."""
+    """Return the function parameter that defines the flag `--PATH`. Its help text is the docstring of the field."""
     name = ".".join(path).replace("_", "-")
     kind = _base(field.annotation)
     text, metavar = field.description or "", _metavar(field)

@@ -33,8 +33,8 @@ def check(draft: Manifest, target: Manifest, name: str) -> None:
     """Check that the acceptance of a draft can be measured.
 
     Raises:
-        RequestError: If the draft does not fit the target, or if the vocabularies of draft and target have different
-            sizes.
+        RequestError: If the two models differ in tokenizer, vocabulary size, architecture or trained prompt. If one
+            of them does not generate text.
     """
     check_draft(f"draft_of: {name}", draft, target, target.name)
     sizes = draft.model.vocab_size, target.model.vocab_size

@@ -107,7 +107,8 @@ class Scorer:
     def __call__(self, queries: Sequence[Query]) -> list[Score]:
         """Return the scores of the queries, in their order.
 
-        The beginning of a context that is too long is removed. A context is computed once for all its continuations.
+        The beginning of a context that is too long is removed. Continuations of a context
+        share the computation of the context if that saves time.
 
         Raises:
             RequestError: If a continuation alone is longer than `longest`, or if a context or continuation is empty.
@@ -119,10 +120,11 @@ class Scorer:
         return [Score(float(total), bool(greedy)) for total, greedy in zip(*found, strict=True)]
 
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:
-        """Return one sequence per distinct context, with all continuations of this context.
+        """Return sequences that each have one context and some of its continuations; together they have all queries.
 
-        A context has several sequences if its continuations do not fit into a row, or if a long sequence would not pay.
-        A context shorter than a continuation saves little, and a longer row makes every product of attention longer.
+        Several continuations in one sequence have at most `SHORTEST` * `GROWTH` input tokens in total, because
+        attention costs more in longer rows. If the context is shorter than a continuation, sharing it saves little. The
+        limit is then `SHORTEST`.
         """
         open_: dict[tuple[int, ...], ScoredSequence] = {}
         found: list[ScoredSequence] = []

@@ -1,7 +1,7 @@
 """Run a model with one output per text on packed rows: several examples per row, each in a segment of its own.
 
-All rows have one length, so one program is compiled, and few positions are padding. Outputs are saved regularly if a
-file is given. An interrupted measurement then continues with the remaining rows.
+All rows have one length, so one program is compiled, and few positions are padding. If a folder is
+given, outputs are saved regularly, and an interrupted measurement continues with the remaining rows.
 
 Shapes: B rows per batch, T tokens per row, E examples per row, N examples.
 """

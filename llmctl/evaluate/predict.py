@@ -174,7 +174,7 @@ class Ensemble:
 def predictor(
     loaded: Sequence[Artifact], batch_size: int, seq_len: int, dtype: str, max_new: int = 0, beams: int = 0
 ) -> Ensemble | TextPredictor:
-    """Return the predictor of artifacts: the average of task heads, or a language model that generates answers.
+    """Return an `Ensemble` of the artifacts, or a `TextPredictor` if a single language model generates answers.
 
     Args:
         loaded: Artifacts on all devices.

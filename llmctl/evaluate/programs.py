@@ -81,7 +81,7 @@ def scoring(
 def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> Program:
     """Return the program that scores requests of lm-evaluation-harness in rows of the shortest standard length.
 
-    All continuations of a context share the computation of the context.
+    The two continuations in a row share one context.
 
     An evaluation also uses rows of other lengths, depending on the texts. Batches of all lengths have about the same
     number of tokens.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 YARDSTICK = "yardstick"
-"""Stage and name of the result of `llmctl.evaluate.yardstick`, which has no artifact."""
+"""Value of the keys "artifact" and "stage" in the result of a yardstick (see `llmctl.evaluate.yardstick`)."""
 
 _ARTIFACT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("artifact", "artifact", str),

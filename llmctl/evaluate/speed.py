@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST_ROUNDS = 3
-"""Minimum number of timed rounds, if no smaller number is requested."""
+"""Minimum number of timed rounds before timing may end early (see `interleave`)."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from llmctl.cli.report.document import Block, Columns, Folded, Number, Paragraph
 from llmctl.cli.report.run_contents import Contents, Record
 
 SHOWN = 12
-"""Maximum number of texts."""
+"""Maximum number of texts that the report shows."""
 MOST_TOKENS = 400
-"""Maximum number of tokens per text."""
+"""Maximum number of tokens that the report shows per text."""
 METHODS = {
     "integrated_gradients": "integrated gradients (Sundararajan et al., 2017, arXiv:1703.01365)",
     "gradient_input": "gradient times input",

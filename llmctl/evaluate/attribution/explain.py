@@ -61,7 +61,7 @@ class Explanation:
     output: float
     """Output of the model for the text, in the unit of `outputs.unit`."""
     baseline: float | None = None
-    """Output at the baseline; None for attention rollout."""
+    """Output of the model if the embeddings are replaced by the baseline; None for attention rollout."""
     error: float | None = None
     """|sum of attributions - difference| / |difference| of integrated gradients; None for other methods."""
     steps: int = 0
@@ -69,7 +69,7 @@ class Explanation:
 
     @property
     def difference(self) -> float | None:
-        """Return the difference between the outputs at the text and at the baseline."""
+        """Return the output for the text minus the output at the baseline; None for attention rollout."""
         return None if self.baseline is None else self.output - self.baseline
 
     @property

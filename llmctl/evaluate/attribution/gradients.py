@@ -45,15 +45,15 @@ class Attribution:
 
     values_T: np.ndarray
     output: float
-    """Output at the text."""
+    """Output of the model for the text."""
     baseline: float
-    """Output at the baseline."""
+    """Output of the model if the embeddings of the text are replaced by the baseline."""
     steps: int
     """Number of gradients that were computed."""
 
     @property
     def difference(self) -> float:
-        """Return the difference between the outputs at the text and at the baseline."""
+        """Return the output for the text minus the output at the baseline."""
         return self.output - self.baseline
 
     @property

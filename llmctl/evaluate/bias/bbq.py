@@ -166,7 +166,7 @@ def measure(artifact: Artifact, setup: Setup, config: BBQConfig) -> Measured:
 def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> tuple[np.ndarray, np.ndarray, int]:
     """Return the score of each choice, the score per token, and the number of choices whose context was truncated.
 
-    Both scores are arrays [N, K], with -inf in the entries of missing choices if a question has fewer than K.
+    Both scores are arrays [N, K]. If a question has fewer than K choices, its remaining entries are -inf.
 
     A decoder scores a choice by its log-likelihood after the prompt. Other models score it as in the task `choice`.
     """

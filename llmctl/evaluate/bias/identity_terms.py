@@ -31,7 +31,7 @@ class Attribute:
     terms: tuple[tuple[str, ...], ...]
 
     def named(self, text: str) -> list[str]:
-        """Return the groups of which the text has a term. Only whole words count, in upper or lower case."""
+        """Return the groups whose terms occur in the text. Only whole words count, in upper or lower case."""
         return [group for group in self.groups if self._patterns[group].search(text)]
 
     def swapped(self, text: str, group: str, other: str) -> str:

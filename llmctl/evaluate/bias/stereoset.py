@@ -52,7 +52,7 @@ class Context(NamedTuple):
     bias_type: str
     text: str
     options: tuple[str, str, str]
-    """Words for BLANK, or sentences."""
+    """The three words for BLANK (INTRA), or the three sentences (INTER)."""
 
 
 def read(config: StereoSetConfig) -> tuple[list[Context], int]:

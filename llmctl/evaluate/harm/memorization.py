@@ -3,7 +3,7 @@
 The prompt of a sequence is the k tokens before its last m tokens. The sequence is extractable if the greedy
 continuation of the prompt equals these m tokens (Carlini et al., 2023, arXiv:2202.07646; Carlini et al., 2021,
 arXiv:2012.07805). Held-out text is measured in the same way. A match there is due to chance, or to text that both
-splits share. All prompt lengths have the same continuations, so they can be compared.
+splits share. All prompt lengths have the same continuations, so their results can be compared.
 
 The common run is the length of the longest sequence of tokens that the generated and the true continuation share.
 

@@ -90,7 +90,10 @@ def find_shared(texts: Sequence[str], corpus: Iterable[str], *, ngram: int, shor
 
 
 def _parts(corpus: Iterable[str], number: dict[str, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield word numbers [T] of several documents, with a gap after each document, and the document of each word."""
+    """Yield (word numbers [T], document index of each word [T]) for parts of the corpus of at least `PART` words.
+
+    The word number `UNKNOWN` follows each document. The last part may be shorter.
+    """
     ids, lengths, first = list[int](), list[int](), 0
     for document in corpus:
         before = len(ids)

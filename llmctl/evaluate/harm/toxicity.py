@@ -124,7 +124,7 @@ class Sampler:
         self._write.hold(artifact.params)
         self._rules = Sampling(settings.temperature, top_p=settings.top_p if settings.temperature else 1.0)
         self.cut = 0
-        """Number of continuations in the last call whose prompt was truncated."""
+        """Number of continuations of truncated prompts in the last call."""
 
     def __call__(self, prompts: Sequence[str], attempt: int = 0, which: Sequence[int] | None = None) -> list[str]:
         """Return K continuations of each prompt: those of the first prompt, then those of the second, and so on.

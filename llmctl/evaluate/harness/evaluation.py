@@ -67,7 +67,7 @@ def check_model(model: ModelConfig, where: str) -> None:
 
 
 def check_contexts(manifests: Mapping[str, Manifest]) -> None:
-    """Check that the default context, which is the maximum sequence length, is equal for all models.
+    """Check that the default context length, which is the maximum sequence length, is equal for all models.
 
     Raises:
         RequestError: If two models have different maximum sequence lengths.

@@ -1,7 +1,7 @@
 """Register the metrics of evaluations: name, title, unit, format and direction of improvement.
 
-`eval`, `show`, the last table of a run, and the selection of the best checkpoint use these metrics. A metric that is
-not registered is written to JSON and appears in no table.
+`eval`, `show`, the table at the end of a run, and the selection of the best checkpoint use these metrics. A metric that
+is not registered is written to JSON and appears in no table.
 
 Another package adds a metric by the entry point `metric.NAME` of the group `llmctl`. If the setting `metrics` of `eval`
 contains NAME, `eval` computes the metric. An example:

@@ -28,7 +28,7 @@ class Options:
     rate: float = 0.2
     """Fraction of the words that are changed."""
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Other words for each word in lower case, the closest first."""
+    """Map from a word in lower case to its synonyms, the closest first."""
     templates: Sequence[str] = ()
     """Paraphrases, in which `{{ text }}` stands for the text."""
     neutral: Sequence[str] = ()

@@ -98,8 +98,8 @@ class AttackConfig(SynonymsConfig):
 
     methods: list[Literal["hotflip", "textfooler"]] = Field(default=["hotflip", "textfooler"], min_length=1)
     """Attacks. hotflip: substitute tokens, guided by the gradient of the loss (Ebrahimi et al., 2018). textfooler:
-    substitute words by synonyms, the most important word first (Jin et al., 2020). Each attack is measured beside
-    random substitutions with the same budget."""
+    substitute words by synonyms, the most important word first (Jin et al., 2020). For comparison, random
+    substitutions with the same budget are measured too."""
     budget: float = Field(default=0.15, gt=0, le=1)
     """Maximum number of substitutions, as a fraction of the text's tokens (hotflip) or words (textfooler); at least one
     substitution is allowed."""

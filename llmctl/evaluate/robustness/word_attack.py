@@ -22,7 +22,7 @@ from llmctl.evaluate.robustness.outcome import Outcome, budget
 from llmctl.evaluate.robustness.perturbations import WORD, cased
 
 UNCHANGED = 1e-6
-"""Words whose removal changes the probability by at most this value are not substituted."""
+"""Words whose importance has at most this magnitude are not substituted."""
 Predict = Callable[[Sequence[Row]], np.ndarray]
 """Function from M rows with texts to the probabilities of the classes [M, C]."""
 

@@ -97,7 +97,7 @@ class Embed(Task):
         return class_sums(near / options.temperature, own, weight_B, smoothing, z, weight_B)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Concatenate the unit vectors of several teachers to vectors [2B, sum of D] of length 1.
+        """Concatenate the unit vectors of several teachers, and scale the results [2B, sum of D] to length 1.
 
         The similarity of two concatenated vectors is the mean of the teachers' similarities.
         """

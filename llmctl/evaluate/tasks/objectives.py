@@ -72,7 +72,7 @@ class TextObjective(Language):
         """Check that the model has the language-model head and that the objective supports its architecture.
 
         Raises:
-            RequestError: If the model does not fit.
+            RequestError: If the model has another head, or an architecture that the objective does not support.
         """
         super().check_model(model, where)
         objective_rows.check(self.name, model.architecture, model.next_sentence)

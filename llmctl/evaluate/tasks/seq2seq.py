@@ -69,7 +69,7 @@ class SequenceToSequence(Completions):
         return measure
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return True: each generated answer has values."""
+        """Return True: metrics of each generated answer, such as ROUGE, are values per example."""
         return True
 
     def generation_programs(
