@@ -53,7 +53,7 @@ class Walk:
 
     @classmethod
     def of(cls, config: CalibrationConfig, base: Artifact, mesh: Mesh, labels: bool = False) -> Walk:
-        """Return the description, by abstract arrays, of the walk of a command that compresses the artifact `base`.
+        """Describe, by abstract arrays, the calibration walk of a command that compresses the artifact `base`.
 
         Args:
           config: calibration settings.
