@@ -218,10 +218,10 @@ class DataConfig(SourceConfig):
         return ", ".join(part.title for part in self.parts())
 
     def held_out(self) -> dict[Split, SourceConfig]:
-        """Return the source of each held-out split that is read from its own source, {split: source}.
+        """Return {held-out split: source} for the splits that have their own files, or are splits of the data set.
 
-        Such a split has its own files (`test_path`) or is a split of the data set (`test_split`). All other held-out
-        splits are fractions of the sources in `parts`, and are not in the result.
+        Settings such as `test_path` and `test_split` define these sources. All other held-out splits are fractions of
+        the sources in `parts`, and are not in the result.
         """
         found: dict[Split, SourceConfig] = {}
         settings = {name: getattr(self, name) for name in SourceConfig.model_fields}

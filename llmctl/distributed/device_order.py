@@ -55,7 +55,7 @@ def _inside(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 def _groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
     """Return the devices of each slice (chips joined by a fast network).
 
-    If devices do not report slices, consecutive processes form a slice.
+    If the devices do not report slices, they are divided equally, in the order of their processes.
 
     Raises:
         RequestError: If the devices report a number of slices other than `slices`, or cannot be divided by `slices`.

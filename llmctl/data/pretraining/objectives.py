@@ -59,8 +59,8 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
 
     Returns:
         The arrays tokens, targets, segments and positions, int32 [B, T], weights, float32 [B, T] (1 at chosen
-        positions), and places, int32 [B, P]. `places` contains the positions of the chosen tokens, ascending, and then
-        other positions to fill the array. P is `rate` * T rounded up to a multiple of 8.
+        positions), and places, int32 [B, P]. `places` contains the positions of the chosen tokens
+        and, to fill the array, of other tokens, all in ascending order (see `positions_of`).
     """
     tokens_BT, T = packed.tokens, packed.tokens.shape[1]
     ordinary_BT = (packed.segments > 0) & ~words.special[tokens_BT]
@@ -87,9 +87,14 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
 
 
 def positions_of(chosen_BT: np.ndarray, rate: float) -> np.ndarray:
-    """Return the positions of true entries in each row, ascending, and then positions of false entries, int32 [B, P].
+    """Return the positions of the chosen tokens of each row, in ascending order, int32 [B, P].
 
-    P is `rate` * T rounded up to a multiple of 8.
+    P is `rate` * T rounded up to a multiple of 8, but at most T. If a row has fewer than P chosen tokens, its first
+    tokens that are not chosen are included too.
+
+    Args:
+        chosen_BT: Whether each token is chosen, bool [B, T].
+        rate: Fraction of the tokens that may be chosen.
     """
     T = chosen_BT.shape[1]
     most = min(T, round_up_to_8(np.rint(rate * T)))
