@@ -129,8 +129,10 @@ class _Blocks:
         return a.reshape(1, self.plan.heads, self.R, self.T, -1)
 
     def visible(self, index: jax.Array, queries: slice, keys: slice) -> tuple[jax.Array, jax.Array | None]:
-        """Return the mask and the bias of a block: some heads of a sequence (entry `index` of `split`), queries and
-        keys."""
+        """Return the mask and the position bias of one block.
+
+        `index` is the position of the block's sequence and heads on axis 0 of the result of `split`.
+        """
         mask = self.mask_BTS[index // self.M][None, queries, keys]
         return mask, None if self.bias is None else self.bias[index % self.M][:, queries, keys]
 

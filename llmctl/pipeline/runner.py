@@ -241,7 +241,9 @@ def _create_work_folder(step: Step, work: Path, key: str, say: Callable[[str], N
 
 
 def _check_inputs(statuses: list[StageStatus], chosen: list[StageStatus], only: bool) -> None:
-    """Check that the inputs of the stages `only`, which the user chose, are up to date.
+    """Check that the artifacts that the chosen stages read are up to date.
+
+    If `only` is false, the user chose no stages, all stages run, and nothing is checked.
 
     Raises:
       RequestError: If an input is not up to date, and the stage that writes the input is not chosen.

@@ -1,4 +1,4 @@
-"""Search for the layouts of a training step that are fastest, or that need the least memory.
+"""Search the layouts of a training step for the fastest layouts, and for those that need the least memory.
 
 A layout is a mesh, a value of `remat` and a number of microbatches. The analytic model estimates the memory and time of
 all layouts. Of the layouts that fit in memory, only the fastest are compiled.

@@ -1,4 +1,7 @@
-"""Define adapters: weights that consist of a frozen base weight and small trained arrays, which can be merged later."""
+"""Define adapters: weights that consist of a frozen base weight and small trained arrays.
+
+The trained arrays can be merged into the base weight after training.
+"""
 
 from __future__ import annotations
 
