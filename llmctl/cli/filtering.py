@@ -16,9 +16,8 @@ def filter_rows(
 ) -> list[Filtered]:
     """Filter the continuations of a batch in place.
 
-    If the filter rejects an answer that it then samples again, new continuations of all prompts of the batch are
-    sampled. Only rejected rows take theirs. The new sample of a row therefore does not depend on which other rows are
-    rejected.
+    If one answer must be sampled again, new continuations of all prompts of the batch are sampled. Only the rows whose
+    answers were rejected take them. The new sample of a row therefore does not depend on the other rows.
 
     Args:
         output_filter: The filter; None changes nothing.

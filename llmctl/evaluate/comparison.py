@@ -100,8 +100,8 @@ def differences(one: Values, other: Values, names: Iterable[str], seed: int, cou
     """Return the difference of each metric between two artifacts, with a 95 % interval and a p-value.
 
     The interval is the percentile interval of a paired bootstrap. The p-value of values that are all 0 or 1 is that of
-    McNemar's exact test. Every other p-value is twice the smaller of two shares: the share of resamples whose
-    difference is <= 0, and the share of resamples whose difference is >= 0.
+    McNemar's exact test. For other values, two shares are computed: that of the resamples with a difference <= 0, and
+    that of the resamples with a difference >= 0. The p-value is twice the smaller share.
 
     Args:
         one: Values per example of the first artifact.

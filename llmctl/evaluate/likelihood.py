@@ -107,8 +107,8 @@ class Scorer:
     def __call__(self, queries: Sequence[Query]) -> list[Score]:
         """Return the scores of the queries, in their order.
 
-        The beginning of a context that is too long is removed. Continuations of a context
-        share the computation of the context if that saves time.
+        The beginning of a context that is too long is removed. Continuations of a context share the computation of the
+        context if that saves time.
 
         Raises:
             RequestError: If a continuation alone is longer than `longest`, or if a context or continuation is empty.
@@ -187,8 +187,9 @@ class PackedRows:
     """Build rows of several sequences each.
 
     A batch has the arrays tokens, segments and positions [B, T] and, if a sequence has several continuations, branches
-    [B, T] (see `llmctl.model.attention`). For each scored token, the arrays at, targets and query [B, P] contain its
-    index in the row, its id and the number of its query. `query` and `targets` are -1 at entries that only fill a row.
+    [B, T] (see `llmctl.model.attention`). The arrays at, targets and query [B, P] describe the scored tokens: the index
+    of the input that predicts the token, the token's id, and the number of its query. `query` and `targets` are -1 at
+    entries that only fill a row.
     """
 
     reads = ("tokens", "segments", "positions", "branches", "at", "targets")

@@ -204,10 +204,10 @@ def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
 
 
 def trimmed(batch: Batch) -> Batch:
-    """Cut the padding at the end of a batch: its arrays [B, T] get the length of the longest row, rounded up to a power
-    of two.
+    """Cut the padding at the end of all arrays [B, T] of a batch.
 
-    T is the width of the array "segments". Arrays whose names contain "encoder_" are cut to a length of their own.
+    The new length is that of the longest row, rounded up to a power of two. T is the width of the array "segments".
+    Arrays whose names contain "encoder_" are cut to a length of their own.
     """
     out = dict(batch)
     for encoder in (False, True):

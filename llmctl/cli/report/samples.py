@@ -14,7 +14,7 @@ from llmctl.cli.report.run_contents import Contents, Record
 KEYS = ("row", "doc_id", "id", "prompt", "question", "text")
 """Fields that identify an example. The first one that all records of a task have is used."""
 ALSO = ("change", "attack")
-"""Fields that, if a record has them, identify a changed version of an example, such as the name of an attack."""
+"""Optional fields that identify a changed version of an example, such as the name of an attack."""
 SHOWN = 12
 """Maximum number of examples per task."""
 LONGEST = 700

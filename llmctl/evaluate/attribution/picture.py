@@ -22,7 +22,7 @@ _GLYPH = 0.0815
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Write a PNG with the first texts, whose tokens are shaded, and with the averages per token, if there are any.
+    """Write a PNG with the first texts and, if there are any, the average attributions per word. Tokens are shaded.
 
     Raises:
         ImportError: If matplotlib (the `demo` extra) is not installed.

@@ -75,7 +75,7 @@ def program(found: Artifact, dtype: str) -> Any:
 def read_from(cfg: ModelConfig, batch: Batch) -> jax.Array:
     """Return the share of each position in the output, [B, T]. The shares of a row sum to 1.
 
-    The output of a language model is computed from its scored positions, and that of a task head from the pooled
+    A language model computes its output from the scored positions. A task head computes its output from the pooled
     positions.
     """
     segments_BT = batch["segments"]

@@ -82,8 +82,8 @@ def measure(artifact: Artifact, setup: Setup, config: CrowsPairsConfig) -> Measu
 def scores(model: SentenceModel, pairs: Sequence[Pair]) -> np.ndarray:
     """Return the score of the more stereotypical and of the less stereotypical sentence of each pair, float64 [N, 2].
 
-    For a decoder, the score is the log-likelihood of the sentence. For an encoder, the score is the sum of the log
-    probabilities of the tokens that both sentences share, each masked alone.
+    For a decoder, the score is the log-likelihood of the sentence. For an encoder, only the tokens that both
+    sentences share count. Each is masked alone, and their log probabilities are added.
     """
     words = model.tokenizer
     texts = words.encode_batch([text for pair in pairs for text in pair[:2]])

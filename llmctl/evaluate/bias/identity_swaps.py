@@ -1,8 +1,9 @@
 """Measure how a classifier's predictions change if its texts name another group (Garg et al., 2019, arXiv:1809.10610).
 
-A text that names exactly one group of an attribute has one version per group: the text itself, and a text per other
-group with the terms of that group. All versions have the same label. The groups therefore have the same texts, so only
-the terms can cause a difference between their rates (Hardt et al., 2016, arXiv:1610.02413).
+If a text names exactly one group of an attribute, it has one version per group. One version is the text itself. In each
+other version, the terms of another group replace those of the named group. All versions have the same label. The groups
+therefore have the same texts, so only the terms can cause a difference between the rates of the groups (Hardt et al.,
+2016, arXiv:1610.02413).
 
 Shapes: N examples, G groups, C classes.
 """

@@ -44,7 +44,7 @@ def with_intervals(values: Values) -> dict[str, float]:
 
 
 def _proportion(parts: np.ndarray) -> bool:
-    """Return whether the metric is a proportion: each value is 0 or 1, or a pair of 0 or 1 with the denominator 1."""
+    """Return whether the metric is a proportion: each value is 0 or 1, or a pair (numerator 0 or 1, denominator 1)."""
     return parts.ndim < 3 and bool(np.isin(parts, (0, 1)).all()) and (parts.ndim == 1 or bool(parts[:, 1].all()))
 
 

@@ -68,8 +68,7 @@ class Classify(Task):
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
         """Return the batch with the loss weight of each row multiplied by the weight of the row's class.
 
-        The mean loss of the batch is the weighted sum of losses divided by the sum of the loss weights, as in torch's
-        `CrossEntropyLoss`.
+        As in torch's `CrossEntropyLoss`, the mean loss is the weighted sum of losses divided by the sum of weights.
         """
         label_B = batch["label"]
         return batch | {"row_weight": row_weight(batch, label_B) * weight_C[label_B]}

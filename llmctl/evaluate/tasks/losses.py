@@ -160,8 +160,7 @@ class Losses(TaskRecord):
     def teacher_arrays(
         self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
     ) -> dict[str, jax.Array]:
-        """Return the outputs of the teachers that the loss reads, as arrays that a cache can store and a batch can
-        contain.
+        """Return the teachers' outputs that the loss reads, as arrays for a cache or a batch.
 
         By default, the result is the mean output of the task heads, {"teacher_outputs": [B, ...]}. If the head has one
         output per token, the name is "teacher_token_outputs".
