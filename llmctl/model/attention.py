@@ -7,8 +7,8 @@ A sequence may consist of several packed texts. Each text is a segment, numbered
 segments. Segment 0 is padding. A slot is one position along the sequence axis of the key-value cache.
 
 A segment may have several continuations of one context, its branches. The tokens of the context are branch 0, and the
-tokens of the continuations are branches 1, 2, … A token attends to the context and to its own branch only, so all
-continuations share the context's computation. The positions of each branch continue those of the context.
+tokens of the continuations are branches 1, 2 and so on. A token attends to the context and to its own branch only. The
+context is therefore computed once for all continuations. The positions of each branch continue those of the context.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width, D model width.
 """
@@ -88,15 +88,18 @@ def visible(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
 
 
 def position_differences(positions_BT: jax.Array) -> jax.Array:
-    """Return the position of each key minus the position of each query, int [B, T, T], for keys of the same segment.
+    """Return the position of each key minus the position of each query, int [B, T, T].
 
-    In a row with branches, these differences are not the differences of the tokens' indices.
+    The result is valid for a key and a query of the same segment. In a row with branches, the result is not the
+    difference of the tokens' indices.
     """
     return positions_BT[:, None, :] - positions_BT[:, :, None]
 
 
 def distances(mask_BTS: jax.Array, slot: jax.Array | int | None, order_BT: jax.Array | None) -> jax.Array:
-    """Return the position of each key minus the position of each query, int [T, S], or [B, T, S] for slots [B].
+    """Return the position of each key minus the position of each query.
+
+    The result is int [T, S]. If `slot` has one position per row, the result is [B, T, S].
 
     Args:
         mask_BTS: Attention mask; only the shape is used.

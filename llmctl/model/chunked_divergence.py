@@ -157,8 +157,10 @@ def _weights_per_token(how: SoftLoss, weights_BT: jax.Array) -> dict[str, jax.Ar
 def _token_sums(
     logits: jax.Array, divergence: jax.Array, targets: jax.Array, weights: jax.Array, how: SoftLoss
 ) -> tuple[jax.Array, Tree]:
-    """Return the distillation loss of a chunk and the sums for metrics, given the student's logits and the divergence
-    per token."""
+    """Return the distillation loss of a chunk, and the sums for metrics.
+
+    The arguments are the student's logits, and arrays with one value per token, such as the divergence.
+    """
     nll = -target_log_probability(logits, targets)[0]
     correct = hits(logits, targets) * weights
     sums = {"nll": nll * weights, how.divergence.metric: divergence * weights, "correct": correct, "weight": weights}

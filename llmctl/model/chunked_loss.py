@@ -31,8 +31,8 @@ Tree = Any
 ChunkLoss = Callable[[Tree, Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
 """Function that computes the loss of one chunk of c tokens per row.
 
-Its type is (head parameters, constants, hidden states [B, c, D], per-token arrays [B, c, ...]) -> (sum of losses, tree
-of sums for metrics).
+The arguments are the parameters of the head, constants, hidden states [B, c, D] and per-token arrays [B, c, ...]. The
+results are the sum of losses, and a tree of sums for metrics.
 """
 
 Project = Callable[[Tree, jax.Array], jax.Array]

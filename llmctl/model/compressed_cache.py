@@ -2,8 +2,8 @@
 
 Keys and values are rotated within each head by a Hadamard matrix. The rotation spreads the outliers of single channels
 over all channels (QuaRot; Ashkboos et al., 2024, arXiv:2404.00456). Queries are rotated in the same way, and the
-outputs are rotated back, so that only the rounding changes the result. With SmolLM2-135M, the rotation halves the error
-of the logits.
+outputs are rotated back. Without rounding, the result would therefore not change. With SmolLM2-135M, the rotation
+halves the error of the logits.
 
 The keys of a head have a large mean, which would need most of the range of the codes. A cache of keys therefore stores
 one vector per row and head, the center. The center is the mean of the first keys of the prompt. The center is
@@ -34,8 +34,8 @@ from llmctl.config.errors import RequestError
 from llmctl.model.config import ModelConfig
 
 BOUNDS = {"int8": 127.5, "fp8_e4m3": 448.0, "int4": 7.5}
-"""Largest absolute element of a head, divided by its scale, by format. For integer formats, the quotient is the largest
-code plus 0.5."""
+"""Quotient of the largest absolute element of a head and the head's scale, by format. For integer formats, the quotient
+is the largest code plus 0.5."""
 STORED = {"int8": jnp.int8, "fp8_e4m3": jnp.float8_e4m3fn, "int4": jnp.uint8}
 """Dtype of the array of codes, by format."""
 PER_BYTE = {"int8": 1, "fp8_e4m3": 1, "int4": 2}
@@ -102,7 +102,7 @@ class Compressed:
         return (*self.codes.shape[:-1], self.codes.shape[-1] * PER_BYTE[self.format])
 
     def with_heads(self, B: int, G: int) -> Compressed:
-        """Return the same elements with the axes [B, G, S, K]. The cache omits axes of size 1."""
+        """Return the same elements with all four axes [B, G, S, K]. In the cache, axes of size 1 are omitted."""
         return jax.tree.map(lambda a: a.reshape(B, G, *a.shape[-2:]), self)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:

@@ -45,7 +45,7 @@ class Divergence:
     beta: float = 0.5
     """Weight of the teacher's distribution in `js`."""
     skew: float = 0.1
-    """Weight of p in the mixture skew * p + (1 - skew) * q, if the kind is "skew"."""
+    """Weight of the teacher's p in the mixture skew * p + (1 - skew) * q, if the kind is "skew"."""
     top_k: int = 0
     """Number of the teacher's most probable classes that are compared one by one. The probabilities of all other
     classes are added, and compared as one class. 0 compares all classes one by one."""
@@ -178,8 +178,10 @@ def _best(logits_V: jax.Array, k: int) -> jax.Array:
 
 
 def _local(ids: jax.Array, n: int, width: int) -> jax.Array:
-    """Return the index of each class in each of the n parts, [..., n, k]. If the class is in another part, the index is
-    `width`."""
+    """Return the index of each class within each of n parts of the classes, [..., n, k].
+
+    A part has `width` classes. If the class is in another part, the index is `width`.
+    """
     local = ids[..., None, :] - width * jnp.arange(n)[:, None]
     return jnp.where((local >= 0) & (local < width), local, width)
 

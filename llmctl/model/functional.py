@@ -1,9 +1,9 @@
 """Run the model by functions of a config and a parameter tree, so that callers need no Flax modules.
 
 The parameter tree is a nested dict. Its keys are `embed`, `encoder` and/or `decoder` (each with `blocks` and `norm`),
-and sometimes `lm_head` and `head`. The tree has `lm_head` if the output projection is untied or transformed, and `head`
-if the model has a task head. The functions of the training step, `hidden` and `head_logits`, are defined in
-`llmctl.model.transformer`.
+and sometimes `lm_head` and `head`. If the output projection is untied or transformed, the tree has `lm_head`. If the
+model has a task head, the tree has `head`. The functions of the training step, `hidden` and `head_logits`, are defined
+in `llmctl.model.transformer`.
 
 A stack is the encoder or the decoder. The last stack is the decoder or, if there is none, the encoder.
 
@@ -126,7 +126,7 @@ def shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Return the sharding on `mesh` of every array in `params`. The arrays may be abstract.
 
     Raises:
-        RequestError: If `check_mesh` rejects the mesh, or if the size of a mesh axis does not divide the length of a
+        RequestError: If `check_mesh` rejects the mesh. If the size of a mesh axis does not divide the length of a
             dimension.
     """
     check_mesh(cfg, mesh)
@@ -190,7 +190,8 @@ def hidden_states(
         remat: Rematerialization policy (see `hidden`).
 
     Returns:
-        The result of `hidden` [B, T, D], and the outputs of the selected layers [n, B, T, D], before any final norm.
+        The result of `hidden` [B, T, D], and the outputs of the n selected layers [n, B, T, D]. The final norm is not
+        applied to these outputs.
 
     Raises:
         RequestError: If an index is not a layer or is given twice, or if the mesh has a pipeline.
@@ -218,7 +219,7 @@ def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dt
 def segment_outputs(
     cfg: ModelConfig, params: Params, x_BTD: jax.Array, segments_BT: jax.Array, count: int, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """Compute the output of the task head for each of the E texts that are packed into a row, [B, E, ...].
+    """Compute the outputs of the task head for packed rows: one output per text, [B, E, ...].
 
     Args:
         cfg: Config of the model.

@@ -43,7 +43,7 @@ def empty(shape: tuple[int, ...], form: str, dtype: Any, centered: bool = False)
 
 
 def widened(cache: Any, slots: int) -> Any:
-    """Return a tree of cached keys and values with room for `slots` more tokens; `cache` is the tree before."""
+    """Return a copy of a tree of cached keys and values, with room for `slots` more tokens."""
 
     def more(kept: Cached) -> Cached:
         if isinstance(kept, Compressed):  # the center has no slots
@@ -56,12 +56,12 @@ def widened(cache: Any, slots: int) -> Any:
 def remember(
     module: nn.Module, name: str, new_BTGK: jax.Array, slot: jax.Array | int, dtype: Any, mask_BTS: jax.Array
 ) -> Cached:
-    """Write the keys or values [B, T, G, K] of T new tokens into a module's cache, from position `slot` on.
+    """Write the keys or values of T new tokens into a module's cache, and return all cached keys or values.
 
     Args:
         module: Attention module, whose collection "cache" is written.
         name: "k" or "v".
-        new_BTGK: New keys or values.
+        new_BTGK: New keys or values [B, T, G, K].
         slot: Cache position at which the first token is written; a scalar, or one position per row [B].
         dtype: Dtype of a new cache.
         mask_BTS: Attention mask. If `slot` is 0, the diagonal of the first T columns marks the tokens that are not
@@ -96,8 +96,8 @@ def remember(
 def keep_memory(module: nn.Module, name: str, x_BSGK: jax.Array) -> None:
     """Store the keys or values of cross-attention in the cache of a module, so that later steps can read them.
 
-    The arrays are named "memory_k" and "memory_v". If an array of this name is already in the cache, even an array
-    without slots, the new array gets its format and dtype.
+    The arrays are named "memory_k" and "memory_v". If the cache already has such an array, the new array gets its
+    format and dtype. The old array may have no slots: it then only defines format and dtype.
     """
     laid_out, name = _laid_out(x_BSGK), f"memory_{name}"
     kept = module.get_variable("cache", name) if module.has_variable("cache", name) else laid_out
@@ -110,7 +110,10 @@ def has_memory(module: nn.Module) -> bool:
 
 
 def recall(module: nn.Module, name: str, B: int, G: int, K: int) -> Cached:
-    """Return the array `name` of a module's cache, as [B, S, G, K], or as [B, G, S, K] if it is quantized."""
+    """Return the array `name` of a module's cache.
+
+    A plain array is returned as [B, S, G, K], and a quantized array as [B, G, S, K].
+    """
     kept = module.get_variable("cache", name)
     return kept.with_heads(B, G) if isinstance(kept, Compressed) else kept.reshape(B, G, -1, K).transpose(0, 2, 1, 3)
 
@@ -121,7 +124,9 @@ def _like(kept: Cached, new: jax.Array) -> Cached:
 
 
 def _center(x_BTGK: jax.Array, real_BT: jax.Array) -> jax.Array:
-    """Return the center of the keys [B, T, G, K]: the rotated mean of the first `CENTER_TOKENS` keys without padding.
+    """Return the center of the keys [B, T, G, K]: their mean over the first tokens, rotated.
+
+    The mean is over the first `CENTER_TOKENS` tokens that are not padding.
 
     If a row has fewer tokens, its center is zero. The result has the axes of `Compressed.center`.
     """

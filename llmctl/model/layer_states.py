@@ -38,8 +38,8 @@ def run(
         layers: Indices of the layers whose outputs are kept, each at most once. -1 keeps the input of the first layer.
 
     Returns:
-        Output of the last layer [B, T, D], and the outputs of the selected layers [n, B, T, D], in the order of
-        `layers`.
+        Output of the last layer [B, T, D], and the outputs of the n selected layers [n, B, T, D]. The selected layers
+        have the order of `layers`.
 
     Raises:
         RequestError: If an index is not a layer or is given twice, or if the mesh has a pipeline.

@@ -2,10 +2,10 @@
 
 The library qwix quantizes the operands at every step. Scales are computed from the current values of the operands.
 Activations have one scale per token, and weights have one scale per output. The backward pass reads the quantized
-operands of the forward pass. It multiplies the gradient of the outputs [N, O] by the scales of the other operand before
-rounding, because these scales vary along the contracted axis. The rounded gradient has one scale per token in the
-product for the gradient of x, and one scale per output in the product for the gradient of w. qwix's own quantized
-training does the same.
+operands of the forward pass. The scales of these operands vary along the contracted axis. The gradient of the outputs
+[N, O] is therefore multiplied by these scales before it is rounded. In the product for the gradient of x, the rounded
+gradient has one scale per token. In the product for the gradient of w, the rounded gradient has one scale per output.
+qwix's own quantized training does the same.
 
 int8 is used in both directions. fp8 is e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022,
 arXiv:2209.05433).

@@ -43,7 +43,10 @@ class Plan(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Store the keys and values on a device at one step, [P, B, G, s / P, K], and their segments [P, B, s / P]."""
+    """Store the keys that a device holds at one step, with their values and segments.
+
+    Keys and values are [P, B, G, s / P, K]. Segments are [P, B, s / P].
+    """
 
     k: jax.Array
     v: jax.Array
@@ -221,7 +224,7 @@ class _LocalQueries:
         return _at(a, self.q), _at(b, block.k), _at(b, block.v)
 
     def visible(self, a: Any, b: Any, block: Block, step: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Return the mask [B, c, s / P] and the position bias [H, c, s / P] for query chunk `a` and key chunk `b`.
+        """Return (mask [B, c, s / P], position bias [H, c, s / P]) for query chunk `a` and key chunk `b`.
 
         Without a bias table, the bias is None. The causal mask is applied only in the first step, because
         `context_parallel.pairs` omits masked pairs of chunks in later steps.
@@ -261,7 +264,7 @@ class _LocalQueries:
         return jnp.concatenate([device * (length // 2) + half, late * (length // 2) + half])
 
     def send_to_next(self, tree: Any) -> Any:
-        """Send a tree of arrays to the next device of the ring, and return the tree that the previous device sent."""
+        """Send arrays to the next device of the ring, and return the arrays that the previous device sent."""
         ring = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, ring), tree)
 
@@ -287,7 +290,8 @@ def _chunks(segments_Bt: jax.Array, P: int) -> jax.Array:
 def _fold(x_BtHK: jax.Array, P: int, G: int) -> jax.Array:
     """Reshape [B, t, H, K] to [P, B, G, N, K].
 
-    Tokens are split into P chunks. Query heads that share a key head are merged into axis N.
+    Tokens are split into P chunks of c tokens. Axis N merges the c tokens of a chunk and the R query heads of a key
+    head.
     """
     B, t, H, K = x_BtHK.shape
     x = x_BtHK.reshape(B, P, t // P, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)

@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         return x_BTD if meshes.axis_size("pipeline") == 1 else pipeline_parallel.spread(x_BTD)
 
     def states(self, batch: Batch, layers: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Return the final hidden states [B, T, D], and the outputs [n, B, T, D] of the layers with indices `layers`.
+        """Return (final hidden states [B, T, D], outputs [n, B, T, D] of the n layers `layers`).
 
         The layers are those of the decoder or, if there is none, of the encoder.
         """

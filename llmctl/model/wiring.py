@@ -31,8 +31,9 @@ class Feed:
     projection is tied."""
     foldable: bool
     """Whether scales can be folded. The producer then multiplies a channel by a positive factor. The readers divide
-    their rows of this channel by the same factor. The outputs of the model do not change. False if another module reads
-    the activation. Also false if a nonlinearity f between producer and readers does not satisfy f(c x) = c f(x)."""
+    their rows of this channel by the same factor. The outputs of the model do not change. The field is false if a
+    module other than the readers reads the activation. It is also false if a nonlinearity f between producer and
+    readers does not satisfy f(c x) = c f(x)."""
     repeat: int = 1
     """Number of query heads per value head, if the producer is a value projection in grouped-query attention; otherwise
     1."""

@@ -78,9 +78,11 @@ def _reads(recipe: Recipe, step: Step) -> tuple[bool, bool | None]:
 def _tasks(recipe: Recipe, step: Step) -> list[str]:
     """Return the tasks that determine the columns of a stage's data.
 
-    These are the tasks that the stage's config sets. If the config sets none, they are the tasks of the artifacts that
-    the config names, such as the teacher in `distill`. If the config names no artifact either, the parent's task is
-    returned.
+    The first of these that exist are returned; [] if there are none:
+
+    - the tasks that the stage's config sets
+    - the tasks of the artifacts that the config names, such as the teacher in `distill`
+    - the parent's task, for `eval`
     """
     if hasattr(step.config, "task"):
         return [str(getattr(step.config, "task", ""))]

@@ -69,7 +69,10 @@ def _class(table: Any) -> type[StageConfig] | None:
 
 
 def _replace(values: dict[str, Any], path: list[str], value: Any, cls: type[Config] | None) -> None:
-    """Set the value at a path in the settings of a config class, and remove the settings that exclude this setting."""
+    """Set the value at a path in `values`, and remove the settings that this setting excludes.
+
+    `cls` is the config class of the settings; None if it is unknown.
+    """
     assign(values, path, value)
     _drop(values, _excluded(path, value, cls) if cls else [])
 

@@ -42,7 +42,8 @@ RUNS = Path("runs")
 class Step:
     """Store a stage's validated config and the locations of its artifacts.
 
-    An artifact that the stage reads is either an earlier stage of the recipe (a str) or a folder (a Path).
+    Each artifact that the stage reads is a str or a Path. A str is the name of an earlier stage, and a Path is a
+    folder.
     """
 
     config: StageConfig
@@ -66,7 +67,8 @@ class Recipe:
     run: Path
     steps: tuple[Step, ...]
     alone: bool = False
-    """Whether the recipe was built for a single stage command with --out. The output folder then belongs to no run."""
+    """Whether the recipe was built for a stage's command with --out. The field `run` is then the folder that contains
+    the output."""
 
 
 def read(path: str | Path, run: str | Path | None = None, sets: Iterable[str] = ()) -> Recipe:

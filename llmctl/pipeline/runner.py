@@ -111,9 +111,9 @@ def run(
 
 
 def plan(recipe: Recipe) -> list[StageStatus]:
-    """Return every stage with the reason why it has to run. No stage is run.
+    """Return the status of every stage, without running a stage.
 
-    The key of each stage is returned too: a hash of the stage's settings and input files.
+    A status has the stage's key, a hash of its settings and inputs. It also has the reason why the stage has to run.
 
     Raises:
       RequestError: If an input file or a parent's folder is missing or damaged.

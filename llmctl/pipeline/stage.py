@@ -12,7 +12,8 @@ A stage is one module:
         ...  # optional: the programs that `llmctl plan` compiles, and the artifact of the stage
 
 `base` is the parent and `others` are the artifacts that the config names, with abstract arrays on `mesh`. If a stage
-has no `programs`, a plan assumes that nothing is compiled, and that the arrays have the parent's shapes.
+has no `programs`, a plan assumes that the stage compiles nothing. The plan also assumes that the stage's artifact has
+the parent's shapes.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class StageConfig(Config):
     artifact changes, the stage runs again."""
 
     keyed_artifact_fields: ClassVar[tuple[str, ...]] = ()
-    """Names of the fields among `artifact_fields` whose value is part of the stage's key. The value of such a field
-    matters, because it selects an artifact for a special role, such as `against` of `eval`. The keys of the artifacts
-    themselves are always part of the stage's key."""
+    """Names of the fields among `artifact_fields` whose value is part of the stage's key. Such a field selects an
+    artifact for a special role, such as `against` of `eval`. The keys of the artifacts themselves are always part of
+    the stage's key."""
 
     kind: str
     """Kind of the stage: the name of its file in `llmctl/pipeline/stages`."""
@@ -81,8 +82,7 @@ class StageConfig(Config):
     allow_nonfinite: bool = False
     """Save weights that contain NaN or infinity. By default the stage fails and names the array."""
     replace: bool = False
-    """Replace the artifact at --out even if another kind of stage wrote the artifact, or if the folder contains other
-    files."""
+    """Replace the artifact at --out even if another kind of stage wrote it, or if the folder contains other files."""
     mesh: MeshConfig = MeshConfig()
     """Number of devices per mesh axis."""
 

@@ -49,8 +49,8 @@ def why(step: Step, key: str, due: set[str]) -> str:
 def is_done(step: Step, key: str) -> bool:
     """Return whether the stage's artifact is intact and was made from these settings and inputs (`key`).
 
-    The runner calls this function again before a stage runs, because another process may have written the artifact in
-    the meantime.
+    The runner calls this function again before a stage runs. Another process may have written the artifact in the
+    meantime.
     """
     again = getattr(step.config, "again", False)
     return not again and key_at(step.out) == key and not _damage(step, artifact.read_manifest(step.out))

@@ -53,8 +53,9 @@ def counts(setup: Setup) -> Counts:
 def _attention(setup: Setup, trains: bool, recomputes: bool) -> float:
     """Return the FLOPs of attention on one device per step.
 
-    If `trains` is true, the backward pass is included, with recomputation if `recomputes` is true. The forward pass has
-    2 matrix products. The backward pass has 7 in the kernels, and 5 in plain attention.
+    If `trains` is true, the backward pass is included. If `recomputes` is true, the products that the backward pass
+    repeats are included too. The forward pass has 2 matrix products. The backward pass has 7 in the kernels, and 5 in
+    plain attention.
     """
     model = setup.model
     T = setup.seq_len
@@ -79,8 +80,9 @@ def _attention(setup: Setup, trains: bool, recomputes: bool) -> float:
 def _traffic(setup: Setup, own: float, whole: float, passes: float) -> float:
     """Return the bytes of HBM traffic on one device per step.
 
-    Weights are read in each pass. Activations are written and read. The training state is updated once per step. The
-    scores of plain attention are written and read twice in a forward pass, and four times in a backward pass.
+    Weights are read in each pass. Activations are written and read. The training state is updated once per step. A
+    forward pass of plain attention writes and reads the scores twice. A backward pass writes and reads the scores four
+    times.
     """
     D, F, heads = widths(setup)
     weights = passes * setup.accumulate * setup.item_bytes * whole * 2

@@ -1,9 +1,14 @@
 """Estimate the memory of a step from its config and mesh, without compiling.
 
-The estimate counts the arrays that XLA keeps in memory: the arguments, such as the training state, the activations that
-the forward pass saves per layer, and further arrays at the memory peak. The peak is the larger of two. One is at the
-loss, with the output projection gathered on every device. The other is at the end of the backward pass, when the
-gradients of all layers exist. `recipes/bench/plan_model.md` compares the estimates with compiled programs.
+The estimate counts the arrays that XLA keeps in memory:
+
+- the arguments, such as the training state
+- the activations that the forward pass saves per layer
+- further arrays at the memory peak
+
+The peak is the larger of two. One is at the loss, with the output projection gathered on every device. The other is at
+the end of the backward pass, when the gradients of all layers exist. `recipes/bench/plan_model.md` compares the
+estimates with compiled programs.
 """
 
 from __future__ import annotations

@@ -49,8 +49,10 @@ None.
 def meshes(
     setup: Setup, devices: int, *, axes: Sequence[str] = ("data", "fsdp", "context", "tensor")
 ) -> Iterator[Setup]:
-    """Yield a copy of the setup for every mesh of `devices` devices whose axis sizes divide the model's sizes and the
-    batch."""
+    """Yield a copy of the setup for every possible mesh of `devices` devices.
+
+    A mesh is possible if its axis sizes divide the model's sizes and the batch.
+    """
     model = setup.model
     for sizes in _splits(devices, len(axes)):
         mesh = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))
@@ -114,7 +116,7 @@ def front(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def search(setup: Setup, topology: Topology, compile_one: Compile, best: int = 4) -> list[Candidate]:
-    """Return the Pareto front of time and memory among the layouts that were compiled.
+    """Compile candidate layouts, and return the Pareto front of their time and memory.
 
     The candidates on the Pareto front of the estimates are compiled first. The other candidates follow in the order of
     their estimated times, until `best` compiled programs fit.

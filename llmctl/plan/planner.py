@@ -172,7 +172,7 @@ def _request(text: str) -> Request:
 def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
     """Return the mesh config. If it is the default, return a config whose `data` axis has `devices` devices.
 
-    Without this change, the default mesh would use all CPU devices in a plan, but only the first CPU device in a run.
+    A plan on CPU devices needs this change. Without it, the default mesh would use only the first CPU device.
     """
     return mesh.model_copy(update={"data": devices}) if mesh == type(mesh)() else mesh
 
@@ -180,7 +180,7 @@ def explicit(mesh: MeshConfig, devices: int) -> MeshConfig:
 def _stage(step: Step, made: dict[str, Artifact], mesh: Mesh) -> stage.Programs:
     """Return a stage's programs and the artifact that the stage would write.
 
-    If a stage declares no programs, the plan assumes that the stage compiles nothing and writes arrays with the
+    If a stage declares no programs, the plan assumes that the stage compiles nothing. The artifact then has the
     parent's shapes.
     """
 

@@ -44,8 +44,9 @@ def least(program: Program) -> Estimate:
 def layers(program: Program, work: Pass) -> Estimate:
     """Return the estimate of a program that runs one batch through a few layers, with plain attention.
 
-    Calibration, for example, runs one layer and adds the inputs of its matrices to statistics, such as Gram matrices.
-    The inputs stay in memory until the addition. In an encoder-decoder, the layers are decoder layers.
+    Calibration, for example, runs one layer, and updates statistics of the inputs of its matrices, such as Gram
+    matrices. The inputs stay in memory until the statistics are updated. In an encoder-decoder, the layers are decoder
+    layers.
     """
     model, dtype, statistics = program.model, program.dtype, work.statistics
     crossed = 2 if model.encoder_layers else 1  # cross-attention is as wide as self-attention

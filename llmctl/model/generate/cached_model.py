@@ -123,8 +123,8 @@ class CachedModel:
             last: Index of the token whose hidden state is returned; None returns the hidden states of all tokens.
 
         Returns:
-            The hidden state [B, D] of the token at index `last`, or all hidden states [B, T, D], and the cache with the
-            new keys and values.
+            Two values: hidden states, and the cache with the new keys and values. The hidden states are [B, D] for one
+            token, or [B, T, D] for all tokens.
         """
         rest, layers = served
         carry = layerwise.embed(self.model, rest, batch, batch.get("memory"), dtype=self.dtype)

@@ -1,8 +1,8 @@
 """Generate the assistant's answers in a conversation.
 
-The chat template renders the complete conversation for every answer, because a template may change earlier messages
-when later messages follow. The keys and values of tokens are cached between answers. Only the tokens from the first
-difference on are computed again (`generate/chat_cache.py`).
+For every answer, the chat template renders the complete conversation again. The reason is that some templates change
+earlier messages when later messages follow. The keys and values of tokens are cached between answers. Only the tokens
+from the first difference on are computed again (`generate/chat_cache.py`).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A slot is one position along the sequence axis of the cache. Tokens fill the slots from 0 on, without gaps. A new prompt
 is compared with the cached tokens. All tokens from the first difference on are computed again, so the answer is the
 same as without a cache. The center of quantized keys is the mean of the first 16 keys
-(`llmctl.model.compressed_cache`). If keys are quantized, and cache and prompt begin with fewer than 16 equal tokens,
-all tokens are therefore computed again.
+(`llmctl.model.compressed_cache`). If the new prompt and the cached tokens differ within the first 16 tokens, this mean
+changes. With quantized keys, all tokens are then computed again.
 
 Shapes: T new tokens with padding, S cache slots, V vocabulary, E end tokens. The batch size is 1.
 """

@@ -6,8 +6,8 @@ special token.
 
 Training needs the positions of the assistant's tokens. Some templates mark these tokens with `{% generation %}`.
 Otherwise, two texts are rendered for each answer: the conversation before the answer, and the conversation including
-the answer. If the complete conversation begins with both texts, the answer is the part of the second text after the
-first text. The answer includes its end token.
+the answer. The answer is the part of the second text that follows the first text. This method requires that the
+complete conversation begins with both texts. The answer includes its end token.
 """
 
 from __future__ import annotations
@@ -166,10 +166,10 @@ class Template:
     def conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Marked:
         """Return the token ids of a complete conversation, and a mask of the tokens that the assistant writes.
 
-        The mask is true for all tokens that contain a character of an answer, and for the token that ends the answer.
-        The mask is false for the header before the answer, and for white space after the end token. The mask is also
-        false for messages with the entry "weight": 0. If the template marks answers without their end tokens, the
-        special token right after an answer counts as its end token. The template gets the date `DAY`.
+        The mask is true for tokens that contain a character of an answer, and for the answer's end token. The mask is
+        false for the header before the answer, and for white space after the end token. The mask is also false for
+        messages with the entry "weight": 0. If the template marks answers without their end tokens, the end token is
+        the special token right after an answer. The template gets the date `DAY`.
 
         Raises:
             RequestError: If the template fails or rejects the messages. If the answers cannot be found in the text. If
@@ -243,9 +243,9 @@ class Template:
     def _with_ends(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Extend or shorten the marked ranges of characters, so that each answer ends with an end token.
 
-        White space after an end token is removed. Some templates mark only the text of an answer, without its end
-        token. The special token right after the last answer then counts as the end token. Each answer is extended by
-        this token if the token follows the answer.
+        White space after an end token is removed from the range. Some templates mark answers without their end tokens.
+        For these templates, the end token is the special token right after the last answer. The ranges of all answers
+        that this token follows are extended by the token.
         """
         spans = [(first, first + self._answer_length(text[first:last])) for first, last in spans]
         if not spans or self._ends_with_special(text[slice(*spans[-1])]):

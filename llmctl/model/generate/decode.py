@@ -101,9 +101,9 @@ class Decoder(CachedModel):
     ) -> Iterator[tuple[State, np.ndarray]]:
         """Continue decoding from a state (key-value cache and last tokens), and yield (state, new tokens [B, n]).
 
-        A yielded state is valid only until the next state is requested, because the arrays of the state are then
-        donated. The last chunk has full length, even if the number of tokens exceeds `max_new`. The first yielded token
-        is the last token in `state`.
+        When the next state is requested, the arrays of the yielded state are donated. Do not use a state after that.
+        The last chunk has full length, even if the number of tokens exceeds `max_new`. The first yielded token is the
+        last token in `state`.
 
         Args:
             state: Result of `first`.
@@ -126,8 +126,9 @@ class Decoder(CachedModel):
     def next(
         self, served: Served, x_BD: jax.Array, state: State, keys_B: jax.Array, ends_E: jax.Array, rules: Sampling
     ) -> State:
-        """Select the next token of each row from the hidden state of the row's last token, and return the new decoding
-        state.
+        """Select the next token of each row, and return the new decoding state.
+
+        `x_BD` has the hidden state of each row's last token.
 
         Rows that have ended get the token id NOTHING.
         """

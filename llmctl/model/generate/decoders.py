@@ -71,6 +71,6 @@ class Decoders:
 
 
 def _have_common_arrays(models: Iterable[tuple[ModelConfig, functional.Params]]) -> bool:
-    """Return whether an array is a parameter of two of the models."""
+    """Return whether any two of the models have a parameter array in common."""
     arrays = [{id(a) for a in jax.tree.leaves(params)} for _, params in models]
     return any(one & other for one, other in combinations(arrays, 2))

@@ -1,4 +1,4 @@
-"""List the compiled programs of text generation for the cost model of `llmctl plan`: prefill and one decoding step.
+"""List the two compiled programs of text generation, prefill and decoding step, for the cost model of `llmctl plan`.
 
 With a draft, the decoding step is a step of speculative decoding.
 
@@ -186,8 +186,8 @@ def _step(
         ends_at: Number of decoder tokens at the end of the generation.
         source: Number of encoder tokens.
         calls: Number of passes. Each pass reads the weights and the cache.
-        tokens: Number of tokens per row that all passes read together. If there are several passes, each pass predicts
-            one token. A single pass predicts one token after each token that the pass reads.
+        tokens: Number of tokens per row that all passes read together. Each of several passes applies the output
+            projection to one token per row. A single pass applies the output projection to all tokens.
         rotated: Whether the cache is quantized, and keys and values are rotated.
     """
     used = flops.row(model, ends_at, source, tokens if calls == 1 else calls)

@@ -1,6 +1,6 @@
 """Convert parameters to the form that decoding steps read fastest.
 
-If several models have arrays in common, such as the base of several LoRA adapters, each array is converted only once.
+Several models may have arrays in common, such as the base of several LoRA adapters. Each array is converted only once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Generate text faster by speculative decoding: a small draft model proposes tokens, and the target verifies them.
 
 The output is the same as without a draft (Leviathan et al., 2023, arXiv:2211.17192). Greedy decoding selects the same
-tokens, with one exception. A forward pass over several tokens adds numbers in another order, which may decide between
-two tokens with almost equal logits. Sampling has the same distribution, but other random numbers.
+tokens, with one exception. A forward pass over several tokens adds numbers in another order. This order may decide
+between two tokens with almost equal logits. Sampling has the same distribution, but other random numbers.
 
 One compiled loop repeats three actions. The draft proposes N tokens. The target computes the logits after the last
 token and after every proposed token in one forward pass. Each row keeps the accepted tokens and one more token. Rows
@@ -211,9 +211,9 @@ class SpeculativeDecoder:
     ) -> tuple[jax.Array, jax.Array, list[Any]]:
         """Return the draft's tokens [B, N], the logits of their distributions [B, N, V], and the draft's cache.
 
-        If all tokens of the last step were accepted, the draft has not read the last accepted token. The first pass
-        therefore reads two tokens. If the draft has already read the first token, the pass computes the same keys
-        again.
+        The first pass of the draft reads the last two tokens of each row. The first of these two tokens is new to the
+        draft only if the last step accepted all tokens. Otherwise, its keys and values are computed a second time, with
+        the same result.
         """
         B, N = len(state["token"]), self.tokens
         proposed_BN = jnp.zeros((B, N), jnp.int32)

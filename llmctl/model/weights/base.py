@@ -25,8 +25,8 @@ which a dense array is slow or impossible. A node that adds an adapter to anothe
 `llmctl.model.weights.adapter.Adapter`.
 
 Limits: every array of a node must have as many axes as the weight. If the weight has a leading axis of layers, every
-array must have this axis too, because `lax.scan` over layers slices the leading axis. Along another axis, an array may
-be shorter than the weight (such as scales). The array is then replicated along this axis.
+array must have this axis too. The reason is that `lax.scan` over layers slices the leading axis. Along another axis, an
+array may be shorter than the weight (such as scales). The array is then replicated along this axis.
 
 Shapes: N tokens (any number of leading axes), I inputs, O outputs, V vocabulary, D model width.
 """

@@ -32,7 +32,10 @@ def limits(bits: int) -> tuple[float, float]:
 
 @node_type
 class LearnedScale(Node):
-    """Store a matrix [..., I, O] with scales [..., G, O], or a table [V, D] with scales [V, G].
+    """Store a matrix or a table of floats, with one learned scale per group.
+
+    The scales of a matrix [..., I, O] are [..., G, O]. The scales of a table [V, D] are [V, G], for G groups of each
+    row.
 
     >>> w = LearnedScale(jnp.array([[0.9], [-0.2], [40.0]]), jnp.full((1, 1), 0.5), "int4")
     >>> w.dense()[:, 0].tolist()

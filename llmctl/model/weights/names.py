@@ -1,5 +1,5 @@
-"""Parse parameter names, to find out whether a parameter is a matrix, whether a parameter belongs to a layer, and so
-on.
+"""Parse parameter names. The result tells, for example, whether a parameter is a bias, and whether it belongs to a
+layer.
 
 The path of a weight consists of the keys of the parameter tree joined by "/", such as `decoder/blocks/attn/q/kernel`.
 If the weight is one plain array, the name of the array is the path. A weight node has several arrays. The name of each
@@ -43,8 +43,10 @@ class Name(NamedTuple):
 
     @property
     def place(self) -> Place | None:
-        """Return the part of the model that contains this matrix, or None if the weight is a norm, a bias or a position
-        table."""
+        """Return the part of the model that contains this matrix.
+
+        If the parameter is not a matrix but a norm, a bias or a position table, return None.
+        """
         if self.leaf == KERNEL:
             return "block" if self.stack else "head"
         return "embedding" if self.path == f"{EMBED}/tokens" else None

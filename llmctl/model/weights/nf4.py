@@ -63,7 +63,10 @@ SCALE_BOUNDS = (SCALE_LEVELS[1:] + SCALE_LEVELS[:-1]) / 2
 
 @node_type
 class NormalFloat(Node):
-    """Store a matrix [..., I, O] as codes [..., I, O] and scales [..., G, O], or a table [V, D] with scales [V, G].
+    """Store a matrix or a table as 4-bit codes of the same shape, with one scale per block.
+
+    The scales of a matrix [..., I, O] are [..., G, O]. The scales of a table [V, D] are [V, G], for G blocks of each
+    row.
 
     >>> one = NormalFloat.of(jnp.ones((64, 4)), axis=0, block=64)
     >>> two = one.double_quantized()
@@ -79,8 +82,8 @@ class NormalFloat(Node):
     scale: jax.Array
     """Largest absolute value of each block, float32. If `scale_max` is not None, the code of this value, uint8."""
     scale_max: jax.Array | None = None
-    """Largest absolute difference of 256 scales from their mean, float32: [..., G, S], or [S, G] for a table. None if
-    scales are not quantized."""
+    """Largest absolute difference from `scale_mean` in each group of 256 scales, float32. The shape is [..., G, S], or
+    [S, G] for a table. None if scales are not quantized."""
     scale_mean: jax.Array | None = None
     """Mean of the scales of each matrix, float32 [..., 1, 1]. None if scales are not quantized."""
 
@@ -141,8 +144,8 @@ class NormalFloat(Node):
     def select(self, index_LN: np.ndarray, axis: int) -> Any:
         """Return a weight [layers, inputs, outputs] with only the selected inputs or outputs of each layer.
 
-        If outputs are selected, the scales of the result are in float32, because the selection would break up the
-        groups of 256 scales. The values do not change.
+        If outputs are selected, 8-bit scales are converted to float32. The reason is that the selection would break up
+        the groups of 256 scales. The values do not change.
         """
         if axis == -1 and self.scale_max is not None:
             return NormalFloat(self.codes, self.scales()).select(index_LN, axis)

@@ -1,4 +1,4 @@
-"""Store a weight as codes of 2, 3 or 4 bits, packed into bytes, with one scale per block of inputs.
+"""Store a weight as codes of 2, 3 or 4 bits that are packed into bytes. Each block of inputs has a scale.
 
 A value is level * scale * factor. Each code has a level, each block has a scale, and each matrix has a factor. The
 formats:

@@ -19,12 +19,12 @@ from llmctl.model.weights.base import Node, Product, node_type, setting
 ACTIVATIONS = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn"}
 """Map from names in settings to the dtype of quantized activations."""
 LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
-"""Largest absolute activation, divided by the static scale of activations, by type. The quotient of int8 is not 127.5,
-because the last bit of a division would then decide how the largest activation is rounded."""
+"""Quotient of the largest absolute activation and the static scale of activations, by type. For int8, the quotient is
+127, not 127.5. With 127.5, the last bit of a division would decide how the largest activation is rounded."""
 
 FEW_TOKENS = 64
 """Maximum number of tokens per product for which groups are multiplied one by one. With more tokens, dequantizing the
-weight is faster, and the products of all groups would need more memory than the weight."""
+weight is faster. The products of all groups would then also need more memory than the weight."""
 
 
 @node_type

@@ -46,7 +46,7 @@ class Config(StageConfig):
     kind: Literal["distill"] = "distill"
     teacher: str = ""
     """Artifact whose outputs the student learns. The student is trained for the teacher's task. If the teacher was
-    finetuned on preferences, the student learns the teacher's language model, from texts or from prompts and
+    finetuned on preferences, the student learns the teacher's language model. The data then has texts, or prompts and
     completions."""
     teachers: list[str] | None = None
     """Several teachers instead of `teacher`. The student learns the mean of their probabilities. Adapters over one base
@@ -67,7 +67,8 @@ class Config(StageConfig):
     """Training examples, with the columns that the stage `finetune` needs for the teacher's task."""
     temperature: float = Field(default=2.0, gt=0)
     """Temperature of the teacher's and the student's softmax. Values above 1 make both distributions softer. For the
-    divergence total_variation, the default is 1. Use the temperature at which the draft will sample."""
+    divergence total_variation, the default is 1. If the student is a draft, use the temperature at which it will
+    sample."""
     hard: float = Field(default=0.1, ge=0, le=1)
     """Weight of the cross-entropy with the labels. The divergence from the teacher has the remaining weight."""
     divergence: Literal["forward", "reverse", "js", "skew", "total_variation"] = "forward"

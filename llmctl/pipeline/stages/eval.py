@@ -134,8 +134,7 @@ def programs(config: Config, base: Artifact | None, others: dict[str, Artifact],
 
 
 def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:
-    """Return the artifacts to measure. The artifact in `draft_of` is not one of these artifacts, unless `of` names
-    it."""
+    """Return the artifacts to measure. The target model in `draft_of` is measured only if `of` names it."""
     return {name: one for name, one in named.items() if name != config.draft_of or name in config.of}
 
 

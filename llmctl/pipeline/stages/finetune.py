@@ -88,7 +88,7 @@ class Config(StageConfig):
     store: Literal["model", "adapter"] = "model"
     """Content of the artifact. model: all parameters. adapter: only the trained parameters, including adapters that are
     not merged. Later commands then also need the base, the artifact from which training started. Commands search for
-    the base in the folders next to the adapter, or read it from the folder given by --base."""
+    the base in the folders next to the adapter. The flag --base gives another folder."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of layers to freeze, counted from the first layer. The embeddings are frozen too. 0 freezes nothing."""
     trained: TrainedConfig = TrainedConfig()

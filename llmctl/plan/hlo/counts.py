@@ -123,8 +123,8 @@ class _Tally:
     def add(self, other: _Tally, times: float = 1.0, *, bytes_too: bool = True) -> None:
         """Add the counts of `times` executions of `other`.
 
-        If `bytes_too` is false, the HBM bytes of `other` are omitted, because the caller counts them once for the
-        complete fusion.
+        If `bytes_too` is false, the HBM bytes of `other` are omitted. The caller then counts them once for the complete
+        fusion.
         """
         for mine, theirs in ((self.flops, other.flops), (self.kernels, other.kernels)):
             for key, value in theirs.items():

@@ -59,7 +59,7 @@ class Instruction:
     name: str
     opcode: str
     arrays: list[Array]
-    """Arrays in the result, in order. A result that is no tuple has one array."""
+    """Arrays in the result, in order. A result that is not a tuple has one array."""
     operands: list[str]
     inside: str
     """Text between the instruction's parentheses: its operands, or the value of a constant."""

@@ -70,11 +70,11 @@ def _connected(pairs: list[tuple[int, int]]) -> list[int]:
 
 
 def _of_mesh(text: str) -> list[int]:
-    """Return the sorted device numbers of the replica group that contains mesh index 0, from the printed mesh form.
+    """Parse replica groups that are printed as axes of a mesh, and return the first group's device numbers, sorted.
 
-    An example is mesh['a'=2,'b'=4] {'b'}: a group spans the axis b. XLA invents the names of the axes. If a group spans
-    a part of an axis, XLA prints 'a':(P)S. S is the size of this part. P is the product of the sizes of the earlier
-    parts of the axis.
+    The first group contains mesh index 0. An example of the form is mesh['a'=2,'b'=4] {'b'}: a group spans the axis b.
+    XLA invents the names of the axes. If a group spans a part of an axis, XLA prints 'a':(P)S. S is the size of this
+    part. P is the product of the sizes of the earlier parts of the axis.
     """
     names = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text.partition("]")[0])}
     over = re.search(r"\{([^}]*)\}", text.partition("]")[2])
