@@ -47,8 +47,8 @@ def abstract_result(
         task: Name of the task; None uses the task of `base`.
         generation: Settings for generating answers; None uses the settings in `base`.
         pruned: Whether the weights are pruned, so that later stages keep their zeros; None uses the value of `base`.
-        stored: Function that returns whether the saved folder contains the array with a given name. If given, the
-            artifact is an adapter of `base`.
+        stored: Function that takes the name of an array, and returns whether the saved folder contains the array. With
+            this function, the artifact is an adapter of `base`. None saves all arrays.
         sparsity: Fraction of zeros in the pruned matrices, if the stage stores these matrices in a sparse format. If
             None, each array that `base` stores in a sparse format keeps its fraction of zeros.
     """

@@ -164,8 +164,8 @@ def composed(
         base: Parameters of the base.
 
     Raises:
-        RequestError: If an array is neither in the adapter nor in the base, or does not have the shape and dtype of
-            `target`.
+        RequestError: If an array is missing in both the adapter and the base. If the shape or dtype of an array differs
+            from `target`.
     """
     import jax
 

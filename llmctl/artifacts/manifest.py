@@ -156,7 +156,7 @@ class Manifest(BaseModel):
     truncate: Literal["", "tail", "head_tail"] = ""
     """Part of long texts that training removes (see `data.config.Truncate`); empty if unknown."""
     generation: dict[str, Any] = {}
-    """Settings for generating answers in finetuning; empty if the task generates no answers."""
+    """Settings for generating answers, as in finetuning; empty if the task generates no answers."""
     weights: dict[str, dict[str, Any]] = {}
     """Record of each weight by path (see `llmctl.model.weights.describe`). A record has the kind of the weight, such as
     plain or quantized, and the dtypes and shapes of its arrays."""

@@ -238,8 +238,7 @@ def text_settings(config: Mapping[str, Any], parent: Manifest | None) -> dict[st
 
 
 def generation_settings(manifest: Manifest | None) -> dict[str, Any]:
-    """Return the settings for generating answers that an artifact was finetuned with. If there are no settings, return
-    {}.
+    """Return the settings for generating answers that finetuning stored in an artifact; {} if there are none.
 
     In artifacts that an earlier version of llmctl saved, these settings are only in the config of the finetuning stage.
     """

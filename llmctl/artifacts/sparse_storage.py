@@ -187,10 +187,10 @@ def _indices() -> np.ndarray:
 
 
 def _positions(indices_GO: np.ndarray) -> np.ndarray:
-    """Decode the positions of the two stored elements in each group of four, int [..., 2, O].
+    """Decode the positions of the two stored elements in each group of four elements, int [..., 2, O].
 
     Args:
-        indices_GO: One integer [..., O] per group, which contains both positions (see `_indices`).
+        indices_GO: Integers [..., O], one per group. Each integer contains both positions (see `_indices`).
     """
     import numpy as np
 

@@ -122,7 +122,7 @@ def _interruptible(command: Callable[..., Any], resumable: bool) -> Callable[...
 
 
 def _check_numbers(options: dict[str, Any]) -> None:
-    """Check the range of numeric options: finite, float32 range for floats, and 64 bits for integers.
+    """Check that float options are finite float32 numbers, and that integer options fit into 64 bits.
 
     Raises:
       RequestError: If an option is out of range.

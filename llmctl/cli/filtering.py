@@ -16,8 +16,9 @@ def filter_rows(
 ) -> list[Filtered]:
     """Filter the continuations of a batch in place.
 
-    If one answer must be sampled again, new continuations of all prompts of the batch are sampled. Only the rows whose
-    answers were rejected take them. The new sample of a row therefore does not depend on the other rows.
+    If one answer must be sampled again, new continuations of all prompts of the batch are sampled. Only rows whose
+    answers were rejected get the new continuations. The new sample of a row therefore does not depend on the other
+    rows.
 
     Args:
         output_filter: The filter; None changes nothing.

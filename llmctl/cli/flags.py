@@ -53,8 +53,7 @@ PROCESSES: dict[str, tuple[Any, Any]] = {
     "num_processes": (NumProcesses, 0),
     "process_id": (ProcessId, -1),
 }
-"""Flags for runs of several processes, as (annotation, default): the arguments of
-`llmctl.distributed.processes.join`."""
+"""Flags for runs of several processes, as {argument of `llmctl.distributed.processes.join`: (annotation, default)}."""
 
 
 def command(kind: str) -> tuple[Callable[..., None], Any]:
@@ -252,8 +251,9 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _metadata(kind: Any) -> Iterator[Any]:
-    """Yield the metadata of every `Annotated` type among the arguments of `kind`: a list's item type, or a union's
-    members.
+    """Yield the metadata of the `Annotated` types inside a list type or a union type.
+
+    The types inside are the item type of a list, or the members of a union.
     """
     for part in get_args(kind) if get_origin(kind) is not Literal else ():
         yield from getattr(part, "__metadata__", ())

@@ -61,8 +61,8 @@ class NamedModels:
     def add_draft(self, manifest: artifact.Manifest, tokens: int) -> None:
         """Make the selected model generate by speculative decoding, with the draft that the decoders hold.
 
-        There must be a single model. `manifest` is that of the draft, and `tokens` the number of tokens that it
-        proposes per step.
+        Exactly one model must be loaded. `manifest` is the manifest of the draft. The draft proposes `tokens` tokens
+        per step.
         """
         assert self._decoders is not None and self._decoders.draft is not None
         decoder = self._decoders.use(self.selected.name)

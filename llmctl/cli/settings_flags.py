@@ -13,7 +13,7 @@ from llmctl.config.validation import validate
 
 
 def with_settings(section: str, cls: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds a flag `--SECTION.FIELD` per field of a settings class to a command.
+    """Return a decorator that adds flags to a command: one flag `--SECTION.FIELD` per field of a settings class.
 
     The command gets the validated settings as the argument `SECTION_settings`.
 

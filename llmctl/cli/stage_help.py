@@ -118,8 +118,9 @@ def _heading(cls: Any, path: tuple[str, ...]) -> str:
 def _is_common(cls: Any, path: tuple[str, ...]) -> bool:
     """Return whether `--help` lists the flag of a field.
 
-    The flag is listed if the class of the field lists the field in `common`, or if this `common` is None. A field that
-    is a section, such as `optim`, has fields of its own. A section within a section must itself be listed in `common`.
+    The flag is listed if `common` of the field's class contains the field or is None. A section, such as `optim`, is a
+    field that has fields of its own. If a section is inside another section, `common` of the outer section must contain
+    the inner section too.
     """
     for depth, part in enumerate(path[:-1]):
         if depth and cls.common is not None and part not in cls.common:

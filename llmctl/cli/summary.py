@@ -251,8 +251,8 @@ def _lineage(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def model(spec: str) -> ModelConfig:
     """Return the model config of a preset or a TOML file.
 
-    In a file, the config is the table `[model]`. If the file has no such table, the config is the table `model` of the
-    first stage that has this table. If no stage has this table, the complete file is the config.
+    In a file, the config is the first table found: `[model]`, or else the table `model` of a stage. If there is no such
+    table, the complete file is the config.
 
     Raises:
       RequestError: If the preset or file does not exist, or a setting in it is invalid.

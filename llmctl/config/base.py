@@ -53,8 +53,8 @@ class Config(BaseModel):
     """Pairs of fields that may not be set together, such as {"epochs": "steps"}. If the recipe file sets one field and
     the command line sets the other field, the command line takes precedence."""
     heading: ClassVar[str] = ""
-    """Heading above these fields in a command's help. If empty, the fields are listed under the heading of the
-    enclosing settings class."""
+    """Heading above the fields of this class in a command's help. If empty, the fields are listed under the heading of
+    the enclosing settings class."""
     common: ClassVar[tuple[str, ...] | None] = None
     """Names of the fields that a command's `--help` lists. None lists all fields. `--help-all` always lists all
     fields."""
@@ -181,7 +181,7 @@ def hint(word: str, known: list[str]) -> str:
 
 
 def with_article(noun: str) -> str:
-    """Return the noun with the article "a" or "an", chosen by its first sound.
+    """Return the noun with the article "a" or "an", chosen by the noun's first sound.
 
     Example:
         >>> with_article("encoder"), with_article("unigram"), with_article("gpu")
@@ -193,8 +193,8 @@ def with_article(noun: str) -> str:
 def keyed(value: Any) -> Any:
     """Convert a stage's settings to the JSON data from which its key (a hash) is computed.
 
-    Fields in `Config.unkeyed` are omitted. A field in `Config.added` is omitted while it has its default, so that a new
-    setting does not change existing keys.
+    Fields in `Config.unkeyed` are omitted. A field in `Config.added` is omitted while it has its default. A new setting
+    therefore does not change existing keys.
 
     Args:
         value: Settings, or a value inside settings.

@@ -21,8 +21,8 @@ RATIO = 1000
 """Maximum number of decompressed bytes per compressed byte. Text has a ratio of about 3 to 10. If all bytes of a file
 are equal, the ratio is up to 1032 with gzip, and larger with zstd."""
 UNCHECKED = 64 << 20
-"""Number of decompressed bytes up to which the compression ratio of a file is not checked. Small files of equal lines
-are harmless."""
+"""Largest decompressed size, in bytes, of a file whose compression ratio is not checked. Such a file is harmless, even
+if all of its lines are equal."""
 
 LAYERS = 100_000
 """Maximum number of layers of a model, because some lists have one entry per layer. Published models have up to a few
@@ -38,9 +38,9 @@ conversations exceed the context of every model."""
 TEMPLATE_STEPS = 10_000_000
 """Maximum number of steps to render a chat template.
 
-A step is the evaluation of a node of the template's syntax tree, or 64 characters that are read or created. A
-conversation of 1,000 messages of 1,000 characters takes about 170,000 steps and 40 ms. An infinite loop reaches the
-limit after about 8 seconds.
+The evaluation of one node of the template's syntax tree takes one step. Every 64 characters that are read or created
+take one more step. A conversation of 1,000 messages of 1,000 characters takes about 170,000 steps and 40 ms. An
+infinite loop reaches the limit after about 8 seconds.
 """
 TEMPLATE_BITS = 4000
 """Maximum size of an integer in a chat template, in bits. Python prints at most 4300 digits, and large products are

@@ -51,8 +51,9 @@ def _filled(cls: type[Config], values: dict[str, Any]) -> dict[str, Any]:
     If `cls` declares `train: TrainConfig = TrainConfig(steps=300)` and the user sets only `train.batch_size`, the
     number of steps is 300.
 
-    Nested settings with `deciding` fields, such as a preset, are an exception. The deciding fields determine the
-    defaults of the other fields. Only the deciding fields are completed, and only if the user set no deciding field.
+    There is one exception: nested settings with `deciding` fields, such as a preset. These fields determine the
+    defaults of all other fields. If the user set a deciding field, no field is completed. Otherwise, only the deciding
+    fields are completed.
     """
     out = dict(values)
     for name, field in cls.model_fields.items():

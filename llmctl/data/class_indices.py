@@ -19,8 +19,8 @@ def of_rows(
 ) -> tuple[tuple[str, ...], dict[str, str], np.ndarray | None]:
     """Return (class names, {label as spelled in the data: class name}, labels of the N rows).
 
-    The labels are class indices (int32 [N]), numbers (float32 [N]), or sets of classes as zeros and ones (uint8
-    [N, C]). The labels are None if the rows have no labels, or if each word has a label.
+    The labels are class indices (int32 [N]) or numbers (float32 [N]). If labels are sets of classes, they are zeros and
+    ones (uint8 [N, C]). The labels are None if the rows have no labels, or if each word has a label.
 
     Args:
         cfg: Settings of the data.

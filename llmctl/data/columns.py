@@ -27,11 +27,11 @@ class View(Source):
 
     Canonical names are llmctl's own column names, such as `text`, `label`, `prompt` and `completion`.
 
-    `read` returns None for rows that the filter removes. If the data has the column `tokens` (a list of words) but no
-    column `text`, `text` contains the words joined by spaces. If `data.classes` is empty or contains a class name that
-    the data declares, class names replace class numbers.
+    `read` returns None for rows that the filter removes. If the data has a column `tokens` (lists of words) but no
+    column `text`, a column `text` is added. It contains the words joined by spaces. If `data.classes` is empty or
+    contains a class name that the data declares, class names replace class numbers.
 
-    For tasks with conversations, only the columns `messages` and `tools` are mapped, and messages are converted to the
+    For tasks with conversations, only the columns `messages` and `tools` are mapped. Messages are converted to the
     format of `llmctl.data.chats`. For other tasks, these two columns are not mapped.
     """
 

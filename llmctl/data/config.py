@@ -150,7 +150,7 @@ class DataConfig(SourceConfig):
     classes: list[str] = []
     """Label values in the order of their class indices. If empty, the classes are the distinct values of the data, in
     sorted order. If the data set declares class names (tfds, hf, parquet), the classes have the declared order instead.
-    If the list contains numbers, declared names do not replace the numbers."""
+    If `data.classes` contains numbers, declared names do not replace the numbers."""
     label_type: Literal["class", "number", "set"] = "class"
     """Type of the labels: a class, a number (regression), or a set of classes, which may be empty."""
     label_separator: str = ""
@@ -209,7 +209,7 @@ class DataConfig(SourceConfig):
         return self
 
     def parts(self) -> list[SourceConfig]:
-        """Return the sources of the mixture, or a list with this single source if there is no mixture."""
+        """Return the sources of the mixture. If there is no mixture, return a list with only this config."""
         return list(self.mixture) or [self]
 
     @property
@@ -218,7 +218,7 @@ class DataConfig(SourceConfig):
         return ", ".join(part.title for part in self.parts())
 
     def held_out(self) -> dict[Split, SourceConfig]:
-        """Return {held-out split: source} for the splits that have their own files, or are splits of the data set.
+        """Return the sources of held-out splits that have a source of their own, by split (validation, test).
 
         Settings such as `test_path` and `test_split` define these sources. All other held-out splits are fractions of
         the sources in `parts`, and are not in the result.

@@ -38,7 +38,7 @@ def fraction(text: str) -> float:
     """Hash a text to a number in [0, 1), which determines the text's split (train, validation or test).
 
     The number is computed from the SHA-256 of the text's letters and digits. Tags, punctuation, case and white space
-    are ignored, so that light cleaning (`data.replace`) does not move a text to another split.
+    are ignored. Light cleaning (`data.replace`) therefore does not move a text to another split.
     """
     bare = normalize(_TAG.sub(" ", text) if "<" in text else text).encode()
     content = bare.translate(None, _NOT_CONTENT) or bare
@@ -66,7 +66,7 @@ class Scan:
     labels: list[Label]
     """Label of each row with the state KEPT, as spelled in the data; empty if rows have no labels."""
     tags: dict[str, str]
-    """Location of the first row with each label of words, {label: location}; empty if words have no labels."""
+    """First row in which each label of a word occurs, {label: location of the row}; empty if words have no labels."""
 
 
 def scan(cfg: DataConfig, view: View, first: int, last: int) -> Scan:

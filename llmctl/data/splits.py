@@ -220,8 +220,9 @@ def load(
     labels: bool = True,
     conversations: bool = False,
 ) -> Splits:
-    """Read all rows of the data, filter the rows, map labels to classes, remove blank rows and duplicates, and split
-    the rows.
+    """Read all rows of the data, and divide them into train, validation and test splits.
+
+    Before the division, rows are filtered, and blank rows and duplicates are removed. Labels are mapped to classes.
 
     Args:
         cfg: Settings of the data.

@@ -257,7 +257,7 @@ class Records:
 
     @property
     def tokens(self) -> int | None:
-        """Return the number of tokens that a teacher read in all rows, or None if a file has no such number."""
+        """Return the number of tokens that a teacher read in all rows. If a file lacks this number, return None."""
         each = [shard.tokens for shard in self._shards]
         return None if None in each else sum(n for n in each if n)
 

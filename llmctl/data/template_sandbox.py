@@ -3,7 +3,7 @@
 Templates are not trusted, because a template may come with a model from an unknown author. Nested loops could take
 hours, and an expression such as `'a' * 10**10` could take all memory. Steps are counted instead of seconds, so that a
 template fails on all machines or on none:
-- Each execution of the body of a loop, macro or block takes one step per node of the body's syntax tree.
+- Each execution of a loop's, macro's or block's body takes one step per node of the body's syntax tree.
 - Operators, calls, filters, tests, comparisons and outputs take a step per 64 characters or items that they read and
   create.
 - For operations with long results (`*`, `%`, `replace`, `join`, `center`, …), the length is checked beforehand.
@@ -195,7 +195,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, a macro or a method, and add to the number of steps that the template has taken.
+        """Call a function, a macro or a method, and count the steps of the call.
 
         Longer results, and longer arguments of functions and methods, take more steps. A result that is too long is
         rejected.

@@ -1,7 +1,7 @@
 """Split sequences over devices so that causal attention takes equal work on each device (context parallelism).
 
 For n devices, a sequence is split into 2n chunks. Device i gets the chunks i and 2n - 1 - i ("zig-zag" order). Each
-device then has one early chunk, which attends to few keys, and one late chunk, which attends to many keys.
+device then has one early chunk and one late chunk. The early chunk attends to few keys, and the late chunk to many.
 
 The tokens of each row are permuted once, on the host. The model needs no other change, because losses are sums over
 tokens and attention receives the position of each token.

@@ -7,8 +7,8 @@ this value. The bandwidth between slices is the "DCN bandwidth per chip" of the 
 6.4 Tbps per pod divided by 256 chips.
 
 GPU figures come from the data sheets of A100 80GB SXM, H100 SXM and H200 SXM, without sparsity. NVLink bandwidth is
-halved in the same way. Between nodes, each GPU has one InfiniBand port, as in DGX A100 (200 Gb/s) and in DGX H100 and
-H200 (400 Gb/s).
+halved in the same way. Between nodes, each GPU has one InfiniBand port. The port has 200 Gb/s in DGX A100, and 400 Gb/s
+in DGX H100 and H200.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ def pieces(a: jax.Array) -> Iterator[np.ndarray]:
 
 @cache
 def _gather(length: int, whole: NamedSharding) -> Any:
-    """Return a jitted function (array, index i) -> rows i to i + `length` - 1 of the array.
+    """Return a jitted function that selects `length` consecutive rows of an array.
 
-    The function replicates these rows on all devices, by the sharding `whole`.
+    The function's arguments are the array and the index of the first row. The result is replicated on all devices, by
+    the sharding `whole`.
     """
     return jax.jit(partial(jax.lax.dynamic_slice_in_dim, slice_size=length), out_shardings=whole)

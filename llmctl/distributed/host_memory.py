@@ -41,8 +41,8 @@ def share_arena() -> bool:
 def keep() -> bool:
     """Configure the C allocator of this process to keep freed memory. Repeated calls have no effect.
 
-    The memory of the process then never falls below its peak. Half of the machine's memory is reserved as address
-    space, but a page is allocated only when it is first written.
+    The memory of the process then never falls below its peak. Address space for half of the machine's memory is
+    reserved. A page of this space is allocated only when it is first written.
 
     Returns:
         True if the allocator was configured, which requires Linux with glibc. Otherwise False.
@@ -70,8 +70,7 @@ def keep() -> bool:
 def trim() -> None:
     """Return the pages of freed memory to the kernel. Without glibc, the function has no effect.
 
-    Call this function when much more memory was freed than the next computation needs. An example is the memory for
-    loading arrays.
+    Call this function after work that needed much more memory than the next computation, such as loading arrays.
     """
     libc = _glibc()
     if libc is not None:

@@ -60,8 +60,8 @@ _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 def make(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """Build a device mesh with the axes pipeline, data, fsdp, context and tensor. All axes have JAX's axis type Auto.
 
-    On the CPU platform with default settings, the mesh has one device, because fake CPU devices only split the same
-    cores. On CPUs, the process also keeps freed memory (`host_memory.keep`).
+    On the CPU platform with default settings, the mesh has one device. More (fake) CPU devices would only split the
+    same cores. On CPUs, the process also keeps freed memory (`host_memory.keep`).
 
     Args:
         config: Number of devices per axis; -1 uses the remaining devices.

@@ -213,7 +213,7 @@ def gather(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def process_0_first() -> Iterator[None]:
-    """Run the body of the `with` statement in process 0 first, and then in the other processes at the same time.
+    """Run the body of a `with` statement in process 0, and then in all other processes at the same time.
 
     The other processes can then read files that process 0 wrote in the body.
     """

@@ -22,7 +22,7 @@ BUDGET = 8_000
 
 
 def section(contents: Contents) -> Section:
-    """Return the section with the learning curves of all stages that were trained."""
+    """Return the section with the learning curves of all stages that wrote a training log."""
     logs = [(m.name, m.log, "") for m in contents.models] + [
         (u.name, u.log, " (not finished)") for u in contents.unfinished
     ]

@@ -81,7 +81,7 @@ class Tokens:
 
     @property
     def strengths(self) -> list[float]:
-        """Return the magnitude of each token's number, relative to the largest in the text."""
+        """Return the magnitude of each token's number, relative to the largest magnitude in the text."""
         largest = max((abs(value) for _, value in self.tokens), default=0) or 1
         return [round(abs(value) / largest, 3) for _, value in self.tokens]
 

@@ -36,7 +36,7 @@ def record(name: str) -> Metric | None:
 
 
 def title(name: str) -> str:
-    """Return the title of a metric. A metric that is not registered has its name with spaces for underscores.
+    """Return the title of a metric. If the metric is not registered, the title is its name with spaces for underscores.
 
     Example:
         >>> title("bbq/accuracy/gender"), title("new_metric")

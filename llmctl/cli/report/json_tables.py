@@ -70,7 +70,8 @@ def _records(name: str, records: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def json_cell(value: Any, name: str = "") -> Cell:
-    """Return the cell of a JSON value. A number is formatted by the metric `name`, if such a metric is registered."""
+    """Return the cell of a JSON value. If a metric called `name` is registered, a number is formatted like this
+    metric."""
     if figures.is_number(value):
         return number(value, figures.value_text(name, value) if name and figures.record(name) else "")
     if value is None:

@@ -70,7 +70,7 @@ def _edges(models: Sequence[Model]) -> list[tuple[str, str, str]]:
 
 
 def _other(name: str) -> str:
-    """Return the displayed name of a model outside the run that has the same name as a model of the run."""
+    """Return the displayed name of a model outside the run, if a model of the run has the same name."""
     return f"{name} (not that of this run)"
 
 

@@ -133,7 +133,7 @@ _HIDDEN: Spec = {"legend": None}
 
 
 def tradeoff(values: Values, x: str, y: str, log: bool, percent: bool, joined: bool) -> Spec:
-    """Return a scatter plot of quality against cost, in which filled points on a line are the Pareto front.
+    """Return a scatter plot of quality against cost. The points on the Pareto front are filled.
 
     Args:
         values: Records with "name", "x", "y", "front" (bool), and possibly "low" and "high", the interval of y.

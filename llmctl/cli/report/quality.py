@@ -21,7 +21,8 @@ COSTS = (
 def front(points: Sequence[tuple[float, float]], maximize: bool) -> list[bool]:
     """Return whether each point (cost, quality) is on the Pareto front.
 
-    A point is on the front if no other point is better in cost or quality without being worse in the other.
+    A point dominates another point if it is better in cost or quality, and worse in neither. The front consists of the
+    points that no point dominates.
 
     Example:
         >>> front([(1, 0.5), (2, 0.9), (3, 0.8), (2, 0.7)], maximize=True)

@@ -19,11 +19,11 @@ from llmctl.config.text_input import parse_json
 
 LOG, RECORDS = "log.jsonl", "predictions.jsonl"
 ATTRIBUTIONS = "*.attributions.json"
-"""Pattern of the names of files in a run that `llmctl explain --json` wrote."""
+"""Name pattern of the files that `llmctl explain --json` wrote into a run's folder."""
 WORK = ".work"
 """Folder in a run with the temporary files of stages that have not finished."""
 MOST_RECORDS = 200_000
-"""Maximum number of lines that are read of each file with predictions."""
+"""Maximum number of lines to read from each file with predictions."""
 
 Record = dict[str, Any]
 

@@ -12,7 +12,7 @@ from llmctl.cli.report.document import Block, Cell, Folded, Paragraph, Section, 
 from llmctl.cli.report.run_contents import Contents, Record
 
 KEYS = ("row", "doc_id", "id", "prompt", "question", "text")
-"""Fields that identify an example. The first one that all records of a task have is used."""
+"""Fields that identify an example. The first of these fields that all records of a task have is used."""
 ALSO = ("change", "attack")
 """Optional fields that identify a changed version of an example, such as the name of an attack."""
 SHOWN = 12

@@ -36,8 +36,7 @@ def changes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _different(values: Mapping[str, Any], cls: type[Config], given: Config | None = None) -> dict[str, Any]:
-    """Return the values that differ from those of `given`. If it is None, return those that differ from the class's
-    defaults."""
+    """Return the `values` that differ from `given` or, if `given` is None, from the defaults of the class."""
     found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
         if name not in values:
@@ -64,7 +63,9 @@ def _different(values: Mapping[str, Any], cls: type[Config], given: Config | Non
 
 
 def _is_complete(values: Mapping[str, Any], chosen: dict[str, Any], cls: type[Config], given: Config | None) -> bool:
-    """Return whether a config of class `cls` that is created from only the `chosen` settings has all of `values`.
+    """Return whether the settings `chosen` determine all of `values`.
+
+    A config of class `cls` is created from only these settings, and compared with `values`.
 
     The class may have deciding settings (`cls.deciding`), which determine the defaults of its other settings.
     """

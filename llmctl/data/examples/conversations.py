@@ -17,8 +17,9 @@ from llmctl.data.pretraining.packing import Batch
 from llmctl.data.splits import Examples
 
 Encode = Callable[[list[Message], list[Any] | None], tuple[list[int], np.ndarray, int]]
-"""Function (messages, tools) -> (token ids [N], bool mask [N] of the assistant's tokens, number of lost answers). An
-answer of the assistant is lost if its tokens cannot be found in the rendered conversation."""
+"""Function that encodes a conversation. Its arguments are the messages and the tools. It returns the token ids [N], a
+mask bool [N] of the assistant's tokens, and the number of lost answers. An answer of the assistant is lost if its
+tokens cannot be found in the rendered conversation."""
 
 
 class ConversationRows(ExampleRows):
@@ -88,8 +89,8 @@ class ConversationRows(ExampleRows):
 
     @property
     def log_lines(self) -> list[str]:
-        """Return log lines: the numbers of conversations that are truncated or dropped, and of answers that do not
-        count in the loss."""
+        """Return log lines with the numbers of truncated conversations, dropped conversations, and answers without
+        loss."""
         reasons = {
             "lose their first exchanges": self.shortened,
             "lose the end of the last answer": self.cut,

@@ -128,7 +128,7 @@ class ClassificationRows(ExampleRows):
 def templated(
     template: TextTemplate, text_N: np.ndarray, pair_N: np.ndarray | None, seq_len: int, truncate: Truncate = "tail"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Add a tokenizer's special tokens to a text or a pair of texts, and truncate the texts to fit `seq_len` tokens.
+    """Add special tokens to a text or a pair of texts, and truncate the texts to fit into `seq_len` tokens.
 
     Args:
         template: Special tokens around and between the texts.

@@ -24,7 +24,8 @@ def constant_scores(rows: Any, limit: int, sentinels: Sequence[int] = ()) -> dic
 
     Returns:
         baseline_accuracy: Accuracy if the most frequent target is always predicted.
-        baseline_loss: Cross-entropy in nats per target if the predicted distribution is the frequency of each target.
+        baseline_loss: Cross-entropy in nats per target if the predicted probability of each target is its relative
+            frequency.
         baseline_next_sentence_accuracy: Accuracy if the most frequent next-sentence label is always predicted; only for
             rows with such labels.
     """

@@ -34,8 +34,8 @@ class PairRows:
     """Build rows `bos A eos B eos` with masked tokens, for next-sentence prediction.
 
     A passage is a part of a document. Each passage is divided at a sentence boundary into A and B. A row contains A and
-    B from the same passage (next_label 0), or from passages of different documents (next_label 1). A and B have up to
-    half a row each, for both labels, so that lengths do not reveal the label.
+    B from the same passage (next_label 0), or from passages of different documents (next_label 1). For both labels, A
+    and B have up to half a row each. Lengths therefore do not reveal the label.
 
     Two passages of different documents give four rows: each A with its own B, then each A with the other B. Each A
     therefore occurs once with each label, and so does each B. The masked tokens of A are the same in both rows with
@@ -196,8 +196,9 @@ class PairRows:
         consecutive passages of one document cannot be combined. If `shuffle` is false, every epoch has the same order.
 
         Returns:
-            Three arrays: the document of each passage [N], the offsets of A and B in the document [N, 2], and the
-            lengths of A and B [N, 2]. Offsets and lengths are in tokens.
+            Three integer arrays, with one row per passage. The first has the document index of each passage [N]. The
+            second has the offsets of A and B in the document [N, 2]. The third has the lengths of A and B [N, 2].
+            Offsets and lengths are in tokens.
         """
         if not self._shuffle:
             place_N = place_N % self._count
@@ -252,9 +253,11 @@ def check(labelled: float) -> None:
 
 
 def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
-    """Find a partner for each passage in its group, so that A of each can be combined with B of the other.
+    """Find a partner for each passage among the passages of the same group.
 
-    The two passages are from different documents, and both have a nonempty B.
+    A of each partner is later combined with B of the other.
+
+    Partners are from different documents, and both have a nonempty B.
 
     Args:
         doc_N: Document of each passage; N is a multiple of GROUP.
@@ -278,9 +281,9 @@ def _partners(doc_N: np.ndarray, pair_N: np.ndarray) -> np.ndarray:
 def _rows(partner_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (passage of A, passage of B, next_label) of every row, int [2N] each.
 
-    Two combined passages a and b are called partners. Partners have two rows with label 0, (a, a) and (b, b), then two
-    rows with label 1, (a, b) and (b, a). The passages without a partner follow at the end of the group, without a
-    label. Two such passages c and d have the rows (c, c), (d, d), (c, c), (d, d).
+    Two combined passages a and b are called partners. They have four rows: (a, a) and (b, b) with label 0, then (a, b)
+    and (b, a) with label 1. The passages without a partner follow at the end of the group, without a label. Two such
+    passages c and d have the rows (c, c), (d, d), (c, c), (d, d).
     """
     first, second, label = [], [], []
     for start in range(0, len(partner_N), GROUP):

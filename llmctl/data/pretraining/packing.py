@@ -2,8 +2,8 @@
 
 For each epoch, documents are divided into pieces (whole documents or parts of documents). The pieces are placed one
 after the other into one long sequence of tokens, the epoch's token sequence. Row r consists of T tokens of this
-sequence, from token r * T on. The sequence is never stored. Only the offset of each piece in the sequence is known, and
-a binary search finds the pieces of a row. The time per row therefore hardly depends on the size of the corpus.
+sequence, from token r * T on. Only the offset of each piece in the sequence is stored, not the sequence itself. A
+binary search finds the pieces of a row. The time per row therefore hardly depends on the size of the corpus.
 
 A row depends only on the corpus, the settings and the row number. A row is therefore the same after a resume and for
 any number of hosts.

@@ -13,7 +13,7 @@ from llmctl.data.file_bytes import buffer, line_offsets
 from llmctl.data.source import Row, Source, of_files
 
 ROWS, BYTES = 1000, 16_000_000
-"""Maximum number of rows, and of bytes, from which the column names are read. If a later row has another column that
+"""Maximum numbers of rows and of bytes that are read to find the column names. If a later row has another column that
 llmctl would read, such as `label`, reading the row raises an error."""
 
 

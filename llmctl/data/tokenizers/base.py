@@ -34,7 +34,7 @@ Unicode noncharacter, which ordinary text does not contain."""
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Store the special tokens to add around a text or a pair of texts, as a Hugging Face post-processor adds them.
+    """Store the special tokens to add around a text or a pair of texts, like a Hugging Face post-processor.
 
     Example:
       >>> template = TextTemplate((1,), (2,), (2, 2))
@@ -178,7 +178,7 @@ class Tokenizer(ABC):
 
     @property
     def special_spellings(self) -> dict[str, str]:
-        """Return the texts of special tokens by their variable in chat templates, such as "bos_token"."""
+        """Return the text of each special token, by the token's variable in chat templates, such as "bos_token"."""
         names = {i: text for text, i in self.special_ids.items()}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
         return {name: names[i] for name, i in ids.items() if i in names}

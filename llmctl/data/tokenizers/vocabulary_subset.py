@@ -47,7 +47,7 @@ class Vocabulary(ABC):
         return {i for i, token in self.tokens.items() if token in texts}
 
     def on_the_way(self, text: str) -> set[int]:
-        """Return the tokens that encoding `text` finds on the way to its result, but does not return.
+        """Return the intermediate tokens that the tokenizer finds in `text`, but that are not in the encoded text.
 
         These tokens are parts of unknown words. They must be kept, so that the words stay unknown.
         """
@@ -178,8 +178,8 @@ class _Json(Vocabulary):
         return json.dumps(new, ensure_ascii=False).encode()
 
     def model_of(self, at: dict[int, int]) -> dict[str, Any]:
-        """Return the entries of the object `model` in tokenizer.json that change, with new values. `at` maps the ids of
-        kept tokens to their new ids."""
+        """Return the entries of the object `model` in tokenizer.json whose values change, with the new values. `at`
+        maps the ids of kept tokens to their new ids."""
         return {"vocab": {token: at[i] for token, i in self.model["vocab"].items() if i in at}}
 
 
