@@ -66,9 +66,9 @@ def factor(gram_II: jax.Array, damping: jax.Array | float = DAMPING) -> Factor:
 
     H is gram + damping * (mean diagonal entry of gram) * identity.
 
-    An input that is always 0 (a dead channel) gets the mean diagonal entry of the other inputs. Such an input does not
-    influence the other inputs. If the Hessian is not positive definite in float32, the damping is multiplied by 10 and
-    tried again. If every damping value fails, R is diagonal: the weights do not compensate for one another.
+    If an input is always 0 (a dead channel), its diagonal entry becomes the mean of the other entries. Such an input
+    does not influence the other inputs. If the Hessian is not positive definite in float32, the damping is multiplied
+    by 10 and tried again. If every damping value fails, R is diagonal: the weights do not compensate for one another.
 
     Args:
       gram_II: Gram matrix of the inputs, float32.

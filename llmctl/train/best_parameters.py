@@ -36,8 +36,8 @@ class BestParameters:
         """Return the metadata of a restored checkpoint, corrected if the best parameters are missing on disk.
 
         The best parameters are missing if the run was killed during their save. If the best step is the step of the
-        checkpoint, the parameters `named` are saved again. Otherwise the best metric is removed from `meta`. The
-        resumed run may not reach the same value again, because rounding differs on another mesh.
+        checkpoint, the parameters `named` are saved again. Otherwise the best metric is removed from `meta`. The reason
+        is that the resumed run may not reach this value again, because rounding differs on another mesh.
         """
         best = meta["best_step"]
         if not self.keeps or best is None or self.checkpoints.has_best(best):

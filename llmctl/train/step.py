@@ -114,9 +114,10 @@ def _master(a: Any) -> Any:
 
 
 def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> tuple[Callable[..., Any], Any]:
-    """Return (step function, optimizer). The step function is (state, (fixed, constants), batch) -> (state, metrics).
+    """Return the step function and the optimizer.
 
-    `fixed` has the arrays of the model that are not trained. `constants` is the field `constants` of the Job.
+    The step function maps (state, (fixed, constants), batch) to (next state, metrics). `fixed` has the arrays of the
+    model that are not trained. `constants` is the field `constants` of the Job.
     """
     trained = split(job)[0]
     starts = {name: s for name in trained if np.any((s := job.starts(name)) > 0)}
@@ -175,7 +176,10 @@ def make_step(job: Job, train: TrainConfig, config: OptimConfig, seed: int) -> t
 
 
 def _gradients(job: Job, train: TrainConfig) -> Callable[..., tuple[Params, Sums]]:
-    """Return a function (trained arrays, other inputs, batch, key) -> (gradients by name, metric sums) over the batch.
+    """Return a function that computes the gradients and the metric sums of a batch.
+
+    Its arguments are the trained arrays, the other inputs (see `Inputs`), the batch, and the dropout key. It returns
+    (gradients by name, metric sums).
 
     If `train.accumulate` is above 1, the function adds the gradients of the microbatches.
     """
@@ -233,8 +237,8 @@ def clip(grads: Params, norm: Any, limit: float) -> Params:
 def hold_zeros(old: Params, new: Params, held: Collection[str]) -> Params:
     """Return the arrays `new` after a step. In the arrays named in `held`, the zeros of `old` are kept.
 
-    Pruned weights therefore stay pruned. Bottleneck adapters are an exception. If all parameters of an adapter are zero
-    in a layer, the layer was frozen and its adapter was never trained. These zeros may change.
+    Pruned weights therefore stay pruned. Bottleneck adapters are an exception. If an adapter's parameters in a layer
+    are all zero, this adapter was never trained. Its zeros may change.
     """
 
     def mask(name: str) -> jax.Array:

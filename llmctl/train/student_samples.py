@@ -168,7 +168,10 @@ class StudentSamples:
         return Sampling(answers.temperature, answers.top_k, answers.top_p)
 
     def function(self, job: Job) -> Any:
-        """Return the compiled function (arrays of the job by name, batch, step) -> batch of samples."""
+        """Return a compiled function that replaces the completions of a batch by samples of the student.
+
+        Its arguments are the job's arrays by name, the batch, and the step. It returns the batch with the samples.
+        """
         train, seed = self.config.train, self.config.seed
         how: dict[str, Any] = {"ends": self.ends, "pad": self.pad, "max_new": self.max_new, "rules": self.rules}
 

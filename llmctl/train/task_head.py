@@ -31,8 +31,8 @@ def _why_new(config: Any, base: Artifact, labels: list[str]) -> str:
 
 
 def notices(config: Any, base: Artifact, labels: list[str], model: ModelConfig) -> list[str]:
-    """Return messages for the user about a new head, about pooling, and about formats to which the model cannot be
-    exported.
+    """Return messages for the user: about a new head, about pooling, and about export formats that do not fit the
+    model.
 
     `model` is the config of the model with the new head.
     """

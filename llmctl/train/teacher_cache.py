@@ -162,8 +162,7 @@ class TeacherCache:
         """Return the folder's description. If there is no description, return None.
 
         Raises:
-          RequestError: If the stored outputs were computed with other settings or digests than the settings and digests
-            `made_for`.
+          RequestError: If the settings or digests of the stored outputs differ from `made_for`.
         """
         found = read(self.folder)
         if found is None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 def outputs_of(task: Task, teachers: Sequence[ModelConfig], divergence: Divergence, train: Any) -> Any:
-    """Return the compiled function (parameters of the teachers, batch) -> outputs that the distillation loss reads.
+    """Return a compiled function that computes the teachers' outputs that the distillation loss reads.
+
+    Its arguments are the parameters of each teacher, and the batch.
 
     Args:
       task: task of the teachers.

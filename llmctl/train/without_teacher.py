@@ -1,4 +1,4 @@
-"""Train the student of a distillation without its teacher too, and compare the learning curves of both trainings.
+"""Train the student of a distillation once more without its teacher, and compare the learning curves of both trainings.
 
 Both trainings have the same settings, seed, steps and initial parameters. Without the teacher, the loss is that of the
 task on the labels of the data. Only the log and the metrics of this training are kept.
@@ -116,8 +116,8 @@ def compared(alone: Mapping[str, Any], curve_taught: Curve, metric: str) -> dict
       Metrics of `alone`, and:
 
       - "metric": the argument `metric`
-      - "equal_step": first step at which the metric with the teacher is at least as good as the final value without a
-        teacher. None if no validation has such a value
+      - "equal_step": first step at which training with the teacher reaches the final value of training without it. None
+        if no validation reaches this value
 
     >>> curve = [{"step": 10, "validation_loss": 2.0}, {"step": 20, "validation_loss": 1.4}]
     >>> compared({"steps": 50, "validation_loss": 1.5}, curve, "loss")["equal_step"]
@@ -132,7 +132,7 @@ def compared(alone: Mapping[str, Any], curve_taught: Curve, metric: str) -> dict
 def report(
     config: Any, ctx: Context, learner: Learner, taught: Mapping[str, Any], alone: Mapping[str, Any], say: Any
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Print how the students trained with and without a teacher compare, and write their learning curves.
+    """Print a comparison of training with and without a teacher, and write both learning curves.
 
     Args:
       config: config of the stage `distill`.

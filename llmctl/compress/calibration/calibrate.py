@@ -13,8 +13,8 @@ the decoder) run the same compiled functions.
 
 A method is a function that takes a `Visit` (one layer with its statistics) and returns the layer's parameters. A
 changed weight overwrites the unchanged weight in place if both have the same type. If the type changes, such as from
-dense to quantized, the changed weights of all layers are stacked in new memory. In that case the unchanged weights are
-freed when all layers of the stack are finished.
+dense to quantized, the changed weights are stacked in new arrays. The unchanged weights are then freed when all layers
+of the stack are finished.
 
 Example:
     def change(visit: Visit) -> Layer:

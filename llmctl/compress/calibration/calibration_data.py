@@ -94,7 +94,7 @@ def sequence_length(config: CalibrationConfig, base: Artifact) -> int:
 
 
 def _read(cfg: ModelConfig, batch: Mapping[str, Any], labels: bool) -> dict[str, Any]:
-    """Select the arrays of a batch that the model reads and, if `labels` is true, the arrays that the loss reads."""
+    """Return the arrays of a batch that the model reads. If `labels` is true, add the arrays that the loss reads."""
     read = dict(batch) if labels else {k: batch[k] for k in READ if k in batch}
     if cfg.encoder_layers and "encoder_tokens" not in read:
         read |= {f"encoder_{k}": v for k, v in read.items() if k in READ}

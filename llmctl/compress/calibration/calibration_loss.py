@@ -15,10 +15,10 @@ from llmctl.model.config import ModelConfig
 
 
 def loss_program(task: Task, cfg: ModelConfig, dtype: Any) -> Any:
-    """Return a compiled function (parameters, batch) -> float32 [2].
+    """Return a compiled function that measures the loss of a model on one batch.
 
-    The numbers are the sum of the losses of tokens (or examples), and the sum of the weights of these tokens. Their
-    quotient is the mean loss.
+    Its arguments are the parameters and the batch. It returns two sums over tokens (or examples), float32 [2]: of the
+    weighted losses, and of the weights. The first sum divided by the second is the mean loss.
     """
     loss = task.loss_of(cfg, dtype=dtype)
 

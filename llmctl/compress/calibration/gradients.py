@@ -92,10 +92,11 @@ def summed(
 
 
 def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
-    """Return a compiled function (matrices, parameters, totals, batch) -> (totals, total weight of the batch's tokens).
+    """Return a compiled function that adds the gradient sums of one batch to the totals.
 
-    The function computes the gradients of one batch, applies each function that `sums` names, and adds the results to
-    the totals. The totals are donated.
+    Its arguments are the matrices, the parameters, the totals and the batch. It computes the gradients, and applies
+    each function that `sums` names. It returns the new totals, and the total weight of the batch's tokens. The old
+    totals are donated.
     """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 

@@ -1,4 +1,4 @@
-"""Save each compressed layer to disk while a model is compressed layer by layer, so that an interrupted run can resume.
+"""Save each layer to disk as soon as it is compressed, so that an interrupted run can resume.
 
 Each layer is one file with the changed layer and its report. The file is written under another name and then renamed.
 The file does not contain the batches' residual streams, which can be recomputed from the changed layers. A

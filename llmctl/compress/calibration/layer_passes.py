@@ -84,7 +84,7 @@ def head_passes(cfg: ModelConfig, dtype: Any) -> tuple[Any, Any]:
 
     @partial(jax.jit, donate_argnames=("stats",))
     def observe(params: Layer, x_BTD: jax.Array, batch: Batch, stats: LayerStats) -> LayerStats:
-        """Add the final hidden states of one batch to the statistics, which are donated, and return the statistics."""
+        """Return the statistics with the final hidden states of one batch added. The argument `stats` is donated."""
         taps = layerwise.head_taps(cfg, params, x_BTD, batch, dtype)
         real_BT = jnp.asarray(batch["segments"]) > 0
 

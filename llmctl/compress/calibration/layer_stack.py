@@ -43,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the names of the layer's parameters differ from the names in the stack. If the set of weights
-              whose types change differs from the set in the first replaced layer.
+          ValueError: If the names of the layer's parameters differ from the names in the stack. If other weights change
+              their type than in the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():
@@ -76,9 +76,10 @@ class LayerStack:
 
 
 def putter(blocks: Layer) -> Any:
-    """Return a compiled function (stacked parameters, layer, index) -> stacked parameters with this layer replaced.
+    """Return a compiled function that replaces one layer in stacked parameters [L, ...].
 
-    The stacked parameters [L, ...] are donated.
+    Its arguments are the stacked parameters, the new layer, and the index of the layer. It returns the new stacked
+    parameters. The old ones are donated.
     """
 
     def put(blocks: Layer, layer: Layer, index: jax.Array) -> Layer:

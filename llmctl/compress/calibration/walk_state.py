@@ -1,8 +1,9 @@
-"""Save the progress of a calibration walk that only measures, so that an interrupted run resumes at its layer.
+"""Save the progress of a calibration walk that only measures, so that an interrupted run can resume.
 
 The file contains the statistics of all finished layers, and the outputs of the last finished layer for every batch.
 These outputs have examples x tokens x width elements. They are therefore written at most once per `SECONDS`, and each
-file replaces the previous one. A resumed walk has the same inputs as the uninterrupted walk, bit for bit.
+file replaces the previous one. A resumed walk starts at the layer after the last saved layer. Its inputs equal those of
+the uninterrupted walk, bit for bit.
 
     state = WalkState(measurements, "inputs")
     _, reports = walk(cfg, params, batches, moments, keep=True, state=state)
@@ -56,8 +57,8 @@ class WalkState:
         If the decoder has finished layers, a call for the encoder does not change `carries`. The decoder then reads
         the final states of the encoder from `memories`.
 
-        The batch sizes depend on the mesh. If they differ from those in the file, the file is ignored and the result is
-        0.
+        The batch sizes depend on the mesh. If the file was written with other batch sizes, the file is ignored. The
+        result is then 0.
         """
         if self._about.get("rows") != _rows(carries):
             self._found, self._about = {}, {"layers": []}

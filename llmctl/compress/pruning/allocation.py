@@ -217,10 +217,11 @@ def scan(
 
 
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """Return two results: a compiled function for final hidden states, and {stack: compiled function for an error}.
+    """Return the compiled functions that `scan` runs: one for final hidden states, and one per stack for errors.
 
-    The keys of the dictionary are "encoder", "decoder" or both. The function of a stack replaces one layer of the stack
-    by its pruned version. It returns the error that this change causes in the model's final hidden states.
+    The functions for errors are a dictionary with the keys "encoder", "decoder" or both. Each function replaces one
+    layer of its stack by a pruned layer. It returns the error that this change causes in the model's final hidden
+    states.
     """
 
     def error(
@@ -254,9 +255,9 @@ def allocate(
     """Choose a sparsity for each layer of a model, and return the number of zeros of every matrix.
 
     First the calibration batches pass through the unpruned model, to measure the inputs of every matrix. If the
-    allocation is "sensitivity", each layer is then pruned alone, and the error is measured on the first batch (`scan`).
-    This pruning uses the method's score without repair. If the method is SparseGPT, this pruning uses Wanda's score.
-    The parameters do not change.
+    allocation is "sensitivity", each layer is also pruned alone, to measure the error on the first batch (`scan`).
+    These trials use the method's score, or Wanda's score if the method is SparseGPT. No weights are repaired. The
+    parameters do not change.
 
     Args:
       cfg: config of the model.

@@ -43,5 +43,5 @@ def expand(block_MN: jax.Array, pattern: Pattern) -> jax.Array:
 
 
 def _split(a_IO: jax.Array, pattern: Pattern) -> jax.Array:
-    """Reshape a matrix [I, O] to [M, A, N, B], in which axes 1 and 3 are the weights of a block."""
+    """Reshape a matrix [I, O] to [M, A, N, B]. Axes 1 and 3 contain the weights of each block."""
     return a_IO.reshape(a_IO.shape[0] // pattern.block_inputs, pattern.block_inputs, -1, pattern.block_outputs)

@@ -1,6 +1,7 @@
 """Compute masks from scores: the weights with the lowest scores are pruned, in a sparsity pattern.
 
-Shapes: I inputs and O outputs of a matrix, M and N blocks along them, G groups of an N:M pattern.
+Shapes: I inputs and O outputs of a matrix, [M, N] blocks of a block pattern, G groups of inputs in a pattern such as
+2:4.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ def _shares(count: jax.Array | int, outputs: int) -> jax.Array:
 def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax.Array | int | None:
     """Adapt the argument `count` of `mask` to a matrix that may already contain zeros, and return it.
 
-    Existing zeros stay and are counted. If scores compete per output, every output has an equal share of `count`. An
-    output may already have more zeros than its share. Fewer weights are then pruned in the other outputs, and the
-    result is an array [O] with one number per output. The sum of the array is the larger of `count` and the number of
-    existing zeros. In all other cases, the result is `count` itself.
+    Existing zeros stay and are counted. If scores compete per output, every output has an equal share of `count`. The
+    result is `count` itself, unless an output already has more zeros than its share.
+
+    If an output has more zeros than its share, the result is an array [O]: the number of zeros per output. The other
+    outputs then get fewer zeros than their shares. The sum of the array is `count` or, if larger, the number of
+    existing zeros.
     """
     if method.per == "matrix" or count is None:
         return count
@@ -76,7 +79,7 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 
 @partial(jax.jit, static_argnames="pattern")
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
-    """Return how many zeros each output has after pruning, [O], and whether any already has more than its share.
+    """Return the number of zeros of each output after pruning, [O], and whether any output exceeds its share before.
 
     The share of an output is `count` divided by the number of outputs. The numbers include existing zeros. The sum of
     the numbers is the larger of `count` and the number of existing zeros. Only outputs with fewer zeros than their

@@ -208,7 +208,9 @@ def block_scores(
 def scored(
     params: dict[str, Any], method: SparseMethod, gradients: Gradients | None = None, seed: int = 0
 ) -> Iterator[tuple[tuple[str, int], str, jax.Array]]:
-    """Yield (stack, index) and path of every matrix of the layers, with the scores of its weights or blocks.
+    """Yield the scores of every matrix of the layers, as tuples ((stack, index of the layer), path, scores).
+
+    In a block pattern, the scores are those of the blocks. Otherwise, they are those of the weights.
 
     Args:
       params: parameters of the model.

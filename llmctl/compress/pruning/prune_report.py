@@ -48,7 +48,7 @@ def errors(layers: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def fallbacks(layers: Sequence[Record]) -> list[str]:
-    """Return one line per matrix that SparseGPT pruned with a fallback, with the path and the fallback."""
+    """Return one line per matrix for which damping values of SparseGPT failed: its layer, its path, and a message."""
     return [
         f"{layer['stack']} layer {layer['layer']}, {path}: fell back to {found['fallback']}"
         for layer in layers
@@ -76,7 +76,7 @@ def table(layers: Sequence[Record]) -> Table:
 
 
 def layer_table(title: str, columns: dict[str, list[str]]) -> Table:
-    """Return a table with one row per layer. `columns` has the cells of each column by the column's title.
+    """Return a table with one row per layer. `columns` maps the title of each column to its cells.
 
     Columns that contain only empty strings are omitted.
     """

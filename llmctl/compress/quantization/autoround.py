@@ -144,8 +144,9 @@ class Tuner:
 
 
 def _parts(w_IO: jax.Array, tuned: Tuned, grid: IntegerGrid, group: int) -> tuple[jax.Array, Any, jax.Array]:
-    """Return the levels of a matrix [I, O], the scales of its groups [G, O], and the matrix's factor (see
-    `Grid.whole`).
+    """Return the arrays that store a rounded matrix: levels [I, O], scales of groups [G, O], and a scalar factor.
+
+    `Grid.whole` describes the factor.
 
     Gradients pass through rounding unchanged, but not through clipped levels. Weights that are 0 stay 0.
     """

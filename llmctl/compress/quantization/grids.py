@@ -31,7 +31,7 @@ GRIDS: dict[str, Grid] = {
 }
 """Grid of each quantization format, by the format's name."""
 ASYMMETRIC: dict[str, Grid] = {f"int{bits}": AsymmetricIntegers(bits) for bits in (8, 4, 3, 2)}
-"""Map from the name of a format that can have zero points to the grid with zero points."""
+"""Grid with zero points, by the format's name. Other formats cannot have zero points."""
 
 
 def levels_of(form: Format) -> tuple[Grid, int]:

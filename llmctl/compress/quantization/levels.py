@@ -189,7 +189,7 @@ class BlockFloats(Grid):
         return jnp.copysign(level, unit)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the factor of the matrix. For nvfp4: the largest scale / 448 (the maximum of float8_e4m3fn)."""
+        """Return the factor of the matrix. nvfp4: largest scale / 448 (the maximum of float8_e4m3fn). mxfp4: 1."""
         if self.name == "mxfp4":
             return jnp.float32(1)
         return jnp.maximum(jnp.max(jnp.abs(w_IO)) / (self.bound * 448), SMALLEST)
@@ -239,8 +239,8 @@ class NormalFloats(Grid):
     def level(self, w: jax.Array, scale: jax.Array) -> jax.Array:
         """Return the nearest level to each weight, float32.
 
-        Weights are multiplied by the reciprocal of the scale, as in bitsandbytes, so that the results are identical to
-        those of bitsandbytes.
+        Weights are multiplied by the reciprocal of the scale. The results are therefore identical to those of
+        bitsandbytes.
         """
         return self.nearest(w * (1 / scale))
 

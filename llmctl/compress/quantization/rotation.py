@@ -7,7 +7,7 @@ between the value and the output projection. All products are folded into the we
 before.
 
 R is a Hadamard matrix with random signs. If the size is not a power of two, R is a Kronecker product. One factor is a
-random orthogonal matrix. The other factor is a Hadamard matrix, whose size is the largest power of two that divides the
+random orthogonal matrix. The other factor is a Hadamard matrix. Its size is the largest power of two that divides the
 size of R.
 
 Shapes: I inputs and O outputs of a matrix, D model width, V vocabulary, K size of the rotation.

@@ -33,7 +33,8 @@ clips no input."""
 class Magnitudes:
     """Count the magnitudes of each input of a matrix in a histogram [I, B] with logarithmic bins.
 
-    Magnitudes below the first bin are counted in the first bin, and magnitudes above the last bin in the last bin.
+    Magnitudes below the first bin are counted in the first bin. Magnitudes above the last bin are counted in the last
+    bin.
 
     >>> found = Magnitudes.start(1).fold(jnp.array([[0.0], [1.0], [-1.1], [2.0]]), jnp.array([True, True, True, False]))
     >>> [(int(b), int(found.counts[0, b])) for b in jnp.flatnonzero(found.counts[0])]

@@ -1,10 +1,10 @@
-"""Choose sizes of a model that meet a budget, such as a number of parameters, and estimate the loss of each choice.
+"""List the choices of sizes that meet a budget, such as a number of parameters, and estimate their losses.
 
 All combinations of layers, heads and hidden width are enumerated. Each combination gets the largest number of neurons
 that the budget allows (`llmctl.compress.structured_pruning.search_space`).
 
-The estimated loss of a combination is a sum over the four sizes. Each term is the increase of the loss if only this
-size is reduced. The term is interpolated between measured sizes. The module does not import JAX.
+The estimated increase of the loss is a sum over four sizes: layers, heads, neurons and hidden width. Each term is the
+increase if only this size is reduced. The term is interpolated between measured sizes. The module does not import JAX.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Candidate:
 
     model: ModelConfig
     size: float
-    """Parameters, bytes, FLOPs per token or microseconds: the quantity that the budget limits."""
+    """Quantity that the budget limits: parameters, bytes, FLOPs per token, or latency in microseconds."""
     estimate: float
     """Estimated increase of the loss."""
     measured: float | None = None
@@ -188,5 +188,5 @@ def estimate(cfg: ModelConfig, model: ModelConfig, curves: Curves) -> float:
 
 
 def measured(candidate: Candidate, loss: float) -> Candidate:
-    """Return the candidate with its measured loss."""
+    """Return the candidate with `loss` as its measured increase of the loss."""
     return replace(candidate, measured=loss)

@@ -4,7 +4,7 @@ The search has four steps:
 
 - Measure the importance of all layers, heads, neurons and channels in the unpruned model.
 - Reduce each size alone to a few counts, and measure the loss on the calibration data.
-- Reduce all sizes together, and measure the loss of the candidates with the lowest estimates and of the candidate with
+- Reduce all sizes together, and measure the loss of some candidates: those with the lowest estimates, and the one with
   uniform ratios.
 - Choose the candidate with the lowest loss.
 

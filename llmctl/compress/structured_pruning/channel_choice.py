@@ -2,8 +2,8 @@
 
 All layers share the channels, and matrices read the channels from the outputs of norms. The importance of a channel is
 therefore summed over the outputs of all norms. A first pass over the calibration data measures the unchanged model. If
-the matrices are repaired, a second pass goes through the layers and recomputes each matrix whose input is the output of
-a norm. Each such matrix becomes the least-squares solution on the kept channels.
+the matrices are repaired, a second pass recomputes each matrix whose input is the output of a norm. Each such matrix
+becomes the least-squares solution on the kept channels.
 
 Before pruning, a norm divides by the root mean square (RMS) of all channels. After pruning, it divides by the RMS of
 the kept channels. If the matrices are repaired, the norm's scale is multiplied by RMS(kept) / RMS(all) to compensate.
@@ -252,8 +252,8 @@ def _ratio(
 ) -> float:
     """Return the factor by which a norm's scale must be multiplied after pruning: RMS(kept) / RMS(all channels).
 
-    The factor is computed from the norm's outputs x, after scale and bias are undone. The RMS of all channels is then
-    1. `measured` has the statistics of x * `after`.
+    `measured` has the statistics of `after` times the norm's outputs. The factor `after`, the scale and the bias are
+    first undone. The RMS of all channels is then 1, so the result is the RMS of the kept channels.
     """
     gram: Any = measured.parts[GRAM]
     sums: Any = measured.parts[TOTALS].sums

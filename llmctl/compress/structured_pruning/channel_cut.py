@@ -105,7 +105,7 @@ def _keep_factors(cfg: ModelConfig, flat: dict[str, Any], root: float) -> None:
 
 
 def _scale_norm(cfg: ModelConfig, flat: dict[str, Any], norm: str, ratio: Any, *, biased: bool) -> None:
-    """Multiply the scale of a norm, and its bias if `biased`, by a factor per layer or by one factor."""
+    """Multiply the scale of a norm by `ratio`: one factor, or one per layer. If `biased`, also multiply the bias."""
     factor = jnp.asarray(ratio, jnp.float32)[..., None]
     scale = flat[f"{norm}/scale"]
     new = (scale.astype(jnp.float32) + cfg.norm_plus_one) * factor - cfg.norm_plus_one

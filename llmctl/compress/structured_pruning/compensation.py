@@ -30,7 +30,7 @@ def compensate(
     count: jax.Array,
     ridge: float = RIDGE,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the matrix [I, O] with zero rows for removed inputs and recomputed rows for kept inputs, and the new bias.
+    """Return the new matrix [I, O] and bias. Rows of removed inputs are zero, and rows of kept inputs are recomputed.
 
     If the least-squares problem has no solution in float32, the kept rows do not change.
 

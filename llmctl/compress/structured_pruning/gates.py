@@ -1,9 +1,9 @@
 """Compute derivatives of the loss with respect to gates: factors on the outputs of heads, neurons and hidden channels.
 
 Each unit (head, neuron or channel) has one gate. The derivative with respect to the gate, at the value 1, is the sum of
-w * g. Here w are the weights that multiply the unit's output, and g is the gradient of the loss with respect to w. The
-absolute value of the derivative is the change of the loss, to first order, if the unit is removed (Molchanov et al.,
-2019, arXiv:1906.10771). The gate of a hidden channel multiplies one channel of a norm's output.
+w * g. Here w are the weights that multiply the unit's output. Their gradients are g. The absolute value of the
+derivative is the change of the loss, to first order, if the unit is removed (Molchanov et al., 2019, arXiv:1906.10771).
+The gate of a hidden channel multiplies one channel of a norm's output.
 
 Gradients are computed only for norms, and for matrices whose inputs are the outputs of units. Between batches, memory
 holds only the sum of each unit's derivatives.
@@ -87,9 +87,10 @@ def shapes(params: Params, units: Mapping[str, int]) -> dict[str, tuple[int, ...
 
 
 def adder(task: Task, cfg: ModelConfig, units: Mapping[str, int], dtype: Any) -> Any:
-    """Return a compiled function (dense weights, parameters, totals, batch) -> (totals, total weight of the tokens).
+    """Return a compiled function that adds the absolute derivatives of one batch to the totals.
 
-    The function differentiates with respect to the dense weights, which `read` returns. The totals are donated.
+    Its arguments are the dense weights (see `read`), the parameters, the totals and the batch. It returns the new
+    totals, and the total weight of the batch's tokens. The old totals are donated.
     """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 

@@ -85,7 +85,7 @@ def of_units(
 def head_scores(gram: Gram, o: jax.Array) -> jax.Array:
     """Return the norm ||X_h O_h||_F of each query head's contribution to the residual stream, [N].
 
-    X_h are the outputs of head h, and O_h are the rows of the matrix `o` [I, D] that multiply these outputs.
+    X_h are the outputs of head h. O_h are the rows of the matrix `o` [I, D] that multiply them.
     """
     heads, width, _ = gram.products.shape
     o_NKD = o.astype(jnp.float32).reshape(heads, width, -1)
@@ -102,7 +102,7 @@ def neuron_scores(stats: Moments, down: jax.Array) -> jax.Array:
 
 
 def _squares(units: wiring.Units, layer: dict[str, Any]) -> list[jax.Array]:
-    """Return the sums of squares of the weights that belong to each unit (head or neuron), as one array [N] per matrix.
+    """Return the sum of squares of each head's or neuron's weights, as one array [N] per matrix.
 
     First come the matrices that compute the outputs of the units, then the matrices that read these outputs.
     """

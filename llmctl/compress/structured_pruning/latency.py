@@ -129,8 +129,8 @@ def runner(cfg: ModelConfig, copies: Sequence[Any], timing: Timing, dtype: Any =
 
     Args:
       cfg: config of the model.
-      copies: several copies of the parameters, which run one after the other. Otherwise, the weights of a small model
-          could stay in a cache of the processor. Such a model would be faster than the same layers in a large model.
+      copies: several copies of the parameters, which run one after the other. A single small copy could stay in a cache
+          of the processor. It would then be faster than the same layers in a large model.
       timing: description of the measurement.
       dtype: dtype of the computation.
       tokens: number of new tokens that one call of the compiled function generates, if the phase is "decode".

@@ -58,7 +58,7 @@ class Grid:
 
     @classmethod
     def of(cls, space: Space) -> Grid:
-        """Return the sizes for a budget search."""
+        """Return the grid of sizes for a budget search."""
         cfg, multiple = space.cfg, space.multiple
         neurons = list(range(multiple, cfg.d_ff, multiple)) or [cfg.d_ff]
         counts = (space.hidden, space.heads, space.queries, neurons)
@@ -165,7 +165,9 @@ def _rising(values: np.ndarray, axes: int) -> np.ndarray:
 
 
 def _points(counts: Sequence[int], whole: int) -> list[int]:
-    """Return, ascending: the smallest count, the full count `whole`, and the counts nearest to the `FRACTIONS` of
-    `whole`."""
+    """Return the counts of one size at which layers are measured, ascending.
+
+    These are the smallest count, the full count `whole`, and the counts nearest to the `FRACTIONS` of `whole`.
+    """
     near = {min(counts, key=lambda n, aim=share * whole: abs(n - aim)) for share in FRACTIONS}
     return sorted({min(counts), *near, whole})

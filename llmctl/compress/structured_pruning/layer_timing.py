@@ -1,7 +1,7 @@
-"""Measure latencies for a latency budget: of the unpruned model, and of a few layers with smaller sizes.
+"""Measure the latencies of the unpruned model and of a few smaller layers, for a latency budget.
 
 A few layers are compiled together, with a vocabulary of a few tokens. Each measurement runs in alternation with a few
-layers of the unpruned model. All latencies are in microseconds, and are saved, so that an interrupted run continues
+layers of the unpruned model. All latencies are in microseconds. They are saved, so that an interrupted run continues
 with the same numbers.
 
 Shapes: S stacks.
@@ -90,8 +90,8 @@ class LayerTimer:
     def _repeats(self, depths: np.ndarray) -> tuple[int, int]:
         """Return the number of copies of a few layers, and the number of new tokens per call.
 
-        All copies together have at least as many layers as the model. A model of at most `CACHED` bytes has one copy,
-        and each call generates several tokens: otherwise, most of the time would be the start of the call.
+        All copies together have at least as many layers as the model. A model of at most `CACHED` bytes has one copy.
+        Each call then generates several tokens. Otherwise, the start of the call would take most of the time.
         """
         if bytes_of(self.params) <= CACHED:
             return 1, latency.NEW

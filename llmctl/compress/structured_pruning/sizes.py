@@ -109,7 +109,7 @@ def _with_rows(cfg: ModelConfig, rows: int) -> ModelConfig:
 
 
 def check_sizes(cfg: ModelConfig, params: Params, model: ModelConfig, mesh: Mesh) -> None:
-    """Check that the model can be pruned to the sizes of `model`, and that the mesh can shard the pruned model.
+    """Check that the model `cfg` can be pruned to the config `model`, and that the mesh can shard the result.
 
     Raises:
       RequestError: If the model cannot be pruned to these sizes, or the mesh cannot shard the pruned model.

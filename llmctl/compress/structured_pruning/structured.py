@@ -265,8 +265,7 @@ def disable(
 ) -> dict[str, Any]:
     """Return a dense layer with zero rows for all inputs except `kept`.
 
-    If `method.repair` is true, the kept rows and the bias are recomputed from the statistics `measured`, to compensate
-    for the change.
+    If `method.repair` is true, the kept rows and the bias are recomputed from the statistics `measured`, to compensate.
     """
     kernel = dense["kernel"]
     if method.repair and measured is not None:

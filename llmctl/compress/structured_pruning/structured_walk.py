@@ -76,7 +76,7 @@ def prune_structure(
       method: importance, and whether to repair matrices whose inputs are removed.
       mesh: the devices.
       saved: folder of finished layers and of measurements.
-      log: function that is called with the report of each layer that was measured or pruned.
+      log: log of the layers that are measured or pruned.
       scan: importance of all layers, heads, neurons and channels in the unpruned model, if a budget search measured it.
 
     Returns:
@@ -266,7 +266,7 @@ def _errors(reports: list[LayerReport]) -> dict[str, list[float]]:
 def _units(report: LayerReport) -> dict[str, Any]:
     """Return JSON data about one pruned layer.
 
-    The data has the kept heads and neurons, the importance of all heads and neurons, and the error of the layer.
+    The data has the kept heads and neurons, the importance of all heads and neurons, and the layer's error.
     """
     kept = {name: choice for name, choice in report.notes.items() if name != "importance"}
     about = {"stack": report.stack, "layer": report.layer, "error": round(report.error, 6)}

@@ -187,7 +187,11 @@ def _texts(data: DataConfig, talks: bool) -> Callable[[], Iterator[Any]]:
 def _count(
     tokenizer: Tokenizer, vocabulary: Vocabulary, corpus: Iterator[Any], encode: Encode
 ) -> dict[str, np.ndarray]:
-    """Return the count of each token, [V], and the ids of tokens that must stay even if no text contains them."""
+    """Count the tokens of the texts, and collect the tokens that must stay even if no text contains them.
+
+    Returns:
+      {"counts": count of each token, [V]; "needed": ids of the tokens that must stay, ascending}.
+    """
     counts_V, needed = np.zeros(tokenizer.vocab_size, np.int64), _of_template(tokenizer)
     for chunk in _chunks(corpus):
         for given, ids in zip(chunk, encode(tokenizer, chunk), strict=True):

@@ -130,7 +130,8 @@ class Lora(Method):
         """Return the factor by which the learning rate of an array is multiplied.
 
         In LoRA+, the factor is `lora.plus_ratio` for the second matrix `b` of each adapter, and 1 for all other arrays.
-        In the adapter of the token embeddings, `a` starts at zero instead of `b`, so `b` has the factor 1 too.
+        In the adapter of the token embeddings, `a` starts at zero instead of `b`. Its `b` therefore has the factor 1
+        too.
         """
         from llmctl.model import weights
 

@@ -87,8 +87,7 @@ def of_matrix(m: weights.Matrix, pattern: Mapping[str, T], default: T) -> T:
     """Return the value for one matrix from the setting `pattern` ({name: value}). If `pattern` has no entry for the
     matrix, return the default.
 
-    An entry for the module and the name of the matrix ("attn/q") takes precedence over an entry for the name alone
-    ("q").
+    An entry with the module and the name ("attn/q") takes precedence over an entry with the name alone ("q").
     """
     return pattern.get(m.module, pattern.get(m.name, default))
 

@@ -14,8 +14,8 @@ with a given perturbation of the embeddings:
 
     METHOD = Noise()
 
-Modules of methods import JAX only inside functions, because the modules of settings import these modules and must load
-without JAX.
+The modules of settings import the modules of methods, and must load without JAX. Modules of methods therefore import
+JAX only inside functions.
 """
 
 from __future__ import annotations

@@ -105,7 +105,10 @@ def check_classes(asks: Any, task: Task) -> None:
 def _preparation(
     task: Task, model: ModelConfig, alpha: float, weight_C: jax.Array | None
 ) -> Callable[[Batch, jax.Array], Batch]:
-    """Return the function (batch, key) -> batch that adds class weights and noise on embeddings to a batch."""
+    """Return a function that adds class weights and noise on embeddings to a batch.
+
+    Its arguments are the batch and the random key of the noise.
+    """
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         if weight_C is not None:
