@@ -9,7 +9,7 @@ DEMO := runs/demo
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint type fmt docs bench plan-check gpu-check clean
+.PHONY: help demo reproduce test test-all lint type fmt docs bench plan-check gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -48,6 +48,12 @@ $(eval $(call demo_stage,prune,finetune))
 $(eval $(call demo_stage,distill,prune))
 $(eval $(call demo_stage,quantize,distill))
 $(eval $(call demo_stage,eval,quantize))
+
+reproduce: $(VENV)/.demo ## run the demo in a new folder, and compare the digests of its artifacts with recorded ones
+	@mkdir -p runs
+	@run=$$(mktemp -d runs/reproduce-XXXXXX) && echo "== recipes/demo.toml into $$run" && \
+	$(LLMCTL) run recipes/demo.toml --run $$run && \
+	$(BIN)/python recipes/reproduce/digests.py $$run recipes/reproduce/demo.json
 
 # One file of tests runs in one worker, so a module's fixtures are made once.
 test: $(VENV)/.dev ## run the tests, except slow ones

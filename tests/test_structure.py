@@ -175,8 +175,12 @@ def test_every_recipe_is_valid(file):
     assert got.steps
 
 
+RECIPES_README = ROOT / "recipes" / "README.md"
+
+
 def fenced(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
+    text = README.read_text(encoding="utf-8") + RECIPES_README.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
 
 
 def test_readme_recipes_are_valid(tmp_path):
@@ -191,7 +195,7 @@ def test_readme_recipes_are_valid(tmp_path):
 
 
 def test_readme_commands_are_understood():
-    """Every command in the README names a command, and flags that it has; every make target is there."""
+    """Every command in a README names a command, and flags that it has; every make target is there."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
     lines = [shlex.split(line, comments=True) for text in fenced("sh") for line in text.splitlines() if line.strip()]
     assert ["make", "demo"] in lines and ["make", "test"] in lines
@@ -224,9 +228,16 @@ def test_readme_says_what_help_says():
     assert generated(text) == text, "run `make docs`"
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("file", [README, RECIPES_README], ids=lambda p: str(p.relative_to(ROOT)))
+def test_readme_links_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (file.parent / target).exists(), target
+
+
+def test_recipes_and_launch_files_are_listed():
+    links = re.findall(r"\]\(([^)#]+)\)", RECIPES_README.read_text(encoding="utf-8"))
+    recipes = RECIPES_README.parent
+    assert {*recipes.glob("*.toml"), *recipes.glob("launch/*")} <= {recipes / link for link in links}
 
 
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ trap stop INT TERM
 while :; do
   # Ctrl-C must not close the connections, so gcloud has a session of its own. Its exit code is that of a process that
   # did not succeed.
-  setsid "${on[@]}" --worker=all --batch-size=all --command="exec $LLMCTL run $RECIPE --run $RUN ${*@Q}" &
+  setsid "${on[@]}" --worker=all --command="exec $LLMCTL run $RECIPE --run $RUN ${*@Q}" &
   wait $!
   code=$?
   if [ "$stopping" ]; then  # the signal ended `wait` early
