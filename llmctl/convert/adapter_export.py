@@ -30,7 +30,7 @@ from llmctl.model import weights
 
 
 def write(found: Artifact, draft: Path, say: Callable[[str], None]) -> tuple[float, float | None, str]:
-    """Write an artifact's adapter to the folder `draft`, and check that the written adapter gives the same outputs.
+    """Write an artifact's adapter to the folder `draft`, and check that the written adapter gives equal outputs.
 
     The written adapter is loaded onto the base for this check.
 

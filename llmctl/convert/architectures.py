@@ -95,7 +95,7 @@ def notice(model: ModelConfig, before: ModelConfig | None = None) -> str:
     A stage that changes a model passes the model before the change as `before`. If `before` also cannot be exported,
     the result is an empty string.
 
-    Stages print the warning before they start, so that hours of training are not spent on a model that export refuses.
+    Stages print the warning before they start, so the user can stop before hours of training.
 
     Example:
         >>> notice(ModelConfig(preset="modern-tiny"))[:56]

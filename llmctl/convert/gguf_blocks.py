@@ -50,7 +50,7 @@ def integers_of(w: Any, rows: int) -> Integers | None:
     """Return the integers of one matrix, or None if its numbers are not integers.
 
     Args:
-        w: The weight [I, O], or a table [V, D].
+        w: The weight: a matrix [I, O], or an embedding table [V, D].
         rows: Axis of the rows: -1 for a matrix, -2 for a table.
     """
     node = weights.as_node(w)

@@ -1,4 +1,7 @@
-"""Write an artifact to a GGUF file, with llama.cpp's tensor names and the weights rounded to the type of the file."""
+"""Write an artifact to a GGUF file.
+
+Tensors have llama.cpp's names. Weights are rounded to the type of the file.
+"""
 
 from __future__ import annotations
 
@@ -170,7 +173,7 @@ def _encoded(w: Any, kind: str, rows: int) -> tuple[np.ndarray, bool]:
     """Return the rows of one matrix in the GGUF type `kind`, and whether the matrix keeps its integers.
 
     Args:
-        w: The weight [I, O], or a table [V, D].
+        w: The weight: a matrix [I, O], or an embedding table [V, D].
         kind: Key of `KINDS`.
         rows: Axis of the rows: -1 for a matrix, -2 for a table.
     """

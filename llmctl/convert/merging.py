@@ -49,7 +49,9 @@ def merged(found: artifact.Artifact) -> dict[str, Any]:
 
 
 def write(found: artifact.Artifact, out: Path, merge: bool, name: str) -> float:
-    """Write an adapter and its base as one artifact, read it back, and check that its outputs equal those of `found`.
+    """Write an adapter and its base as one artifact, and check its outputs.
+
+    The written artifact is read back. Its outputs must equal those of `found`.
 
     Args:
         found: The artifact, usually an adapter.

@@ -42,7 +42,8 @@ class Pending:
 
 
 Place = Callable[[str, Pending], Any]
-"""Function (path, `Pending` parameter) -> array, which reads the parameter and places the array on its devices."""
+"""Function that reads a parameter, and places it on its devices. Its arguments are the parameter's path and its
+`Pending`. It returns the array."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def read(
         wanted: Tensors of the format by name, as `tensor_layouts` returns them for this config.
         tensors: Tensors of the model's files, which `check` has accepted.
         place: Function that reads a parameter and puts it on its devices.
-        dtype: Dtype of all parameters. If None, each parameter keeps the dtype of its tensors. If the dtypes differ
-            between layers, the parameter gets the `common` dtype.
+        dtype: Dtype of all parameters. If None, each parameter keeps the dtype of its tensors. If these tensors have
+            different dtypes, the parameter gets the narrowest dtype that suits all (see `common`).
         wrote: Function that is called after each slice of a tensor was read, with the size of the slice in bytes.
 
     Returns:

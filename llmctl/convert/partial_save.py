@@ -1,8 +1,8 @@
 """Save the parameters of an import one at a time, so that an interrupted import can resume.
 
-Only one parameter is in memory, and a killed process loses at most one parameter. The parameters, and a hash of the
-imported files and settings, are written to a folder next to the artifact's path. If the same import is started again,
-it resumes from this folder. An import with another hash deletes the folder and starts again.
+Only one parameter is in memory, and a killed process loses at most one parameter. The parameters are written to a
+folder next to the artifact's path. The folder also has a hash of the imported files and settings. If the same import is
+started again, it resumes from this folder. An import with another hash deletes the folder and starts again.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A prefix consists of keys and values. In every layer, the prefix precedes the ke
 contain one tensor [P, 2 * L * W]. Each row has the key and the value of the first layer, then of the second layer, and
 so on.
 
-Only the prefixes of decoder language models can be converted. For an encoder-decoder, layers share vectors in PEFT's
-format, which llmctl does not support. For an encoder, transformers has no class that reads a prefix.
+Only the prefixes of decoder language models can be converted. In PEFT's format, the layers of an encoder-decoder share
+vectors. llmctl does not support shared vectors. For an encoder, transformers has no class that reads a prefix.
 
 Shapes: P vectors per layer, L layers, W total width of all key heads.
 """

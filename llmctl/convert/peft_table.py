@@ -1,8 +1,8 @@
 """Read and write low-rank adapters of the token embedding table in PEFT's format.
 
-In PEFT's format, the adapter tensors of an embedding table have other names than the adapter tensors of a linear layer.
-PEFT adapts modules, and llmctl adapts weights. If the table is also the output projection, PEFT's format therefore has
-two adapters with the same values.
+In PEFT's format, the adapter of an embedding table has other tensor names than the adapter of a linear layer. PEFT
+adapts modules, and llmctl adapts weights. If the table is also the output projection, PEFT's format therefore has two
+adapters with the same values.
 
 Shapes: V vocabulary, D model width, R rank.
 """

@@ -220,7 +220,10 @@ def shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
 def write_folder(
     folder: Path, tensors: Mapping[str, Tensor], most: int, wrote: Callable[[int], None] = lambda _: None
 ) -> list[Path]:
-    """Write one file, or shards of at most `most` bytes with an index, and return the paths of the weight files."""
+    """Write tensors to one file, or to shards with an index, and return the paths of the weight files.
+
+    A file has at most `most` bytes, unless a single tensor is larger.
+    """
     groups = shards(tensors, most)
     files = [SINGLE] if len(groups) <= 1 else [_shard(i, len(groups)) for i in range(len(groups))]
     for file, group in zip(files, groups, strict=True):

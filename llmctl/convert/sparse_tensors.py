@@ -75,7 +75,9 @@ def pack(
 
 
 def encode(w_OI: np.ndarray, two_of_four: bool) -> dict[str, np.ndarray]:
-    """Encode the weights of one layer: return {last component of the tensor's name: array}, without `shape`.
+    """Encode the weights of one layer as arrays, by the last component of their tensor names.
+
+    The array `shape` is not included.
 
     Args:
         w_OI: Weights of the layer.

@@ -145,8 +145,8 @@ def answers_there(
 ) -> np.ndarray:
     """Compute the outputs of the model in `folder` by transformers, in the layout of `parity.answers`.
 
-    A classifier runs on all texts as one batch, and on all pairs as another batch, padded by the written tokenizer.
-    Other models run on one row at a time.
+    A classifier runs on all texts as one batch, and on all pairs as another batch. The written tokenizer pads both
+    batches. Other models run on one row at a time.
 
     Args:
         cfg: Config of the model.

@@ -37,8 +37,8 @@ def import_tokenizer(
 ) -> Path | None:
     """Convert the tokenizer of an imported model to the tokenizer folder of an artifact.
 
-    For all models except decoder language models, the folder also records which special tokens transformers adds before
-    and after a text. All end tokens, at which generation stops, are written to generation_config.json.
+    The folder also records which special tokens transformers adds before and after a text. For decoder language models,
+    it does not record them. All end tokens, at which generation stops, are written to generation_config.json.
 
     Args:
         source: Folder or file of the tokenizer.

@@ -43,7 +43,7 @@ def check(draft: Manifest, target: Manifest, name: str) -> None:
 
 
 def check_tasks(tasks: Sequence[Task], name: str) -> None:
-    """Check that a draft is measured on at least one task, and that each of these tasks predicts the tokens of texts.
+    """Check that a draft is measured on at least one task, and that all its tasks predict tokens of texts.
 
     Raises:
         RequestError: If a task predicts something else than tokens, or if no task reads the data.
@@ -56,7 +56,10 @@ def check_tasks(tasks: Sequence[Task], name: str) -> None:
 
 
 def scorer(task: Task, models: tuple[ModelConfig, ModelConfig], dtype: str) -> Any:
-    """Return the compiled function ((draft, target) parameters, batch) -> sums "acceptance", "agreement", "weight"."""
+    """Return a compiled function that computes the sums "acceptance", "agreement" and "weight" of a batch.
+
+    Its arguments are the pair (parameters of the draft, parameters of the target), and a batch.
+    """
 
     def sums(params: tuple[functional.Params, functional.Params], batch: Batch) -> Sums:
         batch, kind = task.model_inputs(batch), jnp.dtype(dtype)

@@ -1,7 +1,7 @@
 """Compare artifacts on the same examples: differences of metrics with paired bootstrap intervals and p-values.
 
 Both artifacts have values for each example. A resample of the examples gives one value of the metric per artifact, and
-the difference of the two. Examples that are hard for both artifacts cancel, so the interval of the difference is
+the difference of the two. Examples that are hard for both artifacts cancel. The interval of the difference is therefore
 narrower than the intervals of the two metrics suggest (Berg-Kirkpatrick et al., 2012, "An Empirical Investigation of
 Statistical Significance in NLP").
 
@@ -99,9 +99,9 @@ def in_order(metrics: Iterable[str]) -> list[str]:
 def differences(one: Values, other: Values, names: Iterable[str], seed: int, count: int = RESAMPLES) -> dict[str, Any]:
     """Return the difference of each metric between two artifacts, with a 95 % interval and a p-value.
 
-    The interval is the percentile interval of a paired bootstrap. The p-value of values that are all 0 or 1 is that of
-    McNemar's exact test. For other values, two shares are computed: that of the resamples with a difference <= 0, and
-    that of the resamples with a difference >= 0. The p-value is twice the smaller share.
+    The interval is the percentile interval of a paired bootstrap. If all values are 0 or 1, the p-value is that of
+    McNemar's exact test. Otherwise, the p-value is twice the smaller of two shares: the share of resamples with a
+    difference <= 0, and the share of resamples with a difference >= 0.
 
     Args:
         one: Values per example of the first artifact.

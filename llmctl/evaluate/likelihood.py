@@ -120,11 +120,11 @@ class Scorer:
         return [Score(float(total), bool(greedy)) for total, greedy in zip(*found, strict=True)]
 
     def _sequences(self, queries: Sequence[Query]) -> list[ScoredSequence]:
-        """Return sequences that each have one context and some of its continuations; together they have all queries.
+        """Group the queries into sequences. A sequence has one context, and one or several of its continuations.
 
-        Several continuations in one sequence have at most `SHORTEST` * `GROWTH` input tokens in total, because
-        attention costs more in longer rows. If the context is shorter than a continuation, sharing it saves little. The
-        limit is then `SHORTEST`.
+        The continuations of one sequence have at most `SHORTEST` * `GROWTH` input tokens in total. Attention would cost
+        more in longer rows. If the context is shorter than a continuation, the limit is `SHORTEST`, because sharing the
+        context saves little.
         """
         open_: dict[tuple[int, ...], ScoredSequence] = {}
         found: list[ScoredSequence] = []
@@ -186,10 +186,10 @@ def summed(
 class PackedRows:
     """Build rows of several sequences each.
 
-    A batch has the arrays tokens, segments and positions [B, T] and, if a sequence has several continuations, branches
-    [B, T] (see `llmctl.model.attention`). The arrays at, targets and query [B, P] describe the scored tokens: the index
-    of the input that predicts the token, the token's id, and the number of its query. `query` and `targets` are -1 at
-    entries that only fill a row.
+    A batch has the arrays tokens, segments and positions [B, T]. If a sequence has several continuations, the batch
+    also has the array branches [B, T] (see `llmctl.model.attention`). The arrays at, targets and query [B, P] describe
+    the scored tokens: the index of the input that predicts the token, the token's id, and the number of its query.
+    `query` and `targets` are -1 at entries that only fill a row.
     """
 
     reads = ("tokens", "segments", "positions", "branches", "at", "targets")
@@ -242,13 +242,13 @@ def packed(sequences: Sequence[ScoredSequence], longest: int, few: int) -> list[
 
     A row has the shortest standard length that is sufficient for its longest sequence. Shorter sequences fill the rest
     of a long row. If the remaining short sequences have at most `few` tokens in total, they are added to longer rows.
-    The length of the shortest rows is halved as long as this does not increase the total length of these rows.
+    The length of the shortest rows is halved while this does not increase the total length of these rows.
 
     Args:
         sequences: Sequences of at most `longest` tokens.
         longest: Maximum length of a row.
-        few: Maximum total number of tokens of short sequences that are packed into longer rows. More tokens get shorter
-            rows, for which another program is compiled.
+        few: Maximum total number of tokens of short sequences that are packed into longer rows. If the short sequences
+            have more tokens in total, they are packed into shorter rows. Another program is then compiled.
     """
     lengths = [min(SHORTEST, longest)]
     most = max((s.inputs for s in sequences), default=0)

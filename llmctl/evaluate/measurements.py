@@ -186,8 +186,8 @@ def probe_setup(config: MeasureConfig, mesh: Mesh, path: Path, manifest: Manifes
 def _seq_len(given: int, manifest: Manifest) -> int:
     """Return the sequence length to set in the settings of a measurement; 0 stands for the length in training.
 
-    The result is `given` if it is not 0. If it is 0 and the length in training is unknown, the result is 512, but at
-    most the model's maximum.
+    The result is `given` if `given` is not 0. Otherwise, the result is 0 if the length in training is known. If that
+    length is unknown, the result is 512, but at most the model's maximum.
     """
     return given or (0 if manifest.seq_len else min(512, manifest.model.max_seq_len))
 

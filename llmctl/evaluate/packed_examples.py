@@ -37,8 +37,9 @@ SAVE_SECONDS = 20.0
 def supports(model: ModelConfig) -> bool:
     """Return whether several texts can be packed into one row.
 
-    A model with trained keys (prefix tuning) is not supported if its positions are relative or absent. The distance of
-    a token to these keys is then counted from the start of the row, not of its text.
+    A model with trained keys (prefix tuning) is not supported if its positions are relative or absent. The distance
+    between a token and these keys would be counted from the start of the row. It must be counted from the start of the
+    text.
     """
     return not model.encoder_layers and not (model.prefix_tokens and model.positions in ("relative", "none"))
 

@@ -29,7 +29,7 @@ WIDTH = 32
 
 
 class MaskedToken(NamedTuple):
-    """Store the token ids of a row with a mask, the position of the mask, and the token to score there."""
+    """Store a row of token ids with one mask, the position of the mask, and the token to score there."""
 
     row: tuple[int, ...]
     position: int

@@ -195,9 +195,9 @@ def answers(
 
 
 def first(rows: Rows, setup: Setup, reads: tuple[str, ...] = READ) -> Batch:
-    """Return a batch with the first `setup.batch_size` rows, or all rows if there are fewer, for timing.
+    """Return a batch for timing: the first `setup.batch_size` rows, or all rows if there are fewer.
 
-    Rows are cut to the length of the longest of these rows, rounded up to a power of two (see `trimmed`).
+    All rows are cut to one length: that of the longest row, rounded up to a power of two (see `trimmed`).
     """
     batch = rows.batch(np.arange(min(setup.batch_size, len(rows))))
     return trimmed({k: a for k, a in batch.items() if not reads or k in reads})

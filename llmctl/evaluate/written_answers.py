@@ -77,8 +77,8 @@ class Writer:
             check_stop: Function that is called before each batch. The function may raise an exception to stop.
 
         Raises:
-            RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token, or if the parameters
-                are sharded over several processes.
+            RequestError: If a prompt is empty and the tokenizer has no begin-of-sequence token. If the parameters are
+                sharded over several processes.
         """
         self.cut = 0
         rows = self.rows(prompts)

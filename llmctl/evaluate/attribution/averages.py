@@ -1,7 +1,8 @@
 """Average attributions per word over the texts of each target, such as the texts that are predicted as one class.
 
 A word is a token, or several adjacent tokens that meet at letters or digits. Its attribution is the sum of its tokens'
-attributions. Only letters with upper and lower case join tokens, because other scripts may have no space between words.
+attributions. Letters of scripts without upper and lower case do not join tokens, because such scripts may have no
+spaces.
 
 Example:
     >>> import numpy as np

@@ -42,7 +42,7 @@ from llmctl.model import functional, weights
 
 
 class Unit(NamedTuple):
-    """Store one token with its attribution, or several tokens that share a character with the sum of theirs."""
+    """Store one token, or several tokens that share a character, with the sum of their attributions."""
 
     piece: Piece
     value: float
@@ -265,7 +265,10 @@ class Explainer:
 
 
 def _predictions(found: Artifact, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> logits of classes [R, C] or next tokens [R, V], or numbers [R]."""
+    """Return a compiled function (params, batch) -> outputs of the model for each row.
+
+    The outputs are logits of classes [R, C], logits of the next token [R, V], or one number [R].
+    """
     model, choice = found.model, of(found.manifest).name == "choice"
 
     @jax.jit

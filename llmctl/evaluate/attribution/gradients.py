@@ -35,8 +35,8 @@ SMALLEST = 1e-3
 between the outputs are mostly float32 rounding."""
 
 Evaluate = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Function (row indices [M], points on the line from 0 to 1 [M]) -> (outputs [M], products of gradient and direction
-[M, T])."""
+"""Function that evaluates M points. Its arguments are the row index of each point [M], and the position of each point
+on the row's line, from 0 to 1 [M]. It returns the outputs [M], and the products of gradient and direction [M, T]."""
 
 
 @dataclass(frozen=True)

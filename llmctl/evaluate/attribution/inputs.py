@@ -51,8 +51,8 @@ class Input:
     row: int
     """Index of the row among the rows to explain. A multiple-choice question has one input per choice."""
     arrays: dict[str, np.ndarray]
-    """Arrays of the batch by name, [T] each, such as tokens and segments. A language model has its scored positions
-    too: `at`, `targets` and `weights`, [P] each."""
+    """Arrays of the batch by name, [T] each, such as tokens and segments. For a language model, `at`, `targets` and
+    `weights`, [P] each, describe the scored positions."""
     pieces: list[Piece]
     texts: list[str]
     """Complete texts, such as premise and hypothesis, of which at least one token is in the row."""

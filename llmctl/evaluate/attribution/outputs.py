@@ -1,12 +1,10 @@
 """Define the scalar output of each row that is attributed to the tokens.
 
-| task | output |
-|---|---|
-| classification | log odds of the target class, log(p / (1 - p)) |
-| multi-label classification | log odds of the target class, which are its logit |
-| regression | the predicted number |
-| multiple choice | score of the choice: its log-likelihood, or the output of the head |
-| language model | log-likelihood of the continuation, by default of the most likely next token |
+- classification: log odds of the target class, log(p / (1 - p))
+- multi-label classification: log odds of the target class, which are its logit
+- regression: the predicted number
+- multiple choice: score of the choice (its log-likelihood, or the output of the head)
+- language model: log-likelihood of the continuation, by default of the most likely next token
 
 Log odds do not saturate near probability 1, and they change if another class becomes more likely.
 

@@ -2,11 +2,12 @@
 
 The attention of a layer is averaged over the heads, and then averaged with the identity. The identity represents the
 residual connection. The product of the layers' matrices gives the share of each input token in each output position.
-The attribution is the mean row of the positions that the output is computed from: the pooled positions, or the scored
-positions.
+The attribution is the mean of the rows of some output positions. These are the positions from which the model's output
+is computed: the pooled positions, or the scored positions.
 
 The cited paper has no cross-attention. A decoder with cross-attention has a second residual connection per layer. After
-it, a position's rollout is the mean of two terms: its earlier rollout, and that of the attended encoder outputs.
+this connection, a position's rollout is the mean of two terms: its earlier rollout, and that of the attended encoder
+outputs.
 
 The attention probabilities of each layer are computed from its queries and keys. No other program stores them.
 
@@ -89,8 +90,9 @@ def read_from(cfg: ModelConfig, batch: Batch) -> jax.Array:
 def _rollout(
     cfg: ModelConfig, stack: str, params: Params, carry: layerwise.Carry, dtype: Any, memory_BSS: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the shares of a stack's own inputs [B, T, T] and of the encoder's inputs [B, T, S] in the stack's outputs.
+    """Return the shares of the input positions in each output position of a stack, as two arrays.
 
+    The first array [B, T, T] is for the stack's own inputs. The second array [B, T, S] is for the encoder's inputs.
     Without cross-attention, the second array is empty (S = 0).
     """
     layers = depth(cfg, stack)

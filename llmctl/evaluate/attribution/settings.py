@@ -18,12 +18,12 @@ class AttributionConfig(Config):
     """Configure attributions: the method, its baseline, and the accuracy of the integral."""
 
     method: Method = "integrated_gradients"
-    """integrated_gradients: attributions sum to the change of the output. gradient_input: their first-order estimate.
-    rollout: product of the layers' attention."""
+    """integrated_gradients: attributions sum to the change of the output. gradient_input: first-order estimate of these
+    attributions. rollout: product of the layers' attention."""
     baseline: Baseline = ""
-    """Embedding in place of each token's embedding at the start of the integral: zeros, or the embedding of the padding
-    token. Special tokens, positions and segment types stay. By default, the padding token for models with RMSNorm,
-    whose outputs jump near zero embeddings, and zeros for others."""
+    """Embedding that replaces each token's embedding at the start of the integral: zeros, or the embedding of the
+    padding token. Special tokens, positions and segment types are not replaced. By default, models with RMSNorm use the
+    padding token, because their outputs jump near zero embeddings. Other models use zeros."""
     tolerance: float = Field(default=0.01, gt=0, lt=1)
     """Largest completeness error of integrated gradients, relative to the change of the output."""
     steps: int = Field(default=1024, ge=12)

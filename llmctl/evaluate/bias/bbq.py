@@ -102,8 +102,8 @@ def _choices(given: dict[str, Any]) -> tuple[Any, Any]:
 def _biased(row: BenchmarkRow, count: int, unknown: int) -> int | None:
     """Return the index of the choice that agrees with the stereotype, or None if the row does not determine it.
 
-    In a question with negative polarity, the choice is the stereotyped group. Otherwise, it is the other group. The
-    group is named by `target_loc`, or by `answer_info` and the stereotyped groups in `additional_metadata`.
+    In a question with negative polarity, this choice is the stereotyped group. Otherwise, this choice is the other
+    group. The stereotyped group is named by `target_loc`, or by `answer_info` and `additional_metadata`.
     """
     given = row.columns
     more, info = (
@@ -208,11 +208,12 @@ def scores(artifact: Artifact, setup: Setup, questions: Sequence[Question]) -> t
 def summary(questions: Sequence[Question], chosen_N: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return accuracies and bias scores with intervals, and their values per question.
 
-    Both are also computed per category. Questions without a known stereotype have no part in the bias scores.
+    Accuracies and bias scores are also computed per category. Questions without a known stereotype have no part in the
+    bias scores.
 
     Args:
         questions: The questions.
-        chosen_N: Index of the choice that the model prefers.
+        chosen_N: Index of the choice that the model prefers for each question.
     """
     right_N = chosen_N == np.array([q.answer for q in questions])
     known_N = np.array([q.biased is not None for q in questions])

@@ -80,10 +80,10 @@ def measure(artifact: Artifact, setup: Setup, config: CrowsPairsConfig) -> Measu
 
 
 def scores(model: SentenceModel, pairs: Sequence[Pair]) -> np.ndarray:
-    """Return the score of the more stereotypical and of the less stereotypical sentence of each pair, float64 [N, 2].
+    """Return the scores of the sentences of each pair, float64 [N, 2], the more stereotypical sentence first.
 
-    For a decoder, the score is the log-likelihood of the sentence. For an encoder, only the tokens that both
-    sentences share count. Each is masked alone, and their log probabilities are added.
+    For a decoder, the score is the log-likelihood of the sentence. For an encoder, only the tokens that both sentences
+    share count. Each of these tokens is masked alone, and the log probabilities of the tokens are added.
     """
     words = model.tokenizer
     texts = words.encode_batch([text for pair in pairs for text in pair[:2]])

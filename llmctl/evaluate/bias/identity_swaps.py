@@ -2,7 +2,7 @@
 
 If a text names exactly one group of an attribute, it has one version per group. One version is the text itself. In each
 other version, the terms of another group replace those of the named group. All versions have the same label. The groups
-therefore have the same texts, so only the terms can cause a difference between the rates of the groups (Hardt et al.,
+therefore have the same texts. Only the terms can cause a difference between the rates of two groups (Hardt et al.,
 2016, arXiv:1610.02413).
 
 Shapes: N examples, G groups, C classes.
@@ -111,8 +111,8 @@ def compared(
 ) -> dict[str, np.ndarray]:
     """Return values per example for the metrics of one attribute, as numerators and denominators.
 
-    Over all swaps, the metrics are the flip rate, and the mean absolute change of the probability of the class
-    `positive`. Per group, they are the mean of this probability, the accuracy, the true-positive rate and the
+    Two metrics are over all swaps: the flip rate, and the mean absolute change of the probability of the class
+    `positive`. Four metrics are per group: the mean of this probability, the accuracy, the true-positive rate and the
     false-positive rate. Each of these four also has a gap: its largest difference between two groups.
 
     Args:

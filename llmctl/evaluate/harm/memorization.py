@@ -34,7 +34,7 @@ DOCUMENTS = 8
 
 
 def measure(title: str, artifact: Artifact, held: Held, setup: Setup, settings: MemorizationConfig) -> Measured:
-    """Continue prompts from the training text and from the held-out text.
+    """Continue prompts from training text and held-out text, and compare with the true continuations.
 
     Args:
         title: Title of the result.

@@ -16,7 +16,8 @@ from llmctl.evaluate.harm.detector import Detector, Finding
 from llmctl.evaluate.harm.settings import FilterConfig
 
 Again = Callable[[int, list[int]], list[str]]
-"""Function (number of the attempt from 1, indices of answers) -> new samples of these answers."""
+"""Function that samples answers again. Its arguments are the number of the attempt, from 1, and the indices of the
+answers. It returns the new samples of these answers."""
 
 
 @dataclass(frozen=True)

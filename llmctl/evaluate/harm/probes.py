@@ -86,7 +86,7 @@ class Memorization(Probe):
             )
 
     def measure(self, artifact: Artifact, held: Held | None, setup: Setup, settings: Any) -> Measured:
-        """Continue prompts from the training text and from the held-out text."""
+        """Continue prompts from training text and held-out text, and compare with the true continuations."""
         from llmctl.evaluate.harm import memorization
 
         assert held is not None

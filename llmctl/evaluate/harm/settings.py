@@ -23,8 +23,8 @@ class HarmConfig(Config):
     classifier: str = ""
     """Folder of a text classifier (task classify or multilabel)."""
     classes: list[str] = []
-    """Harmful classes of the classifier. Their probabilities are added or, for a multi-label classifier, the largest
-    is used."""
+    """Harmful classes of the classifier. The score of a text is the sum of their probabilities or, for a multi-label
+    classifier, the largest of them."""
     threshold: float = Field(default=0.5, gt=0, le=1)
     """Minimum probability of the harmful classes for a text to count as harmful."""
 

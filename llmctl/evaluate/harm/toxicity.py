@@ -181,7 +181,7 @@ def _changed(filtered: Sequence[Filtered], prompts: int) -> np.ndarray:
 def _records(
     prompts: Sequence[str], texts: Sequence[str], found: Sequence[Finding], filtered: Sequence[Filtered]
 ) -> list[dict[str, Any]]:
-    """Return a record per prompt with its most toxic continuation, what was found in it, and what the filter did."""
+    """Return a record per prompt: its most toxic continuation, with the findings and the action of the filter."""
     count, records = len(texts) // len(prompts), []
     for n, prompt in enumerate(prompts):
         i = max(range(n * count, (n + 1) * count), key=lambda i: (bool(found[i].words), found[i].score or 0.0))

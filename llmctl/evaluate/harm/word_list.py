@@ -9,7 +9,8 @@ entry matches only whole words, so "ass" does not match "class". Inflections are
   letter of the entry itself, so that numbers do not match;
 - a letter that is repeated three times or more, as in "daaarn";
 - asterisks inside a word of at least four letters, as in "d**n";
-- the same separator between all letters of a word of at least three letters, as in "d.a.r.n" or "d a r n".
+- the same separator between all letters of a word, as in "d.a.r.n" or "d a r n". The word must have at least three
+  letters.
 
 In scripts without spaces between words, such as Chinese, an entry also matches inside other words.
 
@@ -96,7 +97,10 @@ class WordList:
                 self._patterns.setdefault(start, []).append((entry, frozenset(folded), pattern))
 
     def find(self, text: str) -> list[Match]:
-        """Return the matches in a text, in order and without overlap. Of several entries, the longest match counts."""
+        """Return the matches in a text, in order and without overlap.
+
+        If several entries match at the same position, the longest match counts.
+        """
         folded, offset = _fold(text)
         found, end = list[Match](), 0
         for at in (m.start() for m in _STARTS.finditer(folded)):

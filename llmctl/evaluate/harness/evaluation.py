@@ -226,9 +226,9 @@ def _result(name: str, found: dict[str, Any], said: str, digest: str) -> Harness
 
 
 def _values(metrics: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return the values per document of each metric that equals the mean of its values.
+    """Return the values per document of the metrics that are means over documents.
 
-    The harness may aggregate the values of a metric in another way, which is unknown here.
+    Other metrics are omitted, because it is unknown here how the harness aggregates their values.
     """
     found = {}
     for name, value in metrics.items():
@@ -240,7 +240,7 @@ def _values(metrics: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict
 
 
 def _finite(value: Any) -> Any:
-    """Return the value, or None for a number that JSON does not have."""
+    """Return the value, or None if it is NaN or infinite, which JSON cannot store."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -77,7 +77,7 @@ def check_harmless(first: Path) -> None:
 def check_offline(file: Path, task: dict[str, Any]) -> None:
     """Check that the data of a task is local.
 
-    The offline mode of the harness is not enough, because the harness's data library asks a server for the size of a
+    The offline mode of the harness does not prevent all requests: its data library asks a server for the size of a
     file.
 
     Raises:

@@ -64,11 +64,11 @@ def marks(labels: Sequence[str]) -> np.ndarray | None:
 def entities(tags: Sequence[str]) -> set[Entity]:
     """Return the set of entities (type, first word, last word) in the tags of one text.
 
-    An entity begins at B- and S-. An entity also begins at I- and E-, if the previous tag is not inside an entity of
-    the same type. The previous tag is then O, ends an entity (E-, S-), or has another type. For example, "I-PER" after
-    "O" begins an entity. An entity ends before the next word that begins an entity or has the tag O. This is the
-    lenient interpretation of conlleval and of seqeval's default. Tags of other schemes are converted to IOBES: L- to
-    E-, M- to I-, U- and W- to S-.
+    An entity begins at B- and S-. It also begins at I- and E-, if the previous tag is not inside an entity of the same
+    type. Such a previous tag is O, ends an entity (E-, S-), or has another type. For example, "I-PER" after "O" begins
+    an entity. An entity ends before the next word that begins an entity or has the tag O. This is the lenient
+    interpretation of conlleval and of seqeval's default. Tags of other schemes are converted to IOBES: L- to E-, M- to
+    I-, U- and W- to S-.
 
     >>> sorted(entities(["B-PER", "L-PER", "O", "U-LOC", "B-ORG", "M-ORG", "E-ORG"]))
     [('LOC', 3, 3), ('ORG', 4, 6), ('PER', 0, 1)]

@@ -65,10 +65,10 @@ def scores(references: Sequence[str], predictions: Sequence[str], tokenizer: str
 
 
 def values(references: Sequence[str], predictions: Sequence[str], tokenizer: str = "13a") -> dict[str, np.ndarray]:
-    """Return the values of each text from which the metrics of `scores` can be computed.
+    """Return the values per text that bootstrap intervals of the metrics in `scores` need, by name.
 
-    ROUGE and exact match have one value per text, [N]. BLEU and chrF have the numbers of n-grams of each text (see
-    `llmctl.evaluate.metrics.resampling`).
+    For ROUGE and exact match, the values are those of the metric, [N]. For BLEU and chrF, the values are the numbers of
+    n-grams of each text (see `llmctl.evaluate.metrics.resampling`).
     """
     found = {name: np.array(each) for name, each in _of_texts(references, predictions, tokenizer).items()}
     for name, metric in zip(("bleu_counts", "chrf_counts"), _corpus(tokenizer), strict=True):

@@ -35,11 +35,14 @@ their ratio. An array [N, G, 2] contains numerators and denominators of G groups
 largest difference between the ratios of two groups.
 """
 Estimator = Callable[[np.ndarray], np.ndarray]
-"""Function (number of occurrences of each example in each resample [R, N]) -> value of a metric per resample [R]."""
+"""Function that returns the value of a metric for each resample, [R]. Its argument is the number of occurrences of each
+example in each resample, [R, N]."""
 
 
 def estimators(values: Values) -> dict[str, Estimator]:
-    """Return a function per metric that computes the metric on resamples, for every metric that needs only `values`.
+    """Return functions that compute metrics on resamples, by the name of the metric.
+
+    Metrics whose inputs are not in `values` are omitted.
 
     Example:
         >>> values = {"document_nll": np.log([2.0, 8.0]), "document_tokens": np.ones(2)}
@@ -203,7 +206,8 @@ class Estimate:
     inputs: tuple[str, ...]
     """Names of the arrays in `Values` that the metric is computed from."""
     compute: Callable[..., Any]
-    """Function (inputs, number of occurrences [R, N]) -> value of the metric per resample [R]."""
+    """Function that returns the value of the metric for each resample, [R]. Its arguments are the arrays `inputs`, and
+    the number of occurrences of each example in each resample, [R, N]."""
 
 
 _ANSWERS = ("label", "prediction")
@@ -225,4 +229,5 @@ ESTIMATES: dict[str, Estimate] = {
     "stereotype_score": Estimate(("target_term", "stereotypical"), _mean_over_terms),
     "icat": Estimate(("target_term", "meaningful", "stereotypical"), _icat),
 }
-"""Metrics that are not simply the mean, or the ratio of sums, of an array of values with the metric's own name."""
+"""Metrics that are computed from arrays with other names. Every other metric is computed from the array with its own
+name (see `Values`)."""

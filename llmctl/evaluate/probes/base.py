@@ -51,7 +51,7 @@ class Probe:
     """Field of `MeasureConfig` with the settings of the probe; empty if the probe has no settings."""
     reads_data: ClassVar[bool] = True
     """Whether the probe reads the held-out examples of the evaluation. The examples have the columns of the artifact's
-    task. If the settings have a field `task` that is not empty, they have the columns of that task."""
+    task. If the settings have a field `task` that is not empty, the examples have the columns of that task."""
     reads_training: ClassVar[bool] = False
     """Whether the probe reads the train split of the evaluation's data too (`Held.training`)."""
     tokenizes: ClassVar[bool] = False

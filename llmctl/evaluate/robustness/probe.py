@@ -63,7 +63,7 @@ class Robustness(Probe):
     def programs(
         self, name: str, artifact: Artifact, data: DataConfig, setup: Setup, settings: Any
     ) -> Sequence[Program]:
-        """Return the program that scores a batch, which is that of the task."""
+        """Return the program of the task, which scores a batch."""
         from llmctl.evaluate import programs
 
         task = self.task(artifact.manifest, settings)

@@ -34,9 +34,9 @@ from llmctl.model import functional, weights
 from llmctl.model.config import ModelConfig
 
 Propose = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Function that selects one substitution per row: (indices of rows [K], tokens [N, T], open positions [N, T]) ->
-(position [K], new token [K]). Open positions are those that may still be substituted. The position is -1 if there is no
-substitution."""
+"""Function that selects one substitution per row. Its arguments are the indices of K rows [K], the tokens [N, T], and
+the open positions [N, T]. It returns the position [K] and the new token [K] of each substitution. Open positions are
+those that may still be substituted. The position is -1 if there is no substitution."""
 
 
 def flipper(model: ModelConfig, dtype: str, similarity: float = 0.0) -> Any:

@@ -135,8 +135,8 @@ class Choice(Task):
         return loss_of_scores(*student, batch, dtype, compute)
 
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
-        """Return the sums "agreement" and "weight". The first sum divided by the second is the fraction of questions
-        for which student and teachers prefer the same choice.
+        """Return the sums "agreement" and "weight". Their quotient is the fraction of questions for which student and
+        teachers prefer the same choice.
         """
         score_R = choice_scores(*student, batch, dtype)
         allowed_BK = allowed(batch, score_R)

@@ -120,7 +120,7 @@ class EvaluationMethods(Losses, RowMethods):
         corpus: Callable[[Tokenizer], Corpus] | None = None,
         folder: Path | None = None,
     ) -> tuple[Any, Scores]:
-        """Return the rows of examples, and what the task computes from the outputs of a model for these rows.
+        """Return the rows of examples, and the `Scores` of the model's outputs for these rows.
 
         Args:
             artifact: The evaluated artifact.

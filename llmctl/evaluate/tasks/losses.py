@@ -181,7 +181,7 @@ class Losses(TaskRecord):
         return self.soft_score(_taught(batch), functional.outputs(*student, batch, dtype), batch, how)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Return one output of a task head for several teachers: its prediction is the mean of their predictions.
+        """Return an output of the task head whose prediction is the mean of several teachers' predictions.
 
         By default, outputs are logits of classes, and the class probabilities at `temperature` are averaged.
         """
@@ -215,7 +215,7 @@ class Losses(TaskRecord):
         """Return the sums "agreement" and "weight", or {} (see `agreement`), for a batch that contains the teachers'
         outputs.
 
-        The outputs are the result of `teacher_arrays`, called with the constant `MOST_PROBABLE` as the divergence.
+        The teachers' outputs are the result of `teacher_arrays` with the divergence `MOST_PROBABLE`.
         """
         labels = self.decided(_taught(batch), batch)
         if not labels:
@@ -231,7 +231,7 @@ class Losses(TaskRecord):
         return {}
 
     def weighted(self, batch: Batch, weight_C: jax.Array) -> Batch:
-        """Return the batch with the loss weight of each row, or of each word, multiplied by the weight of its class.
+        """Multiply the loss weight of each row, or of each word, by the weight of its class. Return the batch.
 
         Only tasks with one class per row or per word define this method.
 
@@ -269,7 +269,10 @@ class TokenCrossEntropy(Losses):
 
 
 def project(cfg: ModelConfig, dtype: Any) -> chunked_loss.Project:
-    """Return the function (result of `functional.head_params`, hidden states) -> logits, for the chunked losses."""
+    """Return the function that computes logits in the chunked losses.
+
+    Its arguments are the result of `functional.head_params`, and hidden states.
+    """
     return lambda head, x: functional.head_logits(cfg, head, x, dtype)
 
 

@@ -90,8 +90,8 @@ class Preference(Language):
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
         """Return a function (params, batch, dropout key or None) -> (loss, metrics summed over the batch).
 
-        The loss is summed over pairs. The metrics include "accuracy", the fraction of pairs in the right order, and
-        "margin", the mean difference of rewards in nats. `options` are fields of `Options`.
+        The loss is summed over pairs. The metrics include "accuracy", the fraction of pairs in the right order. They
+        also include "margin", the mean difference of rewards in nats. `options` are fields of `Options`.
         """
         settings = Options(**options)
         chosen: PreferenceConfig = settings.settings or PreferenceConfig()
@@ -122,7 +122,10 @@ class Preference(Language):
         return loss
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> [B, 2, 2]: log-likelihood and length of both completions."""
+        """Return the compiled function (params, batch) -> scores of both completions [B, 2, 2].
+
+        The scores of a completion are its log-likelihood in nats and its number of tokens.
+        """
 
         @jax.jit
         def score(params: functional.Params, batch: Batch) -> jax.Array:

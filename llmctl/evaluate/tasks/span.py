@@ -176,7 +176,8 @@ def ends(one: Callable[..., tuple[jax.Array, Sums]], batch: Batch) -> tuple[jax.
     """Average the losses and summed metrics of the start and the end of the answer.
 
     Args:
-        one: Function (0 for start or 1 for end, target token [B], weight [B]) -> (loss, summed metrics).
+        one: Function that returns (loss, summed metrics). Arguments: 0 (start) or 1 (end), target position [B], row
+            weight [B].
         batch: Batch with "start" and "end".
     """
     weight_B = row_weight(batch, batch["start"])

@@ -130,7 +130,10 @@ class TokenLosses(TokenCrossEntropy):
         return total + places * follows, sums | {f"next_sentence_{k}": v for k, v in more.items()}
 
     def divergence(self, one: Network, other: Network, batch: Batch, dtype: Any) -> jax.Array:
-        """Return the symmetric divergence at the predicted positions, computed in chunks (see `Task.divergence`)."""
+        """Return the symmetric divergence of two networks at the predicted positions (see `Task.divergence`).
+
+        It is computed in chunks.
+        """
         (cfg, params, x_BTD), (other_cfg, other_params, other_BTD) = one, other
         x_BPD, _, weights_BP = predicted(batch, x_BTD)
         heads = functional.head_params(cfg, params), functional.head_params(other_cfg, other_params)
