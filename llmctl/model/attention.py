@@ -6,9 +6,9 @@ The softmax is computed in `attention_xla`. Other modules define optional featur
 A sequence may consist of several packed texts. Each text is a segment, numbered from 1, and attention does not cross
 segments. Segment 0 is padding. A slot is one position along the sequence axis of the key-value cache.
 
-A segment may have several continuations of one context, its branches. The tokens of the context are branch 0, and the
-tokens of the continuations are branches 1, 2 and so on. A token attends to the context and to its own branch only. The
-context is therefore computed once for all continuations. The positions of each branch continue those of the context.
+A segment may have several continuations of one context, its branches. The context is branch 0, and the continuations
+are branches 1, 2 and so on. A token attends to the context and to its own branch only. The context is therefore
+computed once for all continuations. The positions of each branch continue those of the context.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, N = R * T, K head width, D model width.
 """

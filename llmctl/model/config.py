@@ -93,7 +93,7 @@ class ModelConfig(Config):
     window: int = Field(default=0, ge=0)
     """Width of the attention window of local layers in tokens, including the current token; 0 means full attention."""
     window_every: int = Field(default=1, ge=1)
-    """Period of the attention pattern: the last layer of each period is global; 1 makes every layer local."""
+    """Period of the attention pattern in layers. The last layer of each period is global; 1 makes every layer local."""
     window_layers: tuple[int, ...] = ()
     """Indices of the local layers, in place of window_every; indices beyond the last layer are ignored."""
 

@@ -219,7 +219,7 @@ def outputs(cfg: ModelConfig, params: Params, x_BTD: jax.Array, batch: Batch, dt
 def segment_outputs(
     cfg: ModelConfig, params: Params, x_BTD: jax.Array, segments_BT: jax.Array, count: int, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """Compute the outputs of the task head for packed rows: one output per text, [B, E, ...].
+    """Compute the outputs of the task head for rows of E packed texts: one output per text, [B, E, ...].
 
     Args:
         cfg: Config of the model.

@@ -69,7 +69,8 @@ class Keys:
         return default
 
     def set_default(self, key: str, value: Any) -> None:
-        """If a key is missing, add the key with `value`, its default in `transformers`. A null key is not changed."""
+        """Add a missing key with `value`, its default in `transformers`. A key that exists is not changed, even if it
+        is null."""
         self.given.setdefault(key, value)
 
     def check(self, key: str, *allowed: Any) -> None:

@@ -27,10 +27,10 @@ class Head:
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that the class implies, with their values. Import sets these fields, and export requires
-    these values."""
+    """Fields of ModelConfig that the class in `transformers` implies, with their values. Import sets these fields, and
+    export requires these values."""
     prefix: str = ""
-    """Prefix of the network's tensor names in checkpoints of the class; empty if it is the family's prefix."""
+    """Prefix of the network's tensor names in checkpoints with this head; empty if it is the family's prefix."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 `chunked_loss.means` converts sums to metrics, by dividing them by the sum "weight". Because sums are added over
 batches, microbatches and devices before this division, the means are exact.
+
+Shapes: B rows, C classes.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Program:
     artifact_bytes: int = 0
     """Size of the arrays of the artifact that the stage writes, in bytes; 0 if the stage writes no arrays."""
     cache_bytes: int = 0
-    """Size of the teachers' outputs that the stage stores, before compression; 0 if the stage stores no such outputs."""
+    """Size of the teachers' outputs that the stage stores, before compression; 0 if the stage stores none."""
     work: Pass | Cost | None = None
     """Input of the analytic cost model, which is used for GPUs instead of compilation. If None, the cost model uses
     `flops`, and takes the size of arguments and results as the memory traffic."""

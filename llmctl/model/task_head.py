@@ -37,7 +37,9 @@ def pool(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, order_BT: jax.A
 
 
 def pool_segments(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, count: int) -> jax.Array:
-    """Reduce each segment of packed rows to one vector [B, E, D], as `pool` reduces a row with one text.
+    """Reduce each text of a packed row to one vector, as `pool` does for a row with one text.
+
+    The result is [B, E, D] for E texts per row.
 
     Args:
         x_BTD: Hidden states.

@@ -34,11 +34,11 @@ class Setup:
     """Name of the optimizer; empty for a forward pass."""
     ema: bool = False
     trained: float = 1.0
-    """Fraction of the parameters that are trained. For LoRA, the number of adapter parameters / number of model
-    parameters."""
+    """Fraction of the parameters that are trained. For LoRA, this is the number of adapter parameters divided by the
+    number of model parameters."""
     stored: float = 0.0
-    """Bytes of arrays outside the training state, divided by the model's number of parameters. Such arrays are frozen
-    weights or a teacher."""
+    """Bytes of arrays outside the training state, per parameter of the model. Such arrays are frozen weights or a
+    teacher."""
     fused: bool = True
     """Whether attention runs in a fused kernel, which stores no attention scores."""
     eight: Mapping[str, float] = field(default_factory=dict)

@@ -89,8 +89,8 @@ def programs_of(
 ) -> list[tuple[str, Program]]:
     """Return the programs of the chosen stages, each with its stage's name. Nothing is compiled.
 
-    From a stage that is not chosen, only the shapes of its resulting model are used. The mesh of such a stage may need
-    another number of devices.
+    From a stage that is not chosen, only the shapes of its resulting model are used. Its mesh is ignored, because this
+    mesh may need another number of devices.
 
     Args:
       recipe, chosen, generate, say, kv_cache, draft, draft_tokens: see `plans`.

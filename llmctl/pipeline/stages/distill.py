@@ -122,7 +122,7 @@ class Config(StageConfig):
 
     @property
     def makes_model(self) -> bool:
-        """Return whether the student is a new model or a copy of layers of the teacher."""
+        """Return True if the student is a new model, or if it consists of copied layers of the teacher."""
         return self.model is not None or self.student.active
 
     @model_validator(mode="before")
