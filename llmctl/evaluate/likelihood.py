@@ -274,9 +274,10 @@ def packed(sequences: Sequence[ScoredSequence], longest: int, few: int) -> list[
 
 
 def position_scores(model: ModelConfig, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> {"log_p": [B, P], "best": [B, P]}.
+    """Return a compiled function that computes two arrays [B, P], "log_p" and "best", by name.
 
-    "log_p" is the log probability of each target in nats. "best" is true if the target is the most probable token.
+    Its arguments are the parameters and a batch. "log_p" is the log probability of each target in nats. "best" is true
+    if the target is the most probable token.
     """
 
     @jax.jit

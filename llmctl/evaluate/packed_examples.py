@@ -45,7 +45,10 @@ def supports(model: ModelConfig) -> bool:
 
 
 def step(model: ModelConfig, dtype: str) -> Any:
-    """Return the compiled function (params, batch of `PackedExamples`) -> outputs of the task head [B, E, ...]."""
+    """Return a compiled function that computes the outputs of the task head, [B, E, ...].
+
+    Its arguments are the parameters and a batch of `PackedExamples`.
+    """
 
     @jax.jit
     def run(params: functional.Params, batch: Batch) -> jax.Array:

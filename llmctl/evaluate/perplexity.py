@@ -93,10 +93,10 @@ def metrics(nll: float, counts: Counts) -> dict[str, float | None]:
 
 
 def target_nll(model: ModelConfig, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> negative log-likelihood [B, T] of each target, in nats.
+    """Return a compiled function that computes the negative log-likelihood [B, T] of each target, in nats.
 
-    The value of each target is multiplied by its entry in the batch's array `weights`. Logits are computed in chunks,
-    never for all positions at once.
+    Its arguments are the parameters and a batch. The value of each target is multiplied by the target's weight in the
+    array `weights` of the batch. Logits are computed in chunks, never for all positions at once.
     """
 
     def step(params: functional.Params, batch: dict[str, jax.Array]) -> jax.Array:

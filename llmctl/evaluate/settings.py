@@ -142,9 +142,10 @@ class MeasureConfig(Config):
 
     @property
     def tasks_on_data(self) -> list[str]:
-        """Return the names of the tasks whose columns the evaluation reads from its data; "" is an artifact's own task.
+        """Return the names of the tasks whose columns the evaluation reads from its data.
 
-        Probes read the columns of the task that their section names in its field `task`.
+        The name "" means an artifact's own task. Probes read the columns of the task that their section names in its
+        field `task`.
         """
         probes = [probe for probe in map(PROBES.__getitem__, self.named_probes) if probe.reads_data]
         of_probes = [getattr(getattr(self, probe.section, None), "task", "") for probe in probes]

@@ -265,9 +265,10 @@ class Explainer:
 
 
 def _predictions(found: Artifact, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> outputs of the model for each row.
+    """Return a compiled function that computes the model's outputs for each row.
 
-    The outputs are logits of classes [R, C], logits of the next token [R, V], or one number [R].
+    Its arguments are the parameters and a batch. The outputs are logits of classes [R, C], logits of the next token
+    [R, V], or one number [R].
     """
     model, choice = found.model, of(found.manifest).name == "choice"
 

@@ -71,7 +71,9 @@ def scale(output: float, baseline: float) -> float:
 
 
 def program(found: Artifact, baseline: int | None, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> (outputs [R], products [R, T]).
+    """Return a compiled function that computes outputs [R] and products [R, T].
+
+    Its arguments are the parameters and a batch.
 
     The embeddings are baseline + alpha * (embeddings - baseline) for tokens with `explained` = 1. Other tokens keep
     their embeddings, as do positions and segment types. A product is the gradient of a row's output at these

@@ -50,7 +50,7 @@ def check(found: Artifact) -> None:
 
 
 def program(found: Artifact, dtype: str) -> Any:
-    """Return a compiled function (params, batch) -> attributions [B, T].
+    """Return a compiled function that computes attributions [B, T]. Its arguments are the parameters and a batch.
 
     The attributions of a row sum to 1. For an encoder-decoder, only the encoder's tokens are returned, [B, S]. The
     decoder's inputs have the rest of the sum.

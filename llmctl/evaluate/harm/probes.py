@@ -57,7 +57,7 @@ class Toxicity(Probe):
 
 
 class Memorization(Probe):
-    """Measure how much of its training text a model repeats, against held-out text."""
+    """Measure how much of its training text a model repeats, compared with held-out text."""
 
     name = "memorization"
     title = "memorization"

@@ -57,7 +57,8 @@ class Metric:
     baseline: str = ""
     """Name of the metric with the value of a baseline that ignores the input; empty if there is no baseline."""
     compute: Callable[[Any, Any], float] | None = None
-    """Function (truth, predictions) -> value over all held-out examples; None if the task computes the metric."""
+    """Function that computes the value over all held-out examples; None if the task computes the metric. Its arguments
+    are the true labels and the predictions."""
 
     def text(self, value: float) -> str:
         """Format `value` for a table. `value` has the unit that the metric has in JSON."""

@@ -42,9 +42,9 @@ those that may still be substituted. The position is -1 if there is no substitut
 def flipper(model: ModelConfig, dtype: str, similarity: float = 0.0) -> Any:
     """Return the compiled function that selects the substitution with the largest estimated increase of the loss.
 
-    The arguments are (params, batch, label [B], open positions [B, T], allowed tokens [V]). Open positions are those
-    that may still be substituted. The result is int32 [B, 2]: position and new token. The position is -1 if there is no
-    substitution.
+    Its arguments are the parameters, a batch, labels [B], open positions [B, T], and allowed tokens [V]. Open positions
+    are those that may still be substituted. It returns int32 [B, 2]: position and new token. The position is -1 if
+    there is no substitution.
 
     Args:
         model: Config of the classifier.

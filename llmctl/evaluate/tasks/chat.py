@@ -95,7 +95,10 @@ class Chat(Language):
         return task.rows(model, examples, tokenizer, settings)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> metrics summed over the assistant's tokens."""
+        """Return a compiled function that computes metrics summed over the assistant's tokens.
+
+        Its arguments are the parameters and a batch.
+        """
         loss = self.loss_of(model, dtype=dtype)
         return jax.jit(lambda params, batch: loss(params, batch)[1])
 

@@ -90,7 +90,9 @@ class Choice(Task):
         return interleaved(batch, [prefix(k) for k in range(count)])
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return a function (params, batch, dropout key or None) -> (loss, metrics summed over the batch).
+        """Return the loss function, which returns (loss, metrics summed over the batch).
+
+        The arguments of the loss function are the parameters, a batch, and a dropout key or None.
 
         The loss is the cross-entropy over the choices of each question. `options` are fields of `Options`.
         """
@@ -146,9 +148,10 @@ class Choice(Task):
         return {"agreement": jnp.sum(same_B * weight_B), "weight": jnp.sum(weight_B)}
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return a compiled function (params, batch) -> float32 [B, K, 2].
+        """Return a compiled function that computes the scores of choices, float32 [B, K, 2].
 
-        The last axis has the score of a choice and the number of its tokens.
+        Its arguments are the parameters and a batch. The last axis has the score of a choice and the number of its
+        tokens.
         """
 
         @jax.jit
@@ -205,7 +208,10 @@ class Choice(Task):
         return SingleChoiceRows(examples, tokenizer, settings.seq_len, model.architecture, settings.truncate)
 
     def prediction_step(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> scores of the batch's rows, float32 [R]."""
+        """Return a compiled function that computes the scores of rows, float32 [R].
+
+        Its arguments are the parameters and a batch.
+        """
 
         @jax.jit
         def run(params: functional.Params, batch: Batch) -> jax.Array:

@@ -86,7 +86,7 @@ class Classify(Task):
         label_map(examples.classes, artifact.manifest.labels, str(artifact.path))
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> logits [B, C]."""
+        """Return a compiled function that computes logits [B, C]. Its arguments are the parameters and a batch."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:

@@ -148,7 +148,10 @@ class Embed(Task):
             raise RequestError(f"{artifact.path}: embeds texts, and the data has no pairs; map a second text to pair")
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> vectors of the first and of the second texts, each [B, D]."""
+        """Return a compiled function that computes the vectors of first texts and of second texts, each [B, D].
+
+        Its arguments are the parameters and a batch.
+        """
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -82,7 +82,10 @@ class EvaluationMethods(Losses, RowMethods):
         return True
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> outputs that `eval` runs and times."""
+        """Return the compiled function that `eval` runs and times.
+
+        Its arguments are the parameters and a batch. It returns the outputs from which metrics are computed.
+        """
         raise NotImplementedError
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:

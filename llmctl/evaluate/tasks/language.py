@@ -52,7 +52,7 @@ class Language(TokenLosses, Task):
         return "validation also scores the end of each text, which eval leaves out; compare it with validations"
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> scores.
+        """Return a compiled function that computes scores. Its arguments are the parameters and a batch.
 
         For a decoder, the scores are the negative log-likelihoods [B, T] of the targets in nats. For other
         architectures, the scores are the summed metrics of the loss.
@@ -70,7 +70,7 @@ class Language(TokenLosses, Task):
 def scored(
     task: Language, artifact: Artifact, rows: Any, setup: Setup, sentinels: tuple[int, ...] = ()
 ) -> tuple[Any, dict[str, Any]]:
-    """Score all rows with a compiled function, and return (compiled function, metrics).
+    """Score all rows with a compiled function. Return the function and the metrics.
 
     The metrics include metrics of a baseline that ignores the context.
 

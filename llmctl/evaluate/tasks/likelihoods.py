@@ -39,7 +39,9 @@ def interleaved(batch: Batch, prefixes: Sequence[str]) -> Batch:
 def log_likelihood(
     cfg: ModelConfig, params: functional.Params, x_RTD: jax.Array, batch: Batch, dtype: Any
 ) -> jax.Array:
-    """Return the log-likelihood of each row in nats, [R]: the sum over its targets, multiplied by their `weights`.
+    """Return the log-likelihood of each row in nats, [R].
+
+    It is the sum of the log probabilities of the row's targets, each multiplied by its weight in `weights`.
 
     Logits are computed in chunks.
     """

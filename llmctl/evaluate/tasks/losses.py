@@ -61,7 +61,9 @@ class Losses(TaskRecord):
         return batch
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return the loss function (params, batch, dropout key or None) -> (loss, metrics), both summed over the batch.
+        """Return the loss function, which returns (loss, metrics), both summed over the batch.
+
+        The arguments of the loss function are the parameters, a batch, and a dropout key or None.
 
         Args:
             cfg: Config of the network.

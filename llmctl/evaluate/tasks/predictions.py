@@ -56,7 +56,10 @@ class Predicts:
         return ClassificationRows(examples, tokenizer, settings.seq_len, truncate=truncate, shuffle=False)
 
     def prediction_step(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> predictions for the rows, arrays [B, ...]."""
+        """Return a compiled function that computes predictions for rows, arrays [B, ...].
+
+        Its arguments are the parameters and a batch.
+        """
 
         @jax.jit
         def run(params: functional.Params, batch: Batch) -> Any:

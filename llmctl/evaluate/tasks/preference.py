@@ -88,7 +88,9 @@ class Preference(Language):
         return interleaved(batch, ("", REJECTED))
 
     def loss_of(self, cfg: ModelConfig, *, remat: str = "none", **options: Any) -> Loss:
-        """Return a function (params, batch, dropout key or None) -> (loss, metrics summed over the batch).
+        """Return the loss function, which returns (loss, metrics summed over the batch).
+
+        The arguments of the loss function are the parameters, a batch, and a dropout key or None.
 
         The loss is summed over pairs. The metrics include "accuracy", the fraction of pairs in the right order. They
         also include "margin", the mean difference of rewards in nats. `options` are fields of `Options`.
@@ -122,9 +124,10 @@ class Preference(Language):
         return loss
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> scores of both completions [B, 2, 2].
+        """Return a compiled function that computes scores of both completions, [B, 2, 2].
 
-        The scores of a completion are its log-likelihood in nats and its number of tokens.
+        Its arguments are the parameters and a batch. The scores of a completion are its log-likelihood in nats and its
+        number of tokens.
         """
 
         @jax.jit

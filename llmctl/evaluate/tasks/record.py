@@ -40,7 +40,7 @@ class TaskRecord:
     calibrates: ClassVar[bool] = False
     """Whether `calibrated` can scale the probabilities of the classes."""
     distilled_as: ClassVar[str] = ""
-    """Name of the task whose rows and loss `distill` uses if the teacher has this task; empty uses this task itself."""
+    """Name of the task that `distill` trains a student on if its teacher has this task; empty for the same task."""
     pooling: ClassVar[str] = ""
     """Default pooling of hidden states to one vector per sequence; empty keeps the pooling of the model."""
     section: ClassVar[str] = ""

@@ -62,7 +62,7 @@ class Regress(Task):
             raise RequestError(f'{artifact.path}: predicts numbers; set data.label_type = "number"')
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> predicted numbers [B]."""
+        """Return a compiled function that predicts numbers [B]. Its arguments are the parameters and a batch."""
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:

@@ -46,7 +46,9 @@ class SequenceToSequence(Completions):
         train: TrainConfig,
         ends: Sequence[int],
     ) -> Callable[[functional.Params, Callable[[], None]], dict[str, float]] | None:
-        """Return a function (parameters, check_stop) -> metrics of generated answers, for validation during training.
+        """Return a function that computes metrics of generated answers, for validation during training.
+
+        Its arguments are the parameters and a function `check_stop`.
 
         The function answers at most `generation.examples` validation prompts. Before each batch, the function calls
         `check_stop()`, so that training can stop.

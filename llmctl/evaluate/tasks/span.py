@@ -93,7 +93,10 @@ class Span(Task):
         return ends(one, batch)
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> result of `best_span`."""
+        """Return a compiled function that computes the result of `best_span`.
+
+        Its arguments are the parameters and a batch.
+        """
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> Any:

@@ -119,9 +119,11 @@ class TokenLosses(TokenCrossEntropy):
         dtype: Any,
         how: SoftLoss,
     ) -> tuple[jax.Array, Sums]:
-        """Add the distillation loss of the next-sentence labels to `found`: (loss, metrics summed over the batch).
+        """Add the distillation loss of the next-sentence labels to the loss in `found`, and return the result.
 
-        The added loss is multiplied by `places`. Its sums are added under names that begin with "next_sentence_".
+        `found` and the result are (loss, metrics summed over the batch).
+
+        The added loss is multiplied by `places`. The metrics of the labels get names that begin with "next_sentence_".
         """
         (total, sums), label_B = found, batch["next_label"]
         weight_B = row_weight(batch, label_B) * (label_B >= 0)

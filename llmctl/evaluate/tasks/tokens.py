@@ -118,7 +118,10 @@ class Tokens(Classify):
         return found | ({"probabilities": every_W} if every else {})
 
     def scorer(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function (params, batch) -> most likely class of each token [B, T]."""
+        """Return a compiled function that computes the most likely class of each token, [B, T].
+
+        Its arguments are the parameters and a batch.
+        """
 
         @jax.jit
         def predict(params: functional.Params, batch: Batch) -> jax.Array:
