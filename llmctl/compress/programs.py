@@ -178,8 +178,8 @@ def merged(model: ModelConfig, params: Tree, mesh: Mesh) -> Tree:
 
 
 def _of_other_type(params: Tree, after: Tree, stack: str) -> Tree:
-    """Return the stacked weights of `after` whose storage differs from `params`, by path in the layer. For example, the
-    weight is a plain array in `params` and a quantized weight node in `after`."""
+    """Return the stacked weights of `after` whose storage differs from `params`, by path in the layer. An example is
+    a weight that is a plain array in `params` and a quantized weight node in `after`."""
     old, new = (weights.flatten(tree[stack]["blocks"]) for tree in (params, after))
     return {path: w for path, w in new.items() if jax.tree.structure(w) != jax.tree.structure(old[path])}
 

@@ -90,7 +90,7 @@ class SignalsConfig(Config):
 
 
 class StudentConfig(Config):
-    """Set which layers of the teacher become the student. To reduce widths too, use the stage `prune` with the method
+    """Set which layers of the teacher the student copies. To reduce widths too, use the stage `prune` with the method
     `structured`.
     """
 

@@ -143,8 +143,7 @@ def check_alike(teacher: Artifact, other: Artifact) -> None:
 
 
 def soft_loss(config: Any, model: ModelConfig) -> SoftLoss:
-    """Return the divergence from the teacher's outputs, the weight of this divergence, and the weight of the loss on
-    labels.
+    """Return the divergence from the teacher's outputs, with its weight and the weight of the loss on labels.
 
     Raises:
       RequestError: If a divergence of distributions is set and the model predicts a number.

@@ -36,7 +36,7 @@ CHANGING = (
     *("method", "clip", "smooth", "rotate", "symmetric", "double_quantize", "activations"),
     *("average_bits", "max_perplexity_increase"),
 )
-"""Settings of the stage `quantize` whose effect is not simulated in training if they differ from their defaults."""
+"""Settings of the stage `quantize` that training simulates only if they have their default values."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

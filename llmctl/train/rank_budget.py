@@ -78,8 +78,7 @@ class Allocator:
         }
 
     def after_step(self, state: State, step: jax.Array) -> State:
-        """Return the state with updated moving averages and masks, and set the singular values of removed triplets to
-        zero.
+        """Return the state with updated moving averages and masks. The singular values of removed triplets become zero.
 
         A triplet is a singular value with its two singular vectors. The averages are those of sensitivity and
         uncertainty.

@@ -84,7 +84,8 @@ class Schedule:
 class Sparsifier:
     """Set the weights with the lowest scores to zero while the model is trained.
 
-    The methods are fields of a training job (`llmctl.train.job.Job`).
+    The methods `memory`, `after_step` and `state_metrics` are used as fields of a training job
+    (`llmctl.train.job.Job`).
     """
 
     names: tuple[str, ...]

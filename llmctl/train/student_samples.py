@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 SAMPLES = 4
 """Constant that is folded into a run's random key. The resulting key is the key of the samples."""
 STREAM = 2**40
-"""Number in place of the epoch, for the random numbers that choose steps. No epoch of the shuffle has this number, so
-the choice is independent of the order of the training rows."""
+"""Number that replaces the epoch in the hash that chooses the steps with samples. No epoch of the shuffle has this
+number. The choice is therefore independent of the order of the training rows."""
 
 
 def is_sampled(seed: int, step: int, fraction: float) -> bool:

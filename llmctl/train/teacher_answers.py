@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 
 
 class TeacherAnswers:
-    """Generate answers to the prompts of the training split, and of a validation split without completions."""
+    """Generate answers to the prompts of the training split, and of the validation split if it has no completions."""
 
     def __init__(self, config: Any, ctx: Context, teacher: Artifact, text: Text, mesh: jax.sharding.Mesh) -> None:
         """Prepare the folder of the answers. If `answers.folder` is not set, the folder is next to the artifact.
@@ -122,8 +122,9 @@ class TeacherAnswers:
         }
 
     def _check(self, made_for: dict[str, Any], say: Say) -> None:
-        """Compare the settings that the folder of answers stores with the current settings. If the settings differ,
-        discard a folder that the stage created, or reject a folder that the user named.
+        """Compare the current settings with the settings in the folder of answers.
+
+        If they differ, a folder that the stage created is discarded. A folder that the user named is rejected.
 
         Raises:
           RequestError: If a folder that the user named has other answers.

@@ -43,8 +43,8 @@ class LayerStack:
         """Replace one layer.
 
         Raises:
-          ValueError: If the names of the layer's parameters differ from the names in the stack. If other weights change
-              their type than in the first replaced layer.
+          ValueError: If the names of the layer's parameters differ from the names in the stack. If the weights that
+              change their type are not the same as in the first replaced layer.
         """
         new, old = flatten(layer), flatten(self._old)
         if new.keys() != old.keys():

@@ -79,7 +79,7 @@ def counts_with_zeros(w: Weight, count: int | None, method: SparseMethod) -> jax
 
 @partial(jax.jit, static_argnames="pattern")
 def _with_zeros(values_IO: jax.Array, count: jax.Array | int, *, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
-    """Return the number of zeros of each output after pruning, [O], and whether any output exceeds its share before.
+    """Return the number of zeros per output after pruning, [O], and whether any output already had more than its share.
 
     The share of an output is `count` divided by the number of outputs. The numbers include existing zeros. The sum of
     the numbers is the larger of `count` and the number of existing zeros. Only outputs with fewer zeros than their

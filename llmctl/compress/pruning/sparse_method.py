@@ -29,9 +29,9 @@ class Allocation:
 
     name: AllocationName = "uniform"
     spread: float = 0.08
-    """Differences of sparsity between layers. If the allocation is "owl", half the difference between the highest and
-    the lowest sparsity among the layers (OWL's lambda). If it is "sensitivity", the largest difference between a
-    layer's sparsity and the model's sparsity."""
+    """Differences of sparsity between layers. "owl": half the difference between the highest and the lowest sparsity
+    among the layers (OWL's lambda). "sensitivity": largest difference between a layer's sparsity and the model's
+    sparsity."""
     outlier: float = 5.0
     """Threshold for the scores of outliers, as a multiple of the layer's mean score (OWL's M)."""
 

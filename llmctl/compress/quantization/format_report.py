@@ -47,7 +47,8 @@ def record(mixture: Mixture, count: int, measured: Mapping[Mixture, float]) -> d
 
 
 def counted(mixture: Mixture, count: int, measured: Mapping[Mixture, float], chosen: bool) -> dict[str, Any]:
-    """Return the data of `record`, the number of matrices per format, and whether the mixture was chosen."""
+    """Return the data of `record`, and the number of matrices per format. An entry "chosen" marks the chosen
+    mixture."""
     found = record(mixture, count, measured) | {"formats": dict(sorted(Counter(mixture.formats).items()))}
     return found | ({"chosen": True} if chosen else {})
 
@@ -89,8 +90,7 @@ def line(about: Mapping[str, Any]) -> str:
 
 
 def line_after(about: Mapping[str, Any], method: str) -> str:
-    """Return a line about the increase of the perplexity, for a model that a method with calibration data has
-    quantized."""
+    """Return a line about the perplexity increase of a model after quantization with calibration data."""
     told = f"perplexity on the calibration data {_percent(about['measured_after'])} after {method}"
     over = about["kind"] == "max_perplexity_increase" and not (about["measured_after"] or 0.0) <= about["limit"]
     return told + (f", which is above the limit of {_percent(about['limit'])}" if over else "")

@@ -225,7 +225,7 @@ class NormalFloats(Grid):
     """Define the 16 levels of NF4, from -1 to 1."""
 
     double_quantize: bool = False
-    """Whether scales are stored in 8 bits. Rounding and calibrated methods use the scales before this step."""
+    """Whether scales are stored in 8 bits. Weights are rounded with the scales before this conversion."""
 
     @property
     def bound(self) -> float:
@@ -263,6 +263,5 @@ def _factor(whole: jax.Array, dtype: Any) -> jax.Array:
 
 
 def packed_table(node: Packed) -> Packed:
-    """Return an embedding table [V, D], given a packed matrix whose arrays are already transposed to rows of the
-    table."""
+    """Return the node of an embedding table [V, D], given a packed node whose arrays are those of the table."""
     return replace(node, axis=-1)

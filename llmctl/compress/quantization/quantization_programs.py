@@ -108,7 +108,10 @@ def format_search(
 
 
 def rotated(model: ModelConfig, params: Tree, mesh: Mesh, held: list[Tree]) -> tuple[Program, Tree, list[Tree]]:
-    """Return the program that rotates the largest matrix, the abstract rotated parameters, and other arrays in memory.
+    """Return three results: a program that rotates the largest matrix, the rotated parameters, and other arrays in
+    memory.
+
+    The parameters and the other arrays are abstract.
 
     Args:
       model: config of the model.

@@ -87,7 +87,9 @@ def shapes(params: Params, units: Mapping[str, int]) -> dict[str, tuple[int, ...
 
 
 def adder(task: Task, cfg: ModelConfig, units: Mapping[str, int], dtype: Any) -> Any:
-    """Return a compiled function that adds the absolute derivatives of one batch to the totals.
+    """Return a compiled function that computes absolute derivatives for one batch, and adds them to the totals.
+
+    The derivatives are those of the loss with respect to the gates.
 
     Its arguments are the dense weights (see `read`), the parameters, the totals and the batch. It returns the new
     totals, and the total weight of the batch's tokens. The old totals are donated.

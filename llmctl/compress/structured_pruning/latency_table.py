@@ -78,7 +78,7 @@ class LatencyTable:
     fixed_H: np.ndarray
     """Latency of the embeddings, the output head and the program's overhead, for each hidden width in the grid."""
     layers_SHGQF: np.ndarray
-    """Latency of one layer of each stack."""
+    """Latency of one layer of each stack, for each combination of sizes in the grid."""
     stacks: tuple[str, ...]
     """Stacks whose layers take time. While an encoder-decoder generates tokens, the encoder does not run."""
     factor: float = 1.0

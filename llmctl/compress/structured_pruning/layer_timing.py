@@ -55,7 +55,7 @@ class LayerTimer:
         return tuple(stacks[-1:] if self.timing.phase == "decode" else stacks)
 
     def overhead(self, model: ModelConfig) -> tuple[float, np.ndarray]:
-        """Return the latency of a model without layers, and of one layer of each stack, [S]."""
+        """Return the latency of a model without layers, and the latency of one layer of each stack, [S]."""
         depths_SS = self._depths()
         equations = np.pad(np.vstack([np.ones(len(depths_SS)), depths_SS]), ((0, 0), (1, 0)), constant_values=1)
         found = np.linalg.solve(equations, [self._few(model, depths) for depths in equations[:, 1:]])
@@ -78,7 +78,10 @@ class LayerTimer:
         return self._once(cfg, depths, cfg.vocab_size, lambda: self._compared(cfg, self.params, 1, latency.NEW))
 
     def _depths(self) -> np.ndarray:
-        """Return numbers of layers [S, S]. Row s has several layers of stack s, and one layer of every other stack."""
+        """Return the numbers of layers of the models to measure, [S, S]: one row per model, one column per stack.
+
+        The model of row s has several layers of stack s, and one layer of every other stack.
+        """
         several = min(2 * LAYERS, max(LAYERS, self.cfg.window_every if self.cfg.window else 0))
         return np.ones((len(self.stacks), len(self.stacks))) + (several - 1) * np.eye(len(self.stacks))
 
@@ -128,9 +131,7 @@ class LayerTimer:
 
     @cached_property
     def _reference(self) -> tuple[latency.Run, float]:
-        """Return a function that runs a few layers of the unpruned model, and the function's first measurement in
-        seconds.
-        """
+        """Return a function that runs a few layers of the unpruned model, and the first measured time in seconds."""
         depths, tokens = self._depths()[-1], min(TOKENS, self.cfg.vocab_size)
         run = self._runner(*self._shaped(self.cfg, depths, tokens), *self._repeats(depths))
         with latency.on_one_device():

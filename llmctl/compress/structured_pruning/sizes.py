@@ -58,9 +58,11 @@ def search(
     """Return the inputs of a budget search: the allowed sizes, the function that computes a size, and the limit.
 
     Sizes are allowed if the mesh can shard the pruned model, and if every weight can be reduced. For example, the
-    hidden width cannot be reduced if a weight is quantized in groups along the channels. Nothing is measured. `rows` is
-    the number of tokens in the vocabulary after pruning. For a budget of latency, the function and the limit are for
-    FLOPs. `llmctl.compress.structured_pruning.latency_table` measures the latency.
+    hidden width cannot be reduced if a weight is quantized in groups along the channels. `rows` is the number of tokens
+    in the vocabulary after pruning.
+
+    Nothing is measured. If the budget limits the latency, the function and the limit are for FLOPs instead.
+    `llmctl.compress.structured_pruning.latency_table` measures the latency.
 
     Raises:
       RequestError: If no sizes meet the budget, or the method does not fit the model.
