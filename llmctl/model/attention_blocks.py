@@ -124,7 +124,7 @@ class _Blocks:
         return a.reshape(self.B, self.G, *a.shape[3:])
 
     def by_query(self, a: jax.Array) -> jax.Array:
-        """Reshape an array [1, g, N, K] to [1, g, R, T, K], where N = R * T. The queries of a head then have an axis of
+        """Reshape an array [1, g, N, K] to [1, g, R, T, K], with N = R * T. The queries of a head then have an axis of
         their own, of length T."""
         return a.reshape(1, self.plan.heads, self.R, self.T, -1)
 

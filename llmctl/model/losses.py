@@ -120,8 +120,9 @@ def soft_number_sums(
 ) -> tuple[jax.Array, Sums]:
     """Return the distillation loss of a regression.
 
-    The loss has two terms: the squared differences from the teacher, and from the labels. Both terms are weighted sums
-    over the rows. `how.soft` and `how.hard` are the weights of the two terms; the divergence of `how` is not used.
+    The loss has two terms: the squared differences from the teacher's numbers, and those from the labels. Both terms
+    are weighted sums over the rows. `how.soft` and `how.hard` are the weights of the two terms; the divergence of `how`
+    is not used.
 
     Returns:
         (loss, sums). The sums are the same as in `number_sums`, for the labels.

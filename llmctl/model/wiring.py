@@ -1,4 +1,4 @@
-"""Derive the connections between the matrices of a model from its ModelConfig: which module produces which input.
+"""Derive from a ModelConfig how the matrices of a model are connected: which module produces the input of a matrix.
 
 Structured pruning needs to know which columns and rows of matrices belong to a head or a neuron. SmoothQuant
 (arXiv:2211.10438) and AWQ (arXiv:2306.00978) move scales from a matrix to the module before it, without changing the
@@ -63,9 +63,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Residual:
-    """Describe the residual stream of the encoder or the decoder: the modules that write to the stream or read the
-    stream.
-    """
+    """Describe the residual stream of a stack by the modules that write to it, and the modules that read it."""
 
     stack: str
     writers: tuple[str, ...]
@@ -197,9 +195,7 @@ def units(cfg: ModelConfig, stack: str) -> list[Units]:
 
 
 def residual(cfg: ModelConfig, stack: str) -> Residual:
-    """Describe the residual stream of a stack, "encoder" or "decoder": the modules that write to the stream or read the
-    stream.
-    """
+    """Return the modules that write to the residual stream of a stack ("encoder" or "decoder") or read it."""
     block = f"{stack}/blocks"
     tables = ["embed/tokens"]
     tables += ["embed/positions"] if cfg.positions == "learned" else []

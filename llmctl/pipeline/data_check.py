@@ -1,4 +1,4 @@
-"""Check the data of a recipe's stages before the first stage runs: columns, and the labels of the first rows.
+"""Check the columns and the first labels of the data that a recipe's stages read, before the first stage runs.
 
 Without this check, a wrong column of the last stage would end the run after hours. Large or prepared data is not
 checked, because the check must be fast.

@@ -34,7 +34,7 @@ def lower(program: Program, platform: str) -> None:
 
 
 def setup_of(program: Program, work: Pass) -> Setup:
-    """Convert a program that runs the whole model (a training step or a forward pass) to the analytic model's input."""
+    """Convert a program that runs the full model (a training step or a forward pass) to the analytic model's input."""
     mesh = {} if work.replicated else {axis: int(n) for axis, n in program.mesh.shape.items()}
     model = work.model or program.model
     return Setup(

@@ -19,8 +19,8 @@ from llmctl.plan.analytic_setup import Setup
 from llmctl.plan.hlo.counts import Collective, Counts
 
 Estimate = tuple[float, Counts]
-"""Pair of figures per device: bytes of results and temporaries (without arguments), and counts of operations, traffic
-and collectives."""
+"""Two figures per device. The first is the bytes of results and temporaries, without arguments. The second is the
+counts of operations, traffic and collectives."""
 
 
 def described(cost: Cost) -> Estimate:

@@ -235,7 +235,7 @@ class Node(abc.ABC):
         return self
 
     def with_base(self, base: Any) -> Any:
-        """Return the weight `base`, which has the same shape, with the adapter of this weight.
+        """Return the weight `base` with the adapter of this weight. `base` must have the shape of this weight.
 
         Raises:
             TypeError: If this weight has no adapter.

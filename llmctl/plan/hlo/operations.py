@@ -109,9 +109,9 @@ def _taps(
 PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 """Number of matrix products [T, S, K] in each kernel of splash attention.
 
-The forward kernel (fwd) computes scores and outputs. The kernel dkv computes the scores again, and the gradients of the
-probabilities, the keys and the values. The kernel dq computes the scores again, and the gradients of the probabilities
-and the queries.
+The forward kernel (fwd) computes scores and outputs. The kernel dkv computes the gradients of the probabilities, the
+keys and the values, after it has recomputed the scores. The kernel dq computes the gradients of the probabilities and
+the queries, after it has recomputed the scores.
 """
 
 
