@@ -30,7 +30,8 @@ IRRELEVANT = frozenset({
     "transformers.js_config",
 })  # fmt: skip
 """Keys of config.json that the conversion to a ModelConfig ignores. Most of these keys affect neither the outputs nor
-the shapes of the network. `llmctl.convert.hf_folder` reads the other keys, such as `architectures` and `id2label`."""
+the shapes of the network. `llmctl.convert.hf_folder` reads the remaining keys of this set, such as `architectures` and
+`id2label`."""
 
 ACTIVATIONS = {
     "silu": "silu",

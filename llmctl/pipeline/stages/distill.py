@@ -87,9 +87,9 @@ class Config(StageConfig):
     signals: SignalsConfig = SignalsConfig()
     """Weights of the losses, such as { logits = 1.0, hidden = 0.5, hard = 0.1 }, instead of `hard`."""
     layer_map: str | list[Any] = "uniform"
-    """Pairs of layers that signals.hidden and signals.relations compare. uniform: every student layer with evenly
-    spaced teacher layers. last: the last layers. A list of pairs (student layer, teacher layer) counts from 0. In an
-    encoder-decoder, these are layers of the decoder."""
+    """Pairs of layers that signals.hidden and signals.relations compare. uniform: all student layers, paired with
+    evenly spaced teacher layers. last: the last layers. A list of pairs (student layer, teacher layer) counts from 0.
+    In an encoder-decoder, these are layers of the decoder."""
     hidden_distance: Literal["mse", "cosine"] = "mse"
     """Distance between student and teacher, for hidden states and embeddings. mse: mean squared difference. cosine: 1 -
     cosine similarity."""

@@ -64,8 +64,8 @@ class Config(StageConfig):
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:
     vectors that are similar for pairs of texts, or that match given scores. choice: one of several choices per prompt.
     preference: the better of two completions becomes more likely. chat: answers of the assistant in conversations.
-    seq2seq: completions of prompts, validated by generation (translation, summarization). lm: language modelling. If
-    the data has completions, only the completions count in the loss."""
+    seq2seq: completions of prompts, validated by generation (translation, summarization). lm: language modelling, on
+    completions only if the data has completions."""
     method: Annotated[str, AfterValidator(METHODS.check), METHODS] = "full"
     """Parameters to train. full: all. All other methods train the task head and these parameters. lora: low-rank
     adapters. dora: the magnitudes of the matrices, and low-rank adapters of their directions. adalora: low-rank
