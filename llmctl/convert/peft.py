@@ -174,7 +174,7 @@ def _of_base(base: Artifact, stored: Mapping[str, Tensor], left: set[str]) -> se
 
 
 def export(found: Artifact, folder: Path) -> float:
-    """Write an artifact's adapters in PEFT's format, read them back, and compare the outputs with both.
+    """Write an artifact's adapters in PEFT's format, read them back, and compare the outputs with the artifact's.
 
     Returns:
         The largest difference between outputs with the artifact's adapters and with the written adapters.

@@ -53,7 +53,7 @@ def available(found_bytes: int, package: str = "") -> str:
 
 
 def tokens_there(cfg: ModelConfig, folder: Path, samples: Samples, theirs: bool) -> Rows:
-    """Tokenize samples by transformers or the library `tokenizers`, with the tokenizer in a folder; return the ids.
+    """Tokenize samples by the tokenizer in a folder, with transformers or the library `tokenizers`. Return the ids.
 
     If the model is a decoder with a pooled head, padding tokens at the end of a row are removed. transformers also
     removes these tokens before pooling.

@@ -65,9 +65,7 @@ class Counts:
 
 
 def count(texts: Sequence[str], tokens: int) -> Counts:
-    """Count the words (separated by white space) and the UTF-8 bytes of texts. The result also has the argument
-    `tokens`.
-    """
+    """Return the numbers of words (separated by white space) and UTF-8 bytes of texts, together with `tokens`."""
     return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 

@@ -65,7 +65,7 @@ class Attribution:
 def scale(output: float, baseline: float) -> float:
     """Return the denominator of the completeness error: |output - baseline|.
 
-    The minimum is `SMALLEST` times the larger magnitude of output and baseline.
+    The denominator is at least `SMALLEST` times the larger magnitude of output and baseline.
     """
     return max(abs(output - baseline), SMALLEST * max(abs(output), abs(baseline)), 1e-12)
 

@@ -61,8 +61,8 @@ def read(config: StereoSetConfig) -> tuple[list[Context], int]:
     A row is left out if its context has several blanks.
 
     Raises:
-        RequestError: If a row lacks a column or has an unknown type. If a sentence is not its context with a word at
-            the blank.
+        RequestError: If a row lacks a column or has an unknown type. If a sentence differs from its context outside the
+            blank.
     """
     rows = benchmark_rows.read(config)
     found = [_context(row) for row in rows if row.columns.get("type") != INTRA or row.text("context").count(BLANK) < 2]

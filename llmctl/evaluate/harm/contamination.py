@@ -171,7 +171,7 @@ def _text(row: Row) -> str:
 
 
 def _corpus(settings: ContaminationConfig) -> Examples:
-    """Return the train split of the training text that the settings name.
+    """Return the train split of the data in the setting `corpus`.
 
     Raises:
         RequestError: If the data is missing or invalid.

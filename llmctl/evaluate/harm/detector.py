@@ -89,7 +89,7 @@ class Classifier:
         """Return one probability per text. A text without words has the probability 0.
 
         A text that is longer than the classifier's sequence length is split, if possible between words. Its probability
-        is the largest of its parts.
+        is the largest probability of a part.
 
         Raises:
             WorkError: If a probability is not a finite number.

@@ -129,7 +129,7 @@ def agreement(truth_Nm: np.ndarray, generated: Sequence[Sequence[int]]) -> tuple
         generated: Generated tokens of each sequence, at most m.
 
     Returns:
-        Whether all m tokens are equal, bool [N], and the length of the common run, int [N].
+        Two arrays: whether all m tokens of a sequence are equal, bool [N], and the length of its common run, int [N].
     """
     exact = [list(ids) == truth.tolist() for truth, ids in zip(truth_Nm, generated, strict=True)]
     runs = [common_run(truth.tolist(), ids) for truth, ids in zip(truth_Nm, generated, strict=True)]

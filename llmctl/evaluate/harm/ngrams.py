@@ -48,9 +48,9 @@ def words(text: str) -> list[str]:
 
 
 def sizes(texts: Iterable[str], ngram: int, shortest: int) -> list[int]:
-    """Return the size of each text's n-grams: `ngram`, or the number of its words if it has fewer.
+    """Return the size of each text's n-grams: `ngram`, or the text's number of words if this is smaller.
 
-    If a text has fewer words than `shortest`, its size is 0, and it has no n-gram.
+    If a text has fewer words than `shortest`, it has no n-gram, and the size is 0.
     """
     counts = [len(words(text)) for text in texts]
     return [min(count, ngram) if count >= min(shortest, ngram) else 0 for count in counts]

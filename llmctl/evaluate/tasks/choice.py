@@ -276,7 +276,7 @@ def loss_of_scores(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the results of `compute` for the scores [R] of the rows: (loss, metrics summed over the batch).
+    """Return (loss, metrics summed over the batch), which `compute` computes from the scores [R] of the rows.
 
     For a language model, the loss and its gradient are computed in chunks. The logits of all tokens are never stored.
     """

@@ -59,7 +59,7 @@ def loss_of_rows(
     dtype: Any,
     compute: Callable[[jax.Array], tuple[jax.Array, Sums]],
 ) -> tuple[jax.Array, Sums]:
-    """Return the results of `compute` for the log-likelihoods [R] of the rows: (loss, metrics summed over the batch).
+    """Return (loss, metrics summed over the batch), which `compute` computes from the log-likelihoods [R] of the rows.
 
     The gradient is computed as the gradient of a weighted cross-entropy. All tokens of a row have the same weight:
     minus the derivative of the loss with respect to the row's log-likelihood. Logits can therefore be computed in
