@@ -139,9 +139,9 @@ class Compressed:
         return jnp.swapaxes(self.scale, -1, -2).astype(jnp.float32)
 
     def _levels(self, dtype: Any) -> list[jax.Array]:
-        """Return the codes as numbers in `dtype`: a list of one array.
+        """Return the codes as numbers in `dtype`, in a list of arrays.
 
-        With int4, the list has two arrays: the first and the last K / 2 elements of each head.
+        With int4, the list has two arrays: the first and the last K / 2 elements of each head. Otherwise, it has one.
         """
         if self.format != "int4":
             return [self.codes.astype(dtype)]

@@ -1,4 +1,4 @@
-"""Define RoBERTa: BERT without token types and next-sentence prediction (Liu et al., 2019, arXiv:1907.11692).
+"""Define RoBERTa: BERT without token types and without next-sentence prediction (Liu et al., 2019, arXiv:1907.11692).
 
 Position ids start after the id of the padding token.
 """

@@ -254,9 +254,7 @@ class Node(abc.ABC):
         return None
 
     def integers(self) -> Any:
-        """Return the weight as a `Quantized` for export formats that store integers; None if the weight is not
-        quantized.
-        """
+        """Return the weight as a `Quantized` of integers, for export formats; None if the weight has no such form."""
         return None
 
     def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Any:

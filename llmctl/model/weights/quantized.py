@@ -1,6 +1,6 @@
-"""Store a weight as integers or 8-bit floats with scales, per output channel or per group of inputs.
+"""Store a weight as integers or 8-bit floats, with scales.
 
-Integers may have zero points, one per scale.
+Each output channel has one scale, or one scale per group of inputs. Integers may have zero points, one per scale.
 
 Shapes: N tokens, I inputs, O outputs, G groups, V vocabulary, D model width.
 """
