@@ -57,8 +57,8 @@ class Block(NamedTuple):
 
 
 Change = Callable[[Block, jax.Array, T], tuple[jax.Array, jax.Array, T]]
-"""Function (block, weights of the block [S, O], state) -> (changed weights, errors divided by the factor's diagonal,
-state)."""
+"""Function that changes one block. Its arguments are the block, the weights of the block [S, O], and a state. It
+returns the changed weights, the errors divided by the factor's diagonal, and the new state."""
 
 
 def factor(gram_II: jax.Array, damping: jax.Array | float = DAMPING) -> Factor:

@@ -37,14 +37,14 @@ class Job:
     """Initial parameters, sharded over the mesh. Trained arrays are donated to the training state. Abstract arrays
     suffice for compiling."""
     loss: Callable[..., tuple[jax.Array, Sums]]
-    """Function (params, batch, dropout key, *constants) -> (sum of losses, metric sums). The step divides the sum of
-    losses by the metric sum "weight". If the job has `extra` arrays, the loss also gets these arrays as the keyword
-    argument `extra`.
+    """Loss function. Its arguments are the parameters, the batch, the dropout key, and the elements of `constants`. It
+    returns (sum of losses, metric sums). The step divides the sum of losses by the metric sum "weight". If the job has
+    `extra` arrays, the loss also gets these arrays as the keyword argument `extra`.
     """
     rows: Any
     """Training rows (token sequences with their labels), with random access by row number."""
     validate: Callable[[Params], dict[str, float]]
-    """Function (parameters) -> metrics on the validation data, by name."""
+    """Function that computes the metrics of parameters on the validation data, by name."""
     constants: tuple[Any, ...] = ()
     """Arrays that the loss reads as its last arguments and that no step changes, such as the parameters of a
     teacher."""
@@ -76,20 +76,20 @@ class Job:
     The optimizer state, the moving average and the checkpoints include these arrays.
     """
     result: Callable[[Params, Params], Params] = lambda params, extra: params
-    """Function (params, extra) -> the parameters that are validated and returned. The argument `extra` contains the
-    trained arrays outside the model. By default the function returns `params`.
+    """Function that computes the parameters that are validated and returned. Its arguments are `params` and `extra`,
+    the trained arrays outside the model. By default the function returns `params`.
     """
     trains_result: bool = False
     """Whether the loss reads the parameters that the function `result` returns. If true, the arrays in `extra` are
     trained through these parameters, and the loss does not get the argument `extra`.
     """
     after_step: Callable[[State, jax.Array], State] | None = None
-    """Function (state, step) -> state, applied after the optimizer as part of the compiled step. Examples are a pruning
-    schedule and a rank budget. `llmctl.train.training_state` describes the state (a dictionary). For this function, the
-    state has three more entries, which the function only reads: "gradients" (clipped, and zero for weights held at
-    zero), "dense_gradients" (clipped, for all weights), and "before" (the trained arrays before the step). `step`
-    counts from 1. The function must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the
-    result is discarded.
+    """Function that updates the state after the optimizer, as part of the compiled step. Its arguments are the state
+    and the step. It returns the new state. Examples are a pruning schedule and a rank budget.
+    `llmctl.train.training_state` describes the state (a dictionary). For this function, the state has three more
+    entries, which the function only reads: "gradients" (clipped, and zero for weights held at zero), "dense_gradients"
+    (clipped, for all weights), and "before" (the trained arrays before the step). `step` counts from 1. The function
+    must be pure, and must keep structure, shapes and dtypes. If a step is skipped, the result is discarded.
     """
     memory: Callable[[Params], Any] | None = None
     """Function from the trained arrays to a tree of further arrays that are kept between steps. The tree is the entry
@@ -104,9 +104,9 @@ class Job:
     """Function from the parameters to a scalar. Every step adds the scalar to the mean loss before the loss is
     differentiated. The logged loss does not include this scalar."""
     prepare: Callable[[Params, Batch, int], Batch] | None = None
-    """Function (current arrays by name, batch, number of finished steps) -> the batch to train on, called before each
-    step. The function must keep shapes, dtypes and shardings. On-policy distillation replaces completions by
-    samples."""
+    """Function that is called before each step, and returns the batch to train on. Its arguments are the current
+    arrays by name, the batch, and the number of finished steps. The function must keep shapes, dtypes and shardings.
+    On-policy distillation replaces completions by samples."""
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0

@@ -65,12 +65,12 @@ class Learner:
     job_fields: dict[str, Any] = field(default_factory=dict)
     """Further fields of the training job (`llmctl.train.job.Job`), by name."""
     step_fields: Callable[[dict[str, Any], int], dict[str, Any]] = lambda params, steps: {}
-    """Function (initial parameters, number of training steps) -> fields of the training job that depend on these
-    arguments, by name.
+    """Function that returns further fields of the training job, by name. Its arguments are the initial parameters and
+    the number of training steps.
     """
     adapt_job: Callable[[loop.Job, int], loop.Job] = lambda job, steps: job
-    """Function (job, number of steps) -> the job to run. The function may, for example, replace the loss. By default
-    the function returns the job unchanged.
+    """Function that returns the job to run. Its arguments are the job and the number of steps. The function may, for
+    example, replace the loss. By default the function returns the job unchanged.
     """
 
     @property

@@ -65,10 +65,10 @@ class Program:
     """
 
     step: Any
-    """Compiled function (state, (fixed, constants), batch) -> (state, metrics). `constants` is the field `constants` of
-    the Job."""
+    """Compiled function that runs one step. Its arguments are the state, (fixed, constants) and the batch. It
+    returns (next state, metrics). `constants` is the field `constants` of the Job."""
     begin: Any
-    """Compiled function (trained arrays) -> first state. The arrays are donated."""
+    """Compiled function that creates the first state from the trained arrays. The arrays are donated."""
     named: Params
     """Trained arrays by name, in float32. The parent may have bfloat16 arrays, in which small updates would round to
     zero."""

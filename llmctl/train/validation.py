@@ -15,8 +15,8 @@ from llmctl.model.losses import Loss
 from llmctl.train import preemption
 
 Further = Callable[[dict[str, Any], Callable[[], None]], dict[str, float]]
-"""Function (parameters, check_stop) -> further metrics by name. `check_stop` is a function that raises StopRequested if
-the run has to stop.
+"""Function that computes further metrics, by name. Its arguments are the parameters and a function `check_stop`, which
+raises StopRequested if the run has to stop.
 """
 
 

@@ -86,8 +86,8 @@ class Visit:
 
 
 Change = Callable[[Visit], Layer]
-"""Compression method: function (Visit) -> changed parameters of the visited layer. A changed weight must have the same
-type (dense, quantized, …) in all layers of a stack.
+"""Compression method: a function that gets a `Visit`, and returns the changed parameters of the visited layer. A
+changed weight must have the same type (dense, quantized, …) in all layers of a stack.
 """
 
 

@@ -72,8 +72,8 @@ def summed(
     """Run `step` on every batch, and return the gradient sums over all batches.
 
     Args:
-      step: compiled function (inner, params, totals, batch) -> (totals, total weight of the batch's tokens). The
-          function adds the sums of one batch to `totals`.
+      step: compiled function that adds the sums of one batch to `totals`. Its arguments are `inner`, `params`, `totals`
+          and the batch. It returns the new totals, and the total weight of the batch's tokens.
       inner: the arrays with respect to which `step` differentiates, by path.
       params: parameters of the model.
       totals: initial sums, which are donated.

@@ -219,8 +219,9 @@ class LayerStats(Mapping[str, Any]):
 
 
 Collect = Callable[[str, int], Statistic | None]
-"""Function (path of a matrix, number of inputs) -> empty statistic, or None to collect nothing for the matrix. Matrices
-that read the same input share one statistic if the function returns the same type and shapes for these matrices.
+"""Function that selects the statistic of a matrix. Its arguments are the path of the matrix and the number of inputs.
+It returns an empty statistic, or None to collect nothing. Matrices that read the same input share one statistic if the
+function returns the same type and shapes for these matrices.
 """
 
 

@@ -219,9 +219,8 @@ def scan(
 def scan_programs(cfg: ModelConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
     """Return the compiled functions that `scan` runs: one for final hidden states, and one per stack for errors.
 
-    The functions for errors are a dictionary with the keys "encoder", "decoder" or both. Each function replaces one
-    layer of its stack by a pruned layer. It returns the error that this change causes in the model's final hidden
-    states.
+    The functions for errors are a dictionary by stack ("encoder", "decoder"). Each function replaces a layer by a
+    pruned layer, and returns the resulting error of the final hidden states.
     """
 
     def error(

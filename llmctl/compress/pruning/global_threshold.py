@@ -25,9 +25,9 @@ def counts(scores: Callable[[], Scores], sparsity: float) -> Counts:
     """Return the number of weights or blocks to prune in each matrix. The sum is round(sparsity * number of scores).
 
     Two passes over the scores find the exact threshold. The first pass counts the scores by the upper 16 of their 32
-    bits. These counts determine the upper bits of the threshold. The second pass reads only the scores with the same
-    upper bits, and counts them by their lower 16 bits. Only one matrix at a time is in memory. If several scores equal
-    the threshold, the weights in the first matrices are pruned first.
+    bits. These counts determine the upper bits of the threshold. The second pass counts the scores with the threshold's
+    upper bits by their lower 16 bits. Only one matrix at a time is in memory. If several scores equal the threshold,
+    the weights in the first matrices are pruned first.
 
     >>> one = ("decoder", 0), "attn/q", np.array([[1.0, -2.0], [5.0, 3.0]])
     >>> counts(lambda: [one, (("decoder", 1), "attn/q", np.array([[4.0, 3.0]]))], 0.5)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from llmctl.compress.calibration.statistics import Moments
 
 Calculate = Callable[["jax.Array", "Moments | None", Mapping[str, "jax.Array"], "jax.Array"], "jax.Array"]
-"""Function (weights [I, O] float32, statistics, gradients, random key) -> scores [I, O]. The lowest scores are pruned.
+"""Function that computes the scores [I, O] of a matrix. The lowest scores are pruned. Its arguments are the weights
+[I, O] (float32), statistics, gradients and a random key.
 
 `statistics` has the sum of squares of each input over the calibration tokens (`Moments`). `gradients` has the gradient
 sums that `Score.gradients` names, each [I, O]. The key differs for every matrix of every layer. Zero weights always

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from llmctl.model.weights import Node, NormalFloat, Quantized
 
 Scheme = Callable[["jax.Array", int, int], "Node"]
-"""Function (weight, axis of the inputs, inputs per scale) -> quantized weight, for example integers with scales.
+"""Function that quantizes a weight, for example to integers with scales. Its arguments are the weight, the axis of the
+inputs, and the number of inputs per scale.
 
 A matrix [..., I, O] has its inputs on axis -2, an embedding table [V, D] on axis -1. With 0 inputs per scale, every
 output channel (or row of the table) has one scale. Leading axes (layers) always have their own scales. A function may

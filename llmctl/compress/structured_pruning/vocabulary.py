@@ -41,7 +41,8 @@ from llmctl.model.generate.chat_template import Template
 
 Params = dict[str, Any]
 Encode = Callable[[Tokenizer, list[Any]], list[list[int]]]
-"""Function (tokenizer, texts or conversations) -> token ids of each text or conversation."""
+"""Function that tokenizes texts or conversations. Its arguments are the tokenizer, and the texts or conversations.
+It returns the token ids of each text or conversation."""
 MESSAGES = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
 """Example conversation that is formatted by the tokenizer's chat template. The tokens of the formatted conversation are
 never removed.

@@ -27,8 +27,8 @@ Pull = Callable[[jax.Array], tuple[Found, Any, jax.Array]]
 sums), gradients of the trained arrays, gradient of the perturbation).
 """
 Passes = Callable[[Search, jax.Array, Pull], tuple[Found, Any]]
-"""Function (search, initial perturbation, pull) -> ((sum of losses, metric sums), gradients), like
-`Adversary.passes`."""
+"""Function such as `Adversary.passes`. Its arguments are the search, the initial perturbation, and a function
+`pull`. It returns ((sum of losses, metric sums), gradients)."""
 
 START = 0x0F
 """Constant that is folded into the dropout key. The resulting key is the random key of the initial perturbation."""

@@ -32,7 +32,8 @@ class Problem:
     remat: str = "none"
     """Rematerialization policy: which activations the backward pass recomputes (the value of `train.remat`)."""
     prepare: Callable[[Batch, jax.Array], Batch] = lambda batch, key: batch
-    """Function (batch, key) -> batch that adds the configured class weights, and the configured noise on embeddings."""
+    """Function that adds the configured class weights, and the configured noise on embeddings, to a batch. Its
+    arguments are the batch and a random key."""
 
     def batch(self, batch: Batch, key: jax.Array) -> Batch:
         """Apply `prepare` to a batch, and return the arrays that the network reads."""

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 
 Kept = tuple[Callable[[Params], dict[str, Any]], Callable[[dict[str, Any], Params, jax.Array], dict[str, Any]]]
-"""Two functions for arrays that are kept between steps. The first is a function (trained arrays) -> initial kept
-arrays, by name. The second is a function (kept arrays, trained arrays, step) -> kept arrays after the step.
+"""Two functions for arrays that are kept between steps. The first computes the initial kept arrays, by name, from the
+trained arrays. The second computes the kept arrays after a step. Its arguments are the kept arrays, the trained arrays
+and the step.
 """
 
 
