@@ -73,7 +73,7 @@ def summed(
 
     Args:
       step: compiled function that adds the sums of one batch to `totals`. Its arguments are `inner`, `params`, `totals`
-          and the batch. It returns the new totals, and the total weight of the batch's tokens.
+          and the batch. It returns the new totals, and the sum of the tokens' loss weights.
       inner: the arrays with respect to which `step` differentiates, by path.
       params: parameters of the model.
       totals: initial sums, which are donated.
@@ -95,8 +95,8 @@ def adder(task: Task, cfg: ModelConfig, sums: Sequence[str], dtype: Any) -> Any:
     """Return a compiled function that adds the gradient sums of one batch to the totals.
 
     Its arguments are the matrices, the parameters, the totals and the batch. It computes the gradients, and applies
-    each function that `sums` names. It returns the new totals, and the total weight of the batch's tokens. The old
-    totals are donated.
+    each function that `sums` names. It returns the new totals, and the sum of the tokens' loss weights. The old totals
+    are donated.
     """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 

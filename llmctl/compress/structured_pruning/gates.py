@@ -92,7 +92,7 @@ def adder(task: Task, cfg: ModelConfig, units: Mapping[str, int], dtype: Any) ->
     The derivatives are those of the loss with respect to the gates.
 
     Its arguments are the dense weights (see `read`), the parameters, the totals and the batch. It returns the new
-    totals, and the total weight of the batch's tokens. The old totals are donated.
+    totals, and the sum of the tokens' loss weights. The old totals are donated.
     """
     loss = task.loss_of(cfg, dtype=dtype, remat="full")
 

@@ -78,7 +78,7 @@ class Adversary:
         """Return ((sum of losses, metric sums), gradients of the trained arrays) of one batch.
 
         Args:
-          search: computes the next perturbation from the last perturbation and its gradient.
+          search: object that computes the next perturbation from the last perturbation and its gradient.
           begin: perturbation [B, T, D] before the first step. The perturbation is zero if the method has no setting
               `start`.
           pull: function from a perturbation to ((sum of losses, metric sums), gradients of the trained arrays, gradient

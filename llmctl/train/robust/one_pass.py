@@ -73,9 +73,10 @@ def with_gradients(
     The derivative with respect to `trained` is the gradients that `passes` returns.
 
     Args:
-      loss: (trained, perturbation, rest) -> (sum of losses, metric sums).
-      passes: (pull, trained, rest) -> ((sum of losses, metric sums), gradients). The function calls `pull` for each
-        forward and backward pass of `loss`.
+      loss: loss function. Its arguments are `trained`, the perturbation and `rest`. It returns (sum of losses, metric
+        sums).
+      passes: function that returns ((sum of losses, metric sums), gradients). Its arguments are a function `pull`,
+        `trained` and `rest`. It calls `pull` for each forward and backward pass of `loss`.
       trained: arrays that may get gradients. Only the gradients that the caller requests are computed.
       rest: other arguments of the loss, without gradients.
     """
