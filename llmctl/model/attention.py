@@ -39,8 +39,7 @@ PROJECTED = "projected"
 Choose = Callable[..., jax.Array]
 """Function that selects and runs an attention kernel.
 
-Its type is (q, k, v, mask, shared, local, config, cross) -> outputs [B, T, H, K]. An example is
-`attention_kernels.attend`.
+Its arguments and its result are those of `attention_kernels.attend`.
 """
 
 
@@ -69,10 +68,11 @@ class Shared(NamedTuple):
     """Position in the key-value cache at which the first token is written, a scalar or one per row [B]. None without a
     cache."""
     causal_BT: jax.Array | None = None
-    """Segment number of each token, which fused kernels need; None if attention is not causal, or if there is a
-    cache."""
+    """Segment number of each token, if attention is causal. Fused kernels read this array instead of a mask. None if
+    attention is not causal, or if there is a cache."""
     mutual_BT: jax.Array | None = None
-    """Segment number of each token, which fused kernels need; None if attention is causal, or if there is a cache."""
+    """Segment number of each token, if attention is not causal. Fused kernels read this array instead of a mask. None
+    if attention is causal, or if there is a cache."""
     branches_BT: jax.Array | None = None
     """Branch of each token; None if no segment has branches. Only attention with a mask supports branches."""
     rows_B: jax.Array | None = None

@@ -63,7 +63,7 @@ def _without_type_response(kernel_DI: jax.Array, types_UD: jax.Array | None) -> 
     """Change a kernel [D, I] so that x @ kernel does not depend on the segment type.
 
     The input x is the output of a LayerNorm. The columns of the kernel are made orthogonal to the differences between
-    type embeddings. The mean of each difference is subtracted first, as a LayerNorm does.
+    type embeddings. Before that, the mean over the D elements of a difference is subtracted, as a LayerNorm does.
     """
     if types_UD is None or len(types_UD) < 2:
         return kernel_DI

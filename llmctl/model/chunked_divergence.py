@@ -3,7 +3,7 @@
 `distillation` compares a student with a teacher. `listed_distillation` compares a student with stored probabilities of
 a teacher. `symmetric_divergence` compares two forward passes of one model.
 
-Shapes: B batch, T sequence, D model width, E total width of two models, V vocabulary.
+Shapes: B batch, T sequence, D model width, E = 2 * D, V vocabulary.
 """
 
 from __future__ import annotations

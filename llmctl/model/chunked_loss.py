@@ -36,7 +36,7 @@ results are the sum of losses, and a tree of sums for metrics.
 """
 
 Project = Callable[[Tree, jax.Array], jax.Array]
-"""Output projection, a function (head parameters, hidden states [..., D]) -> logits [..., V]."""
+"""Output projection, a function that computes logits [..., V] from head parameters and hidden states [..., D]."""
 
 
 def chunk_length(batch: int, length: int, vocab: int) -> int:
@@ -307,7 +307,8 @@ def per_token(
     differentiable.
 
     Args:
-        fn: Function (head parameters, hidden states of a chunk, arrays of a chunk) -> arrays [B, c, ...].
+        fn: Function that computes the values [B, c, ...] of one chunk. Its arguments are `head`, and the chunk's
+            parts of `x_BTD` and `aligned`.
         head: Parameters of the output head.
         x_BTD: Hidden states.
         aligned: Tree of further arrays [B, T, ...].

@@ -203,8 +203,10 @@ def _rest(log_p: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def mean_logits(logits: Sequence[jax.Array], temperature: float) -> jax.Array:
-    """Return logits [..., V] whose softmax at `temperature` is the mean of the softmaxes of several models' logits
-    [..., V]."""
+    """Average the output distributions of several models, and return logits [..., V] of the average.
+
+    Each model has logits [..., V]. A distribution is softmax(logits / temperature), for the models and for the result.
+    """
     if len(logits) == 1:
         return logits[0]
     log_p = jnp.stack([jax.nn.log_softmax(z / temperature, axis=-1) for z in logits])

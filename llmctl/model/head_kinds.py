@@ -21,7 +21,7 @@ class HeadKind:
     per_token: bool = False
     """Whether there is one output per token. Otherwise, the tokens of a sequence are pooled to one output."""
     bare: bool = False
-    """Whether the output is the pooled vector at unit length, without a projection."""
+    """Whether the output is the pooled vector itself, scaled to unit length, without a projection."""
     width: int = 0
     """Number of logits per output; 0 means one logit per label."""
     scalar: bool = False

@@ -268,14 +268,14 @@ def refuse(cfg: Any, what: str, **needed: Any) -> None:
 
 
 def check_width(cfg: Any, what: str) -> None:
-    """Check that the number of heads divides the hidden width, as transformers requires for some families.
+    """Check that the number of heads divides the model width `d_model`, as transformers requires for some families.
 
     Args:
         cfg: The ModelConfig.
         what: Name of the family, for the error message.
 
     Raises:
-        RequestError: If the number of heads does not divide the hidden width.
+        RequestError: If the number of heads does not divide the model width.
     """
     if cfg.d_model % cfg.heads:
         raise RequestError(

@@ -21,7 +21,10 @@ from llmctl.model.attention import Shared
 
 Tree = Any
 Layer = Callable[..., jax.Array]
-"""Function (layer parameters, input [B, T, D], shared inputs, *per-layer inputs) -> output [B, T, D]."""
+"""Function that applies one layer to an input [B, T, D], and returns the output [B, T, D].
+
+The arguments are the layer's parameters, the input, the inputs that all layers share, and further inputs of this layer.
+"""
 
 
 def run(

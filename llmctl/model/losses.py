@@ -19,9 +19,10 @@ from llmctl.model.transformer import Batch
 
 Sums = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Sums]]
-"""Function (params, batch, key=None) -> (sum of losses, sums by metric name and "weight").
+"""Function of parameters, a batch and a dropout key (None by default).
 
-With a dropout key, the function computes the training loss; without a key, the validation loss.
+The results are the sum of losses, and a dictionary with one sum per metric and the sum "weight". With a dropout key,
+the function computes the training loss; without a key, the validation loss.
 """
 
 COSINE_TEMPERATURE = 0.05

@@ -27,7 +27,10 @@ from llmctl.model.attention import Shared
 
 Tree = Any
 Layer = Callable[..., jax.Array]
-"""Function (layer parameters, input [b, T, D], shared inputs, *per-layer inputs) -> output [b, T, D]."""
+"""Function that applies one layer to an input [b, T, D], and returns the output [b, T, D].
+
+The arguments are the layer's parameters, the input, the inputs that all layers share, and further inputs of this layer.
+"""
 
 PER_STAGE = 4
 """Default maximum number of microbatches per stage. Each stage is then idle for about one fifth of the time."""

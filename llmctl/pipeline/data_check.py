@@ -47,7 +47,7 @@ def check(recipe: Recipe, names: Iterable[str] = (), missing: bool = False) -> N
 
 
 def needed(recipe: Recipe, step: Step) -> tuple[str, ...]:
-    """Return the canonical columns, such as text and label, that a stage's data must have.
+    """Return the canonical columns, such as `text` and `label`, that a stage's data must have.
 
     The result is empty if the recipe does not determine the columns.
     """
@@ -106,7 +106,11 @@ def _distilled(recipe: Recipe, step: Step) -> str:
 
 
 def _learned(recipe: Recipe, read: str | Path | None) -> str:
-    """Return the task that an artifact was trained for. If no stage of the recipe sets a task, return ""."""
+    """Return the task that the artifact `read` is trained for.
+
+    The task is a setting of the stage that writes the artifact or of an earlier stage. If no stage sets the task,
+    return "".
+    """
     steps: dict[Any, Step] = {s.name: s for s in recipe.steps}
     while isinstance(read, str) and read in steps:
         if hasattr(steps[read].config, "task"):

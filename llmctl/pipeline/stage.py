@@ -88,8 +88,9 @@ class StageConfig(Config):
 
     @property
     def reads_data(self) -> bool:
-        """Return whether the stage reads the data that its setting `data` describes. Stages without this setting also
-        return True.
+        """Return whether the stage reads the data that its setting `data` describes. By default, the result is True.
+
+        Callers look for the setting `data` first, so the result has no effect for stages without this setting.
         """
         return True
 

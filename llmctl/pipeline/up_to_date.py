@@ -79,7 +79,10 @@ def key_at(folder: Path) -> str:
 
 
 def _bases(step: Step) -> tuple[Path, ...]:
-    """Return the folders outside the run that may contain the base, if the stage's artifact is an adapter."""
+    """Return the folders outside the run that may contain the base of the stage's artifact.
+
+    Only an adapter has a base. For other artifacts, the folders are not searched.
+    """
     return (*((step.parent,) if isinstance(step.parent, Path) else ()), *step.config.bases)
 
 

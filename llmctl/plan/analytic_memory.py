@@ -6,9 +6,9 @@ The estimate counts the arrays that XLA keeps in memory:
 - the activations that the forward pass saves per layer
 - further arrays at the memory peak
 
-The peak is the larger of two. One is at the loss, with the output projection gathered on every device. The other is at
-the end of the backward pass, when the gradients of all layers exist. `recipes/bench/plan_model.md` compares the
-estimates with compiled programs.
+Memory is estimated at two moments of the step, and the larger value is the peak. The first moment is the loss, when the
+output projection is gathered on every device. The second is the end of the backward pass, when the gradients of all
+layers exist. `recipes/bench/plan_model.md` compares the estimates with compiled programs.
 """
 
 from __future__ import annotations

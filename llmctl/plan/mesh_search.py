@@ -41,8 +41,9 @@ class Candidate:
 
 
 Compile = Callable[[Setup], tuple[float, float] | None]
-"""Function (setup) -> (bytes per device, seconds per step). If the program exceeds the device memory, the result is
-None.
+"""Function that compiles the program of a setup, and returns its bytes per device and seconds per step.
+
+If the program exceeds the device memory, the result is None.
 """
 
 

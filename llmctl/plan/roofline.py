@@ -131,9 +131,10 @@ def sent(c: Collective, topology: Topology, mesh: Mapping[str, int]) -> tuple[fl
 def bandwidth(axis: str, topology: Topology, mesh: Mapping[str, int]) -> float:
     """Return the bytes per second that a device can send along a mesh axis inside its slice.
 
-    Devices are numbered along the torus, with its last dimension slowest. A mesh axis therefore spans complete
-    dimensions or parts of dimensions. A dimension that the axis covers as a full ring contributes two links. A
-    dimension that the axis covers as a line contributes one link, because the longest path bounds a collective.
+    Devices are numbered along the torus: neighboring numbers are neighbors along its first dimension. A mesh axis
+    therefore spans complete dimensions or parts of dimensions. A dimension that the axis covers as a full ring
+    contributes two links. A dimension that the axis covers as a line contributes one link, because the longest path
+    bounds a collective.
     """
     chip = topology.chip
     if not chip.dimensions:  # switched network

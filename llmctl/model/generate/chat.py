@@ -63,8 +63,10 @@ class Conversation:
     """
 
     def __init__(self, template: Template, decoder: Decoder | SpeculativeDecoder, end_ids: Sequence[int]) -> None:
-        """Begin an empty conversation. A decoder with a draft reads the complete conversation again for every
-        answer.
+        """Begin an empty conversation.
+
+        A `Decoder` gets a cache for the keys and values of the conversation. A `SpeculativeDecoder` gets no cache, so
+        it reads the complete conversation again for every answer.
         """
         self.template, self.end_ids = template, end_ids
         self.session = Session(decoder) if isinstance(decoder, Decoder) else decoder

@@ -173,7 +173,8 @@ class Template:
 
         Raises:
             RequestError: If the template fails or rejects the messages. If the answers cannot be found in the text. If
-                a message has the weight 0, and a template with `{% generation %}` does not render one block per answer.
+                it is unclear which answer has the weight 0. The reason is then that the template does not render one
+                `{% generation %}` block per answer.
         """
         self._day = DAY
         try:

@@ -58,7 +58,10 @@ def left_padded(prompts: Sequence[Sequence[int]], multiple: int = ROUND) -> tupl
 
 
 def right_padded(prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Pad prompts on the right, and return encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]."""
+    """Pad prompts on the right, and return three arrays, int32 [B, S] each.
+
+    The arrays are `encoder_tokens`, `encoder_segments` and `encoder_positions`.
+    """
     S = round_up(max(map(len, prompts)))
     tokens_BS = np.zeros((len(prompts), S), np.int32)
     segments_BS = np.zeros_like(tokens_BS)

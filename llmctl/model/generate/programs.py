@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Store the draft of speculative decoding: config, abstract parameters, and proposed tokens per step."""
+    """Store the draft of speculative decoding: config, abstract parameters, and number of proposed tokens per step."""
 
     model: ModelConfig
     weights: functional.Params
@@ -64,7 +64,7 @@ def generation(
         platform: Platform that will run the programs; by default the platform of the devices.
         dtype: Dtype of the computation and of the cache.
         kv_cache: Format of cached keys and values, if they are quantized (`Decoder`).
-        draft: Draft of speculative decoding; None if the model generates alone.
+        draft: Draft of speculative decoding; None without speculative decoding.
 
     Raises:
         ValueError: If the model does not generate text, or if prompt and new tokens exceed its maximum sequence length.

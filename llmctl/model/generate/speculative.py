@@ -155,7 +155,7 @@ class SpeculativeDecoder:
         return self.draft.read(served, prompts, slots)[1]["cache"]
 
     def begin(self, begun: State, draft: list[Any], prompts_BT: jax.Array) -> State:
-        """Return the state of the loop, from the target's state after the prefill and the draft's cache.
+        """Join the draft's cache and the target's state after the prefill into the state of the loop.
 
         The state has the cache slot of each row's last token. No model has read this token yet.
         """

@@ -86,7 +86,7 @@ class Name(NamedTuple):
     def below(self) -> bool:
         """Return True if the parameter belongs to the embeddings or to the relative position bias.
 
-        These parameters are used before the first layer, or by all layers.
+        The embeddings are used before the first layer, and the bias is used by all layers.
         """
         return self.embeds or RELATIVE in self.path.split("/")
 

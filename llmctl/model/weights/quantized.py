@@ -149,7 +149,10 @@ class Quantized(Node):
         return self
 
     def integers(self) -> Quantized | None:
-        """Return this weight, or None if the weight stores floats. Export formats store integers and scales."""
+        """Return this weight if it stores integers, otherwise None.
+
+        Export formats store integers and scales. None means that this weight has no integers to export.
+        """
         return self if jnp.issubdtype(self.array.qvalue.dtype, jnp.integer) else None
 
     def with_activations(self, kind: str, input_scale: jax.Array | None = None) -> Quantized:

@@ -139,10 +139,10 @@ def measured(config: Config, named: Mapping[str, T]) -> dict[str, T]:
 
 
 def check_chosen(config: Config, chosen: Mapping[str, Any]) -> None:
-    """Check that there is an artifact to measure and, for a comparison, another artifact.
+    """Check that there is an artifact to measure. If `against` is set, check that it can be compared with another one.
 
     Raises:
-      RequestError: If there is no such artifact.
+      RequestError: If no artifact is chosen. If only `against` is chosen. If `against` is not measured.
     """
     if not chosen:
         raise RequestError("eval: nothing to measure; say --from ARTIFACT, or name artifacts in `of`")

@@ -55,10 +55,11 @@ class Config(StageConfig):
 
     kind: Literal["finetune"] = "finetune"
     data: DataConfig = DataConfig()
-    """Training examples. The task determines the columns. classify, multilabel, regress: text, label and, for pairs of
-    texts, pair. tokens: tokens, tags. span: question, context, answers. embed: text, pair and, if there are scores,
-    label. choice: prompt, choices, answer. preference: prompt, chosen, rejected. chat: messages and, if the assistant
-    has tools, tools. seq2seq: prompt, completion. lm: text, or prompt and completion."""
+    """Training examples. The task determines the columns. classify, multilabel, regress: `text`, `label` and, for pairs
+    of texts, `pair`. tokens: `tokens`, `tags`. span: `question`, `context`, `answers`. embed: `text`, `pair` and, if
+    there are scores, `label`. choice: `prompt`, `choices`, `answer`. preference: `prompt`, `chosen`, `rejected`. chat:
+    `messages` and, if the assistant has tools, `tools`. seq2seq: `prompt`, `completion`. lm: `text`, or `prompt` and
+    `completion`."""
     task: Annotated[str, AfterValidator(TASKS.check), Choices(finetuned)] = "classify"
     """Task. classify: a class per text. multilabel: a set of classes per text (data.label_type = "set"). regress: a
     number per text (data.label_type = "number"). tokens: a label per word. span: answers as spans of a context. embed:

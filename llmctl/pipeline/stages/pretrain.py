@@ -50,7 +50,7 @@ class Config(StageConfig):
     """Training objective. causal: predict the next token. masked: predict masked tokens. next_sentence: predict masked
     tokens, and predict whether a passage follows another passage. spans: predict removed spans, for encoder-decoders.
     prefix: predict the rest of a text, for encoder-decoders. completions: predict the completion of a prompt, from the
-    columns prompt and completion. By default, the model's architecture determines the objective."""
+    columns `prompt` and `completion`. By default, the model's architecture determines the objective."""
     rate: float = Field(default=0.15, gt=0, lt=1)
     """Fraction of tokens to predict, if the objective is `masked`, `next_sentence` or `spans`."""
     span: float = Field(default=3.0, ge=1)
@@ -200,7 +200,9 @@ def make_learner(config: Config, base: Artifact | None, vocab_size: int, mesh: M
 
 
 def training_objective(config: Config, base: Artifact | None, mesh: Mesh) -> Objective:
-    """Return the training objective with its settings, as chosen by the config or by the model's architecture.
+    """Return the training objective with its settings.
+
+    The config names the objective. If the config names none, the model's architecture determines the objective.
 
     Raises:
       RequestError: If the model or the mesh does not support the objective.

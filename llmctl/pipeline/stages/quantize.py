@@ -95,8 +95,10 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def _pictures(config: Config, found: dict[str, Any], ctx: Context) -> list[Path]:
-    """Plot which format each weight has, and return the plot files. Nothing is plotted unless a budget chose the
-    formats and the settings request plots.
+    """Plot which format each weight has, and return the plot files.
+
+    The plot shows formats that a budget chose. Without a budget, there is no plot, and the result is []. The result is
+    also [] if the setting `plot` is false.
     """
     from llmctl.compress.quantization import front_plot
 
@@ -111,7 +113,8 @@ def _with_data(
 ) -> tuple[Quantization, dict[str, Any], dict[str, float], dict[str, Any]]:
     """Quantize the matrices of a model. If a budget is set, first choose the format of each matrix.
 
-    A line is logged per loss that is measured to choose formats, and per layer that is quantized with calibration.
+    The log gets one line per loss that is measured to choose formats. If the method calibrates, the log also gets one
+    line per quantized layer.
 
     Returns:
       The quantization with the chosen formats, the quantized parameters, {path of a weight: its largest relative

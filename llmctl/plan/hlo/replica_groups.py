@@ -1,6 +1,6 @@
 """Read the replica groups of collectives, and determine the mesh axes that the groups span.
 
-Devices are numbered in mesh order, with the last axis fastest.
+Devices are numbered in mesh order: consecutive numbers differ in the last mesh axis.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Find the trip counts of while loops in compiled HLO.
 
 In Llama training steps, XLA's CPU compiler records trip counts as known_trip_count (all 5 loops). The TPU compiler
-records none (3 loops, libtpu 0.0.42). If a count is missing, this module derives the count from the loop condition. It
-also reads the start and the increment of the loop's counter.
+records none (3 loops, libtpu 0.0.42). If a count is missing, this module computes it from three facts: the loop
+condition, the start of the loop's counter, and the counter's increment.
 """
 
 from __future__ import annotations
