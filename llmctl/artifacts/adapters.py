@@ -113,12 +113,10 @@ def _equal(a: Any, b: Any) -> Any:
 
 
 def _twin(parts: Mapping[str, Any], part: str) -> Any:
-    """Return the array of the base's weight that corresponds to the array `part` of the adapted weight.
-
-    If there is no such array, return None.
+    """Return the base's array that corresponds to the array `part` of an adapted weight; None if there is none.
 
     Args:
-        parts: Arrays of the base's weight, by name.
+        parts: Arrays of the same weight in the base, by name.
         part: Name of the array in the adapted weight, such as "base.scale" for the array "scale" of the base's weight.
     """
     from llmctl.model import weights

@@ -27,8 +27,7 @@ class Damage:
     content: dict[str, str]
     """Differences that can change predictions. An artifact with such a difference cannot be loaded."""
     record: dict[str, str]
-    """Differences in other manifest fields and files (metrics, parents, sizes, logs). These differences cannot change
-    predictions."""
+    """Differences that cannot change predictions: in metrics, parents, sizes and logs."""
 
 
 def quick_check(path: Path, manifest: Manifest, bases: Sequence[Path] = ()) -> Damage:
@@ -85,7 +84,7 @@ def full_check(path: Path, bases: Sequence[Path] = ()) -> Damage:
 
 
 def reason(e: LlmctlError, path: Path) -> str:
-    """Return the message of an error about the artifact `path`, without the path and without the advice."""
+    """Return the message of an error about the artifact `path`, without the path and the advice after its last "; "."""
     line = str(e).removeprefix(f"{path}: ").removeprefix(f"{path / NAME}: ")
     line = line.rpartition("; ")[0] or line
     return line[len("damaged (") : -1] if line.startswith("damaged (") else line

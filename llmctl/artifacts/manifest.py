@@ -128,7 +128,7 @@ class Manifest(BaseModel):
     fitted: dict[str, Any] = {}
     """Values that the task fitted on validation data, such as one threshold per class."""
     fitted_for: str = ""
-    """Name of the artifact whose predictions `fitted` was computed from; empty means this artifact."""
+    """Name of the artifact from whose predictions `fitted` was computed; empty means this artifact."""
     parameters: int
     bytes: int
     """Size of `params/` on disk in bytes. The files are compressed. Two copies of equal weights may therefore differ by

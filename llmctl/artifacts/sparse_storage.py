@@ -153,7 +153,7 @@ def decode(record: Record, parts: Mapping[str, np.ndarray], shape: tuple[int, ..
 
 
 def _bits(a: np.ndarray) -> np.ndarray:
-    """Return the elements of an array as unsigned integers of the same width."""
+    """Return the elements of an array as unsigned integers with the same bits."""
     import numpy as np
 
     return np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}")

@@ -35,7 +35,7 @@ def continue_texts(
 ) -> None:
     """Print prompts with their continuations. A single continuation is printed while it is generated.
 
-    If there is a filter, a continuation is printed after the filter has checked all of it.
+    If there is a filter, it checks each complete continuation before the continuation is printed.
 
     If a person types the prompts (`interactive`), only the selected model continues them. Otherwise, all adapters
     continue the prompts.
@@ -112,8 +112,8 @@ def chat(
 ) -> None:
     """Answer each list of new messages with the selected model, and print the answers while they are generated.
 
-    The model reads the complete conversation so far, and may call `tools`. If there is a filter, an answer is printed
-    after the filter has checked all of it. The conversation continues with the filtered answer.
+    The model reads the complete conversation so far, and may call `tools`. If there is a filter, it checks
+    each complete answer before the answer is printed. The conversation continues with the filtered answer.
     """
     changed: list[dict[str, Any]] = []
     talks: dict[str, chats.Conversation] = {}

@@ -71,7 +71,7 @@ def of_stage(cls: type[StageConfig], paths: dict[tuple[str, ...], str], first: l
 
     Args:
       cls: the stage's config class.
-      paths: {path of a config field: name of the command's parameter that has the flag's value}.
+      paths: {path of a config field: name of the command's parameter that receives the flag's value}.
       first: names of the parameters of the flags that all stages have. These flags are listed first.
       where: names of the parameters of the flags for runs of several processes.
     """

@@ -214,7 +214,7 @@ def table(entries: list[dict[str, Any]], title: str) -> Table:
 
 
 def table_metrics(there: set[str]) -> list[Metric]:
-    """Return the metrics that become columns of the table, chosen from the metric names in `there`.
+    """Return the metrics that become columns of the table of artifacts, chosen from the names in `there`.
 
     If no quality metric of `eval` is among the names, validation metrics of training are included.
     """

@@ -58,7 +58,8 @@ class OptimConfig(Config):
     final: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end of cosine, linear and wsd, as a fraction of the peak."""
     decay: float = Field(default=0.2, ge=0)
-    """Number of steps at the end in which wsd decays. A value below 1 is a fraction of all steps."""
+    """Number of final steps in which the schedule wsd decays the learning rate. A value below 1 is a fraction of all
+    steps."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the first moment, for AdamW and Lion."""
     beta2: float = Field(default=0.95, ge=0, lt=1)

@@ -142,7 +142,7 @@ def describe(folder: Path, made_for: Mapping[str, Any]) -> None:
 
 
 class AnsweredSource(Source):
-    """Replace the completion of each row of a source by an answer."""
+    """Read the rows of a source, with a teacher's answer in place of each completion."""
 
     def __init__(self, source: Source, answers: Mapping[int, str]) -> None:
         self._source, self._answers = source, answers

@@ -154,8 +154,8 @@ class DataConfig(SourceConfig):
     label_type: Literal["class", "number", "set"] = "class"
     """Type of the labels: a class, a number (regression), or a set of classes, which may be empty."""
     label_separator: str = ""
-    """Separator between labels in a text, such as ",", if label_type = "set". If empty, each row must have a list of
-    labels."""
+    """Separator between the labels of a row, such as ",", if label_type = "set" and the labels are one text. If empty,
+    each row must have a list of labels."""
     unlabeled: Literal["refuse", "drop"] = "refuse"
     """Treatment of rows without a label: refuse the data, or drop the row. A label is missing if the cell is empty,
     null or NaN. The number -1 also means a missing label, unless data.classes lists -1."""

@@ -186,7 +186,8 @@ class DeviceBatches:
     def once(self, rows: Rows, limit: int | None = None, place: Callable[[Batch], Any] | None = None) -> Prefetch[Any]:
         """Iterate over batches that contain every row once. If `limit` is given, stop after that number of batches.
 
-        Batches have the array `row_weight`, which marks the rows that fill the last batch (see `prefetch`).
+        The last batch is filled with copies of the last row. The array `row_weight` is 0 for these copies (see
+        `prefetch`).
         """
         return prefetch(rows, self.size, stop=limit, place=place or self.place, spans=self.spans, once=True)
 
@@ -261,7 +262,7 @@ class DeviceBatches:
 
 
 def place(batch: Mapping[str, Any], mesh: Mesh, *, reading_order: bool = False) -> dict[str, jax.Array]:
-    """Copy a host batch to the devices. The batch is equal in every process.
+    """Copy a host batch to the devices. The batch must be equal in every process.
 
     If `reading_order` is true, tokens keep their text order and only rows are sharded (see `DeviceBatches`).
     """

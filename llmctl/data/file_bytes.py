@@ -29,7 +29,7 @@ def lines(path: epath.Path) -> list[tuple[int, str]]:
 
 
 def content(path: epath.Path) -> str:
-    """Return the text of a UTF-8 file without a byte order mark.
+    """Return the text of a UTF-8 file. A byte order mark is skipped.
 
     Raises:
         RequestError: If the file is not UTF-8 text.

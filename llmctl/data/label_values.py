@@ -105,8 +105,8 @@ def check_kinds(title: str, classes: Collection[str]) -> None:
 def no_class(classes: Collection[str]) -> str:
     """Return the class in the data that probably means "no label", or an empty string.
 
-    This class is -1 or -100. The class is returned only if 0 is also a class and no other class is negative. Classes
-    such as -1 and 1, or -2 to 2, therefore give an empty string.
+    This class is -1 or -100. The class is returned only if 0 is also a class and no other class is negative. Otherwise
+    negative numbers are probably ordinary classes, as in the classes -1 and 1, or -2 to 2.
     """
     named = {canonical(c): c for c in classes}
     if not all(_WHOLE.fullmatch(c) for c in named) or "0" not in named:

@@ -31,11 +31,10 @@ def lengths(rows: Any) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def describe(rows: Any) -> list[str]:
-    """Return a list with one log line of advice if more than a quarter of the positions is padding. Otherwise, return
-    [].
+    """Return a list with one log line that recommends a shorter `seq_len`, or [] if there is no need.
 
-    The log line contains the 95th percentile and the maximum of the row lengths. There is no log line if a shorter
-    `seq_len` would truncate more than 5 % of the rows.
+    The log line is written under two conditions. More than a quarter of the positions is padding. A shorter `seq_len`
+    truncates at most 5 % of the rows. The log line contains the 95th percentile and the maximum of the row lengths.
     """
     found = list(lengths(rows).values())
     if not found:

@@ -40,7 +40,8 @@ BODIES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)
 PADDING = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
 """Names of string methods for which an argument determines the length of the result."""
 SLOW_METHODS = frozenset(["rfind", "rindex", "rsplit", "rpartition"])
-"""Names of string methods that take time proportional to length of the string * length of the argument."""
+"""Names of string methods that take time proportional to the product of two lengths: the string's and the
+argument's."""
 REJECTED_METHODS = frozenset(["translate", "to_bytes", "fromkeys"])
 """Names of methods that templates may not call. An argument of these methods determines the length of the result. No
 known template needs these methods."""

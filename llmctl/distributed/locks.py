@@ -64,7 +64,9 @@ def check_name(name: str, where: str) -> None:
 
 
 def check_path(path: Path, where: str) -> None:
-    """Check that Orbax can write arrays below a folder. Orbax interprets the path as a glob pattern.
+    """Check that Orbax can write arrays below a folder.
+
+    Orbax interprets the path as a glob pattern, so the path must not contain characters of such patterns.
 
     Args:
         path: The folder.

@@ -183,7 +183,7 @@ def per_device(
 ) -> Callable[..., Any]:
     """Return a function that runs `fn` with `shard_map`: each device calls `fn` with its own shards of the arguments.
 
-    Calls may be nested.
+    `fn` may call `per_device` itself, for the mesh axes that are still automatic.
 
     Args:
         fn: Function of the shards of one device.

@@ -53,8 +53,9 @@ def explain(
 ) -> None:
     """Explain an output by the tokens of its text: which tokens raise or lower it, and by how much.
 
-    The output of a classifier is the log odds of the predicted class. A language model explains its next token. If
-    there are several texts, the mean attribution of each word is listed per class.
+    The output of a classifier is the log odds of the predicted class. The output of a language model is the
+    log-likelihood of a continuation, by default of the most likely next token. If there are several texts, the mean
+    attribution of each word is listed per class.
     """
     for flag, value, known in (
         ("method", method, get_args(Method)),

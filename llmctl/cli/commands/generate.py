@@ -88,7 +88,7 @@ def generate(
     """Continue text, chat, or fill masks. Prompts come from flags, a file, or lines of standard input.
 
     An encoder-decoder answers prompts. An encoder replaces every <mask> by the most likely word. With --filter.words or
-    --filter.classifier, an answer is printed after all of it was checked.
+    --filter.classifier, the complete answer is checked before it is printed.
     """
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype {dtype}: must be float32 or bfloat16")

@@ -17,8 +17,8 @@ def report(
 ) -> None:
     """Write the report of a run: one HTML page that needs no network, and one Markdown file.
 
-    The page shows the lineage, learning curves, quality against size and latency, and all results with intervals. It
-    also has samples, and a recipe that makes the run again. Plots need the extra `report`.
+    The page shows the lineage, learning curves, quality against size and latency, and all results with intervals. The
+    page also has samples, and a recipe that makes the run again. Plots need the extra `report`.
     """
     from llmctl.cli.report import report as reports
     from llmctl.pipeline import console

@@ -77,8 +77,8 @@ def intervals(task: str, results: Sequence[Record]) -> list[Plot]:
 
 
 def _intervals(task: str, base: str, names: Sequence[str], results: Sequence[Record]) -> Plot:
-    """Return the plot of the metrics `names`. If `base` is not empty, all of them are the metric `base` under several
-    changes."""
+    """Return the plot of the metrics `names`. If `base` is not empty, each of them is the metric `base`, measured on
+    texts with another change."""
     series = [cell(name).text for name in dict.fromkeys(r["artifact"] for r in results)]
     labels = {name: figures.title(name) for name in names}
     if base:

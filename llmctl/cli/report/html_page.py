@@ -82,7 +82,7 @@ def _file(name: str) -> str:
 
 
 class _Numbers:
-    """Number the elements of a page. The numbers are parts of their ids."""
+    """Number the elements of a page. The number is a part of the element's id."""
 
     def __init__(self) -> None:
         self.count = 0

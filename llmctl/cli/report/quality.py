@@ -51,7 +51,7 @@ def section(contents: Contents) -> Section:
 
 
 def main_metric(results: Sequence[Record]) -> Metric | None:
-    """Return the first quality metric of results in the order of the registry; None if there is none."""
+    """Return the first registered quality metric that the results contain; None if they contain none."""
     there = {k for r in results for k, v in r["metrics"].items() if figures.is_number(v)}
     found = [m for m in columns(there, "run") if m.aspect == "quality"]
     return found[0] if found else None

@@ -68,7 +68,7 @@ def _is_output(name: str) -> bool:
 
 
 def _cell(fields: Record) -> Cell:
-    """Return a cell with one line per field. The location of a row is shown without folders."""
+    """Return a cell with one line per field of a record. The location of a row is shown without folders."""
     shown = {
         name: PurePath(value).name if name == "row" and isinstance(value, str) else value
         for name, value in fields.items()

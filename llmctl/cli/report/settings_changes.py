@@ -65,9 +65,8 @@ def _different(values: Mapping[str, Any], cls: type[Config], given: Config | Non
 def _is_complete(values: Mapping[str, Any], chosen: dict[str, Any], cls: type[Config], given: Config | None) -> bool:
     """Return whether the settings `chosen` determine all of `values`.
 
-    A config of class `cls` is created from only these settings, and compared with `values`.
-
-    The class may have deciding settings (`cls.deciding`), which determine the defaults of its other settings.
+    A config of class `cls` is created from these settings, and compared with `values`. The deciding settings of `given`
+    (`cls.deciding`), such as a preset, are added first. They determine the defaults of the other settings.
     """
     told = {k: getattr(given, k) for k in cls.deciding if given is not None and k in given.model_fields_set}
     try:

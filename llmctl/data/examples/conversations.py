@@ -23,14 +23,17 @@ tokens cannot be found in the rendered conversation."""
 
 
 class ConversationRows(ExampleRows):
-    """Build language-model rows of conversations: tokens, targets, weights, segments (1 at tokens, 0 at padding) and
-    positions [B, T].
+    """Build language-model rows of conversations.
+
+    A batch has the arrays `tokens`, `targets`, `weights`, `segments` (1 at tokens, 0 at padding) and `positions`,
+    [B, T] each.
 
     Messages after the assistant's last message are omitted. If a conversation is too long, its first exchanges are
     removed. An exchange is a user's message and all messages before the user's next message. System messages at the
     beginning stay. If the last exchange alone is too long, its end is truncated.
 
-    A conversation is dropped if no token of the assistant is left, or if all answers have the weight 0.
+    A conversation without any loss is dropped. This happens if no token of the assistant is left, or if all answers
+    have the weight 0.
     """
 
     def __init__(

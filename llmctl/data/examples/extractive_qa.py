@@ -37,14 +37,14 @@ class AnswerRows(ExampleRows):
     A row is the question and the context, with the tokenizer's special tokens around and between them. A long context
     is split into windows that overlap by half. A question longer than half a row is truncated. A batch has these int32
     arrays:
-    - tokens, segments (1 at tokens, 0 at padding), positions [B, T]
-    - types [B, T]: 0 for tokens before the context, 1 from the context on
-    - among [B, T]: 1 for tokens at which an answer may begin or end. These are the tokens of the context and, for "no
+    - `tokens`, `segments` (1 at tokens, 0 at padding), `positions` [B, T]
+    - `types` [B, T]: 0 for tokens before the context, 1 from the context on
+    - `among` [B, T]: 1 for tokens at which an answer may begin or end. These are the tokens of the context and, for "no
       answer", the first token of the row.
-    - first, last [B, T]: range [first, last) of the context's characters that each token covers
-    - start, end [B]: positions of the first and the last token of the first accepted answer. Both are 0 if there is no
-      answer. Both are also 0 if the window does not contain the complete answer.
-    - example [B]: index of the example to which the row belongs
+    - `first`, `last` [B, T]: range [first, last) of the context's characters that each token covers
+    - `start`, `end` [B]: positions of the first and the last token of the first accepted answer. Both are 0 if there is
+      no answer. Both are also 0 if the window does not contain the complete answer.
+    - `example` [B]: index of the example to which the row belongs
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):

@@ -57,8 +57,8 @@ class ExampleRows:
 class ClassificationRows(ExampleRows):
     """Build rows of texts with labels.
 
-    A batch has tokens, segments (1 at tokens, 0 at padding) and positions, int32 [B, T]. The array `label` has a class
-    int32 [B], a number float32 [B], or a set of classes uint8 [B, C].
+    A batch has the arrays `tokens`, `segments` (1 at tokens, 0 at padding) and `positions`, int32 [B, T] each. The
+    array `label` has a class int32 [B], a number float32 [B], or a set of classes uint8 [B, C].
 
     A row is the text with the tokenizer's special tokens around it, followed by padding. By default, `eos` comes after
     the text. If the tokenizer adds `bos`, `bos` comes before the text. If the text is too long, `tail` removes its end
@@ -66,7 +66,7 @@ class ClassificationRows(ExampleRows):
     never removed.
 
     If the data has a column "pair", the row continues with the text of this column and another `eos`. The batch then
-    also has types [B, T], which are 1 for this second part. If both texts together are too long, the longer text is
+    also has `types` [B, T], which is 1 for this second part. If both texts together are too long, the longer text is
     truncated first. Then both texts are truncated equally.
     """
 
@@ -161,9 +161,9 @@ def cut(text_N: np.ndarray, room: int, truncate: Truncate) -> np.ndarray:
 
 
 def padded(rows: list[np.ndarray], width: int, pad: int, prefix: str = "") -> Batch:
-    """Pad texts on the right, and return the arrays tokens, segments and positions, int32 [B, width].
+    """Pad texts on the right, and return the arrays `tokens`, `segments` and `positions`, int32 [B, width].
 
-    Segments are 1 at tokens and 0 at padding. Positions are token indices in the text.
+    `segments` is 1 at tokens and 0 at padding. `positions` has the index of each token in its text.
 
     Args:
         rows: Token ids of each text.

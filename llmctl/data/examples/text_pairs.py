@@ -19,11 +19,11 @@ from llmctl.data.tokenizers.base import Tokenizer
 class TwoTextRows(ExampleRows):
     """Build rows of two texts. The model reads the texts separately.
 
-    A batch has the arrays tokens, segments (1 at tokens, 0 at padding) and positions for the first text. The arrays for
-    the second text are pair_tokens, pair_segments and pair_positions. All these arrays are int32 [B, T]. Each text is
-    followed by `eos` and padding. If the tokenizer adds `bos`, `bos` comes before the text. If a text is too long, its
-    end (`truncate` = "tail") or its middle ("head_tail") is removed. If the labels are numbers, the batch also has the
-    similarity score `label`, float32 [B].
+    A batch has the arrays `tokens`, `segments` (1 at tokens, 0 at padding) and `positions` for the first text. The
+    arrays for the second text are `pair_tokens`, `pair_segments` and `pair_positions`. All these arrays are int32
+    [B, T]. Each text is followed by `eos` and padding. If the tokenizer adds `bos`, `bos` comes before the text. If a
+    text is too long, its end (`truncate` = "tail") or its middle ("head_tail") is removed. If the labels are numbers,
+    the batch also has the similarity score `label`, float32 [B].
     """
 
     def __init__(

@@ -20,10 +20,10 @@ from llmctl.data.tokenizers.base import Tokenizer
 class TagRows(ExampleRows):
     """Build rows of labeled words.
 
-    A batch has the int32 arrays tokens, segments (1 at tokens, 0 at padding), positions and targets, [B, T] each. The
-    array weights is float32 [B, T]. The words of an example are joined by spaces. The row is this text with the
-    tokenizer's special tokens around it, followed by padding. The label of a word is the target at its first token,
-    with weight 1. All other positions have weight 0. If a row is too long, its end is truncated.
+    A batch has the arrays `tokens`, `segments` (1 at tokens, 0 at padding), `positions` and `targets`, int32 [B, T]
+    each. It also has `weights`, float32 [B, T]. The words of an example are joined by spaces. The row is this text with
+    the tokenizer's special tokens around it, followed by padding. The label of a word is the target at the word's first
+    token, with weight 1. All other positions have weight 0. If a row is too long, its end is truncated.
     """
 
     def __init__(self, examples: Examples, tokenizer: Tokenizer, seq_len: int, *, seed: int = 0, shuffle: bool = True):

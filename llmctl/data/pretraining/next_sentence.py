@@ -123,8 +123,9 @@ class PairRows:
         """Return the rows with the numbers `rows_B` (any >= 0).
 
         Returns:
-            The arrays of `objectives.masked`, types int32 [B, T], and next_label int32 [B]. Types are 1 for the tokens
-            of `B eos`, and 0 for all other positions.
+            The arrays of `objectives.masked`, and two more:
+            - `types`, int32 [B, T]: 1 for the tokens of `B eos`, 0 for all other positions
+            - `next_label`, int32 [B]: 0 if B follows A, 1 if not, -1 for a row without a label
         """
         B, T = len(rows_B), self.seq_len
         group_G = np.unique(rows_B // (2 * GROUP))

@@ -58,9 +58,10 @@ def masked(packed: Packed, words: Vocabulary, *, rate: float = 0.15, whole_words
         seed: Seed of the random choices.
 
     Returns:
-        The arrays tokens, targets, segments and positions, int32 [B, T]. The array weights, float32 [B, T]: 1 at chosen
-        positions, else 0. The array places, int32 [B, P]: the positions of the chosen tokens, as `positions_of` returns
-        them.
+        A batch with these arrays:
+        - `tokens`, `targets`, `segments`, `positions`: int32 [B, T]
+        - `weights`, float32 [B, T]: 1 at chosen positions, else 0
+        - `places`, int32 [B, P]: the positions of the chosen tokens (see `positions_of`)
     """
     tokens_BT, T = packed.tokens, packed.tokens.shape[1]
     ordinary_BT = (packed.segments > 0) & ~words.special[tokens_BT]

@@ -40,7 +40,7 @@ class Packed:
     """Next token of the same document, int32 [B, T]. The next token may be in the next row. After the last token of a
     document, the value is the id of the padding token."""
     follows: np.ndarray
-    """Whether the document has a next token, bool [B, T]."""
+    """Whether `next` has a token, bool [B, T]. Otherwise `next` has the id of the padding token."""
     segments: np.ndarray
     """Segment ids, int32 [B, T]: 0 for padding, and 1, 2, … for the documents of a row."""
     positions: np.ndarray

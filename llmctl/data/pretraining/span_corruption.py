@@ -114,8 +114,10 @@ def corrupted(
         seed: Seed of the random choices.
 
     Returns:
-        The arrays encoder_tokens, encoder_segments and encoder_positions, int32 [B, S]. The arrays tokens, targets,
-        segments and positions, int32 [B, T]. The array weights, float32 [B, T].
+        A batch with these arrays:
+        - `encoder_tokens`, `encoder_segments`, `encoder_positions`: int32 [B, S]
+        - `tokens`, `targets`, `segments`, `positions`: int32 [B, T]
+        - `weights`, float32 [B, T]: loss weight of each target
 
     Raises:
         RequestError: If the tokenizer has too few sentinels.

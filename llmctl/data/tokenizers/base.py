@@ -239,7 +239,7 @@ class Tokenizer(ABC):
 
     @property
     def start_id(self) -> int:
-        """Return the id of the token after which the first token of a text without context is predicted.
+        """Return the id of the token from which a model predicts a text's first token, if there is no context.
 
         This is the begin-of-sequence token or, if the tokenizer has none, the end-of-sequence token.
         """
