@@ -166,7 +166,7 @@ class Walk:
 
 
 def sharding_of(w: Tree) -> Any:
-    """Return the sharding of a weight's first array. A quantized weight has several arrays: integers and scales."""
+    """Return the sharding of a weight. If a weight is stored as several arrays, return the sharding of the first."""
     return jax.tree.leaves(w)[0].sharding
 
 

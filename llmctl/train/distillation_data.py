@@ -23,8 +23,8 @@ def check(config: Any, learner: Learner, teacher: Artifact, text: Text) -> None:
       text: data of the stage.
 
     Raises:
-      RequestError: If the classes are not the teacher's. If the data has no completions of prompts, but the mode or the
-        training without a teacher reads completions.
+      RequestError: If the classes of the data are not the teacher's classes. If the data has no prompts with
+          completions, although the mode `on_policy` or the training without a teacher needs them.
     """
     labels = teacher.manifest.labels
     if labels and list(text.classes) != labels:

@@ -106,7 +106,7 @@ class Job:
     prepare: Callable[[Params, Batch, int], Batch] | None = None
     """Function that is called before each step, and returns the batch to train on. Its arguments are the current
     arrays by name, the batch, and the number of finished steps. The function must keep shapes, dtypes and shardings.
-    On-policy distillation replaces completions by samples."""
+    For example, on-policy distillation replaces completions by samples of the student."""
     best_from: int = 0
     """First step whose parameters can be selected as the best. Validations before this step select nothing."""
     flops: float = 0.0

@@ -1,4 +1,4 @@
-"""Learn the scales of fake quantization with the weights (LSQ; Esser et al., 2020, arXiv:1902.08153).
+"""Learn the scales of fake quantization together with the weights (LSQ; Esser et al., 2020, arXiv:1902.08153).
 
     job = learned_scales.attached(config.fake_quantize, job)
 

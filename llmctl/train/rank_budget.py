@@ -27,7 +27,7 @@ State = dict[str, Any]
 class Budget:
     """Compute the number of singular values that all low-rank updates together may keep at a training step.
 
-    A triplet is a singular value with its two singular vectors.
+    The fields count triplets: singular values with their two singular vectors.
     """
 
     first: int

@@ -40,7 +40,9 @@ TOO_MANY_BAD = 20
 or is an outlier. After this number, no step changes anything, so the host need not check the count at every step.
 """
 SETTLED = 20
-"""Number of good steps after which outliers are skipped. Until then the running mean and variance are unreliable."""
+"""Number of good steps after which steps with outliers are skipped. Until then, the running mean and variance of loss
+and gradient norm are unreliable.
+"""
 NEWEST = 0.02
 """Smallest weight of the newest step in the running mean and variance of loss and gradient norm."""
 STEADY = 0.02
@@ -298,7 +300,7 @@ def _is_outlier(found: jax.Array, usual: dict[str, jax.Array], deviations: float
     Args:
       found: loss and gradient norm of the step, [2].
       usual: running "mean" [2], "variance" [2] and "count" of the good steps.
-      deviations: number of standard deviations that makes an outlier.
+      deviations: number of standard deviations above the mean from which a value is an outlier.
     """
     width = jnp.maximum(jnp.sqrt(usual["variance"]), STEADY * jnp.abs(usual["mean"]))
     return (usual["count"] >= SETTLED) & jnp.any(found > usual["mean"] + deviations * width)

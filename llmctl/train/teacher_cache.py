@@ -142,7 +142,7 @@ class TeacherCache:
         return TaughtRows(rows, records["train"]), TaughtRows(unseen, records["validation"])
 
     def _made_for(self, rows: Any) -> dict[str, Any]:
-        """Return the settings and digests that determine the outputs, by name."""
+        """Return the settings, and the digests of teachers, tokenizer and data, that determine the outputs, by name."""
         config, train = self.config, self.config.train
         learned = [self.learner.task.name, [[part.weight, part.epochs] for part in config.data.parts()]]
         return {
@@ -227,7 +227,8 @@ class TeacherCache:
     def _labels(self, unseen: Any, count: int) -> dict[str, str]:
         """Return {"labels": hash of the labels of the first `count` validation rows}, or {} if there are no labels.
 
-        The metrics of the teachers depend on the labels, and the stored outputs do not.
+        The hash shows whether the stored metrics of the teachers are still valid, because these metrics depend on the
+        labels.
         """
         if not self.learner.task.reads_labels:
             return {}

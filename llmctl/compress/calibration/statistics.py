@@ -201,7 +201,7 @@ class LayerStats(Mapping[str, Any]):
     """Pairs (path of a matrix, key of its statistic in `of_inputs`), sorted."""
 
     def __getitem__(self, path: str) -> Any:
-        """Return the statistic of a matrix's input."""
+        """Return the statistic of the inputs of the matrix at `path`."""
         return self.of_inputs[dict(self.first)[path]]
 
     def __iter__(self) -> Iterator[str]:

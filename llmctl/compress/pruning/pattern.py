@@ -56,8 +56,8 @@ class Pattern:
           path: path of the matrix, for the error message.
 
         Raises:
-          RequestError: If M does not divide the number of inputs. If the sizes of a block do not divide the numbers of
-              inputs and outputs.
+          RequestError: If the M of an N:M pattern does not divide the number of inputs. If the sizes of a block do not
+              divide the numbers of inputs and outputs.
         """
         named = f" of {path}" if path else ""
         if self.of and inputs % self.of:

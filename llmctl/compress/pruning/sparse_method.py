@@ -96,12 +96,14 @@ class SparseMethod:
 
     @property
     def hessian(self) -> bool:
-        """Return whether the method changes kept weights, based on the Gram matrix of each matrix's inputs."""
+        """Return whether the method reads Gram matrices of inputs (Hessians), with which it changes the kept weights."""
         return self.name == SPARSEGPT or self.repair
 
     @property
     def moments(self) -> bool:
-        """Return whether the score needs the sum of squares of each input. A Gram matrix contains these sums."""
+        """Return whether the score needs the sum of squares of each input. If Gram matrices are collected, they contain
+        the sums.
+        """
         return bool(self.score and self.score.statistics)
 
     @property

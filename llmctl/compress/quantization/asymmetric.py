@@ -62,12 +62,12 @@ class AsymmetricIntegers(IntegerGrid):
         return jnp.clip(jnp.round(w / scale.scale), *self.limits(scale))
 
     def limits(self, scale: Any) -> tuple[jax.Array, jax.Array]:
-        """Return the lowest and the highest integer, minus the zero points."""
+        """Return the lowest and the highest level of each group: integers minus the group's zero point."""
         first = self.lowest - scale.zero
         return first, first + self.bound
 
     def step(self, scale: Any) -> jax.Array:
-        """Return the scale without the zero point."""
+        """Return the distance between neighboring values: the scale, without the zero point."""
         return scale.scale
 
     def round(self, w: jax.Array, scale: Any) -> jax.Array:

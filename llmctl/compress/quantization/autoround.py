@@ -45,9 +45,9 @@ class Tuned(NamedTuple):
     offset_IO: jax.Array
     """Number that is added to each weight before rounding, as a multiple of the weight's scale, from -0.5 to 0.5."""
     low_GO: jax.Array
-    """Factor of the lowest weight of each group, from 0 to 1."""
+    """Factor by which the lowest weight of each group is multiplied, from 0 to 1."""
     high_GO: jax.Array
-    """Factor of the highest weight of each group, from 0 to 1."""
+    """Factor by which the highest weight of each group is multiplied, from 0 to 1."""
 
     @classmethod
     def start(cls, w_IO: jax.Array, group: int) -> Tuned:

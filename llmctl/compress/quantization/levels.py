@@ -39,7 +39,7 @@ class Grid(abc.ABC):
     @property
     @abc.abstractmethod
     def bound(self) -> float:
-        """Return max|w| / scale of a group whose scale is not clipped."""
+        """Return the quotient max|w| / scale for a group whose scale is not clipped."""
 
     @abc.abstractmethod
     def nearest(self, unit: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ class Grid(abc.ABC):
 
 
 class IntegerGrid(Grid):
-    """Define the base class of grids with integer levels. AutoRound reads the limits of the levels."""
+    """Define the base class of grids with integer levels, whose limits AutoRound reads."""
 
     @abc.abstractmethod
     def limits(self, scale: Any) -> tuple[Any, Any]:
@@ -114,7 +114,7 @@ class Integers(IntegerGrid):
 
     @property
     def bound(self) -> float:
-        """Return max|w| / scale of a group. It is half a step above the largest integer."""
+        """Return the quotient max|w| / scale for a group: half a step above the largest integer."""
         return 2.0 ** (self.bits - 1) - 0.5
 
     def nearest(self, unit: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ class Integers(IntegerGrid):
         return integer_limits(self.bits)
 
     def step(self, scale: Any) -> jax.Array:
-        """Return the scale."""
+        """Return the distance between neighboring values, which is the scale."""
         return scale
 
     def node(self, level_IO: jax.Array, scale_GO: jax.Array, whole: jax.Array, dtype: Any) -> Node:
@@ -154,7 +154,7 @@ class Floats(Grid):
 
     @property
     def bound(self) -> float:
-        """Return max|w| / scale of a group: the largest finite float of the format."""
+        """Return the quotient max|w| / scale for a group: the largest finite float of the format."""
         return float(jnp.finfo(self.name).max)
 
     def nearest(self, unit: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ class BlockFloats(Grid):
 
     @property
     def bound(self) -> float:
-        """Return 6, the largest float of e2m1. In nvfp4, this is max|w| / scale of a block."""
+        """Return 6, the largest float of e2m1. In nvfp4, this is the quotient max|w| / scale for a block."""
         return 6.0
 
     def nearest(self, unit: jax.Array) -> jax.Array:
@@ -189,7 +189,9 @@ class BlockFloats(Grid):
         return jnp.copysign(level, unit)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the factor of the matrix. nvfp4: largest scale / 448 (the maximum of float8_e4m3fn). mxfp4: 1."""
+        """Return the factor by which all scales of the matrix are multiplied. nvfp4: largest scale / 448 (the maximum
+        of float8_e4m3fn). mxfp4: 1.
+        """
         if self.name == "mxfp4":
             return jnp.float32(1)
         return jnp.maximum(jnp.max(jnp.abs(w_IO)) / (self.bound * 448), SMALLEST)
@@ -229,7 +231,7 @@ class NormalFloats(Grid):
 
     @property
     def bound(self) -> float:
-        """Return max|w| / scale of a block: 1, the largest level."""
+        """Return the quotient max|w| / scale for a block: 1, the largest level."""
         return 1.0
 
     def scale(self, magnitude: jax.Array, dtype: Any, whole: jax.Array) -> jax.Array:

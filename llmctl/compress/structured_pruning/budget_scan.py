@@ -203,7 +203,7 @@ def measure(scan: Scan, method: StructuredMethod, progress: Progress = None) -> 
 def collector(cfg: ModelConfig, method: StructuredMethod) -> Any:
     """Return the `Collect` function for the importance of heads and neurons.
 
-    The function selects the statistic of each matrix whose inputs are the outputs of heads or neurons.
+    The function selects the statistic of each matrix that reads the outputs of heads or neurons.
     """
     read = {reader: u for stack in wiring.stacks(cfg) for u in wiring.units(cfg, stack) for reader in u.readers}
     scored = StructuredMethod(method.importance)

@@ -2,7 +2,7 @@
 
 All layers share the channels, and matrices read the channels from the outputs of norms. The importance of a channel is
 therefore summed over the outputs of all norms. A first pass over the calibration data measures the unchanged model. If
-the matrices are repaired, a second pass recomputes each matrix whose input is the output of a norm. Each such matrix
+the matrices are repaired, a second pass recomputes each matrix that reads the output of a norm. Each such matrix
 becomes the least-squares solution on the kept channels.
 
 Before pruning, a norm divides by the root mean square (RMS) of all channels. After pruning, it divides by the RMS of
@@ -91,7 +91,7 @@ def norm_feeds(cfg: ModelConfig) -> list[wiring.Feed]:
 def gate_paths(cfg: ModelConfig, params: Params) -> dict[str, int]:
     """Return the number of gates per norm: {path of the norm's scale: hidden width}, one gate per channel.
 
-    The result is the argument `units` of `gates.accumulate`. A norm is omitted if its output is the input of no matrix.
+    The result is the argument `units` of `gates.accumulate`. A norm is omitted if no matrix reads its output.
     """
     flat = weights.flatten(params)
     scales = {f"{feed.producer}/scale" for feed in norm_feeds(cfg)}
@@ -163,8 +163,8 @@ def collector(cfg: ModelConfig, method: StructuredMethod) -> Collect:
 def grams(cfg: ModelConfig) -> Collect:
     """Return the `Collect` function whose statistics repair needs.
 
-    Repair recomputes matrices whose inputs were removed, by least squares. The function selects the matrices whose
-    input is the output of a normalization layer. For each, it collects the Gram matrix and the sum of the inputs.
+    Repair recomputes matrices whose inputs were removed, by least squares. The function selects the matrices that read
+    the output of a norm. For each such matrix, it collects the Gram matrix and the sum of the inputs.
     """
     names = {_at(feed.readers[0])[1] for feed in norm_feeds(cfg)}
 
@@ -186,7 +186,7 @@ def _compensated(
     dtype: Any,
     saved: Saved | None,
 ) -> tuple[Params, dict[str, np.ndarray]]:
-    """Recompute the matrices whose input is the output of a norm, by least squares on the channels `kept`.
+    """Recompute the matrices that read the output of a norm, by least squares on the channels `kept`.
 
     `prune_channels` describes the other arguments.
 

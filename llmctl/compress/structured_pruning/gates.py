@@ -5,8 +5,8 @@ w * g. Here w are the weights that multiply the unit's output. Their gradients a
 derivative is the change of the loss, to first order, if the unit is removed (Molchanov et al., 2019, arXiv:1906.10771).
 The gate of a hidden channel multiplies one channel of a norm's output.
 
-Gradients are computed only for norms, and for matrices whose inputs are the outputs of units. Between batches, memory
-holds only the sum of each unit's derivatives.
+Gradients are computed only for norms, and for matrices that read the outputs of units. Between batches, memory holds
+only the sum of each unit's derivatives.
 
 Shapes: L layers, N units, I inputs, O outputs, D model width.
 """
@@ -52,7 +52,7 @@ def accumulate(
       cfg: config of the model.
       params: parameters of the model.
       batches: training batches, with labels or targets.
-      units: {path: number of units}. Heads and neurons have the path of the matrix whose inputs are their outputs
+      units: {path: number of units}. Heads and neurons have the path of the matrix that reads their outputs
           ("decoder/blocks/attn/o/kernel"). Channels have the path of a norm's scale.
       dtype: dtype of the computation.
       saved: sums of an interrupted run.

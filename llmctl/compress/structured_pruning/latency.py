@@ -170,7 +170,7 @@ def runner(cfg: ModelConfig, copies: Sequence[Any], timing: Timing, dtype: Any =
 
 
 def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Return the time of each call until the result is ready."""
+    """Return the time in seconds that each call needs until its result is ready."""
     times = [time.perf_counter()]
     for call in calls:
         jax.block_until_ready(call())

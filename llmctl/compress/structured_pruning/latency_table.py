@@ -70,8 +70,8 @@ class Grid:
 class LatencyTable:
     """Predict the latency of a model in microseconds.
 
-    If any size of the model increases, the prediction never decreases. Before interpolation, each measurement is
-    replaced by the running maximum along each axis of the grid.
+    The prediction never decreases if a size of the model increases. To ensure this, each measurement is first replaced
+    by the running maximum along each axis of the grid.
     """
 
     grid: Grid

@@ -131,7 +131,7 @@ class LayerTimer:
 
     @cached_property
     def _reference(self) -> tuple[latency.Run, float]:
-        """Return a function that runs a few layers of the unpruned model, and the first measured time in seconds."""
+        """Return a function that runs a few layers of the unpruned model, and its first measured time in seconds."""
         depths, tokens = self._depths()[-1], min(TOKENS, self.cfg.vocab_size)
         run = self._runner(*self._shaped(self.cfg, depths, tokens), *self._repeats(depths))
         with latency.on_one_device():

@@ -27,7 +27,8 @@ QUERIES = "queries"
 
 Size = Callable[[ModelConfig], float]
 """Function that computes the parameters, bytes, FLOPs per token or latency of a model. The result never decreases if a
-size grows."""
+size of the model grows.
+"""
 
 
 @dataclass(frozen=True)

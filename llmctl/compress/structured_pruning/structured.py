@@ -2,8 +2,8 @@
 
 All layers of an encoder or decoder keep equally many heads and neurons, because `lax.scan` runs the layers. Each layer
 selects its own heads and neurons, by their importance (`llmctl.compress.structured_pruning.importance`). The layers are
-processed in order. A removed head or neuron is first disabled by zero rows in the matrix whose input is its output.
-Later layers therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
+processed in order. A removed head or neuron is first disabled by zero rows in the matrix that reads its output. Later
+layers therefore select by the inputs that they will have after pruning. The arrays are reduced at the end.
 
 Shapes: L layers, H query heads, G key/value heads, R = H / G, K head width, F neurons, D model width.
 """
@@ -33,7 +33,7 @@ from llmctl.model.config import ModelConfig
 
 UnitScores = dict[str, list[dict[str, np.ndarray]]]
 """Importance of heads and neurons: "encoder" or "decoder" -> index of the layer -> path of a matrix -> scores.
-The inputs of the matrix, such as "attn/o", are the outputs of the heads or neurons that have these scores."""
+The matrix, such as "attn/o", reads the outputs of the heads or neurons that have these scores."""
 
 
 def choose_heads(score_H: np.ndarray, groups: int, keep_groups: int, keep_heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,8 +151,8 @@ def collector(cfg: ModelConfig, target: ModelConfig, method: StructuredMethod = 
 def gates(cfg: ModelConfig, target: ModelConfig) -> dict[str, int]:
     """Return the number of gates per matrix: {path of the matrix: number of heads or neurons}.
 
-    The inputs of the matrix are the outputs of these heads or neurons, and each of them has one gate. The result is the
-    argument `units` of `gates.accumulate`. A matrix is omitted if `target` keeps all of its heads or neurons.
+    The matrix reads the outputs of these heads or neurons. Each head or neuron has one gate. The result is the argument
+    `units` of `gates.accumulate`. A matrix is omitted if `target` keeps all of its heads or neurons.
     """
     return {
         f"{stack}/blocks/{path}/kernel": units.count
@@ -263,7 +263,7 @@ def common_scores(scores_LH: Sequence[np.ndarray]) -> np.ndarray:
 def disable(
     dense: dict[str, Any], kept: np.ndarray, measured: Joined | None, method: StructuredMethod
 ) -> dict[str, Any]:
-    """Return a dense layer with zero rows for all inputs except `kept`.
+    """Return a dense layer (matrix and bias) with zero rows for all inputs except `kept`.
 
     If `method.repair` is true, the kept rows and the bias are recomputed from the statistics `measured`, to compensate.
     """

@@ -139,7 +139,7 @@ def _loss(model: ModelConfig, params: Tree, count: int, walk: Walk) -> Program:
 
 
 def _readers(model: ModelConfig, stack: str) -> list[str]:
-    """Return the paths of the matrices whose inputs are the outputs of heads or neurons."""
+    """Return the paths of the matrices that read the outputs of heads or neurons."""
     return [path for units in wiring.units(model, stack) for path in units.readers]
 
 

@@ -39,8 +39,8 @@ class Houlsby(Method):
         pruned weights and never change them.
 
         Raises:
-          RequestError: If the model's adapters are quantized. If a setting freezes layers of a pruned model without
-            adapters. If Method.check fails.
+          RequestError: If the model's adapters are quantized. If a setting freezes layers, and the model is pruned and
+              has no adapters yet. If Method.check fails.
         """
         from llmctl.model import weights
 
@@ -64,8 +64,8 @@ class Houlsby(Method):
         """Return the config of the model with adapters. Existing adapters are trained further.
 
         Raises:
-          RequestError: If existing adapters have another size, form or scale, or `houlsby.size` exceeds the width of
-              the layers.
+          RequestError: If existing adapters have another size, form or scale, or `houlsby.size` exceeds the model
+              width.
         """
         settings = config.houlsby
         if settings.size > model.d_model:

@@ -36,7 +36,7 @@ def attach(
     The pair adds scale * a @ b to the matrix [..., I, O]. I is the number of inputs, O the number of outputs, and R the
     rank. `a` is initialized by Kaiming's uniform distribution (negative slope sqrt(5)), as in the LoRA authors' code.
     `b` is zero, so the model's outputs do not change. For the token embeddings, `a` is zero and `b` is normally
-    distributed, as in PEFT. Each token reads only one row of `a`.
+    distributed, as in PEFT.
 
     Args:
       cfg: config of the model.

@@ -95,7 +95,7 @@ class Search:
     start: float = 0.0
     """Maximum norm of the random perturbation before the first step; 0 starts from zero."""
     weight: float = 1.0
-    """Setting `weight` of the adversarial method. Only the method's loss reads this value."""
+    """Weight of the perturbed rows in the method's loss. The search itself does not read this value."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], at: Site, params: Params) -> Search:

@@ -31,9 +31,9 @@ MIXED = 0x31
 
 
 def noise(alpha: float, where: Site, key: jax.Array) -> jax.Array:
-    """Sample uniform noise [B, T, D] of at most alpha / sqrt(T * D) per entry.
+    """Sample uniform noise [B, T, D] of at most alpha / sqrt(n * D) per entry.
 
-    The noise is as in NEFTune (Jain et al., 2023, arXiv:2310.05914). In this bound, T is the number of tokens of the
+    The noise is as in NEFTune (Jain et al., 2023, arXiv:2310.05914). In this bound, n is the number of tokens of the
     row without padding.
     """
     return where.uniform(jax.random.fold_in(key, NOISE)) * (alpha / jnp.sqrt(where.entries_B11))

@@ -97,7 +97,7 @@ class RegularizeConfig(Settings):
     r_drop: float = Field(default=0.0, ge=0)
     """Factor of the divergence between the outputs of two passes with different dropout (R-Drop). 0 disables R-Drop."""
     neftune: float = Field(default=0.0, ge=0)
-    """Alpha of NEFTune: uniform noise of at most alpha / sqrt(tokens * width) is added to each entry of the token
+    """Alpha of NEFTune: uniform noise of at most alpha / sqrt(tokens * model width) is added to each entry of the token
     embeddings. 5 is usual. 0 adds no noise.
     """
     l2_start: float = Field(default=0.0, ge=0)
