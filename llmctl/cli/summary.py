@@ -149,7 +149,8 @@ def reports(folder: Path) -> list[Path]:
 def entry(manifest: artifact.Manifest, reports: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
     """Return an artifact's record: its sizes and metrics, and the metrics of all `reports` about the same weights.
 
-    If two tasks have a metric of the same name, the metric of the later task is named `task/metric`.
+    If several tasks have a metric of the same name, only the first task in `reports` keeps this name. In the other
+    tasks, the metric is named `task/metric`.
     """
     metrics, owner = dict(manifest.metrics), dict.fromkeys(manifest.metrics, "")
     for report in reports:

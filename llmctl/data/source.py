@@ -149,7 +149,9 @@ class Groups(Source):
 
 
 def arrow_rows(damaged: str, batch: Any) -> list[Row]:
-    """Check an Arrow table or batch, and return its rows. Without the check, wrong offsets would read other memory.
+    """Check an Arrow table or batch, and return its rows.
+
+    Without the check, wrong offsets could read memory outside the data.
 
     Args:
         damaged: Beginning of the error message.

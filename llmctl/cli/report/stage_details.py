@@ -30,7 +30,8 @@ LAYERED = {
 }
 """Reports with one record per layer, and the fields of these records that are plotted."""
 UNFOLDED = 24
-"""Maximum number of metrics per model that the page shows directly. The reader must open a longer table."""
+"""Maximum number of metrics per model that the page shows directly. A longer table is closed until
+the reader opens it."""
 
 
 def section(contents: Contents) -> Section:

@@ -22,8 +22,8 @@ from llmctl.data.tokenizers.base import MASK, SENTINEL, Tokenizer
 SPACE = "▁"
 """Character by which SentencePiece represents a space in tokens."""
 MASK_PLACEHOLDER = "\ue000"
-"""Character that replaces `<mask>` while a text is encoded. No vocabulary contains this private-use character.
-The bytes of the character can therefore be found among the tokens."""
+"""Character that replaces `<mask>` while a text is encoded. No vocabulary contains this private-use character, so it
+is encoded as bytes. The mask is found by these bytes."""
 THREADS = 4
 """Number of training threads. Sums over threads depend on this number. The number is fixed, so that the model is the
 same on every machine."""
