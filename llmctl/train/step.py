@@ -40,8 +40,9 @@ TOO_MANY_BAD = 20
 or is an outlier. After this number, no step changes anything, so the host need not check the count at every step.
 """
 SETTLED = 20
-"""Number of good steps after which steps with outliers are skipped. Until then, the running mean and variance of loss
-and gradient norm are unreliable.
+"""Number of good steps after which steps with outliers are skipped.
+
+Until then, the running mean and variance of loss and gradient norm are unreliable.
 """
 NEWEST = 0.02
 """Smallest weight of the newest step in the running mean and variance of loss and gradient norm."""

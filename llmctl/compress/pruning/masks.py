@@ -1,7 +1,7 @@
 """Compute masks from scores: the weights with the lowest scores are pruned, in a sparsity pattern.
 
 Shapes: I inputs and O outputs of a matrix, G groups of inputs in a pattern such as 2:4, M times N blocks in a block
-    pattern. In the name "N:M", the letters mean that N of every M inputs are kept.
+pattern. In the name "N:M", the letters mean that N of every M inputs are kept.
 """
 
 from __future__ import annotations

@@ -96,13 +96,14 @@ class SparseMethod:
 
     @property
     def hessian(self) -> bool:
-        """Return whether the method reads Gram matrices of inputs (Hessians), with which it changes the kept weights."""
+        """Return whether the method reads Gram matrices of inputs (Hessians) to change the kept weights."""
         return self.name == SPARSEGPT or self.repair
 
     @property
     def moments(self) -> bool:
-        """Return whether the score needs the sum of squares of each input. If Gram matrices are collected, they contain
-        the sums.
+        """Return whether the score needs the sum of squares of each input.
+
+        If Gram matrices are collected, their diagonals are these sums.
         """
         return bool(self.score and self.score.statistics)
 

@@ -52,7 +52,7 @@ class Grid(abc.ABC):
         Args:
           level_IO: levels of the matrix.
           scale_GO: scales, as `scale` returns them.
-          whole: factor of the matrix, as `whole` returns it.
+          whole: factor of all scales of the matrix, as `whole` returns it.
           dtype: dtype of the matrix before quantization.
         """
 
@@ -77,7 +77,7 @@ class Grid(abc.ABC):
         Args:
           magnitude: max|w| of each group.
           dtype: dtype of the matrix before quantization.
-          whole: factor of the matrix, as `whole` returns it.
+          whole: factor of all scales of the matrix, as `whole` returns it.
         """
         scale = (magnitude / self.bound).astype(dtype).astype(jnp.float32)
         return jnp.where(scale < SMALLEST, 1.0, scale)
@@ -189,8 +189,9 @@ class BlockFloats(Grid):
         return jnp.copysign(level, unit)
 
     def whole(self, w_IO: jax.Array) -> jax.Array:
-        """Return the factor by which all scales of the matrix are multiplied. nvfp4: largest scale / 448 (the maximum
-        of float8_e4m3fn). mxfp4: 1.
+        """Return the factor by which all scales of the matrix are multiplied.
+
+        nvfp4: largest scale / 448 (the maximum of float8_e4m3fn). mxfp4: 1.
         """
         if self.name == "mxfp4":
             return jnp.float32(1)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 class Fgm(Adversary):
-    """Perturb the embeddings of each row by epsilon * g / |g|. g is the gradient of the loss with respect to these
-    embeddings.
+    """Perturb the embeddings of each row by epsilon * g / |g|.
+
+    g is the gradient of the loss with respect to these embeddings.
 
     A training step needs two forward and backward passes.
     """
