@@ -109,7 +109,7 @@ def probabilities(
 class Keys(NamedTuple):
     """Store a block of keys with their values, mask and bias.
 
-    Quantized keys and values have the axes [B, G, S, K].
+    Plain keys and values have the axes [B, S, G, K]. Quantized keys and values have the axes [B, G, S, K].
     """
 
     k_BSGK: jax.Array | Compressed

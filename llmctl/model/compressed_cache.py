@@ -174,7 +174,7 @@ def check(form: str, cfg: ModelConfig) -> None:
     """Check that the keys and values of a model can be cached in a format.
 
     Raises:
-        RequestError: If heads have an odd width, which int4 cannot store.
+        RequestError: If the format is int4 and heads have an odd width. int4 stores two elements per byte.
     """
     if form and cfg.head_dim % PER_BYTE[form]:
         raise RequestError(f"kv_cache {form}: stores two elements per byte, and heads have {cfg.head_dim}; use int8")

@@ -23,7 +23,8 @@ Axes = tuple[str, str]
 def splits(axes: Axes) -> bool:
     """Return True if `matmul` applies to a weight with these logical axes.
 
-    The function applies if the current mesh shards the weight by FSDP, and does not use context parallelism.
+    The function applies if the current mesh shards the weight by FSDP. With context parallelism, however, XLA gathers
+    the weight without this module.
     """
     mesh = meshes.current()
     if mesh is None or meshes.splits_sequences() or "embed" not in axes:

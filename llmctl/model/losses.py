@@ -62,14 +62,14 @@ def class_sums(
     z: float = 0.0,
     among: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Return the weighted sum of cross-entropies in nats, and the sums "loss", "accuracy" and "weight".
+    """Return the loss, a weighted sum of cross-entropies in nats, and the sums "loss", "accuracy" and "weight".
 
     Args:
         logits_BC: Logits of the classes. There may be further axes between B and C.
         label_B: True classes.
         weight_B: Weights of the examples.
-        smoothing: Weight of the uniform distribution in the targets. The returned sums do not use label smoothing.
-        z: Coefficient of log(Z)^2 in the loss. The returned sums do not use this term.
+        smoothing: Weight of the uniform distribution in the targets. The sum "loss" does not use label smoothing.
+        z: Coefficient of log(Z)^2 in the loss. The sum "loss" does not use this term.
         among: 1 for possible classes, 0 for excluded classes, broadcast to the logits; None excludes no class.
     """
     allowed = None if among is None else jnp.broadcast_to(among, logits_BC.shape) > 0

@@ -91,7 +91,7 @@ def _damage(step: Step, manifest: Manifest) -> str:
     "".
 
     Arrays are checked later, when they are loaded. An adapter must be created again if its base is gone or was
-    replaced. If only the metrics or the lineage of a model differ, the artifact is kept, and `remark` reports the
+    replaced. If only the metrics or the lineage differ from their checksums, a model is kept, and `remark` reports the
     difference. A report of `eval` contains only metrics, so a report that differs is created again.
     """
     found = integrity.quick_check(step.out, manifest, _bases(step))

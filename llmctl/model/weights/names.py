@@ -153,7 +153,7 @@ def is_stacked(name: str) -> bool:
 
 
 def is_layer_matrix(name: str) -> bool:
-    """Return True for a layer's matrix, if the matrix is stored as one plain array."""
+    """Return True if the array is a matrix of a layer, and not a part of a weight node."""
     found = parse(name)
     return found.place == "block" and not found.part
 

@@ -195,7 +195,8 @@ def _prune_weights(
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
     """Return the programs that the stage compiles, and the pruned artifact as shapes without values. Nothing is run.
 
-    The programs calibrate the layers, and prune the largest matrix.
+    If the method reads data, some programs calibrate the layers. If single weights are set to zero, one program prunes
+    the largest matrix, and represents the pruning of all matrices.
     """
     from llmctl.artifacts import abstract_artifact
     from llmctl.compress import programs

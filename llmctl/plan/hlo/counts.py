@@ -272,7 +272,7 @@ def _received(computation: Computation, sent: Instruction) -> int:
 
 
 def _scatters(computation: Computation, i: Instruction) -> bool:
-    """Return whether an all-reduce is a fused reduce-scatter: only slices of the result are read."""
+    """Return whether an all-reduce works as a reduce-scatter, that is, whether only slices of its result are read."""
     users = computation.users[i.name]
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
