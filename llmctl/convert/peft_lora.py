@@ -33,10 +33,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Values of config keys that llmctl accepts, because they do not change the outputs. Other values may change the
 outputs.
 
-Other initializations (PiSSA, OLoRA, LoftQ, …) also change the matrices of the base. Keys that only select modules
-(layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the stored tensors already show
-which modules have an adapter. The key fan_in_fan_out is not checked, because the layout of the low-rank matrices does
-not depend on its value.
+Other initializations (PiSSA, OLoRA, LoftQ, …) are not accepted, because they also change the matrices of the base.
+Keys that only select modules (layers_to_transform, layers_pattern, exclude_modules) are not checked. The names of the
+stored tensors already show which modules have an adapter. The key fan_in_fan_out is not checked, because the layout of
+the low-rank matrices does not depend on its value.
 """
 KINDS = ("low_rank", "dora")
 """Kinds of adapters that this module writes: names of llmctl's weight classes (`weights.Node.kind`)."""

@@ -40,7 +40,10 @@ def is_prompt(folder: Path) -> bool:
 
 
 def without_prompt(found: Artifact) -> Artifact:
-    """Return the model without its trained prompt. The weights of a task head are replaced by zeros."""
+    """Return the model without its trained prompt, with zeros for the weights of a task head.
+
+    Because of the zeros, a comparison detects a trained head that the adapter's files lack.
+    """
     model = found.model.model_copy(update={"prompt_tokens": 0})
     flat = {path: w for path, w in weights.flatten(found.params).items() if path != TABLE}
     flat |= {path: jnp.zeros(w.shape, jnp.float32) for path, w in flat.items() if weights.parse(path).task_head}

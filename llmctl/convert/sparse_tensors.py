@@ -81,8 +81,8 @@ def encode(w_OI: np.ndarray, two_of_four: bool) -> dict[str, np.ndarray]:
 
     Args:
         w_OI: Weights of the layer.
-        two_of_four: Whether to use the format of 2:4 sparsity. If fewer than two of four weights are nonzero, zeros
-            are stored.
+        two_of_four: Whether to use the format of 2:4 sparsity. The format stores two of every four
+            weights. If fewer than two are nonzero, zeros are stored in their place.
     """
     mask_OI = _nonzero(w_OI)
     if two_of_four:

@@ -100,8 +100,8 @@ def read_rows(
             tokenizer. The ids of the written tokenizer are then returned.
 
     Returns:
-        (samples, beginning of the comparison's description). If a tokenizer was written, the description begins with
-        "from text, ", or with "from texts and pairs, ". If token ids are random, the beginning is "".
+        (samples, beginning of the comparison's description). The beginning is "from texts and pairs, " if
+        there are sample pairs, otherwise "from text, ". Without a written tokenizer, it is "".
 
     Raises:
         WorkError: If the written tokenizer gives other ids than the artifact's tokenizer, and the model reads complete

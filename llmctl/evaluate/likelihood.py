@@ -31,8 +31,8 @@ SHORTEST, GROWTH = 256, 4
 LEAST = 128
 """Minimum length of a row. Fused attention kernels need multiples of 128 tokens."""
 FEW = 2
-"""Short sequences are packed into longer rows if they fill at most this number of batches. Compiling a program for them
-would take longer than their computation."""
+"""Maximum number of batches of short sequences that are packed into longer rows. For so few batches, compiling another
+program would take longer than the computation."""
 POSITIONS = 32
 """Divisor of the number of scored positions per row. Logits are computed in chunks, whose number must divide the number
 of positions."""
@@ -186,10 +186,13 @@ def summed(
 class PackedRows:
     """Build rows of several sequences each.
 
-    A batch has the arrays tokens, segments and positions [B, T]. If a sequence has several continuations, the batch
-    also has the array branches [B, T] (see `llmctl.model.attention`). The arrays at, targets and query [B, P] describe
-    the scored tokens: the index of the input that predicts the token, the token's id, and the number of its query.
-    `query` and `targets` are -1 at entries that only fill a row.
+    A batch has these arrays:
+
+    - `tokens`, `segments` and `positions` [B, T]
+    - `branches` [B, T], if a sequence has several continuations (see `llmctl.model.attention`)
+    - `at` [B, P]: for each scored token, the index of the input that predicts it
+    - `targets` [B, P]: the id of each scored token, or -1 at entries that only fill a row
+    - `query` [B, P]: the number of each scored token's query, or -1 at entries that only fill a row
     """
 
     reads = ("tokens", "segments", "positions", "branches", "at", "targets")
@@ -293,7 +296,10 @@ def position_scores(model: ModelConfig, dtype: str) -> Any:
             return {"log_p": log_p, "best": chunked_loss.hits(logits, targets)}
 
         def scores_if_any(head: functional.Params, x: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
-            """Skip the projection of a chunk that has no targets. Rows have different numbers of targets."""
+            """Return the scores of a chunk of positions.
+
+            If the chunk has no targets, return zeros. The output projection is then not computed.
+            """
             none = {"log_p": jnp.zeros(targets.shape, jnp.float32), "best": jnp.zeros(targets.shape, bool)}
             return jax.lax.cond(jnp.any(targets >= 0), scores, lambda *_: none, head, x, targets)
 

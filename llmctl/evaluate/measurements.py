@@ -47,7 +47,7 @@ class Measurement:
         raise NotImplementedError
 
     def compares(self, model: ModelConfig) -> bool:
-        """Return whether the measurement has values per example, which a paired comparison needs."""
+        """Return whether the measurement has values per example, so that two artifacts can be compared."""
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class TaskMeasurement(Measurement):
 
     @property
     def label(self) -> str:
-        """Return the name of the task's file, or of the task."""
+        """Return the name of the task's file. If the task has no file, return the name of the task."""
         return self.name or self.task.name
 
     def measure(self, artifact: Artifact) -> Measured:
@@ -70,7 +70,7 @@ class TaskMeasurement(Measurement):
         return self.task.evaluate(artifact, self.held, self.setup)
 
     def compares(self, model: ModelConfig) -> bool:
-        """Return whether the task has values per example."""
+        """Return whether the task has values per example, so that two artifacts can be compared."""
         return self.task.compares(model, self.held.examples.columns)
 
 
@@ -94,7 +94,7 @@ class ProbeMeasurement(Measurement):
         return self.probe.measure(artifact, self.held, self.setup, probe_settings(self.config, self.probe))
 
     def compares(self, model: ModelConfig) -> bool:
-        """Return whether the probe has values per example."""
+        """Return whether the probe has values per example, so that two artifacts can be compared."""
         return self.probe.compares
 
 
@@ -227,7 +227,10 @@ def check_comparable(
 
 
 def file_settings(config: MeasureConfig, file: task_files.TaskFile, manifest: Manifest) -> MeasureConfig:
-    """Return the settings for the evaluation of one artifact, overridden by the settings of a task file."""
+    """Return the settings by which one artifact is measured on the task of a file.
+
+    Settings of the file override settings of `config`.
+    """
     own: dict[str, Any] = {"tasks": [file.task], "harness": [], "metrics": file.metrics, "split": file.split}
     own |= {"seq_len": _seq_len(file.seq_len or config.seq_len, manifest)}
     if "generation" in file.model_fields_set:

@@ -62,7 +62,7 @@ def check(
         params: Parameters of the model.
         batch: Host batch of B rows.
         y: Outputs [B, ...].
-        real: Mask of the outputs to check, whose shape is the beginning of the shape of `y`.
+        real: Mask of the outputs to check. Its axes are the first axes of `y`.
         mesh: The device mesh.
         dtype: Dtype of the computation.
         inputs: Function from the batch to the arrays that the network reads (see `first_layer`).

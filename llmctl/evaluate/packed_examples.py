@@ -62,8 +62,8 @@ def step(model: ModelConfig, dtype: str) -> Any:
 class PackedExamples:
     """Build rows of several examples each.
 
-    A batch has the arrays tokens, segments, positions and, for some models, types [B, T]. The array example [B, E] has
-    the index of each example, and -1 at entries that only fill a row.
+    A batch has the arrays `tokens`, `segments`, `positions` and, for some models, `types`, all [B, T]. The array
+    `example` [B, E] has the index of each example, and -1 at entries that only fill a row.
     """
 
     reads = (*READ, "example")
@@ -73,7 +73,7 @@ class PackedExamples:
 
         Args:
             rows: Rows of one example each, with the methods `batch` and `__len__`.
-            model: Config of the model. Its width determines the relative cost of attention.
+            model: Config of the model. The model width determines the relative cost of attention.
         """
         self._rows = rows
         lengths = np.concatenate([(b["segments"] > 0).sum(-1) for _, b in chunks(rows)])
@@ -186,7 +186,7 @@ class _Saved:
         self._last = time.monotonic()
 
     def read(self) -> tuple[np.ndarray | None, int]:
-        """Return (outputs of all examples, number of rows that are done), or (None, 0)."""
+        """Return (outputs of all examples, number of rows that are done). If nothing was saved, return (None, 0)."""
         try:
             with np.load(self.file, allow_pickle=False) as found:
                 return found["outputs"], int(found["done"])

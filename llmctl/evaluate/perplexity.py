@@ -65,7 +65,7 @@ class Counts:
 
 
 def count(texts: Sequence[str], tokens: int) -> Counts:
-    """Return the numbers of words (separated by white space) and UTF-8 bytes of texts, together with `tokens`."""
+    """Count the words (separated by white space) and the UTF-8 bytes of texts. `tokens` is the number of tokens."""
     return Counts(tokens, sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 

@@ -126,7 +126,7 @@ class Ensemble:
     window = 32
     """Number of batches that are predicted together. Their rows are sorted by length, to reduce padding."""
     remarks: tuple[str, ...] = ()
-    """Log lines about truncated prompts, as in `TextPredictor`. An ensemble has no such lines."""
+    """Log lines about truncated prompts, as in `TextPredictor`. Always empty, because an ensemble reads no prompts."""
 
     def __init__(self, members: Sequence[Predictor]):
         """Check that the predictions of the members can be averaged.

@@ -81,10 +81,10 @@ def scoring(
 def _harness(config: MeasureConfig, name: str, there: Artifact, mesh: Mesh) -> Program:
     """Return the program that scores requests of lm-evaluation-harness in rows of the shortest standard length.
 
-    The two continuations in a row share one context.
+    Each row has one context with two continuations.
 
-    An evaluation also uses rows of other lengths, depending on the texts. Batches of all lengths have about the same
-    number of tokens.
+    Depending on the texts, an evaluation also uses longer rows. It then puts fewer rows into a batch, so that all
+    batches have about the same number of tokens.
     """
     harness.check_model(there.model, name)
     sizes = {"seq_len": config.seq_len, "batch_size": config.batch_size, "dtype": config.dtype}

@@ -67,7 +67,7 @@ def determined(results: Sequence[Result]) -> list[Result]:
 
 
 def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Return the table for the Markdown file as (headings, rows of cells), all text. A missing value is a dash."""
+    """Return the table for the Markdown file as (headings, rows of cells). A missing value is a dash."""
     records = lines(results)
     there = {k for r in records for k, v in r.items() if v is not None}
     shown = [c for c in _ARTIFACT if c[0] in there]
@@ -199,7 +199,7 @@ def table(results: Sequence[Result]) -> Table:
     """Return a table for the terminal: one row per metric and one column per result.
 
     The name of a metric is its JSON key with spaces in place of underscores. The bounds of an interval share a
-    row. The table omits metrics on a part of a part of the data, such as "accuracy/gender/female".
+    row. The table omits metrics whose names have at least two slashes, such as "accuracy/gender/female".
     """
     from rich.table import Table
 

@@ -86,8 +86,8 @@ def pack(lengths: Sequence[int], capacity: int, opens: int = 0) -> list[list[int
 class Rows:
     """Build language-model rows that score every token once.
 
-    A row consists of the arrays tokens, targets, weights, segments, positions and document, of length `context`. Rows
-    are built when `batch` is called.
+    A row consists of the arrays `tokens`, `targets`, `weights`, `segments`, `positions` and `document`. Each has the
+    length `context`. Rows are built when `batch` is called.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class Rows:
         """Build the rows with the numbers `rows_B`.
 
         Returns:
-            tokens, targets, segments, positions and document (the document's number) int32 [B, context]; weights
-            float32 [B, context].
+            Arrays [B, context] by name. `weights` is float32. `tokens`, `targets`, `segments`, `positions` and
+            `document` (the document's number) are int32.
         """
         names = ("tokens", "targets", "weights", "segments", "positions", "document")
         shape = (len(rows_B), self._context)

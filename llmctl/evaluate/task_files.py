@@ -53,7 +53,8 @@ class ShotsConfig(Config):
     separator: str = "\n\n"
     """Text after each few-shot example."""
     answer: str = " "
-    """Text before each choice, in few-shot examples too. A completion follows its prompt directly."""
+    """Text between a prompt and each choice, in few-shot examples too. No text is added between a prompt and a
+    completion."""
 
 
 class TaskFile(Config):

@@ -183,7 +183,10 @@ class Explainer:
         return [(one, c, names[c]) for one, c in zip(found, classes, strict=True)]
 
     def _attributed(self, batch: dict[str, np.ndarray], count: int, width: int) -> list[Attribution]:
-        """Return the attributions of `count` rows of one padded length. The baseline of attention rollout is NaN."""
+        """Return the attributions of `count` rows of one padded length.
+
+        Attention rollout has no baseline, so the output at the baseline is then NaN.
+        """
 
         def evaluate(row_M: np.ndarray, alpha_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             rows = {k: a[row_M] for k, a in batch.items()} | {"alpha": alpha_M.astype(np.float32)}

@@ -52,8 +52,8 @@ def check(found: Artifact) -> None:
 def program(found: Artifact, dtype: str) -> Any:
     """Return a compiled function that computes attributions [B, T]. Its arguments are the parameters and a batch.
 
-    The attributions of a row sum to 1. For an encoder-decoder, only the encoder's tokens are returned, [B, S]. The
-    decoder's inputs have the rest of the sum.
+    The attributions of all input tokens of a row sum to 1. For an encoder-decoder, only the attributions of the
+    encoder's tokens are returned, [B, S]. Those of the decoder's inputs are the rest of the sum.
     """
     cfg = found.model
 

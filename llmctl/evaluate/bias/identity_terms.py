@@ -58,8 +58,8 @@ class Attribute:
 def _plain(found: str) -> str:
     """Return a found term in lower case.
 
-    If case is ignored, the module `re` also matches four letters outside ASCII with "i", "s" or "k". They are
-    replaced.
+    If case is ignored, the module `re` also matches four letters outside ASCII with "i", "s" or "k". These
+    letters are replaced by "i", "s" or "k".
     """
     return found.translate(str.maketrans("\u0130\u0131\u017f\u212a", "iisk")).lower()
 

@@ -164,8 +164,8 @@ class IdentitySwaps(Probe):
         return [str(path) for path in resolve(settings.terms)]
 
     def definition(self, settings: Any) -> Any:
-        """Return the identity terms, and the name of the positive class. The file is read here, before all
-        measurements."""
+        """Return the identity terms, and the name of the positive class. The file of the terms is read here,
+        before all measurements."""
         from llmctl.evaluate.bias import identity_terms
 
         return [[repr(a) for a in identity_terms.read(settings.terms)], settings.positive]

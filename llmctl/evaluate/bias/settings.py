@@ -20,7 +20,7 @@ class BenchmarkConfig(Config):
 
 
 class CrowsPairsConfig(BenchmarkConfig):
-    """Configure the task `crows_pairs`."""
+    """Configure the probe `crows_pairs`."""
 
     heading: ClassVar[str] = "Bias: CrowS-Pairs"
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -31,7 +31,7 @@ class CrowsPairsConfig(BenchmarkConfig):
 
 
 class StereoSetConfig(BenchmarkConfig):
-    """Configure the task `stereoset`."""
+    """Configure the probe `stereoset`."""
 
     heading: ClassVar[str] = "Bias: StereoSet"
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -42,7 +42,7 @@ class StereoSetConfig(BenchmarkConfig):
 
 
 class BBQConfig(BenchmarkConfig):
-    """Configure the task `bbq`."""
+    """Configure the probe `bbq`."""
 
     heading: ClassVar[str] = "Bias: BBQ"
     common: ClassVar[tuple[str, ...] | None] = ()
@@ -53,7 +53,7 @@ class BBQConfig(BenchmarkConfig):
 
 
 class IdentitySwapsConfig(Config):
-    """Configure the task `identity_swaps`."""
+    """Configure the probe `identity_swaps`."""
 
     heading: ClassVar[str] = "Bias: swaps of identity terms"
     common: ClassVar[tuple[str, ...] | None] = ()

@@ -166,7 +166,7 @@ def _after(model: SentenceModel, contexts: Sequence[Context]) -> np.ndarray:
 
 
 def _per_token(model: SentenceModel, queries: Sequence[Query]) -> np.ndarray:
-    """Return the log-likelihood per token of continuations, [N, 3]."""
+    """Return the log-likelihood per token of the three continuations of each context, [N, 3]."""
     found = model.continuations(queries)
     return np.array([s.log_likelihood / len(q.continuation) for s, q in zip(found, queries, strict=True)]).reshape(
         -1, 3

@@ -54,7 +54,9 @@ def definition(settings: ContaminationConfig) -> Any:
 
 
 def measure(title: str, artifact: Artifact, held: Held, setup: Setup, settings: ContaminationConfig) -> Measured:
-    """Search the training text for n-grams of the examples, and measure the artifact's task.
+    """Search the training text for n-grams of the examples.
+
+    Then measure the artifact's task on all, on the clean and on the contaminated examples.
 
     Args:
         title: Title of the result.

@@ -152,7 +152,11 @@ def common_run(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _summary(found: tuple[np.ndarray, np.ndarray], prefix: str) -> dict[str, float]:
-    """Return the fraction of equal continuations with its Wilson interval, and the mean common run."""
+    """Return metrics whose names begin with `prefix`, from the arrays that `agreement` returned.
+
+    The metrics are the mean common run, and the fraction of continuations that equal the true continuation. The
+    fraction has Wilson's interval.
+    """
     exact_N, run_N = found
     low, high = wilson_interval(int(exact_N.sum()), len(exact_N))
     metrics = {"extracted": float(exact_N.mean()), "extracted_low": low, "extracted_high": high}

@@ -30,14 +30,16 @@ class HarmConfig(Config):
 
     @property
     def active(self) -> bool:
-        """Return whether there is a list or a classifier."""
+        """Return whether the settings name a word list or a classifier."""
         return bool(self.words or self.classifier)
 
     def inputs(self) -> list[str]:
-        """Return the paths of the local list and of the classifier's manifest, which decide the results.
+        """Return the paths of the word list and of the classifier's manifest.
+
+        The stage runs again if the content of a file changes.
 
         Raises:
-            RequestError: If the list is missing.
+            RequestError: If the word list is missing.
         """
         found = [str(Path(self.classifier) / "manifest.json")] if self.classifier else []
         if self.words:

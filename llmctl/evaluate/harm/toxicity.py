@@ -116,7 +116,7 @@ class Sampler:
     """Sample continuations of prompts with one model."""
 
     def __init__(self, artifact: Artifact, setup: Setup, settings: ToxicityConfig) -> None:
-        """Convert the parameters for generation."""
+        """Load the tokenizer, and prepare the artifact's parameters for generation on one device."""
         self._settings, words = settings, tokenizers.load(artifact.tokenizer_dir)
         how: dict[str, Any] = {"seq_len": setup.seq_len, "batch_size": setup.batch_size, "dtype": setup.dtype}
         ends = end_ids(artifact.tokenizer_dir, words)

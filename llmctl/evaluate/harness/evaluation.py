@@ -142,7 +142,9 @@ class Suite:
         self._open.close()
 
     def measure(self, artifact: Artifact, setup: Setup, pending: Collection[str]) -> list[HarnessResult]:
-        """Measure an artifact on the tasks `pending`. If a group is pending, all tasks are measured.
+        """Measure an artifact on the tasks `pending`. If a group is pending, all loaded tasks are measured.
+
+        The result of a group is computed from the results of its tasks.
 
         The random generators are reset for each artifact, so that all artifacts get the same few-shot examples.
 

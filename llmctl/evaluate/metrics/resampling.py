@@ -113,7 +113,7 @@ def _bits(nll_N: np.ndarray, bytes_N: np.ndarray, count_RN: np.ndarray) -> np.nd
 
 
 def _f1(label: np.ndarray, prediction: np.ndarray, count_RN: np.ndarray, weighted: bool) -> np.ndarray:
-    """Return macro F1, or the F1 weighted by the number of examples per class.
+    """Return macro F1. If `weighted` is true, return the F1 weighted by the number of examples per class instead.
 
     Labels and predictions are class numbers [N], or masks [N, C] of the classes of each example.
     """
@@ -160,7 +160,11 @@ def _correlation(a_RN: np.ndarray, b_RN: np.ndarray, count_RN: np.ndarray) -> np
 def _bleu(counts_NS: np.ndarray, count_RN: np.ndarray) -> np.ndarray:
     """Return BLEU with exponential smoothing, as sacrebleu computes it by default.
 
-    `counts_NS` has the lengths of prediction and reference, and then the numbers of matching and of all n-grams.
+    A row of `counts_NS` has ten counts of one text:
+
+    - the lengths of the prediction and of the reference
+    - the numbers of n-grams of the prediction that match the reference, for n from 1 to 4
+    - the numbers of all n-grams of the prediction, for n from 1 to 4
     """
     sums_RS = count_RN @ counts_NS
     ours_R, theirs_R = sums_RS[:, 0], sums_RS[:, 1]
@@ -174,9 +178,11 @@ def _bleu(counts_NS: np.ndarray, count_RN: np.ndarray) -> np.ndarray:
 
 
 def _chrf(counts_NS: np.ndarray, count_RN: np.ndarray, beta: float = 2.0) -> np.ndarray:
-    """Return chrF. `counts_NS` has three counts per length of n-grams: of the prediction, of the reference, and equal.
+    """Return chrF.
 
-    Lengths that prediction or reference lack in the whole resample are omitted from the means.
+    For each length of n-grams, `counts_NS` has three counts: n-grams of the prediction, n-grams of the reference, and
+    n-grams that both share. If prediction or reference have no n-gram of a length in a resample, the length is omitted
+    from the means.
     """
     ours_RL, theirs_RL, equal_RL = (count_RN @ counts_NS).reshape(len(count_RN), -1, 3).transpose(2, 0, 1)
     used_RL = (ours_RL > 0) & (theirs_RL > 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass
 class Outcome:
-    """Store whether each text is still classified correctly, and the substitutions that an attack made.
+    """Store whether each text is still classified correctly, and the number of substitutions that an attack made.
 
     Shapes: N texts.
     """

@@ -76,7 +76,8 @@ def of_sets(lines: Iterable[str]) -> dict[str, list[str]]:
 def wordnet(folder: Path) -> dict[str, list[str]]:
     """Return, for each word with four or more letters, the other single words of its most frequent sense.
 
-    The most frequent sense is the first sense of the part of speech with the most tagged senses.
+    WordNet lists the senses of a word by part of speech, the most frequent sense first. If a word has several parts of
+    speech, the one with the most tagged senses is used.
     """
     found: dict[str, tuple[int, list[str]]] = {}
     for part in PARTS:

@@ -4,8 +4,8 @@ The search follows TextFooler (Jin et al., 2020, arXiv:1907.11932). The importan
 class's probability when the word is removed. Words are replaced in the order of importance, by the first synonym that
 changes the prediction. If no synonym changes the prediction, the synonym that lowers the true class's probability most
 is used. A word is kept if no synonym lowers this probability. TextFooler takes candidates from word embeddings, and
-filters them by part of speech and by the similarity of sentence embeddings. Here, candidates are given synonyms, the
-closest first.
+filters them by part of speech and by the similarity of sentence embeddings. Here, the candidates of a word are its
+synonyms in a list, the closest first (see `llmctl.evaluate.robustness.synonyms`).
 
 Shapes: N texts, M rows to predict, C classes.
 """

@@ -137,8 +137,8 @@ class Choice(Task):
         return loss_of_scores(*student, batch, dtype, compute)
 
     def taught_agreement(self, student: Network, batch: Batch, dtype: Any) -> Sums:
-        """Return the sums "agreement" and "weight". Their quotient is the fraction of questions for which student and
-        teachers prefer the same choice.
+        """Return the sums "agreement" and "weight". The first divided by the second is the fraction of questions for
+        which student and teachers prefer the same choice.
         """
         score_R = choice_scores(*student, batch, dtype)
         allowed_BK = allowed(batch, score_R)
@@ -167,7 +167,11 @@ class Choice(Task):
         return scores
 
     def measuring_step(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function that `outputs` runs. A decoder scores packed rows."""
+        """Return the compiled function that `outputs` runs.
+
+        If the choices of a question can share its prompt (see `shares`), the function scores packed rows. Otherwise it
+        is the result of `scorer`.
+        """
         return likelihood.position_scores(model, dtype) if shares(model) else super().measuring_step(model, dtype)
 
     def outputs(

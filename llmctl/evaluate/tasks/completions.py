@@ -56,7 +56,10 @@ class Completions(Language):
         return CompletionRows(examples, tokenizer, settings.seq_len, **settings.order)
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return whether the model is a decoder. Only decoders get a log-likelihood per completion."""
+        """Return whether two artifacts can be compared: only decoders have values per example.
+
+        The value of an example is the log-likelihood of its completion.
+        """
         return model.architecture == "decoder"
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:

@@ -97,7 +97,9 @@ class Embed(Task):
         return class_sums(near / options.temperature, own, weight_B, smoothing, z, weight_B)
 
     def mean_output(self, outputs: Sequence[jax.Array], batch: Batch, temperature: float) -> jax.Array:
-        """Concatenate the unit vectors of several teachers, and scale the results [2B, sum of D] to length 1.
+        """Concatenate the unit vectors of several teachers, and scale the results to length 1.
+
+        The result is [2B, S], for the sum S of the vectors' widths.
 
         The similarity of two concatenated vectors is the mean of the teachers' similarities.
         """
@@ -106,7 +108,7 @@ class Embed(Task):
     def teacher_arrays(
         self, teachers: Sequence[Network], batch: Batch, dtype: Any, divergence: Divergence
     ) -> dict[str, jax.Array]:
-        """Return {"teacher_outputs": [B, 2, sum of D]}, the result of `mean_output` for both texts of each row."""
+        """Return {"teacher_outputs": [B, 2, S]}, the result [2B, S] of `mean_output` for both texts of each row."""
         found = super().teacher_arrays(teachers, batch, dtype, divergence)
         return {name: y.reshape(-1, 2, y.shape[-1]) for name, y in found.items()}
 

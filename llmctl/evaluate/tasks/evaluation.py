@@ -73,7 +73,7 @@ class EvaluationMethods(Losses, RowMethods):
         """
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return whether `evaluate` returns values per example, which a paired comparison needs.
+        """Return whether `evaluate` returns values per example, so that two artifacts can be compared.
 
         Args:
             model: Config of the model.
@@ -139,7 +139,11 @@ class EvaluationMethods(Losses, RowMethods):
         return rows, self.metrics(artifact, examples, rows, found)
 
     def measuring_step(self, model: ModelConfig, dtype: str) -> Any:
-        """Return the compiled function that `outputs` runs."""
+        """Return the compiled function that `outputs` runs.
+
+        If the task packs several texts into a row (see `packs`) and the model supports it, the function reads packed
+        rows. Otherwise it is the result of `scorer`.
+        """
         if self.packs and packed_examples.supports(model):
             return packed_examples.step(model, dtype)
         return self.scorer(model, dtype)

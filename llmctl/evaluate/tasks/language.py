@@ -42,7 +42,7 @@ class Language(TokenLosses, Task):
         return self.rows(model, examples, tokenizer, settings)
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return False: metrics are sums over all rows, without values per example."""
+        """Return False: two artifacts cannot be compared, because there are no values per example."""
         return False
 
     def validation_note(self, model: ModelConfig, rows: Any) -> str:
@@ -145,7 +145,7 @@ class LanguageModel(Language):
         return task.stage_rows(model, text, split, tokenizer, cache, settings, needed)
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return whether the selected task returns values per example."""
+        """Return whether the selected task returns values per example, so that two artifacts can be compared."""
         columns = list(columns)
         return self.select_task(model, columns).compares(model, columns)
 

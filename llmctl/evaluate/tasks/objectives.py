@@ -91,7 +91,7 @@ class Causal(TextObjective):
     """Measure next-token prediction of a decoder by sliding windows over each text separately."""
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return True: the log-likelihood of each document is a value per example."""
+        """Return True: two artifacts can be compared by the log-likelihood of each document."""
         return True
 
     def evaluate(self, artifact: Artifact, held: Held, setup: Setup) -> Measured:

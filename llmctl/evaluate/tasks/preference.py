@@ -4,7 +4,8 @@ Losses: DPO (Rafailov et al., 2023, arXiv:2305.18290), IPO (Azar et al., 2023, a
 2024, arXiv:2405.14734). The reference model of DPO and IPO is the model in training, without its adapters. A second
 copy of the parameters is not needed.
 
-Shapes: B pairs, T tokens per row, D model width. Rows 2i and 2i + 1 of [2B, T] are chosen and rejected.
+Shapes: B pairs, T tokens per row, D model width. Rows 2i and 2i + 1 of [2B, T] are
+the chosen and the rejected completion of pair i.
 """
 
 from __future__ import annotations
@@ -146,8 +147,7 @@ class Preference(Language):
         return super(Language, self).evaluate(artifact, held, setup)
 
     def metrics(self, artifact: Artifact, examples: Examples, rows: Any, found: Found) -> Scores:
-        """Return the fraction of pairs whose chosen completion is likelier than the rejected one, and the mean
-        difference.
+        """Return the fraction of pairs whose chosen completion is likelier than the rejected one, and the margin.
 
         "accuracy" compares log-likelihoods summed over the tokens of a completion. "accuracy_per_token" compares means
         per token. "margin" is the mean difference of the summed log-likelihoods, in nats.
@@ -163,7 +163,7 @@ class Preference(Language):
         return Scores({name: float(np.mean(value_N)) for name, value_N in values.items()}, values=values)
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return True: the log-likelihoods of each pair are values per example."""
+        """Return True: two artifacts can be compared by the log-likelihoods of each pair."""
         return True
 
 

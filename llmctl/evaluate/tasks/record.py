@@ -48,8 +48,8 @@ class TaskRecord:
     answers: ClassVar[bool] = True
     """Whether `metrics` also returns true labels and predictions, which user-selected metrics need."""
     perturbs: ClassVar[tuple[str, ...]] = ()
-    """Columns whose texts the probe `robustness` changes. If empty, the probe does not support the task. Otherwise
-    `metrics` returns values per example called "prediction"."""
+    """Columns whose texts the probe `robustness` changes. If empty, the probe does not support the task. Otherwise,
+    `metrics` must return the values per example "prediction", which the probe compares."""
     packs: ClassVar[bool] = False
     """Whether the outputs are those of the task head, one per text. Evaluation then packs several texts into a row."""
     reads: ClassVar[tuple[str, ...]] = READ

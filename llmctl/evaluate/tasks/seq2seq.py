@@ -71,7 +71,7 @@ class SequenceToSequence(Completions):
         return measure
 
     def compares(self, model: ModelConfig, columns: Iterable[str]) -> bool:
-        """Return True: metrics of each generated answer, such as ROUGE, are values per example."""
+        """Return True: two artifacts can be compared by the metrics of each generated answer, such as ROUGE."""
         return True
 
     def generation_programs(
