@@ -58,8 +58,8 @@ class Timer:
           peak: peak performance of all devices together, in operations per second. If `peak` is given, the result
             contains "mfu": the model's operations per second, as a fraction of the peak (Chowdhery et al., 2022,
             arXiv:2204.02311, appendix B). Operations on padding and recomputation do not count. The peak measured on a
-            busy CPU is too low. If the model was faster in any interval, the model's highest speed therefore replaces
-            `peak`.
+            busy CPU is too low. If the model was faster than `peak` in any interval, the model's highest speed
+            therefore replaces `peak`.
         """
         wait, self.waited = waited - self.waited, waited
         if not self.steps:

@@ -174,7 +174,7 @@ class BlockFloats(Grid):
 
     @property
     def bound(self) -> float:
-        """Return 6, the largest float of e2m1. In nvfp4, this is the quotient max|w| / scale for a block."""
+        """Return 6, the largest float of e2m1. In nvfp4, this is also the quotient max|w| / scale."""
         return 6.0
 
     def nearest(self, unit: jax.Array) -> jax.Array:
@@ -203,7 +203,7 @@ class BlockFloats(Grid):
         For mxfp4, the scale is 2^(floor(log2(max|w|)) - 2), as in section 6.3 of the OCP Microscaling specification
         1.0. The quotient max|w| / scale is therefore between 4 and 8. Magnitudes above 6 * scale are clipped, because 6
         is the largest float of e2m1. For nvfp4, the scale is max|w| / 6, rounded to the product of a float8_e4m3fn and
-        the factor of the matrix.
+        the matrix's factor (see `whole`).
         """
         if self.name == "mxfp4":
             stored = jnp.frexp(magnitude)[1] - 3 + packed.BIAS

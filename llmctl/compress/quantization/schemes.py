@@ -90,7 +90,7 @@ nvfp4.group = BLOCKS["nvfp4"]  # type: ignore[attr-defined]
 
 
 def nf4(w: jax.Array, inputs: int, group: int) -> NormalFloat:
-    """Return the weight as 4-bit codes of quantiles of the normal distribution, with the scale max|w|.
+    """Return the weight as 4-bit codes, which stand for normal quantiles, with the scale max|w|.
 
     QLoRA (Dettmers et al., 2023, arXiv:2305.14314) introduced the format.
     """

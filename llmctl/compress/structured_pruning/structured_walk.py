@@ -38,7 +38,7 @@ class Log(Protocol):
     """Log the steps of structured pruning: the layers that were visited, and the losses that were measured."""
 
     total: int
-    """Number of steps."""
+    """Number of steps that the stage logs in total."""
 
     def log_layer(self, report: LayerReport) -> None:
         """Log the report of one layer as the next step."""
