@@ -33,7 +33,7 @@ MASKED = "pseudo-log-likelihood of the tokens that both sentences share"
 
 
 class Pair(NamedTuple):
-    """Store a sentence, a less stereotypical sentence, the bias type, and the direction ("" if unknown)."""
+    """Store the more and the less stereotypical sentence, the bias type, and the direction ("" if unknown)."""
 
     more: str
     less: str

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class _Benchmark(Probe):
-    """Read a benchmark from the file `path` of the settings."""
+    """Define the base class of probes that read a benchmark, from the file `path` of their settings."""
 
     reads_data = False
 
     def inputs(self, settings: Any) -> list[str]:
-        """Return the files of the benchmark."""
+        """Return the path of the benchmark's file, as a list."""
         from llmctl.data.paths import resolve
 
         return [str(path) for path in resolve(settings.path)]
@@ -47,7 +47,7 @@ class _Benchmark(Probe):
 
 
 class _Sentences(_Benchmark):
-    """Score sentences with a language model."""
+    """Define the base class of probes that score sentences with a language model."""
 
     def check_model(self, manifest: Manifest, settings: Any, where: str) -> None:
         """Check that the artifact is a decoder or an encoder with a language-model head.
@@ -158,7 +158,7 @@ class IdentitySwaps(Probe):
         identity_swaps.positive_class(settings.positive, manifest.labels)
 
     def inputs(self, settings: Any) -> list[str]:
-        """Return the file with the identity terms."""
+        """Return the path of the file with the identity terms."""
         from llmctl.data.paths import resolve
 
         return [str(path) for path in resolve(settings.terms)]

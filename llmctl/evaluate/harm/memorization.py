@@ -164,7 +164,7 @@ def _summary(found: tuple[np.ndarray, np.ndarray], prefix: str) -> dict[str, flo
 
 
 def _texts(examples: Examples) -> Any:
-    """Return the documents, or each prompt followed by its completion."""
+    """Return the texts of documents. If the examples have completions, return each prompt with its completion."""
     if "completion" not in examples.columns:
         return examples.texts()
     return (p + c for p, c in zip(examples.texts("prompt"), examples.texts("completion"), strict=True))

@@ -141,8 +141,8 @@ class EvaluationMethods(Losses, RowMethods):
     def measuring_step(self, model: ModelConfig, dtype: str) -> Any:
         """Return the compiled function that `outputs` runs.
 
-        If the task packs several texts into a row (see `packs`) and the model supports it, the function reads packed
-        rows. Otherwise it is the result of `scorer`.
+        If the task packs several texts into a row (see `packs`) and the model supports it, rows are packed. Otherwise
+        the function is the result of `scorer`.
         """
         if self.packs and packed_examples.supports(model):
             return packed_examples.step(model, dtype)
