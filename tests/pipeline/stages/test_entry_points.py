@@ -61,9 +61,11 @@ def test_every_kind_is_documented_and_used_through_the_command_line(package, art
     llmctl("quantize", "--from", classifier, "--out", powers, "--format", "powers")
 
     capsys.readouterr()
-    llmctl("eval", "--from", powers, *data, "--metrics", "kappa", "--no-speed", "--no-plot", "--json")
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
-    assert -1 <= metrics["kappa"] <= 1 and metrics["examples"] > 0
+    measured = ("--metrics", "kappa", "--tasks", "focal,truncated,robustness", "--robustness.changes", "unpunctuated")
+    llmctl("eval", "--from", powers, *data, *measured, "--seq-len", 8, "--no-speed", "--no-plot", "--json")
+    scored, truncated, changed = (one["metrics"] for one in json.loads(capsys.readouterr().out)["results"])
+    assert -1 <= scored["kappa"] <= 1 and scored["examples"] > 0
+    assert truncated["truncated"] in (0.0, 1.0) and "accuracy_under_unpunctuated" in changed
 
     calibration = (*data, "--examples", 4, "--batch-size", 4, "--seq-len", 16)
     pruned = package / "run" / "pruned"
@@ -90,7 +92,7 @@ def test_the_task_and_the_weight_by_hand(package):
 
 def test_help_lists_what_packages_add(package, capsys):
     for command, *names in (
-        ("finetune", "quotes", "focal", "norms", "noise"), ("eval", "kappa"), ("prune", "movement"),
+        ("finetune", "quotes", "focal", "norms", "noise"), ("eval", "kappa", "unpunctuated"), ("prune", "movement"),
         ("quantize", "ternary", "powers"),
     ):  # fmt: skip
         llmctl(command, "--help-all")
