@@ -14,8 +14,10 @@ from llmctl.evaluate import packed_examples
 from llmctl.evaluate.batch_sizes import balanced
 from llmctl.evaluate.setup import Setup, answers
 from llmctl.evaluate.tasks.classify import TASK
+from llmctl.evaluate.tasks.registry import TASKS
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
+from llmctl.model.head_kinds import HEAD_KINDS
 
 SIZES = {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 8, "d_ff": 24, "vocab_size": 40}
 MODELS = {
@@ -49,6 +51,12 @@ def saved(model, tmp_path=None):
     params = jax.tree.map(lambda w: w * 3 if w.ndim > 1 else w, params)
     manifest = SimpleNamespace(content="digest", digest="")
     return SimpleNamespace(model=model, params=params, manifest=manifest, path=SimpleNamespace(name="a"))
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_task_that_packs_texts_has_a_head_with_one_output_per_text(name):
+    kind = HEAD_KINDS[TASKS[name].head]
+    assert not (TASKS[name].packs and (kind.per_token or kind.vocabulary))
 
 
 @pytest.mark.parametrize("name", MODELS)

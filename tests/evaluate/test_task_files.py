@@ -153,7 +153,8 @@ def test_a_task_file_has_a_program_for_plan(folder):
     """Imports do not know the length of their training texts; they are planned with the length of the evaluation."""
     mesh = meshes.make(MeshConfig())
     cfg = ModelConfig(preset="llama-tiny", vocab_size=300, layers=1, max_seq_len=64)
-    manifest = SimpleNamespace(model=cfg, task="", seq_len=32, truncate="", config={}, generation={})
+    about = {"model": cfg, "task": "", "seq_len": 32, "truncate": "", "config": {}, "generation": {}}
+    manifest = SimpleNamespace(name="a", base=None, content="", digest="", **about)
     chosen = {"a": SimpleNamespace(model=cfg, params=functional.abstract(cfg), manifest=manifest)}
     config = MeasureConfig(tasks=[str(folder / "choose.toml")], batch_size=2)
     found = programs.scoring(config, DataConfig(), "a", chosen, mesh)  # pyright: ignore[reportArgumentType]

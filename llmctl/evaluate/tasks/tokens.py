@@ -39,6 +39,7 @@ class Tokens(Classify):
     head = "tokens"
     title = "token classification"
     calibrates = False
+    packs = False
     architectures = ("decoder", "encoder")
     columns = ("tokens", "tags")
     asks = ()
