@@ -32,7 +32,7 @@ def _special(words: tokenizers.Tokenizer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Written:
-    """Store the result of `export_tokenizer`: the ids of special tokens, and the embedding rows that they need."""
+    """Store the result of `export_tokenizer`: ids of special tokens, and the size of the embedding table."""
 
     ids: dict[str, Any]
     """Ids of special tokens, by the keys of config.json."""

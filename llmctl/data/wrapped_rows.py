@@ -32,7 +32,7 @@ class WrappedRows:
         return {name: values[0] for name, values in self.batch(np.array([i])).items()}
 
     def batch(self, rows_B: np.ndarray) -> Batch:
-        """Return the rows with the numbers `rows_B` as arrays [B, ...], with the added arrays."""
+        """Return the rows with the numbers `rows_B`: their own arrays [B, ...] and the added arrays."""
         batch = self._rows.batch(rows_B)
         return batch | self.added(rows_B, batch)
 

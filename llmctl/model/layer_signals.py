@@ -34,7 +34,7 @@ INPUT = -1
 
 @dataclass(frozen=True)
 class Inner:
-    """Store inner values of the student or a teacher: outputs of layers by index, and queries, keys and values."""
+    """Store intermediate activations of the student or a teacher: layer outputs by index, queries, keys and values."""
 
     states: dict[int, jax.Array]
     projections: dict[str, jax.Array]

@@ -45,7 +45,8 @@ class Plan(NamedTuple):
 class Block(NamedTuple):
     """Store the keys that a device holds at one step, with their values and segments.
 
-    Keys and values are [P, B, G, s / P, K]. Segments are [P, B, s / P].
+    The s keys are split into P chunks. Keys and values have the shape [P, B, G, s / P, K]. Segments have the shape
+    [P, B, s / P].
     """
 
     k: jax.Array

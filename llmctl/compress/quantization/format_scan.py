@@ -42,11 +42,11 @@ from llmctl.model import weights
 
 Params = dict[str, Any]
 Targets = dict[str, tuple[Target, ...]]
-"""Possible roundings of each matrix, by the path of the matrix. A matrix that a rule selects has one entry."""
+"""Candidate formats of each matrix, by the path of the matrix. A matrix whose format a rule sets has one."""
 
 
 def targets(params: Params, method: Quantization, candidates: Sequence[str]) -> Targets:
-    """Return the possible roundings of each selected matrix. Matrices that a rule leaves unquantized are omitted.
+    """Return the candidate formats of each selected matrix. Matrices that a rule leaves unquantized are omitted.
 
     Args:
       params: parameters of the model; they may be abstract.
@@ -75,7 +75,7 @@ def front_of(params: Params, found: Targets, increase: Callable[[str, Target], f
 
     Args:
       params: parameters of the model; they may be abstract.
-      found: possible roundings of each matrix (see `targets`).
+      found: candidate formats of each matrix (see `targets`).
       increase: function (path of a matrix, one of its roundings) -> increase of the loss.
     """
     flat = weights.flatten(params)

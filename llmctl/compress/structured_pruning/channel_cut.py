@@ -53,7 +53,7 @@ def cut_channels(
       cfg: config of the model.
       params: parameters of the model.
       kept_E: ascending indices of the kept channels.
-      ratios: factors [layers] or [] by which the scales of norms are multiplied, by the path of the norm.
+      ratios: factors that multiply the scales of norms, [layers] or []. The keys are the paths of the norms.
 
     Raises:
       RequestError: If a weight is quantized in groups along the channels.

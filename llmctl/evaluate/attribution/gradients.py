@@ -123,7 +123,10 @@ def gradient_input(evaluate: Evaluate, count: int) -> list[Attribution]:
 
 
 class _Line:
-    """Integrate the gradients of one row along its line. Store the intervals with their ends, outputs and errors."""
+    """Integrate the gradients of one row along the line from the baseline to the text.
+
+    The line is divided into intervals. Their ends, outputs and errors are stored.
+    """
 
     def __init__(self, width: int) -> None:
         self.y: dict[float, float] = {}
@@ -138,7 +141,7 @@ class _Line:
         return [*ends, *(float(a + (b - a) * t) for a, b in self.pending for t in _T)]
 
     def add(self, y_M: np.ndarray, dot_MT: np.ndarray) -> None:
-        """Add the outputs and products at the points that `points` returned."""
+        """Store the outputs [M] and the products of gradient and direction [M, T] at the points of `points`."""
         points = self.points()
         known = len(points) - NODES * len(self.pending)
         self.y |= {point: float(y) for point, y in zip(points[:known], y_M[:known], strict=True)}

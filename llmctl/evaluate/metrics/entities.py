@@ -113,7 +113,10 @@ def scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -
 
 
 def counts(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """Return the pooled metrics of `scores` as pairs (numerator, denominator) per text: {metric: [N, 2]}."""
+    """Return a pair (numerator, denominator) per text and metric: {metric: [N, 2]}.
+
+    The sums over texts give the metrics of `scores`.
+    """
     pairs = [(entities(t), entities(p)) for t, p in zip(truth, predicted, strict=True)]
     right_N, there_N, named_N = np.array([(len(a & b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3).T
     parts = {

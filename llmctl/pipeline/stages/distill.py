@@ -250,7 +250,7 @@ def run(config: Config, parent: Path | None, ctx: Context) -> None:
 
 
 def programs(config: Config, base: Artifact | None, others: dict[str, Artifact], mesh: Mesh) -> Programs:
-    """Return (the training step of student and teacher as a program, the student's artifact)."""
+    """Return the program of the training step, with student and teacher, and the abstract artifact of the student."""
     from llmctl.artifacts import abstract_artifact, artifact
     from llmctl.data.examples import synthetic
     from llmctl.evaluate.tasks.registry import distilled

@@ -149,7 +149,7 @@ class _Counter:
         self.done: dict[str, _Tally] = {}
 
     def of(self, computation: Computation) -> _Tally:
-        """Return the counts of one execution of a computation."""
+        """Return the FLOPs, bytes and collectives of one execution of a computation."""
         if computation.name not in self.done:
             tally, tallies = _Tally(), [self.instruction(computation, i) for i in computation.instructions]
             for n, i in enumerate(computation.instructions):
