@@ -38,7 +38,8 @@ def probe(cfg: ModelConfig, length: int = 16) -> dict[str, jax.Array]:
 def prompted(cfg: ModelConfig, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the batch with the ids of a model's trained prompt at the start of each row.
 
-    In an encoder-decoder, the prompt is added to the encoder's rows.
+    In an encoder-decoder, the prompt is added to the encoder's rows. If the batch has token types, the prompt's tokens
+    get the type 0, as in PEFT and in rows of data.
     """
     side, P = "encoder_" if cfg.encoder_layers else "", cfg.prompt_tokens
     rows = len(batch[f"{side}tokens"])
@@ -47,6 +48,8 @@ def prompted(cfg: ModelConfig, batch: dict[str, jax.Array]) -> dict[str, jax.Arr
         "segments": batch[f"{side}segments"][:, :1].repeat(P, axis=1),
         "positions": jnp.tile(jnp.arange(P), (rows, 1)),
     }
+    if f"{side}types" in batch:
+        before["types"] = jnp.zeros((rows, P))
     after = {name: batch[f"{side}{name}"] for name in before}
     after["positions"] = after["positions"] + P
     return batch | {

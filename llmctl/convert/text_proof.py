@@ -192,11 +192,18 @@ def answers_there(
                 short = {"truncation": True, "max_length": samples.length, "padding": True, "return_tensors": "pt"}
                 found = [model(**words(*texts, **short)).logits.float().numpy() for texts in kinds if texts]
                 return np.concatenate(found).reshape(len(samples.rows), -1)
-            return np.stack([_one(cfg, model, torch, ids, samples.length, folder, prompt) for ids in samples.rows])
+            both = zip(samples.rows, samples.types, strict=True)
+            return np.stack([_one(cfg, model, torch, row, samples.length, folder, prompt) for row in both])
 
 
-def _one(cfg: ModelConfig, model: Any, torch: Any, ids: list[int], T: int, folder: Path, prompt: int) -> np.ndarray:
+def _one(
+    cfg: ModelConfig, model: Any, torch: Any, row: tuple[list[int], list[int]], T: int, folder: Path, prompt: int
+) -> np.ndarray:
+    """Compute the outputs for one row, which is (token ids, token types)."""
+    ids, types = row
     given = {"input_ids": torch.tensor([ids])}
+    if any(types) and cfg.token_types > 1:  # without types, transformers reads every token as one of the first text
+        given["token_type_ids"] = torch.tensor([types])
     if cfg.encoder_layers:
         given["decoder_input_ids"] = torch.tensor([decoded(ids, T)])
     out = model(**given)
