@@ -57,6 +57,16 @@ def _around(encoded: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
     return tuple(encoded.ids[:first]), tuple(encoded.ids[last + 1 :]), tuple(inner)
 
 
+def marks_second(made: Tokenizer) -> bool:
+    """Return True if the second text of a pair has the token type 1, and the first text has the type 0."""
+    made = Tokenizer.from_str(made.to_str())
+    made.no_padding()
+    made.no_truncation()
+    text = next((s for s in SAMPLES if made.encode(s, add_special_tokens=False).ids), SAMPLES[0])
+    pair = made.encode(text, text)
+    return all(s is None or s == t for s, t in zip(pair.sequence_ids, pair.type_ids, strict=True))
+
+
 def put(made: Any, template: TextTemplate) -> None:
     """Set the post-processor of a tokenizer, so that it adds the tokens of a template.
 

@@ -46,9 +46,9 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
     """Write an artifact's tokenizer in formats that other programs read.
 
     A tokenizer.json is copied. A SentencePiece model is copied, and also converted to a tokenizer.json. If the
-    post-processor does not add the special tokens that the model was trained with, the post-processor is replaced. The
-    padding token, the sides of padding and truncation, and the maximum length are added to tokenizer_config.json. For
-    decoder language models, these entries are not added.
+    post-processor does not add the special tokens or token types that the model was trained with, the post-processor is
+    replaced. The padding token, the sides of padding and truncation, and the maximum length are added to
+    tokenizer_config.json. For decoder language models, these entries are not added.
 
     Args:
         folder: Folder of the artifact's tokenizer.
@@ -82,7 +82,9 @@ def export_tokenizer(folder: Path, out: Path, model: ModelConfig, seq_len: int =
         begin = (words.bos_id,) * words.add_bos
         wanted = words.template if reads_texts(model) else TextTemplate(begin, (), begin)
         changed = not isinstance(words, JsonTokenizer)
-        if post_processor.read(made, config, {"bos": words.bos_id, "eos": words.eos_id}) != wanted:
+        typed = reads_texts(model) and model.token_types > 1
+        fits = post_processor.read(made, config, {"bos": words.bos_id, "eos": words.eos_id}) == wanted
+        if not fits or (typed and not post_processor.marks_second(made)):
             post_processor.put(made, wanted)
             # With these two keys transformers would replace the post-processor; some classes have one of their own.
             config = {k: v for k, v in config.items() if k not in ("add_bos_token", "add_eos_token")}
