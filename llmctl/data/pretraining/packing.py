@@ -37,8 +37,8 @@ class Packed:
     tokens: np.ndarray
     """Token ids, int32 [B, T]. At padding, the value is the id of the padding token."""
     next: np.ndarray
-    """Next token, int32 [B, T]. It may be in the next row. If the packing is `concat`, it may belong to the next document.
-    Otherwise, the value after the last token of a document is the id of the padding token."""
+    """Next token, int32 [B, T]. It may be in the next row. If the packing is `concat`, it may belong to the next
+    document. Otherwise, the value after the last token of a document is the id of the padding token."""
     follows: np.ndarray
     """Whether `next` has a token, bool [B, T]. Otherwise `next` has the id of the padding token."""
     segments: np.ndarray
