@@ -141,7 +141,7 @@ def _check_numbers(options: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 the work failed, 2 the request was wrong, 3 interrupted."""
-    _be_quiet()
+    _prepare_process()
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -240,11 +240,12 @@ def _metavar(argument: Any) -> str:
     return (argument.metavar or argument.name).strip("[]").upper()
 
 
-def _be_quiet() -> None:
-    """Silence the logs and warnings of libraries, and handle SIGTERM like Ctrl-C."""
+def _prepare_process() -> None:
+    """Silence the logs and warnings of libraries, set up the allocator, and handle SIGTERM like Ctrl-C."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     backend.silence_libtpu()
+    backend.share_arena()
     if os.environ.get("LLMCTL_DEBUG") != "1":
         warnings.simplefilter("ignore")
         for name in ("jax", "orbax", "grain"):

@@ -316,10 +316,10 @@ def size_table(found: dict[str, Any]) -> Table:
     out.add_row("parameters", f"{found['parameters']:,} ({parts})")
     out.add_row("bytes", ", ".join(f"{name} {size(n)}" for name, n in found["bytes"].items()))
     forward, trained = found["flops_per_token"], found["training_flops_per_token"]
-    out.add_row("FLOPs a token", f"{forward:.4g} forward, {trained:.4g} trained (sequences of {found['seq_len']:,})")
+    out.add_row("FLOPs per token", f"{forward:.4g} forward, {trained:.4g} trained (sequences of {found['seq_len']:,})")
     if found["kv_cache_bytes"]:
         each, whole = size(found["kv_cache_bytes_per_token"]), size(found["kv_cache_bytes"])
-        out.add_row("KV cache, bfloat16", f"{each} a token, {whole} at {found['max_seq_len']:,} tokens")
+        out.add_row("KV cache, bfloat16", f"{each} per token, {whole} at {found['max_seq_len']:,} tokens")
         less = found["quantized_kv_cache_bytes_per_token"].items()
-        out.add_row("KV cache, quantized", ", ".join(f"{name} {size(n)}" for name, n in less) + " a token")
+        out.add_row("KV cache, quantized", ", ".join(f"{name} {size(n)}" for name, n in less) + " per token")
     return out

@@ -37,6 +37,15 @@ def silence_libtpu(dev: Path = Path("/dev")) -> None:
             os.environ.setdefault(name, value)
 
 
+def share_arena() -> None:
+    """Let all threads share one allocator arena if JAX will use CPUs. Call this before JAX starts threads.
+
+    Programs on CPUs allocate their temporary memory in threads of JAX (see `llmctl.distributed.host_memory`).
+    """
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not attached_accelerators():
+        host_memory.share_arena()
+
+
 def choose(platforms: Iterable[str]) -> str:
     """Set JAX_PLATFORMS to the requested platform, if JAX is not imported yet.
 
@@ -55,8 +64,6 @@ def choose(platforms: Iterable[str]) -> str:
     wanted = named[0] if named else ""
     if wanted and not os.environ.get("JAX_PLATFORMS") and "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = BACKENDS[wanted]
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not attached_accelerators():
-        host_memory.share_arena()  # before JAX starts threads
     return wanted
 
 
