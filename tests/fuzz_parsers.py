@@ -24,7 +24,7 @@ from valid_inputs import Valid
 
 from llmctl.artifacts import artifact
 from llmctl.artifacts.artifact import Artifact
-from llmctl.cli import app, summary, verification
+from llmctl.cli import app, model_sizes, summary, verification
 from llmctl.cli.commands import generate
 from llmctl.config.text_input import check_unicode
 from llmctl.convert import gguf, hf_folder, peft
@@ -102,7 +102,7 @@ def parsers(valid: Valid) -> dict[str, Parser]:
     table: dict[str, tuple[str, str, fuzz_inputs.Change, Callable[[Path], Any]]] = {
         "recipe": ("r.toml", "", fuzz_inputs.toml, recipe.read),
         "--set": ("set.txt", "", fuzz_inputs.toml, lambda p: _set(valid, p)),
-        "model.toml": ("model.toml", "", fuzz_inputs.toml, lambda p: size_report.report(summary.model(str(p)), 0)),
+        "model.toml": ("model.toml", "", fuzz_inputs.toml, lambda p: size_report.report(model_sizes.model(str(p)), 0)),
         "topology": ("topology.txt", "", octets, lambda p: topologies.find(_argument(p))),
         "manifest": ("unsummed", "manifest.json", text, artifact.abstract),
         "manifest with checksums": ("art", "manifest.json", text, _verified),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from llmctl.artifacts import artifact
-from llmctl.cli import summary
+from llmctl.cli import model_sizes, summary
 from llmctl.config.errors import RequestError
 from llmctl.model import functional
 from llmctl.model.config import ModelConfig
@@ -72,7 +72,7 @@ def test_results_of_other_programs_and_damaged_neighbors_do_not_matter(tmp_path)
 def test_a_model_in_a_file_without_one(tmp_path, text):
     (tmp_path / "m.toml").write_text(text)
     with pytest.raises(RequestError, match=r"m\.toml: .*unknown key"):
-        summary.model(str(tmp_path / "m.toml"))
+        model_sizes.model(str(tmp_path / "m.toml"))
 
 
 def test_validation_is_shown_as_long_as_no_eval_has_measured():

@@ -23,6 +23,7 @@ def show(
     """Show an artifact, a run as a table in lineage order, the presets, or the size of a model."""
     from rich.text import Text
 
+    from llmctl.cli import model_sizes
     from llmctl.cli import summary as shown
     from llmctl.config.errors import RequestError
     from llmctl.config.terminal import visible
@@ -32,20 +33,20 @@ def show(
     if (path is not None) + bool(config) + presets != 1:
         raise RequestError("show: name an artifact or a run, or --config with a preset or a TOML file, or --presets")
     if presets:
-        found = shown.presets()
+        found = model_sizes.presets()
         if json:
             console.result({"presets": found})
         else:
-            console.show(shown.preset_table(found))
+            console.show(model_sizes.preset_table(found))
         return
     if path is None:
         from llmctl.model import size_report
 
-        sizes = {"config": config, **size_report.report(shown.model(config), seq_len)}
+        sizes = {"config": config, **size_report.report(model_sizes.model(config), seq_len)}
         if json:
             console.result(sizes)
         else:
-            console.show(shown.size_table(sizes))
+            console.show(model_sizes.size_table(sizes))
         return
     if not path.is_dir():
         raise RequestError(f"{path}: no such folder")
